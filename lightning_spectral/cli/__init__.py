@@ -1,0 +1,39 @@
+"""The front door: ``lightning-spectral VERB ...``.
+
+One row a verb; its module is imported only when the verb is called, so that ``fit`` and ``report`` need no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+# verb -> (module with a ``main(argv) -> int``, one line of help)
+VERBS: dict[str, tuple[str, str]] = {}
+
+
+class CommandError(Exception):
+    """Bad input, said in one sentence that names the thing, the value seen and the remedy; exit code 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code: 0 done, 1 failed while running, 2 bad input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    verb, *rest = arguments
+    if verb not in VERBS:
+        print(f"lightning-spectral: unknown verb `{verb}`.\n{_usage()}", file=sys.stderr)
+        return 2
+    try:
+        return int(import_module(VERBS[verb][0]).main(rest))
+    except CommandError as error:
+        print(f"lightning-spectral {verb}: {error}", file=sys.stderr)
+        return 2
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {verb:<14}{help_line}" for verb, (_, help_line) in VERBS.items())
+    return f"usage: lightning-spectral VERB [options]\n\nverbs (each has its own --help):\n{rows}"

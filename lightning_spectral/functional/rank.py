@@ -1,0 +1,213 @@
+"""From a spectrum to a rank: soft, hard, Renyi, and what the sample size does to them.
+
+All ranks read eigenvalues of a covariance as a distribution ``p_i = l_i / sum l`` and count how many of its modes are in
+use; they are scale-invariant. Definitions: Jha and Reagen, arXiv:2605.21803; early enrichment and divergence: NerVE,
+arXiv:2603.06922.
+
+Axes: D features; a leading ``...`` is a batch of spectra.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# Eigenvalues below zero by less than this share of the largest are rounding of a singular covariance.
+ROUNDING = 1e-5
+DEFAULT_RENYI_ORDERS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
+# A bucket with fewer rows than this is reported, not trusted.
+MIN_ROWS = 1_000
+
+
+def spectrum(covariance_DD: Float[Tensor, "*batch D D"]) -> Float[Tensor, "*batch D"]:
+    """Eigenvalues of a symmetric positive semi-definite matrix, descending, rounding below zero removed.
+
+    Raises:
+        ValueError: If the matrix is not square, not finite, or clearly not positive semi-definite.
+    """
+    if covariance_DD.ndim < 2 or covariance_DD.shape[-1] != covariance_DD.shape[-2]:
+        raise ValueError(f"A covariance must be square, got shape {tuple(covariance_DD.shape)}.")
+    if not bool(covariance_DD.isfinite().all()):
+        raise ValueError("The covariance has a non-finite entry: drop the rows with NaN or Inf first.")
+    return _nonnegative(torch.linalg.eigvalsh(covariance_DD).flip(-1))
+
+
+def spectral_entropy(eigs: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch"]:
+    """Shannon entropy ``-sum_i p_i ln p_i`` of the normalised spectrum, in nats, in [0, ln D].
+
+    Args:
+        eigs: Covariance eigenvalues, any order, >= 0, not all zero.
+
+    Raises:
+        ValueError: If ``eigs`` has a negative or non-finite entry, or only zeros.
+    """
+    return -torch.special.xlogy(p := _probabilities(eigs), p).sum(-1)
+
+
+def soft_rank(eigs: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch"]:
+    """Shannon effective rank ``exp(spectral_entropy)``, in [hard_rank, D]; Renyi order 1.
+
+    Args:
+        eigs: Covariance eigenvalues, any order, >= 0, not all zero.
+
+    Raises:
+        ValueError: If ``eigs`` has a negative or non-finite entry, or only zeros.
+
+    Example:
+        >>> float(soft_rank(torch.ones(8)))
+        8.0
+    """
+    return spectral_entropy(eigs).exp()
+
+
+def hard_rank(eigs: Float[Tensor, "*batch D"], absolute_epsilon: float = 0.0) -> Float[Tensor, "*batch"]:
+    """Participation ratio ``(sum l)^2 / sum l^2``: number of modes that carry substantial variance, in [1, D].
+
+    Renyi order 2 (arXiv:2605.21803, "hard spectral rank").
+
+    Args:
+        eigs: Covariance eigenvalues, any order, >= 0, not all zero.
+        absolute_epsilon: Added to ``sum l^2``, which breaks scale invariance. The paper's code uses 1e-12; only for
+            comparing with its numbers.
+
+    Raises:
+        ValueError: If ``eigs`` has a negative or non-finite entry, or only zeros.
+    """
+    if absolute_epsilon:
+        return eigs.sum(-1).square() / (eigs.square().sum(-1) + absolute_epsilon)
+    return 1.0 / _probabilities(eigs).square().sum(-1)
+
+
+def renyi_rank(eigs: Float[Tensor, "*batch D"], order: float) -> Float[Tensor, "*batch"]:
+    """Renyi effective rank ``(sum_i p_i^a)^(1/(1-a))``; non-increasing in the order ``a``.
+
+    Order 1 is :func:`soft_rank`, order 2 :func:`hard_rank`, infinity ``1 / max p``.
+
+    Args:
+        eigs: Covariance eigenvalues, any order, >= 0, not all zero.
+        order: ``a > 0``.
+
+    Raises:
+        ValueError: If ``order`` is not > 0, or ``eigs`` is no spectrum.
+    """
+    if not order > 0:
+        raise ValueError(f"A Renyi order must be > 0, got {order}.")
+    if order == 1:
+        return soft_rank(eigs)
+    p = _probabilities(eigs)
+    if math.isinf(order):
+        return 1.0 / p.amax(-1)
+    log_p = torch.where(p > 0, p, 1.0).log()
+    terms = torch.where(p > 0, order * log_p, -math.inf)
+    return (torch.logsumexp(terms, -1) / (1.0 - order)).exp()
+
+
+def eigenvalue_early_enrichment(eigs: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch"]:
+    """How far the cumulative spectrum rises above a flat one, in [0, 1] (NerVE, arXiv:2603.06922).
+
+    ``clamp(sum_k (C_k - k/D) / (D/2), 0, 1)`` with ``C_k`` the share of the k largest eigenvalues.
+    """
+    p = _probabilities(eigs).sort(-1, descending=True).values
+    width = p.shape[-1]
+    flat = torch.arange(1, width + 1, dtype=p.dtype, device=p.device) / width
+    return ((p.cumsum(-1) - flat).sum(-1) / (width / 2)).clamp(0.0, 1.0)
+
+
+def top_share(eigs: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch"]:
+    """Share of the variance in the largest eigenvalue, in [1/D, 1]."""
+    return _probabilities(eigs).amax(-1)
+
+
+def js_divergence(first: Float[Tensor, "*batch D"], second: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch"]:
+    """Jensen-Shannon divergence of two sorted, normalised spectra, in [0, ln 2] nats (NerVE, arXiv:2603.06922).
+
+    Raises:
+        ValueError: If the widths differ or either is no spectrum.
+    """
+    if first.shape[-1] != second.shape[-1]:
+        raise ValueError(f"Spectra of widths {first.shape[-1]} and {second.shape[-1]} cannot be compared mode by mode.")
+    p = _probabilities(first).sort(-1, descending=True).values
+    q = _probabilities(second).sort(-1, descending=True).values
+    middle = (p + q) / 2
+    return (_relative_entropy(p, middle) + _relative_entropy(q, middle)).clamp(min=0) / 2
+
+
+RANK_METRICS: dict[str, Callable[[Tensor], Tensor]] = {
+    "soft_rank": soft_rank,
+    "hard_rank": hard_rank,
+    "spectral_entropy": spectral_entropy,
+    "eee": eigenvalue_early_enrichment,
+    "top_share": top_share,
+}
+
+
+def unbiased_hard_rank(num_rows: int, trace: float, frobenius_sq: float, quartic: float) -> float:
+    """Participation ratio with the finite-sample bias of both its parts removed.
+
+    Ratio of the unbiased estimators of ``(tr Sigma)^2`` and ``tr Sigma^2`` for independent rows of any distribution
+    with fourth moments (Himeno and Yamada 2014). Tokens of one sequence are correlated: a diagnostic to stand beside
+    the plain value, never instead of it.
+
+    Args:
+        num_rows: N.
+        trace: ``tr S`` of the sample covariance (divisor N-1).
+        frobenius_sq: ``tr S^2``.
+        quartic: ``sum_i |x_i - mean|^4``.
+
+    Returns:
+        The corrected rank; NaN where N < 4 or the estimate of ``tr Sigma^2`` is not positive.
+    """
+    n = float(num_rows)
+    if n < 4:
+        return math.nan
+    kurtosis = n * quartic / (n - 1)
+    frobenius_part = (n - 1) * (n - 2) * frobenius_sq + trace**2 - kurtosis
+    trace_part = 2 * frobenius_sq + (n * n - 3 * n + 1) * trace**2 - kurtosis
+    return trace_part / frobenius_part if frobenius_part > 0 else math.nan
+
+
+def sampling_status(num_rows: int, width: int, trace: float) -> str:
+    """How far a rank of this window can be trusted; one of ``records.STATUSES``.
+
+    Args:
+        num_rows: N.
+        width: D.
+        trace: Total variance; NaN or Inf if a row was not finite.
+    """
+    if num_rows == 0:
+        return "empty"
+    if not math.isfinite(trace):
+        return "nonfinite"
+    if num_rows < 2 or trace <= 0:
+        return "degenerate"
+    if num_rows < MIN_ROWS:
+        return "few_rows"
+    if num_rows < width:
+        return "undersampled"
+    return "ok"
+
+
+def _probabilities(eigs: Tensor) -> Tensor:
+    eigs = eigs if eigs.dtype == torch.float64 else eigs.to(torch.float32)
+    top = eigs.amax(-1, keepdim=True)
+    if not bool(eigs.isfinite().all()) or bool((top <= 0).any()):
+        raise ValueError(
+            f"A spectrum needs finite eigenvalues that are not all zero, got {eigs.flatten()[:4].tolist()}."
+        )
+    scaled = _nonnegative(eigs) / top  # first: sums of squares of tiny or huge eigenvalues would under- or overflow
+    return scaled / scaled.sum(-1, keepdim=True)
+
+
+def _nonnegative(eigs: Tensor) -> Tensor:
+    top = eigs.amax(-1, keepdim=True).clamp(min=0)
+    if bool((eigs < -ROUNDING * top).any()):
+        raise ValueError(f"Eigenvalue {float(eigs.min()):.3g} beside {float(eigs.max()):.3g}: not of a covariance.")
+    return eigs.clamp(min=0)
+
+
+def _relative_entropy(p: Tensor, q: Tensor) -> Tensor:
+    return (torch.special.xlogy(p, p) - torch.special.xlogy(p, q)).sum(-1)

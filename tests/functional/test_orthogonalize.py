@@ -1,0 +1,227 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_spectral.functional.orthogonalize import (
+    COEFFICIENTS,
+    apply_to_singular_values,
+    coefficient_rows,
+    flattened_share,
+    newton_schulz,
+    normalize_singular_values,
+    orthogonalize,
+    polar_express,
+    polar_express_rows,
+    polar_svd,
+    smoothed_sign,
+    steps_to_flatten,
+)
+
+SHAPES = [(8, 8), (16, 64), (64, 16), (128, 512), (256, 256), (256, 1024), (1024, 256)]
+
+
+def matrix_with(spectrum: str, m: int, n: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    if spectrum == "gaussian":
+        return gaussian
+    left, _, right = torch.linalg.svd(gaussian, full_matrices=False)
+    rank = min(m, n)
+    sigma = {
+        "power_law": 1 / torch.arange(1, rank + 1, dtype=torch.float64),
+        "kappa_1e4": torch.logspace(0, -4, rank, dtype=torch.float64),
+        "kappa_10": torch.logspace(0, -1, rank, dtype=torch.float64),
+    }[spectrum]
+    return left * sigma @ right
+
+
+def distance(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((value.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_every_resolved_singular_value_ends_in_the_documented_band(name):
+    chosen = COEFFICIENTS[name]
+    sigma = torch.logspace(math.log10(chosen.resolves), 0, 200_001, dtype=torch.float64).clamp(max=1.0)
+    image = apply_to_singular_values(name, None, sigma)
+    low, high = chosen.band
+    assert low <= image.min()
+    assert image.max() <= high
+    # `resolves` is not needlessly high: a third of it is outside the band
+    assert float(apply_to_singular_values(name, None, torch.tensor(chosen.resolves / 3))) < low
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("spectrum", ["gaussian", "power_law", "kappa_1e4"])
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_singular_values_of_the_result_follow_the_scalar_map(name, spectrum, shape):
+    matrix = matrix_with(spectrum, *shape)
+    result = newton_schulz(matrix, name, steps=None, dtype=torch.float32)
+    entering = normalize_singular_values(torch.linalg.svdvals(matrix), name)
+    expected = apply_to_singular_values(name, None, entering).sort(descending=True).values
+    found = torch.linalg.svdvals(result.double())
+    # fp32: 1e-7 per product, amplified by the slope at zero (8 * 4^4 for five steps, 3.4^8 for ten)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+    low, high = COEFFICIENTS[name].band
+    resolved = (entering >= COEFFICIENTS[name].resolves).double().mean()
+    assert float(((found > low - 2e-3) & (found < high + 2e-3)).double().mean()) >= float(resolved) - 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spectrum", ["gaussian", "power_law", "kappa_1e4"])
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_the_band_holds_at_768_by_3072(name, spectrum):
+    test_singular_values_of_the_result_follow_the_scalar_map(name, spectrum, (768, 3072))
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "shape"), [("gaussian", (256, 1024)), ("power_law", (256, 1024)), ("kappa_10", (96, 96))]
+)
+def test_six_polar_express_steps_reach_the_polar_factor(spectrum, shape):
+    matrix = matrix_with(spectrum, *shape)
+    assert distance(polar_express(matrix, 6, torch.float32), polar_svd(matrix)) < 1e-3
+
+
+@pytest.mark.parametrize("spectrum", ["gaussian", "power_law"])
+def test_the_schatten_normaliser_beats_the_frobenius_one_at_equal_steps(spectrum):
+    matrix = matrix_with(spectrum, 256, 512)
+    exact = polar_svd(matrix)
+    tight, loose = (
+        distance(newton_schulz(matrix, name, 5), exact) for name in ("polar_express", "polar_express_frobenius")
+    )
+    assert tight < 0.6 * loose
+
+
+def test_bf16_stays_near_the_band():
+    for spectrum in ("gaussian", "power_law"):
+        result = polar_express(matrix_with(spectrum, 256, 1024).float(), 5, torch.bfloat16)
+        sigma = torch.linalg.svdvals(result.double())
+        assert sigma.max() < 1.06 + 0.02  # bf16 keeps 8 bits: 2^-8 per product, three products in the last step
+        assert sigma.min() > 0.94 - 0.02
+
+
+def test_muon_equals_torch_bit_for_bit():
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
+    for shape in ((24, 24), (16, 48), (48, 16), (1, 9)):
+        matrix = matrix_with("gaussian", *shape).float()
+        theirs = _zeropower_via_newtonschulz(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+        assert torch.equal(newton_schulz(matrix, "muon", 5, torch.bfloat16), theirs)
+
+
+def test_polar_express_rows_are_minimax_and_nested():
+    rows = polar_express_rows(8)
+    assert polar_express_rows(5) == rows[:5]
+    # the published first row for l = 1e-3 without the safety margin, arXiv:2505.16932
+    assert polar_express_rows(1, safety=1.0, cushion=0.02407327424182761)[0] == pytest.approx(
+        (8.28721201814563, -23.595886519098837, 17.300387312530933), rel=1e-6
+    )
+    # equal error at both ends of the reachable interval: nothing better exists for an odd quintic
+    image = apply_to_singular_values(
+        "polar_express_frobenius", 5, torch.linspace(1e-3, 1, 100_001, dtype=torch.float64)
+    )
+    assert float(1 - image.min()) == pytest.approx(float(image.max() - 1), abs=1e-6)
+
+
+@pytest.mark.parametrize("method", [*COEFFICIENTS, "svd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_degenerate_matrices(method, dtype):
+    shapes = [(5, 7), (1, 9), (9, 1), (1, 1), (3, 400), (400, 3)]
+    zeros = orthogonalize([torch.zeros(s, dtype=dtype) for s in shapes], method)
+    assert all(torch.equal(z, torch.zeros_like(z)) for z in zeros)
+    low, high = (1.0, 1.0) if method == "svd" else COEFFICIENTS[method].band
+    for shape in shapes[1:]:
+        (result,) = orthogonalize([matrix_with("gaussian", *shape).to(dtype)], method)
+        assert result.shape == shape
+        sigma = torch.linalg.svdvals(result.double())
+        assert low - 0.03 < sigma.min()  # bf16 products
+        assert sigma.max() < high + 0.03
+
+
+def test_orthogonalize_batches_like_one_by_one_and_leaves_its_input():
+    matrices = [
+        matrix_with("gaussian", *shape, seed=i).float() for i, shape in enumerate([*SHAPES[:4] * 3, (400, 300)])
+    ]
+    before = [matrix.clone() for matrix in matrices]
+    together = orthogonalize(matrices, dtype=torch.float32)
+    alone = orthogonalize(matrices, dtype=torch.float32, batch=False)
+    for one, other, matrix, old in zip(together, alone, matrices, before, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)  # fp32, another order of summation
+        assert torch.equal(matrix, old)
+    assert orthogonalize(matrices, "identity")[2] is matrices[2]
+    assert orthogonalize([]) == []
+
+
+def test_tiny_and_huge_matrices_give_the_same_direction():
+    matrix = matrix_with("gaussian", 12, 20).float()
+    expected = polar_express(matrix)
+    for scale in (1e-18, 1e15):
+        torch.testing.assert_close(polar_express(matrix * scale), expected, atol=1e-4, rtol=0)
+
+
+def test_polar_svd_and_smoothed_sign():
+    matrix = matrix_with("kappa_10", 7, 12)
+    exact = polar_svd(matrix)
+    torch.testing.assert_close(exact @ exact.mT, torch.eye(7, dtype=torch.float64), atol=1e-12, rtol=0)
+    # the polar factor maximises <X, O>: the inner product is the nuclear norm
+    assert float((matrix * exact).sum()) == pytest.approx(float(torch.linalg.matrix_norm(matrix, "nuc")), rel=1e-12)
+    gram = matrix @ matrix.mT
+    lam = 0.3
+    values, vectors = torch.linalg.eigh(gram + lam**2 * torch.eye(7, dtype=torch.float64))
+    resolvent = vectors * values.rsqrt() @ vectors.mT @ matrix  # (X X^T + lam^2)^(-1/2) X
+    torch.testing.assert_close(smoothed_sign(matrix, lam), resolvent, atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(smoothed_sign(matrix, 0.0), exact)
+    torch.testing.assert_close(smoothed_sign(matrix, 1e9) * 1e9, matrix, rtol=1e-9, atol=1e-12)
+    low_rank = torch.outer(matrix[:, 0], matrix[0])
+    assert int(torch.linalg.matrix_rank(polar_svd(low_rank))) == 1
+    assert polar_svd(matrix.bfloat16()).dtype == torch.bfloat16
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 1000), st.sampled_from(sorted(COEFFICIENTS)))
+def test_orthogonal_changes_of_basis_commute(m, n, seed, name):
+    matrix = matrix_with("gaussian", m, n, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    basis, _ = torch.linalg.qr(torch.randn(m, m, generator=generator, dtype=torch.float64))
+    rotated = newton_schulz(basis @ matrix, name, steps=None)
+    torch.testing.assert_close(rotated, basis @ newton_schulz(matrix, name, steps=None), atol=1e-8, rtol=0)
+
+
+def test_flattened_share_and_steps():
+    flat = torch.ones(64, dtype=torch.float64)
+    assert float(flattened_share(flat, "polar_express")) == 1.0
+    # one of four below what five steps resolve
+    spectrum = torch.tensor([1.0, 0.9, 0.8, 1e-6], dtype=torch.float64)
+    assert float(flattened_share(spectrum, "polar_express", 5)) == 0.75
+    assert flattened_share(torch.stack([flat[:4], spectrum]), "muon", 5).tolist() == [1.0, 0.75]
+    needed = steps_to_flatten(spectrum, "polar_express")
+    assert needed is not None
+    assert needed > 5
+    assert float(flattened_share(spectrum, "polar_express", needed)) == 1.0
+    assert float(flattened_share(spectrum, "polar_express", needed - 1)) < 1.0
+    assert steps_to_flatten(spectrum, "polar_express", share=0.75) <= 5
+    assert steps_to_flatten(torch.tensor([1.0, 0.0]), "polar_express") is None
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: newton_schulz(torch.ones(3)), r"matrix \(\.\.\., M, N\) is needed, got shape \(3,\)"),
+        (lambda: newton_schulz(torch.ones(3, 3), "nope"), "`coefficients` must be one of"),
+        (lambda: newton_schulz(torch.ones(3, 3), steps=-1), "`steps` must be >= 0, got -1"),
+        (lambda: orthogonalize([torch.ones(3, 3)], "nope"), "`method` must be one of"),
+        (lambda: orthogonalize([torch.ones(3, 3), torch.ones(3)]), r"`matrices\[1\]` must have two dimensions"),
+        (lambda: smoothed_sign(torch.ones(2, 2), -1.0), "`lam` must be >= 0"),
+        (lambda: polar_svd(torch.ones(2, 2, dtype=torch.long)), "floating matrix"),
+        (lambda: flattened_share(torch.tensor([-1.0]), "muon"), "finite and >= 0"),
+        (lambda: steps_to_flatten(torch.ones(2, 2), "muon"), "one spectrum"),
+        (lambda: steps_to_flatten(torch.ones(2), "muon", share=0.0), r"`share` must be in \(0, 1\]"),
+        (lambda: coefficient_rows("svd"), "`coefficients` must be one of"),
+    ],
+)
+def test_misuse_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,243 @@
+"""Recipes: litgpt's ``pretrain`` schema and a few keys more.
+
+Those are ``callbacks``, ``strategy``, ``accelerator``, ``architecture`` and ``lr_schedule``.
+Two functions are the whole interface::
+
+    recipe = load("recipes/quickstart.yaml", ["--train.max_steps", "50"])   # or {"train.max_steps": 50}
+    folder = run(recipe)                                                    # the run folder, recipe.out_dir
+
+A :class:`Recipe` is checked, complete, plain and picklable. Every key may be overridden with a dotted path; an item
+of a list is named by its place or, where it has a ``class_path``, by its class:
+``callbacks.TailTokenProbe.init_args.every_n_steps``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from lightning_spectral.architecture import Architecture
+    from lightning_spectral.learning_rate import LRSchedule
+
+OUR_DATA = (
+    "StateOfTheUnion",
+)  # known by name; a bare `TextFiles` is litgpt's, ours is named by its class path or a file
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run, said in one sentence: the key, the value seen, the remedy."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe.
+
+    Attributes:
+        source: The file or name that it came from.
+        content: Every key of the schema with plain values, defaults filled in; ``model_config`` holds the given keys
+            only, so that what was not given can still come from the tokenizer.
+    """
+
+    source: str
+    content: dict[str, Any]
+
+    @property
+    def out_dir(self) -> Path:
+        """The run folder."""
+        from litgpt.utils import init_out_dir
+
+        return Path(init_out_dir(Path(self.content["out_dir"])))
+
+    @property
+    def architecture(self) -> Architecture:
+        """Changes to litgpt's model."""
+        from lightning_spectral.architecture import Architecture
+
+        return Architecture(**self.content["architecture"])
+
+    @property
+    def lr_schedule(self) -> LRSchedule:
+        """Shape of the learning rate."""
+        from lightning_spectral.learning_rate import LRSchedule
+
+        return LRSchedule(**self.content["lr_schedule"])
+
+    def text(self) -> str:
+        """The recipe as YAML that :func:`load` reads back."""
+        return yaml.safe_dump(self.content, sort_keys=False)
+
+
+def load(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        path: A YAML file, or the name of a recipe that came with the package (``quickstart``, ``optimizers/muon``).
+        overrides: Command-line words (``["--train.max_steps", "50", "--optimizer.init_args.lr=1e-3"]``), or dotted keys
+            with values (``{"train.max_steps": 50}``). ``callbacks+`` appends to the list.
+
+    Raises:
+        RecipeError: If the file is missing or no YAML mapping, a key is unknown, a value has the wrong type, or a
+            key is set to something that cannot be honoured.
+    """
+    from lightning_spectral.recipe_schema import check
+
+    file = find(path)
+    tree = _read_yaml(file)
+    pairs = list(overrides.items()) if isinstance(overrides, Mapping) else parse_words(overrides)
+    for key, value in pairs:
+        _set(tree, key, value)
+    return Recipe(str(file), check(tree))
+
+
+def run(recipe: Recipe, *, progress_bar: bool = True) -> Path:
+    """Train what a recipe says and return its run folder.
+
+    Idempotent with ``resume: auto``: a finished run is left as it is, an interrupted one continues from its newest
+    whole checkpoint, a new one starts. With ``resume: false`` an earlier run in the same folder is moved to
+    ``out_dir/earlier/NNN`` first.
+
+    Args:
+        recipe: From :func:`load`.
+        progress_bar: Show Lightning's progress bar.
+
+    Raises:
+        RecipeError: If data, tokenizer, model and callbacks do not fit together.
+    """
+    from lightning_spectral.pretrain import pretrain
+
+    return pretrain(recipe, progress_bar=progress_bar).run_folder
+
+
+def folder_of_recipes() -> Path:
+    """Where the recipes lie: inside the installed wheel, or beside the package in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def names() -> list[str]:
+    """Names of the recipes that came with the package."""
+    root = folder_of_recipes()
+    return sorted(file.relative_to(root).with_suffix("").as_posix() for file in root.rglob("*.yaml"))
+
+
+def find(path: str | Path) -> Path:
+    """The file of a recipe named by path or by name.
+
+    Raises:
+        RecipeError: If there is none.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    name = Path(path).with_suffix("").as_posix().removeprefix("recipes/")
+    shipped = folder_of_recipes() / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    raise RecipeError(f"no recipe `{path}`: give a YAML file or one of the shipped names: {', '.join(names())}.")
+
+
+def parse_words(words: Sequence[str]) -> list[tuple[str, Any]]:
+    """``["--a.b", "1", "--c=2"]`` -> ``[("a.b", 1), ("c", 2)]``; values are read as YAML.
+
+    Raises:
+        RecipeError: If a word is not an option, or an option has no value.
+    """
+    pairs: list[tuple[str, Any]] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not key:
+            raise RecipeError(f"`{word}` is not an option: write `--key value`, e.g. `--train.max_steps 50`.")
+        if not equals:
+            if not rest or re.match(r"--[a-zA-Z]", rest[0]):
+                raise RecipeError(f"`--{key}` has no value: write `--{key} VALUE`.")
+            value = rest.pop(0)
+        pairs.append((key, read_value(value)))
+    return pairs
+
+
+def read_value(text: str) -> Any:
+    """One value as YAML, with ``1e-3`` a number."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return text
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes ``1e-3`` for text; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"`{file}` is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"`{file}` holds {type(tree).__name__}, not keys and values like `out_dir: out/run`.")
+    return tree
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Put ``value`` at a dotted key, opening up what is a bare name or null on the way."""
+    append = key.endswith("+")
+    steps = key.removesuffix("+").split(".")
+    if steps[0] == "model_config" and len(steps) > 1 and tree.get("model_config") is None and tree.get("model_name"):
+        tree["model_config"] = _named_config(tree["model_name"])
+    node: Any = tree
+    for depth, step in enumerate(steps[:-1]):
+        here = ".".join(steps[: depth + 1])
+        place = _place(node, step, here)
+        child = node[place] if isinstance(node, list) else node.get(place)
+        if isinstance(child, str):
+            child = {"class_path": child}  # `--optimizer.init_args.lr` on `optimizer: AdamW`
+        elif child is None:
+            child = {}
+        elif not isinstance(child, (dict, list)):
+            raise RecipeError(f"`{here}` is {child!r} and has nothing below it: cannot set `{key}`.")
+        node[place] = child
+        node = child
+    place = _place(node, steps[-1], key)
+    if append:
+        old = node.get(place) if isinstance(node, dict) else node[place]
+        value = [*(old or []), *(value if isinstance(value, list) else [value])]
+    node[place] = value
+
+
+def _place(node: Any, step: str, here: str) -> Any:
+    if not isinstance(node, list):
+        return step
+    if step.isdigit() and int(step) < len(node):
+        return int(step)
+    classes = [str(item.get("class_path") if isinstance(item, dict) else item).rpartition(".")[2] for item in node]
+    if classes.count(step) == 1:
+        return classes.index(step)
+    raise RecipeError(f"`{here}` names no item of the list; it has {', '.join(classes) or 'none'} (or 0, 1, ...).")
+
+
+def _named_config(name: str) -> dict[str, Any]:
+    """The fields that litgpt sets for a named model, so that one of them can be overridden."""
+    from litgpt.config import configs, name_to_config
+
+    if name in name_to_config:
+        return dict(name_to_config[name])
+    for config in configs:
+        hf = config["hf_config"]
+        if name in (hf["name"], f"{hf['org']}/{hf['name']}"):
+            return dict(config)
+    close = difflib.get_close_matches(name, name_to_config, n=3)
+    hint = f" Did you mean {', '.join(close)}?" if close else ""
+    raise RecipeError(f"litgpt knows no model `{name}`.{hint} Or describe one under `model_config`.")

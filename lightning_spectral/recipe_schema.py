@@ -1,0 +1,210 @@
+"""What a recipe may say: litgpt's own ``pretrain`` signature, read from the installed litgpt, and our few keys more."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import litgpt.data
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.callbacks import Callback
+from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.config import Config
+from litgpt.pretrain import setup as litgpt_setup
+
+import lightning_spectral
+import lightning_spectral.data
+from lightning_spectral.architecture import Architecture
+from lightning_spectral.corpus import READERS
+from lightning_spectral.learning_rate import LRSchedule
+from lightning_spectral.module import optimizer_class
+from lightning_spectral.recipe import OUR_DATA, RecipeError
+
+GROUPS = {
+    "model_config": Config,
+    "train": TrainArgs,
+    "eval": EvalArgs,
+    "log": LogArgs,
+    "architecture": Architecture,
+    "lr_schedule": LRSchedule,
+}
+
+
+def our_keys(
+    callbacks: list[Callback] | None = None,
+    strategy: str | dict[str, Any] = "auto",
+    accelerator: str = "auto",
+    architecture: Architecture = Architecture(),  # noqa: B008
+    lr_schedule: LRSchedule = LRSchedule(),  # noqa: B008
+) -> None:
+    """The keys that litgpt's ``pretrain`` does not have.
+
+    Args:
+        callbacks: Lightning callbacks, each ``{class_path, init_args}``.
+        strategy: Lightning strategy: auto, ddp, fsdp2, a registered name, or ``{class_path, init_args}``.
+        accelerator: Lightning accelerator: auto, cpu, gpu, mps.
+        architecture: Changes to litgpt's GPT.
+        lr_schedule: Shape of the learning rate after warm-up.
+    """
+
+
+def parser() -> ArgumentParser:
+    """The schema as a jsonargparse parser."""
+    made = ArgumentParser(prog="lightning-spectral pretrain", exit_on_error=False)
+    made.add_function_arguments(litgpt_setup, fail_untyped=False, sub_configs=False)
+    made.add_function_arguments(our_keys)
+    return made
+
+
+def defaults() -> dict[str, Any]:
+    """Every key with its default, as plain values."""
+    content: dict[str, Any] = {}
+    for function in (litgpt_setup, our_keys):
+        for name, parameter in inspect.signature(function).parameters.items():
+            default = None if parameter.default is inspect.Parameter.empty else parameter.default
+            content[name] = asdict(default) if is_dataclass(default) and not isinstance(default, type) else default
+    return {key: str(value) if isinstance(value, Path) else value for key, value in content.items()}
+
+
+def check(tree: dict[str, Any]) -> dict[str, Any]:
+    """Check a recipe's tree and fill in the defaults.
+
+    Raises:
+        RecipeError: As :func:`lightning_spectral.recipe.load`.
+    """
+    _refuse_unknown_keys(tree)
+    tree = {
+        **tree,
+        "data": _data(tree.get("data")),
+        "callbacks": [_named_class(c) for c in tree.get("callbacks") or []],
+    }
+    if tree.get("model_name") is None and tree.get("model_config") is None:
+        raise RecipeError(
+            "the recipe names no model: set `model_name` (litgpt's names) or describe one in `model_config`."
+        )
+    given_config = tree.get("model_config")
+    tree["model_name"] = tree.get("model_name") or (given_config or {}).get("name") or "custom"
+    content = defaults()
+    content.update(_parsed(tree))
+    content["model_config"] = given_config
+    _refuse_what_cannot_be_honoured(content)
+    return content
+
+
+def instantiate(content: dict[str, Any]) -> Namespace:
+    """Objects of a checked recipe: ``train``, ``eval``, ``log``, ``data``, ``callbacks``.
+
+    Raises:
+        RecipeError: If a constructor refuses its arguments.
+    """
+    wanted = {key: content[key] for key in ("model_name", "train", "eval", "log", "data", "callbacks")}
+    try:
+        return parser().instantiate_classes(parser().parse_object(wanted))
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        raise RecipeError(one_line(error)) from error
+
+
+def one_line(error: BaseException) -> str:
+    """A parser's or constructor's message without its line breaks."""
+    return " ".join(str(error).split())
+
+
+def _parsed(tree: dict[str, Any]) -> dict[str, Any]:
+    made = parser()
+    try:
+        values = made.parse_object(tree)
+        content: dict[str, Any] = yaml.safe_load(made.dump(values, skip_none=False, skip_validation=True))
+    except Exception as error:  # jsonargparse raises its own, argparse's, and whatever a class_path's import raises
+        raise RecipeError(one_line(error)) from error
+    return content
+
+
+def _refuse_unknown_keys(tree: dict[str, Any]) -> None:
+    _known(tree, defaults(), "")
+    for group, kind in GROUPS.items():
+        value = tree.get(group)
+        if value is None:
+            if group in tree and group not in ("model_config",):
+                del tree[group]  # an empty block means its defaults
+            continue
+        if not isinstance(value, dict):
+            raise RecipeError(f"`{group}` must hold keys and values, got {value!r}.")
+        _known(value, [f.name for f in fields(kind)], f"{group}.")
+
+
+def _known(given: dict[str, Any], known: Any, prefix: str) -> None:
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), list(known), n=1)
+            hint = f"did you mean `{prefix}{close[0]}`?" if close else f"known here: {', '.join(known)}."
+            raise RecipeError(f"unknown key `{prefix}{key}`; {hint}")
+
+
+def _data(value: Any) -> Any:
+    """A name, a class path or a file of text -> ``{class_path, init_args}``."""
+    if isinstance(value, dict):
+        return {**value, "class_path": _data_class(str(value.get("class_path")))}
+    if value is None:
+        raise RecipeError(
+            "the recipe names no `data`: use `data: StateOfTheUnion`, `--data path/to/text.txt`, or a class path."
+        )
+    path = str(value)
+    if any(sign in path for sign in "/*\\") or Path(path).suffix in READERS or Path(path).exists():
+        return {"class_path": "lightning_spectral.data.TextFiles", "init_args": {"path": path}}
+    return {"class_path": _data_class(path)}
+
+
+def _data_class(name: str) -> str:
+    if "." in name:
+        return name
+    if name in OUR_DATA:
+        return f"lightning_spectral.data.{name}"
+    if name in litgpt.data.__all__:
+        return f"litgpt.data.{name}"
+    known = [*OUR_DATA, *(n for n in litgpt.data.__all__ if n[0].isupper() and n not in ("DataModule", "SFTDataset"))]
+    raise RecipeError(f"`data: {name}` is neither a file nor a data module; by name there are {', '.join(known)}.")
+
+
+def _named_class(callback: Any) -> Any:
+    if isinstance(callback, str):
+        callback = {"class_path": callback}
+    if isinstance(callback, dict) and callback.get("class_path") in lightning_spectral.__all__:
+        return {**callback, "class_path": f"lightning_spectral.callbacks.{callback['class_path']}"}
+    return callback
+
+
+def _refuse_what_cannot_be_honoured(content: dict[str, Any]) -> None:
+    for reason in _reasons(content):
+        raise RecipeError(reason)
+
+
+def _reasons(content: dict[str, Any]) -> Iterator[str]:
+    train, evaluation = content["train"], content["eval"]
+    if evaluation["max_new_tokens"] is not None:
+        yield f"`eval.max_new_tokens: {evaluation['max_new_tokens']}` is for fine-tuning. Leave it empty."
+    if evaluation["evaluate_example"] != "first":
+        yield f"`eval.evaluate_example: {evaluation['evaluate_example']}` is for fine-tuning. Leave it out."
+    for key in ("interval", "max_iters"):
+        if evaluation[key] < 1:
+            yield f"`eval.{key}` must be >= 1, got {evaluation[key]}."
+    for key in ("global_batch_size", "micro_batch_size", "log_interval"):
+        if train[key] < 1:
+            yield f"`train.{key}` must be >= 1, got {train[key]}."
+    for key in ("max_steps", "max_tokens", "epochs", "max_seq_length", "save_interval"):
+        if train[key] is not None and train[key] < 1:
+            yield f"`train.{key}` must be >= 1, got {train[key]}; leave it empty for no limit."
+    if all(train[key] is None for key in ("max_steps", "max_tokens", "epochs")):
+        yield "the run has no end: set `train.max_tokens`, `train.max_steps` or `train.epochs`."
+    if content["initial_checkpoint_dir"] and content["resume"]:
+        yield "`resume` and `initial_checkpoint_dir` both say where to start: set one of them."
+    if content["logger_name"] != "wandb" and any(content["log"][key] for key in ("project", "run", "group")):
+        yield f"`log.project`, `log.run` and `log.group` are for `logger_name: wandb`, got {content['logger_name']}."
+    try:
+        optimizer_class(content["optimizer"])
+    except ValueError as error:
+        yield str(error)

@@ -1,0 +1,45 @@
+"""Validation before the first step and after the last, inside the fit, so that loggers and callbacks see it."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+
+class EdgeValidation(Callback):
+    """Run the fit's own validation loop at its edges, as litgpt's ``eval.initial_validation`` and ``final_validation``.
+
+    Args:
+        first: Before the first step of a fresh run.
+        last: After the last step, unless the interval has just done so.
+    """
+
+    def __init__(self, *, first: bool, last: bool) -> None:
+        self._first = first
+        self._last = last
+        self._validated_step: int | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validate the untrained model."""
+        if self._first and trainer.global_step == 0:
+            _validate(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember the step, so that none is validated twice."""
+        if not trainer.sanity_checking:
+            self._validated_step = trainer.global_step
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validate the trained model."""
+        if self._last and self._validated_step != trainer.global_step:
+            _validate(trainer)
+
+
+def _validate(trainer: pl.Trainer) -> None:
+    """What Lightning's training loop does at ``val_check_interval``."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    first_loop_iter = trainer._logger_connector._first_loop_iter
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+    trainer._logger_connector._first_loop_iter = first_loop_iter

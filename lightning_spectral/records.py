@@ -237,6 +237,19 @@ def read_losses(path: str | Path) -> ReadReport[LossRecord]:
     return _read(_file(path, LOSSES_FILE), LossRecord)
 
 
+def parse_record(line: bytes, kind: type[RecordT]) -> RecordT:
+    """One line of a JSONL file as a record.
+
+    Raises:
+        ValueError: If it is not a whole JSON object, not one of our records, or one of a newer schema.
+    """
+    try:
+        content = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError("not a whole JSON object") from None
+    return _build(content, kind)
+
+
 def write_run(folder: str | Path, info: RunInfo) -> None:
     """Write ``run.json`` atomically."""
     path = Path(folder) / RUN_FILE
@@ -266,18 +279,20 @@ def _read(path: Path, kind: type[RecordT]) -> ReadReport[RecordT]:
     seen: set[tuple[Any, ...]] = set()
     for number, line in _lines(path):
         try:
-            record = _build(json.loads(line), kind)
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            skipped.append((number, "not a whole JSON object"))
+            record: RecordT = parse_record(line, kind)
+            key = (record.run_id, *record.key)
+            repeated = key in seen
         except ValueError as error:
             skipped.append((number, str(error)))
+            continue
+        except TypeError:  # a list or an object where a key has a name or a number
+            skipped.append((number, "a field holds a value of the wrong type"))
+            continue
+        if repeated:
+            skipped.append((number, f"duplicate of {key}"))
         else:
-            key = (record.run_id, *record.key)
-            if key in seen:
-                skipped.append((number, f"duplicate of {key}"))
-            else:
-                seen.add(key)
-                records.append(record)
+            seen.add(key)
+            records.append(record)
     if skipped:
         number, reason = skipped[0]
         warnings.warn(

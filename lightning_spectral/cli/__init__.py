@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from importlib import import_module
 
 # verb -> (module with a ``main(argv) -> int``, one line of help)
-VERBS: dict[str, tuple[str, str]] = {}
+VERBS: dict[str, tuple[str, str]] = {
+    "pretrain": ("lightning_spectral.cli.pretrain", "train a recipe and record its ranks"),
+    "count-tokens": ("lightning_spectral.cli.count_tokens", "token counts of a text, for TailTokenProbe"),
+    "sweep": ("lightning_spectral.cli.sweep", "many runs from one recipe and axes"),
+    "fit": ("lightning_spectral.cli.fit", "scaling exponents of runs or of a table of points"),
+    "compare": ("lightning_spectral.cli.compare", "differences of exponents, levels and spectra, with intervals"),
+    "report": ("lightning_spectral.cli.report", "one offline HTML page of figures and tables"),
+}
 
 
 class CommandError(Exception):

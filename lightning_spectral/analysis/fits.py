@@ -1,0 +1,333 @@
+"""Power laws ``value = A * x ** beta`` with an interval that says what it is an interval over.
+
+Which interval is right depends on what repeats:
+
+* ``ols``: every point counts as independent; t interval with n - 2 degrees of freedom. Right when there is one run a
+  width. Over widths, NOT over seeds.
+* ``ols_seed_means``: runs at one width are averaged (in ln) first, then t with (widths - 2). Right when several seeds
+  share the widths: whatever the runs of one width have in common (curvature of the law, the same data and evaluation
+  tokens) is not counted once per seed. The slope equals ``ols`` when every width has the same seeds.
+* ``seed_slopes``: one slope a seed, t with (seeds - 1). What another seed at these same widths would give.
+* ``bootstrap``: resamples seeds, then layers; percentile spread widened by t(seeds - 1) and sqrt(S / (S - 1)).
+* ``weighted``: weights (value / spread)^2, the spread being over layers. ``theil_sen``: median of pairwise slopes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_spectral.analysis.linear import Line, least_squares, leave_one_out, seed_means, t_quantile, theil_sen
+from lightning_spectral.analysis.points import Point
+
+FloatArray = NDArray[np.float64]
+NAN: Final = float("nan")
+MIN_WIDTHS: Final = 3
+BOOTSTRAP_SAMPLES: Final = 1000
+WIDE_CI: Final = 0.3  # half-width of the interval of beta beyond which a slope says little
+
+
+@dataclass(frozen=True)
+class PowerLawFit:
+    """One fitted exponent.
+
+    Attributes:
+        series: Values of the ``by`` columns.
+        beta: Exponent; NaN if refused.
+        ln_a: Intercept of ln(value) at ln(x) = 0; NaN if refused.
+        ci_low: Lower end of the 95 % interval of beta; NaN if there is none.
+        ci_high: Upper end.
+        r2: Share of the variance of ln(value) explained.
+        n: Points that the line was fitted to.
+        status: ``ok``, ``refused:REASON`` or flags joined by ``+``.
+        method: Name of a row of :data:`METHODS`.
+        std_err: Standard error of beta.
+        df: Degrees of freedom of the interval.
+        num_widths: Distinct x values.
+        num_runs: Distinct sources.
+        num_seeds: Distinct seeds.
+        x_min: Smallest x: a fit over 1-4x is another quantity than one over 1-8x.
+        x_max: Largest x.
+        loo_low: Smallest beta with one width left out.
+        loo_high: Largest.
+        theil_sen: Median of pairwise slopes.
+        weighted: Weighted least-squares beta.
+        seed_low: ``seed_slopes`` interval, when at least two seeds cover every width.
+        seed_high: Upper end.
+        boot_low: ``bootstrap`` interval, likewise.
+        boot_high: Upper end.
+        null_beta: Slope of the untrained (or once updated) network, same series.
+        null_step: Step of that null.
+        ln_x_mean: Where the line is known best.
+        level: Fitted ln(value) at ``ln_x_mean``.
+        level_se: Standard error of ``level``.
+    """
+
+    series: tuple[str, ...]
+    beta: float = NAN
+    ln_a: float = NAN
+    ci_low: float = NAN
+    ci_high: float = NAN
+    r2: float = NAN
+    n: int = 0
+    status: str = "ok"
+    method: str = "ols"
+    std_err: float = NAN
+    df: float = NAN
+    num_widths: int = 0
+    num_runs: int = 0
+    num_seeds: int = 0
+    x_min: float = NAN
+    x_max: float = NAN
+    loo_low: float = NAN
+    loo_high: float = NAN
+    theil_sen: float = NAN
+    weighted: float = NAN
+    seed_low: float = NAN
+    seed_high: float = NAN
+    boot_low: float = NAN
+    boot_high: float = NAN
+    null_beta: float = NAN
+    null_step: float = NAN
+    ln_x_mean: float = NAN
+    level: float = NAN
+    level_se: float = NAN
+
+    @property
+    def refused(self) -> bool:
+        """Whether no line was drawn; the status says why."""
+        return self.status.startswith("refused")
+
+    @property
+    def wide(self) -> bool:
+        """Whether the interval is too wide for the slope to say much (or there is none)."""
+        return not (self.ci_high - self.ci_low) / 2 <= WIDE_CI
+
+    def line(self, x: FloatArray) -> FloatArray:
+        """Fitted value at ``x``."""
+        return np.exp(self.ln_a + self.beta * np.log(x))
+
+    def band(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Pointwise 95 % band of the fitted line (not of a new point)."""
+        at = np.log(x) - self.ln_x_mean
+        half = t_quantile(self.df) * np.sqrt(self.level_se**2 + (self.std_err * at) ** 2)
+        center = self.level + self.beta * at
+        return np.exp(center - half), np.exp(center + half)
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    beta: float
+    ln_a: float
+    low: float
+    high: float
+    r2: float
+    n: int
+    std_err: float
+    df: float
+    ln_x_mean: float = NAN
+    level: float = NAN
+    level_se: float = NAN
+
+
+def _of_line(line: Line, n: int) -> _Estimate:
+    half = float(t_quantile(line.df)) * float(line.slope_se)
+    beta, ln_a = float(line.slope), float(line.intercept)
+    level_se = math.sqrt(float(line.residual_var) / line.weight_sum)
+    level = ln_a + beta * line.x_mean
+    r2, std_err = float(line.r2), float(line.slope_se)
+    return _Estimate(beta, ln_a, beta - half, beta + half, r2, n, std_err, line.df, line.x_mean, level, level_se)
+
+
+def _ols(points: Sequence[Point]) -> _Estimate:
+    x, y = _logs(points)
+    return _of_line(least_squares(x, y), len(x))
+
+
+def _ols_seed_means(points: Sequence[Point]) -> _Estimate:
+    x, y = seed_means(*_logs(points))
+    return _of_line(least_squares(x, y), len(x))
+
+
+def _weighted(points: Sequence[Point]) -> _Estimate:
+    x, y = _logs(points)
+    relative = np.array([point.spread / point.value for point in points])
+    if not (np.isfinite(relative) & (relative > 0)).all():
+        raise ValueError("every point needs a positive spread for `weighted`")
+    return _of_line(least_squares(x, y, 1.0 / relative**2), len(x))
+
+
+def _theil_sen(points: Sequence[Point]) -> _Estimate:
+    x, y = _logs(points)
+    slope, intercept, low, high = theil_sen(x, y)
+    residual, total = y - intercept - slope * x, float(((y - y.mean()) ** 2).sum())
+    r2 = 1.0 - float(residual @ residual) / total if total > 0 else NAN
+    return _Estimate(slope, intercept, low, high, r2, len(x), NAN, NAN)
+
+
+def slopes_by_seed(points: Sequence[Point]) -> FloatArray:
+    """OLS slope of each seed that covers every width; empty unless at least two do."""
+    widths = {point.x for point in points}
+    by_seed: dict[str, list[Point]] = {}
+    for point in points:
+        by_seed.setdefault(point.seed, []).append(point)
+    whole = [own for own in by_seed.values() if {point.x for point in own} == widths]
+    if len(whole) < 2 or len(widths) < 2:
+        return np.empty(0)
+    return np.array([float(least_squares(*_logs(own)).slope) for own in whole])
+
+
+def _seed_slopes(points: Sequence[Point]) -> _Estimate:
+    slopes = slopes_by_seed(points)
+    if not len(slopes):
+        raise ValueError("`seed_slopes` needs at least two seeds that cover every width")
+    pooled = _ols_seed_means(points)
+    se = float(slopes.std(ddof=1)) / math.sqrt(len(slopes))
+    half = float(t_quantile(len(slopes) - 1)) * se
+    beta = float(slopes.mean())
+    return replace(pooled, beta=beta, low=beta - half, high=beta + half, std_err=se, df=len(slopes) - 1)
+
+
+def _bootstrap(points: Sequence[Point]) -> _Estimate:
+    pooled = _ols_seed_means(points)
+    draws, seeds = bootstrap_slopes(points)
+    if not len(draws):
+        raise ValueError("`bootstrap` needs at least two seeds that cover every width, and values per layer")
+    se = float(draws.std(ddof=1)) * math.sqrt(seeds / (seeds - 1))
+    half = float(t_quantile(seeds - 1)) * se
+    return replace(pooled, low=pooled.beta - half, high=pooled.beta + half, std_err=se, df=seeds - 1)
+
+
+def bootstrap_slopes(
+    points: Sequence[Point], samples: int = BOOTSTRAP_SAMPLES, seed: int = 0
+) -> tuple[FloatArray, int]:
+    """Slopes under resampled seeds and layers: (samples,) and the number of seeds; empty when that cannot be done.
+
+    A drawn seed brings its runs of all widths along, a drawn layer is the same layer in every run: what they share
+    across widths stays shared.
+    """
+    widths = sorted({point.x for point in points})
+    table = {(point.x, point.seed): point.layers for point in points}
+    seeds = [s for s in sorted({point.seed for point in points}) if all((x, s) in table for x in widths)]
+    counts = {len(table[x, s]) for x in widths for s in seeds}
+    if len(seeds) < 2 or len(counts) != 1 or 0 in counts or len(widths) < 2:
+        return np.empty(0), len(seeds)
+    values = np.array([[table[x, s] for s in seeds] for x in widths])  # (widths, seeds, layers)
+    if not (values > 0).all():
+        return np.empty(0), len(seeds)
+    generator = np.random.default_rng(seed)
+    drawn_seeds = generator.integers(len(seeds), size=(samples, len(seeds)))
+    drawn_layers = generator.integers(values.shape[2], size=(samples, values.shape[2]))
+    ln_y = np.log(np.median(values[:, drawn_seeds[:, :, None], drawn_layers[:, None, :]], axis=-1)).mean(axis=-1)
+    return least_squares(np.log(np.array(widths)), ln_y.T).slope, len(seeds)
+
+
+# method name -> estimate of one series; `auto` picks between the first two
+METHODS: Final[dict[str, Callable[[Sequence[Point]], _Estimate]]] = {
+    "ols": _ols,
+    "ols_seed_means": _ols_seed_means,
+    "weighted": _weighted,
+    "theil_sen": _theil_sen,
+    "seed_slopes": _seed_slopes,
+    "bootstrap": _bootstrap,
+}
+
+
+def choose_method(points: Sequence[Point]) -> str:
+    """``ols_seed_means`` when known seeds share widths, else ``ols``."""
+    repeats = len({point.x for point in points}) < len(points)
+    return "ols_seed_means" if repeats and len({point.seed for point in points}) > 1 else "ols"
+
+
+def fit_series(
+    points: Sequence[Point], *, method: str = "auto", flags: Sequence[str] = (), extras: bool = True
+) -> PowerLawFit:
+    """Fit one series.
+
+    Args:
+        points: All points of the series.
+        method: A name from :data:`METHODS`, or ``auto`` (:func:`choose_method`).
+        flags: Warnings found by ``health``; they become the status.
+        extras: Also compute the robust and resampled columns.
+
+    Raises:
+        ValueError: If the method is unknown.
+    """
+    if method != "auto" and method not in METHODS:
+        raise ValueError(f"unknown fit method `{method}`; choose auto, {', '.join(METHODS)}.")
+    measured = [point for point in points if not math.isnan(point.value)]
+    if len(measured) < len(points) and "missing_values" not in flags:
+        flags = (*flags, "missing_values")
+    points = measured or points
+    name = choose_method(points) if method == "auto" else method
+    xs = sorted({point.x for point in points})
+    blank = PowerLawFit(
+        points[0].series if points else (),
+        n=len(points),
+        method=name,
+        num_widths=len(xs),
+        num_runs=len({point.source for point in points}),
+        num_seeds=len({point.seed for point in points if point.seed}),
+        x_min=xs[0] if xs else NAN,
+        x_max=xs[-1] if xs else NAN,
+    )
+    reason = refusal(points)
+    if reason:
+        return replace(blank, status=f"refused:{reason}")
+    try:
+        estimate = METHODS[name](points)
+    except ValueError as error:
+        return replace(blank, status=f"refused:{error}")
+    fit = replace(
+        blank,
+        beta=estimate.beta,
+        ln_a=estimate.ln_a,
+        ci_low=estimate.low,
+        ci_high=estimate.high,
+        r2=estimate.r2,
+        n=estimate.n,
+        status="+".join(flags) or "ok",
+        std_err=estimate.std_err,
+        df=estimate.df,
+        ln_x_mean=estimate.ln_x_mean,
+        level=estimate.level,
+        level_se=estimate.level_se,
+    )
+    return _with_extras(fit, points) if extras else fit
+
+
+def refusal(points: Sequence[Point]) -> str:
+    """Why no line may be drawn through these points; empty if one may."""
+    values = np.array([[point.x, point.value] for point in points]).reshape(-1, 2)
+    if not np.isfinite(values).all():
+        return "missing_values"
+    if not (values > 0).all():
+        return "non_positive_values"
+    if len({point.x for point in points}) < MIN_WIDTHS:
+        return f"fewer_than_{MIN_WIDTHS}_widths"
+    return ""
+
+
+def _with_extras(fit: PowerLawFit, points: Sequence[Point]) -> PowerLawFit:
+    x, y = _logs(points)
+    loo_low, loo_high = leave_one_out(x, y)
+    slopes = slopes_by_seed(points)
+    out = replace(fit, loo_low=loo_low, loo_high=loo_high, theil_sen=theil_sen(x, y)[0])
+    if all(point.spread > 0 for point in points):
+        out = replace(out, weighted=_weighted(points).beta)
+    if len(slopes):
+        by_seed = _seed_slopes(points)
+        out = replace(out, seed_low=by_seed.low, seed_high=by_seed.high)
+        if all(point.layers for point in points):
+            boot = _bootstrap(points)
+            out = replace(out, boot_low=boot.low, boot_high=boot.high)
+    return out
+
+
+def _logs(points: Sequence[Point]) -> tuple[FloatArray, FloatArray]:
+    return np.log([point.x for point in points]), np.log([point.value for point in points])

@@ -1,0 +1,191 @@
+"""From runs to the points of a fit: the last windows' median per layer, then the median over layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_spectral.analysis.runs import Run, RunSet
+
+FloatArray = NDArray[np.float64]
+LAST_WINDOWS: Final = 5
+LAYER_MEDIAN: Final = "median"
+DEFAULT_METRICS: Final = ("soft_rank", "hard_rank")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value at one width.
+
+    Attributes:
+        series: Values of the ``by`` columns, in their order.
+        x: FFN width D (or the x column of a table).
+        value: The measured value.
+        source: Run id, or the row's own id; equal ids are the same run.
+        seed: Seed of the run, or an empty string.
+        spread: One standard deviation over layers, in units of the value; NaN if unknown.
+        num_rows: Rows N behind the value; NaN if unknown.
+        rank: The rank found, to compare N with; NaN if unknown.
+        steps: Windows that went into it.
+        conventions: Convention sets of the records behind it.
+        layers: Values per layer, in layer order; empty if unknown.
+        missing: Number of windows without a number (status ``empty``, ``nonfinite``, ``degenerate``).
+    """
+
+    series: tuple[str, ...]
+    x: float
+    value: float
+    source: str = ""
+    seed: str = ""
+    spread: float = float("nan")
+    num_rows: float = float("nan")
+    rank: float = float("nan")
+    steps: tuple[int, ...] = ()
+    conventions: tuple[str, ...] = ()
+    layers: tuple[float, ...] = ()
+    missing: int = 0
+
+
+@dataclass(frozen=True)
+class PointTable:
+    """Points and the names of their ``by`` columns.
+
+    Attributes:
+        by: Column names; ``series`` of every point has one value for each.
+        points: In file or run order.
+        x_name: What x is.
+    """
+
+    by: tuple[str, ...]
+    points: tuple[Point, ...]
+    x_name: str = "width"
+
+    def groups(self) -> dict[tuple[str, ...], list[Point]]:
+        """Points of each series, in order of appearance."""
+        out: dict[tuple[str, ...], list[Point]] = {}
+        for point in self.points:
+            out.setdefault(point.series, []).append(point)
+        return out
+
+
+def nanmedian(values: FloatArray, axis: int) -> FloatArray:
+    """``numpy.nanmedian`` that takes an all-NaN slice as what it is here: no number."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.asarray(np.nanmedian(values, axis=axis), dtype=np.float64)
+
+
+def default_by(runs: RunSet, layers: bool = True) -> tuple[str, ...]:
+    """``optimizer``, whatever else tells the runs apart, ``site``, ``bucket``, ``metric`` and ``layer``."""
+    return ("optimizer", *runs.series_labels, "site", "bucket", "metric", *(("layer",) if layers else ()))
+
+
+def points_of_runs(
+    runs: RunSet,
+    *,
+    by: Sequence[str] | None = None,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    last: int = LAST_WINDOWS,
+    until_step: int | None = None,
+    sites: Sequence[str] | None = None,
+) -> PointTable:
+    """Points of every run, one for each site, bucket, metric and (if ``layer`` is in ``by``) layer.
+
+    Args:
+        runs: What :func:`~lightning_spectral.analysis.runs.load_runs` found.
+        by: Columns that make a series; :func:`default_by` if not given.
+        metrics: Names from the records.
+        last: Windows in the median.
+        until_step: Take the last windows at or before this step (e.g. before the learning rate decays).
+        sites: Sites to use; ``post`` alone when ``site`` is not in ``by``.
+
+    Raises:
+        ValueError: If ``last`` is not positive, or ``by`` names a column that the runs do not have.
+    """
+    if last < 1:
+        raise ValueError(f"`last` must be >= 1, got {last}.")
+    names = tuple(by) if by is not None else default_by(runs)
+    if "metric" not in names and len(metrics) > 1:
+        raise ValueError(f"`by` without `metric` needs one metric, got {', '.join(metrics)}. Pass --metrics hard_rank.")
+    known = {"optimizer", "site", "bucket", "metric", "layer", *(key for run in runs.runs for key in run.info.labels)}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"the runs have no column `{unknown[0]}` to group by; they have {', '.join(sorted(known))}.")
+    if sites is None and "site" not in names:
+        sites = ("post",)
+    points: list[Point] = []
+    for run in runs.runs:
+        points += _points_of_run(runs, run, names, metrics, last, until_step, sites)
+    return PointTable(names, tuple(points))
+
+
+def _points_of_run(
+    runs: RunSet,
+    run: Run,
+    by: tuple[str, ...],
+    metrics: Sequence[str],
+    last: int,
+    until_step: int | None,
+    sites: Sequence[str] | None,
+) -> list[Point]:
+    usable = run.steps if until_step is None else run.steps[run.steps <= until_step]
+    if not len(usable):
+        return []
+    window = slice(max(0, len(usable) - last), len(usable))
+    steps = tuple(int(step) for step in usable[window])
+    labels = {name: runs.label_of(run, name) for name in by}
+    rows = run.cube("num_rows")[:, :, window]
+    num_rows = nanmedian(rows.reshape(*rows.shape[:2], -1), axis=-1)
+    out = []
+    for metric in metrics:
+        values = run.cube(metric)[:, :, window]
+        per_layer = nanmedian(values, axis=2)
+        center = nanmedian(per_layer, axis=2)
+        for s, site in enumerate(run.sites):
+            if sites is not None and site not in sites:
+                continue
+            for b, bucket in enumerate(run.buckets):
+                layers = per_layer[s, b]
+                if np.isnan(rows[s, b]).all():
+                    continue  # never measured at this site and bucket
+                labels |= {"site": site, "bucket": bucket, "metric": metric}
+                missing = int(np.isnan(values[s, b]).sum())
+                spread = float(np.nanstd(layers, ddof=1)) if np.isfinite(layers).sum() > 1 else float("nan")
+
+                is_rank = "rank" in metric
+                median = Point(
+                    series=tuple({**labels, "layer": LAYER_MEDIAN}[name] for name in by),
+                    x=float(run.width),
+                    value=float(center[s, b]),
+                    source=run.run_id,
+                    seed=run.seed,
+                    spread=spread,
+                    num_rows=float(num_rows[s, b]),
+                    rank=float(center[s, b]) if is_rank else float("nan"),
+                    steps=steps,
+                    conventions=run.conventions,
+                    layers=tuple(float(value) for value in layers),
+                    missing=missing,
+                )
+                out.append(median)
+                if "layer" not in by:
+                    continue
+                for index, name in enumerate(run.layers):
+                    value = float(layers[index])
+                    out.append(
+                        replace(
+                            median,
+                            series=tuple({**labels, "layer": name}[column] for column in by),
+                            value=value,
+                            rank=value if is_rank else float("nan"),
+                            spread=float("nan"),
+                            layers=(),
+                            missing=int(np.isnan(values[s, b, :, index]).sum()),
+                        )
+                    )
+    return out

@@ -1,0 +1,339 @@
+"""Run folders on disk -> :class:`Run` objects with dense arrays, and a list of everything that was wrong with them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_spectral.analysis.scan import METRICS, SpectralColumns, scan_spectral
+from lightning_spectral.records import LOSSES_FILE, RUN_FILE, SPECTRAL_FILE, LossRecord, RunInfo, read_losses, read_run
+
+FloatArray = NDArray[np.float64]
+
+# labels that name the x axis or a repetition: never a series of their own
+_NOT_A_SERIES: Final = {
+    "optimizer",
+    "seed",
+    "width",
+    "ffn_multiplier",
+    "intermediate_size",
+    "data_order",
+    "run_id",
+}
+_STAGE_ORDER: Final = (b"train", b"validation", b"measure", b"test", b"predict")
+_SITE_ORDER: Final = ("post", "pre")
+_BUCKET_ORDER: Final = ("pooled", "head", "mid", "tail")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something a reader of the result must know: which input, what is wrong, how bad.
+
+    Attributes:
+        source: File, folder or run id.
+        kind: Short machine-readable name, e.g. ``skipped_lines``.
+        message: One sentence for people.
+        refused: Whether the input was left out.
+    """
+
+    source: str
+    kind: str
+    message: str
+    refused: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder.
+
+    Attributes:
+        folder: Where it was read from.
+        info: Its ``run.json``.
+        width: FFN hidden size D.
+        columns: Spectral records of one stage.
+        losses: Loss records, any stage.
+        digest: SHA-256 of ``spectral.jsonl``.
+    """
+
+    folder: Path
+    info: RunInfo
+    width: int
+    columns: SpectralColumns
+    losses: tuple[LossRecord, ...]
+    digest: str
+
+    @property
+    def run_id(self) -> str:
+        """Id from ``run.json``."""
+        return self.info.run_id
+
+    @property
+    def optimizer(self) -> str:
+        """Label of the optimizer, else its class name."""
+        return self.info.labels.get("optimizer") or self.info.optimizer
+
+    @property
+    def seed(self) -> str:
+        """Seed as text; empty if unknown."""
+        value = self.info.labels.get("seed", self.info.seed)
+        return "" if value is None else str(value)
+
+    @cached_property
+    def steps(self) -> NDArray[np.int64]:
+        """Optimizer steps of the windows, ascending."""
+        return np.unique(self.columns.ints["step"])
+
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """``layer_00``, ..., or ``layer_00.expert_1`` inside a mixture of experts."""
+        return tuple(
+            f"layer_{layer:02d}" + (f".expert_{expert}" if expert >= 0 else "")
+            for layer, expert in self._layer_keys.tolist()
+        )
+
+    @cached_property
+    def sites(self) -> tuple[str, ...]:
+        """Sites measured, ``post`` first."""
+        return _ordered(self.columns.texts["site"], _SITE_ORDER)
+
+    @cached_property
+    def buckets(self) -> tuple[str, ...]:
+        """Buckets measured, pooled first."""
+        return _ordered(self.columns.texts["bucket"], _BUCKET_ORDER)
+
+    @cached_property
+    def _layer_keys(self) -> NDArray[np.int64]:
+        pairs = np.stack([self.columns.ints["layer"], self.columns.ints["expert"]], axis=1)
+        return np.unique(pairs, axis=0)
+
+    @cached_property
+    def position(self) -> tuple[NDArray[np.intp], ...]:
+        """Where each record sits in a (site, bucket, window, layer) array."""
+        texts, ints = self.columns.texts, self.columns.ints
+        pairs = np.stack([ints["layer"], ints["expert"]], axis=1)
+        layer = np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
+        return (
+            _index(texts["site"], self.sites),
+            _index(texts["bucket"], self.buckets),
+            np.searchsorted(self.steps, ints["step"]),
+            layer,
+        )
+
+    def cube(self, metric: str) -> FloatArray:
+        """``metric`` as (site, bucket, window, layer); NaN where there is no number.
+
+        Raises:
+            ValueError: If there is no such metric.
+        """
+        if metric not in METRICS and metric not in ("num_rows", "tokens_seen"):
+            raise ValueError(f"unknown metric `{metric}`; the records hold {', '.join(METRICS)}.")
+        if metric == "num_rows":
+            return self._dense(self.columns.ints["num_rows"].astype(np.float64))
+        return self._dense(self.columns.floats[metric])
+
+    def orders(self, name: str, windows: int) -> dict[str, FloatArray]:
+        """``renyi`` or ``reinjection`` of the last ``windows`` windows: order -> (site, bucket, window, layer)."""
+        late = self.columns.ints["step"] >= self.steps[-windows:][0]
+        parsed = [json.loads(cell) for cell in self.columns.texts[name][late]]
+        keys = sorted({key for cell in parsed for key in cell}, key=float)
+        out = {}
+        for key in keys:
+            full = np.full(len(self.columns), np.nan)
+            full[late] = [np.nan if cell.get(key) is None else cell[key] for cell in parsed]
+            out[key] = self._dense(full)[:, :, -windows:]
+        return out
+
+    @cached_property
+    def conventions(self) -> tuple[str, ...]:
+        """The distinct convention sets of its records, as JSON; more than one means they do not mix."""
+        return tuple(sorted(cell.decode() for cell in np.unique(self.columns.texts["conventions"])))
+
+    @cached_property
+    def status_counts(self) -> dict[str, int]:
+        """Records of each status."""
+        names, counts = np.unique(self.columns.texts["status"], return_counts=True)
+        return {name.decode(): int(count) for name, count in zip(names, counts, strict=True)}
+
+    def _dense(self, values: FloatArray) -> FloatArray:
+        shape = (len(self.sites), len(self.buckets), len(self.steps), len(self.layers))
+        dense = np.full(shape, np.nan)
+        dense[self.position] = values
+        return dense
+
+
+@dataclass(frozen=True)
+class RunSet:
+    """All usable runs under some paths, and what was wrong with the rest.
+
+    Attributes:
+        runs: One for each run id, by width and id.
+        problems: Left-out lines, refused folders, repeated runs.
+    """
+
+    runs: tuple[Run, ...]
+    problems: tuple[Problem, ...]
+
+    @cached_property
+    def series_labels(self) -> tuple[str, ...]:
+        """Labels, besides the optimizer, that differ between runs and are neither width nor seed."""
+        names = sorted({name for run in self.runs for name in run.info.labels} - _NOT_A_SERIES)
+        return tuple(name for name in names if self._tells_series_apart(name))
+
+    def _tells_series_apart(self, name: str) -> bool:
+        pairs = {(run.info.labels.get(name, ""), run.width) for run in self.runs}
+        values = {value for value, _ in pairs}
+        renames_width = len(pairs) == len(values) == len({width for _, width in pairs})
+        return len(values) > 1 and not renames_width
+
+    def label_of(self, run: Run, name: str) -> str:
+        """Value of a ``by`` column for one run."""
+        return run.optimizer if name == "optimizer" else run.info.labels.get(name, "")
+
+
+def load_runs(paths: Iterable[str | Path], stage: str | None = None) -> RunSet:
+    """Read every run folder at or below ``paths``.
+
+    Args:
+        paths: Run folders, or folders that hold them at any depth.
+        stage: Stage of the records to use; by default ``train`` if a run has it, else the first it has.
+
+    Raises:
+        FileNotFoundError: If a path does not exist.
+        ValueError: If there is no run folder at all.
+    """
+    roots = [Path(path) for path in paths]
+    for root in roots:
+        if not root.exists():
+            raise FileNotFoundError(f"no such file or folder: `{root}`.")
+    folders = sorted({file.parent for root in roots for file in _run_files(root)})
+    if not folders:
+        where = ", ".join(f"`{root}`" for root in roots)
+        raise ValueError(
+            f"no run folder (one with a `{RUN_FILE}`) under {where}. Give the `out_dir` of a run or sweep."
+        )
+    runs: dict[str, Run] = {}
+    problems: list[Problem] = []
+    for folder in folders:
+        run, found = read_run_folder(folder, stage)
+        problems += found
+        if run is None:
+            continue
+        if run.run_id in runs:
+            first = runs[run.run_id].folder
+            text = f"`{folder}` has the run id `{run.run_id}` of `{first}` and was left out."
+            problems.append(Problem(str(folder), "repeated_run_id", text, refused=True))
+        else:
+            runs[run.run_id] = run
+    ordered = sorted(runs.values(), key=lambda run: (run.width, run.run_id))
+    return RunSet(tuple(ordered), tuple(problems))
+
+
+def read_run_folder(folder: Path, stage: str | None = None) -> tuple[Run | None, list[Problem]]:
+    """One run folder, or ``None`` and the reason."""
+    problems: list[Problem] = []
+
+    def refuse(kind: str, message: str) -> tuple[None, list[Problem]]:
+        return None, [*problems, Problem(str(folder), kind, message, refused=True)]
+
+    file = folder / SPECTRAL_FILE
+    try:
+        info = read_run(folder)
+        content = file.read_bytes()
+        columns = scan_spectral(file)
+    except (OSError, ValueError) as error:
+        return refuse("unreadable", f"`{folder}` was left out: {error}")
+    if columns.skipped:
+        number, reason = columns.skipped[0]
+        text = f"`{file}`: {len(columns.skipped)} line(s) left out; the first is line {number}: {reason}."
+        problems.append(Problem(str(folder), "skipped_lines", text))
+    own = columns.texts["run_id"] == info.run_id.encode()
+    if not own.all():
+        text = f"`{file}`: {int((~own).sum())} record(s) of another run were left out (this run is `{info.run_id}`)."
+        problems.append(Problem(str(folder), "foreign_records", text))
+        columns = columns.take(own)
+    columns, note = _one_stage(columns, stage)
+    if note:
+        problems.append(Problem(str(folder), "several_stages", f"`{folder}`: {note}"))
+    if not len(columns):
+        return refuse("no_records", f"`{folder}` was left out: it holds no spectral record of the stage asked for.")
+    widths = np.unique(columns.ints["width"])
+    if len(widths) != 1 or widths[0] < 1:
+        return refuse(
+            "mixed_widths",
+            f"`{folder}` was left out: its records have FFN widths {widths.tolist()}; a scaling fit needs one per run.",
+        )
+    losses, loss_problems = _losses(folder, info.run_id)
+    problems += loss_problems
+    run = Run(folder, info, int(widths[0]), columns, losses, hashlib.sha256(content).hexdigest())
+    if len(run.conventions) > 1:
+        text = (
+            f"`{folder}`: records of {len(run.conventions)} convention sets in one run: {' / '.join(run.conventions)}."
+        )
+        problems.append(Problem(str(folder), "mixed_conventions", text))
+    return run, problems
+
+
+def _run_files(root: Path) -> Sequence[Path]:
+    if root.is_file():
+        return [root] if root.name == RUN_FILE else [root.parent / RUN_FILE]
+    return list(root.rglob(RUN_FILE))
+
+
+def _one_stage(columns: SpectralColumns, stage: str | None) -> tuple[SpectralColumns, str]:
+    found = set(np.unique(columns.texts["stage"]).tolist())
+    if stage is not None:
+        return columns.take(columns.texts["stage"] == stage.encode()), ""
+    if len(found) <= 1:
+        return columns, ""
+    chosen = next((name for name in _STAGE_ORDER if name in found), sorted(found)[0])
+    names = ", ".join(sorted(name.decode() for name in found))
+    note = f"records of several stages ({names}); `{chosen.decode()}` is used. Choose with --stage."
+    return columns.take(columns.texts["stage"] == chosen), note
+
+
+def _losses(folder: Path, run_id: str) -> tuple[tuple[LossRecord, ...], list[Problem]]:
+    file = folder / LOSSES_FILE
+    if not file.exists():
+        return (), []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read = read_losses(file)
+    problems = [Problem(str(folder), "skipped_lines", str(warning.message)) for warning in caught]
+    return tuple(record for record in read.records if record.run_id == run_id), problems
+
+
+def _ordered(cells: NDArray[np.bytes_], order: tuple[str, ...]) -> tuple[str, ...]:
+    found = [cell.decode() for cell in np.unique(cells)]
+    return tuple(sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name)))
+
+
+def _index(cells: NDArray[np.bytes_], names: tuple[str, ...]) -> NDArray[np.intp]:
+    index = np.zeros(len(cells), dtype=np.intp)
+    for position, name in enumerate(names):
+        index[cells == name.encode()] = position
+    return index
+
+
+def run_summary(run: Run) -> dict[str, Any]:
+    """What the provenance table says about one run."""
+    return {
+        "run_id": run.run_id,
+        "optimizer": run.optimizer,
+        "width": run.width,
+        "seed": run.seed,
+        "windows": len(run.steps),
+        "last_step": int(run.steps[-1]),
+        "layers": len(run.layers),
+        "status": "; ".join(f"{name} {count}" for name, count in sorted(run.status_counts.items())),
+        "sha256": run.digest,
+        "folder": str(run.folder),
+    }

@@ -1,0 +1,179 @@
+"""Read ``spectral.jsonl`` as columns: 100,000 records in about a second.
+
+A line as :func:`lightning_spectral.records.append_records` writes it has its fields in one fixed order, so one regular
+expression, built from the record's own dataclass, takes a whole file apart at C speed. Any other line goes through the
+general reader: it is either a record (older, reordered) or it is left out, with its number and a reason.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_spectral.records import SCHEMA_VERSION, SpectralRecord, parse_record
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+TextArray = NDArray[np.bytes_]
+
+# a character class is three times as fast as the grammar of a number; `float` has the last word (see `_columns`)
+_NUMBER = rb"[-+.0-9eE]+|null"
+_VALUE_OF: Final = {"str": rb'[^"\\]*(?:\\.[^"\\]*)*', "dict": rb"\{[^{}]*\}", "number": _NUMBER}
+_INTS: Final = ("step", "layer", "num_rows", "width", "expert")
+_FLOATS: Final = (
+    "tokens_seen",
+    "soft_rank",
+    "hard_rank",
+    "hard_rank_unbiased",
+    "eee",
+)
+_TEXTS: Final = ("run_id", "stage", "site", "bucket", "status", "renyi", "reinjection", "conventions")
+_JSON: Final = ("renyi", "reinjection", "conventions")
+METRICS: Final = tuple(name for name in _FLOATS if name != "tokens_seen")
+
+
+def _kind(annotation: str) -> str:
+    if annotation.startswith("dict"):
+        return "dict"
+    return "str" if annotation.startswith("str") else "number"
+
+
+def _line_pattern() -> re.Pattern[bytes]:
+    parts = []
+    wanted = {*_INTS, *_FLOATS, *_TEXTS}
+    for field in fields(SpectralRecord):
+        name = field.name.encode()
+        value = _VALUE_OF[_kind(str(field.type))]
+        group = rb"(" if field.name in wanted else rb"(?:"
+        if field.name == "schema_version":
+            value = str(SCHEMA_VERSION).encode()
+        quote = rb'"' if _kind(str(field.type)) == "str" else rb""
+        parts.append(rb'"' + name + rb'": ' + quote + group + value + rb")" + quote)
+    return re.compile(rb"^\{" + rb", ".join(parts) + rb"\}$", re.MULTILINE)
+
+
+_PATTERN: Final = _line_pattern()
+_ORDER: Final = [field.name for field in fields(SpectralRecord) if field.name in {*_INTS, *_FLOATS, *_TEXTS}]
+
+
+@dataclass(frozen=True)
+class SpectralColumns:
+    """The records of one file as equally long columns.
+
+    Attributes:
+        ints: ``step``, ``layer``, ``num_rows``, ``width`` and ``expert`` (-1 for none).
+        floats: Ranks and other metrics; NaN where the record has ``null``.
+        texts: Byte strings; ``renyi``, ``reinjection`` and ``conventions`` are still JSON.
+        skipped: ``(line number, reason)`` of every line left out.
+    """
+
+    ints: dict[str, IntArray]
+    floats: dict[str, FloatArray]
+    texts: dict[str, TextArray]
+    skipped: list[tuple[int, str]]
+
+    def __len__(self) -> int:
+        return len(self.ints["step"])
+
+    def take(self, rows: NDArray[Any]) -> SpectralColumns:
+        """The given rows (indices or mask), in that order."""
+        return SpectralColumns(
+            {name: column[rows] for name, column in self.ints.items()},
+            {name: column[rows] for name, column in self.floats.items()},
+            {name: column[rows] for name, column in self.texts.items()},
+            self.skipped,
+        )
+
+
+def scan_spectral(path: str | Path) -> SpectralColumns:
+    """Read a ``spectral.jsonl``; repeated keys keep their first record.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    content = Path(path).read_bytes()
+    rows: list[tuple[bytes, ...]] = _PATTERN.findall(content)
+    if len(rows) == content.count(b"\n") and content.endswith(b"\n"):
+        try:
+            return _without_repeats(_columns(rows, []), None)
+        except ValueError:  # digits and dots that are no number: find the line
+            pass
+    rows, lines, skipped = _line_by_line(content)
+    return _without_repeats(_columns(rows, skipped), lines)
+
+
+def _line_by_line(content: bytes) -> tuple[list[tuple[bytes, ...]], list[int], list[tuple[int, str]]]:
+    rows: list[tuple[bytes, ...]] = []
+    lines: list[int] = []
+    skipped: list[tuple[int, str]] = []
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        match = _PATTERN.fullmatch(line)
+        if match is None or not _is_json(line):
+            try:
+                record = parse_record(line, SpectralRecord)
+                match = _PATTERN.fullmatch(json.dumps({**asdict(record), "schema_version": SCHEMA_VERSION}).encode())
+            except ValueError as error:
+                skipped.append((number, str(error)))
+                continue
+        if match is None:
+            skipped.append((number, "a field holds a value of the wrong type"))
+        else:
+            rows.append(match.groups())
+            lines.append(number)
+    return rows, lines, skipped
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _columns(rows: list[tuple[bytes, ...]], skipped: list[tuple[int, str]]) -> SpectralColumns:
+    raw = dict(zip(_ORDER, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(_ORDER, ())
+    ints = {name: _numbers(raw[name]) for name in _INTS}
+    floats = {name: _numbers(raw[name]) for name in _FLOATS}
+    return SpectralColumns(
+        {name: np.where(np.isnan(column), -1, column).astype(np.int64) for name, column in ints.items()},
+        floats,
+        {name: _texts(raw[name], unescape=name not in _JSON) for name in _TEXTS},
+        skipped,
+    )
+
+
+def _numbers(cells: tuple[bytes, ...]) -> FloatArray:
+    return np.array([np.nan if cell == b"null" else float(cell) for cell in cells], dtype=np.float64)
+
+
+def _texts(cells: tuple[bytes, ...], unescape: bool) -> TextArray:
+    column = np.array(cells, dtype=np.bytes_) if cells else np.empty(0, "S1")
+    if not unescape or not any(b"\\" in cell for cell in np.unique(column)):
+        return column
+    return np.array([str(json.loads(b'"' + cell + b'"')).encode() for cell in cells], dtype=np.bytes_)
+
+
+def _without_repeats(columns: SpectralColumns, lines: list[int] | None) -> SpectralColumns:
+    if not len(columns):
+        return columns
+    texts, ints = columns.texts, columns.ints
+    codes = [np.unique(texts[name], return_inverse=True)[1] for name in ("run_id", "stage", "site", "bucket")]
+    key = np.stack([*codes, ints["step"], ints["layer"], ints["expert"]], axis=1)
+    first = np.unique(key, axis=0, return_index=True)[1]
+    if len(first) == len(columns):
+        return columns
+    numbers = lines if lines is not None else list(range(1, len(columns) + 1))
+    kept = np.zeros(len(columns), dtype=bool)
+    kept[first] = True
+    repeats = [(numbers[row], "repeats the key of an earlier record") for row in np.flatnonzero(~kept)]
+    unique = columns.take(kept)
+    return SpectralColumns(unique.ints, unique.floats, unique.texts, sorted([*columns.skipped, *repeats]))

@@ -1,0 +1,124 @@
+"""One call from inputs to everything that ``fit``, ``compare`` and ``report`` show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lightning_spectral.analysis.compare import Comparison, asymmetries, compare_fits
+from lightning_spectral.analysis.effects import compare_effects
+from lightning_spectral.analysis.fits import PowerLawFit, fit_series
+from lightning_spectral.analysis.health import Duplicates, find_duplicates, flags_by_series
+from lightning_spectral.analysis.points import LAYER_MEDIAN, PointTable
+from lightning_spectral.analysis.runs import Problem, RunSet
+from lightning_spectral.analysis.trajectory import beta_trajectories
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A table of points with a fit for each series.
+
+    Attributes:
+        table: The points.
+        fits: One for each series, in order of appearance.
+        duplicates: Bit-identical values under two ids.
+        problems: What was wrong with the inputs, duplicates included.
+    """
+
+    table: PointTable
+    fits: tuple[PowerLawFit, ...]
+    duplicates: Duplicates
+    problems: tuple[Problem, ...]
+
+
+def fit_points(
+    table: PointTable,
+    *,
+    method: str = "auto",
+    problems: Iterable[Problem] = (),
+    nulls: dict[tuple[str, ...], tuple[float, int]] | None = None,
+) -> Fitted:
+    """Fit every series of a table, with flags, duplicates and nulls attached.
+
+    Args:
+        table: Points with their ``by`` columns.
+        method: As in :func:`~lightning_spectral.analysis.fits.fit_series`.
+        problems: What reading the points found.
+        nulls: Slope and step of the untrained network by series.
+    """
+    duplicates = find_duplicates(table)
+    flags = flags_by_series(table, duplicates)
+    fits = []
+    for series, points in table.groups().items():
+        fit = fit_series(points, method=method, flags=flags[series])
+        if nulls and series in nulls:
+            fit = replace(fit, null_beta=nulls[series][0], null_step=float(nulls[series][1]))
+        fits.append(fit)
+    copies = [Problem(found.first, "duplicate_values", found.sentence() + ".") for found in duplicates.found]
+    return Fitted(table, tuple(fits), duplicates, (*problems, *copies))
+
+
+def nulls_of_runs(runs: RunSet, by: Sequence[str], metrics: Sequence[str]) -> dict[tuple[str, ...], tuple[float, int]]:
+    """Slope of the first window at step 0 or 1, for every series of layer medians."""
+    out: dict[tuple[str, ...], tuple[float, int]] = {}
+    names = ("optimizer", *runs.series_labels, "site", "bucket", "metric")
+    if not set(names) - {"site"} <= set(by):
+        return {}
+    for path in beta_trajectories(runs, metrics=metrics, smoothing=1):
+        row = dict(zip(names, path.series, strict=True)) | {"layer": LAYER_MEDIAN}
+        if path.null is not None and (row["site"] == "post" or "site" in by):
+            out[tuple(row[name] for name in by)] = path.null
+    return out
+
+
+def comparisons_of(fitted: Fitted, architecture: str | None = None) -> list[Comparison]:
+    """Pairs, asymmetries and, if ``architecture`` names a column, optimizer against architecture.
+
+    Raises:
+        ValueError: If ``architecture`` is not a ``by`` column, or ``optimizer`` is not one.
+    """
+    found = [*compare_fits(fitted.table, fitted.fits), *asymmetries(fitted.table, fitted.fits)]
+    return [*found, *effects_of(fitted, architecture)] if architecture else found
+
+
+def effects_of(fitted: Fitted, architecture: str) -> list[Comparison]:
+    """Mean squared shift of beta by optimizer minus that by architecture, for everything measured."""
+    by = fitted.table.by
+    for name in ("optimizer", architecture):
+        if name not in by:
+            raise ValueError(f"optimizer against architecture needs the column `{name}`; `by` is {', '.join(by)}.")
+    one, two = by.index("optimizer"), by.index(architecture)
+    grids: dict[tuple[str, ...], dict[tuple[str, str], tuple[float, float, float]]] = {}
+    for fit in fitted.fits:
+        rest = tuple(cell for k, cell in enumerate(fit.series) if k not in (one, two))
+        if not fit.refused:
+            cell = (fit.series[one], fit.series[two])
+            grids.setdefault(rest, {})[cell] = (fit.beta, fit.std_err, fit.df)
+    names = [name for name in by if name not in ("optimizer", architecture)]
+    out = []
+    for rest, slopes in grids.items():
+        base = Comparison(dict(zip(names, rest, strict=True)), "effect", "optimizer", architecture)
+        try:
+            effect = compare_effects(slopes)
+        except ValueError as error:
+            out.append(replace(base, status=f"refused:{error}"))
+            continue
+        out.append(
+            replace(
+                base,
+                estimate=effect.difference,
+                ci_low=effect.ci_low,
+                ci_high=effect.ci_high,
+                p=effect.p,
+                method="mean_squared_shift_all_pairs",
+                note=f"root mean square shift of beta: optimizer {effect.row_shift:.3f}, "
+                f"{architecture} {effect.column_shift:.3f}",
+            )
+        )
+    return out
+
+
+def is_table(path: str | Path) -> bool:
+    """Whether an input is a tidy table rather than a run folder."""
+    return Path(path).suffix.lower() == ".csv"

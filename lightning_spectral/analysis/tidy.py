@@ -1,0 +1,179 @@
+"""Tables in and out: tidy CSV files of points, and our own result tables, written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from lightning_spectral.analysis.fits import PowerLawFit
+from lightning_spectral.analysis.points import Point, PointTable
+from lightning_spectral.analysis.runs import Problem
+
+_ID_NAMES: Final = ("run_id", "id")
+FIT_COLUMNS: Final = ("beta", "ln_a", "ci_low", "ci_high", "r2", "n", "status", "method")
+FIT_EXTRAS: Final = (
+    "std_err",
+    "num_widths",
+    "num_runs",
+    "num_seeds",
+    "x_min",
+    "x_max",
+    "loo_low",
+    "loo_high",
+    "theil_sen",
+    "weighted",
+    "seed_low",
+    "seed_high",
+    "boot_low",
+    "boot_high",
+    "null_beta",
+    "null_step",
+)
+
+
+def read_points_csv(
+    path: str | Path,
+    *,
+    x: str,
+    y: str,
+    by: Sequence[str],
+    seed: str | None = None,
+    source: str | None = None,
+    spread: str | None = None,
+    rows: str | None = None,
+) -> tuple[PointTable, list[Problem]]:
+    """Read points from any tidy CSV: one row a value.
+
+    Args:
+        path: The file.
+        x: Column of the width.
+        y: Column of the value.
+        by: Columns that make a series; empty for one series.
+        seed: Column of the seed, if any.
+        source: Column that identifies the run behind a row; ``run_id`` or ``id`` if the file has one.
+        spread: Column of one standard deviation of the value.
+        rows: Column of the number of rows N behind the value.
+
+    Raises:
+        ValueError: If a column is missing, there is no row, or an x is not a number.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`{path}` is not a text file in UTF-8: {error}.") from error
+    reader = csv.DictReader(io.StringIO(text))
+    names = list(reader.fieldnames or [])
+    for role, name in (("--x", x), ("--y", y), *(("--by", name) for name in by)):
+        if name not in names:
+            raise ValueError(f"`{path}` has no column `{name}` ({role}); it has: {', '.join(names) or 'none'}.")
+    for role, optional in (("--seed", seed), ("--id", source), ("--spread", spread), ("--rows", rows)):
+        if optional is not None and optional not in names:
+            raise ValueError(f"`{path}` has no column `{optional}` ({role}); it has: {', '.join(names)}.")
+    source = source or next((name for name in _ID_NAMES if name in names and name not in by), None)
+    points: list[Point] = []
+    problems: list[Problem] = []
+    is_rank = "rank" in y
+    for number, row in enumerate(reader, start=2):
+        if None in row or None in row.values():
+            text = f"`{path}` line {number} has another number of cells than the header; it was left out."
+            problems.append(Problem(str(path), "skipped_lines", text))
+            continue
+        at, value = _number(row[x]), _number(row[y])
+        if at is None or value is None:
+            bad = x if at is None else y
+            text = f"`{path}` line {number}: `{row[bad]}` in column `{bad}` is not a number; the line was left out."
+            problems.append(Problem(str(path), "skipped_lines", text))
+            continue
+        num_rows = _optional(row, rows)
+        points.append(
+            Point(
+                tuple(row[name] for name in by),
+                at,
+                value,
+                row[source] if source else "",
+                row[seed] if seed else "",
+                _optional(row, spread),
+                num_rows,
+                value if is_rank or "rank" in row.get("metric", "") else math.nan,
+            )
+        )
+    if not points:
+        raise ValueError(f"`{path}` holds no usable row of numbers in `{x}` and `{y}`.")
+    return PointTable(tuple(by), tuple(points), x), problems
+
+
+def _number(cell: str) -> float | None:
+    if not cell.strip():
+        return math.nan
+    try:
+        return float(cell)
+    except ValueError:
+        return None
+
+
+def _optional(row: dict[str, str], name: str | None) -> float:
+    value = _number(row[name]) if name else None
+    return math.nan if value is None else value
+
+
+def fit_table(by: Sequence[str], fits: Iterable[PowerLawFit]) -> tuple[list[str], list[list[Any]]]:
+    """Header and rows of ``fits.csv``."""
+    header = [*by, *FIT_COLUMNS, *FIT_EXTRAS]
+    rows = [[*fit.series, *(getattr(fit, name) for name in (*FIT_COLUMNS, *FIT_EXTRAS))] for fit in fits]
+    return header, rows
+
+
+def points_table(table: PointTable) -> tuple[list[str], list[list[Any]]]:
+    """Header and rows of ``points.csv``."""
+    header = [*table.by, table.x_name, "seed", "value", "spread", "num_rows", "steps", "run_id"]
+    rows = [
+        [*p.series, p.x, p.seed, p.value, p.spread, p.num_rows, ";".join(map(str, p.steps)), p.source]
+        for p in table.points
+    ]
+    return header, rows
+
+
+def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
+    """Write a table atomically; NaN becomes an empty cell, floats keep every digit."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([[cell_text(cell) for cell in row] for row in rows])
+    return write_atomic(path, buffer.getvalue().encode())
+
+
+def cell_text(cell: Any) -> str:
+    """How a value is spelled in our CSV files."""
+    if isinstance(cell, float):
+        if math.isnan(cell):
+            return ""
+        return str(int(cell)) if cell.is_integer() and abs(cell) < 1e15 else repr(float(cell))
+    return str(cell)
+
+
+def write_atomic(path: str | Path, content: bytes) -> Path:
+    """Replace ``path`` by ``content`` in one step: a reader or a crash sees the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -1,0 +1,75 @@
+"""``lightning-spectral compare RUNS|points.csv``: differences of exponents, levels and spectra at equal loss."""
+
+from __future__ import annotations
+
+import argparse
+
+from lightning_spectral.cli import inputs
+
+_EPILOG = """\
+kinds of comparison:
+  slope_difference         beta of a minus beta of b, independent fits (Welch)
+  slope_difference_paired  slope of ln(a/b): what a width has in common cancels
+  level_difference         ln(a/b) in the middle of the common widths
+  crossover_width          where the two lines meet (Fieller interval)
+  asymmetry                beta_soft - beta_hard of one series
+  effect                   optimizer against --architecture COLUMN: mean squared shift over all pairs
+  matched_loss[_slope]     ln(a/b) at equal loss, step or tokens (--match-on), per width and as a slope"""
+
+
+def main(argv: list[str]) -> int:
+    """Compare, print a table, and write ``comparisons.csv`` if asked."""
+    parser = argparse.ArgumentParser(
+        "lightning-spectral compare",
+        description="Differences between series, with intervals and p values.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    inputs.add_input_options(parser)
+    parser.add_argument("--architecture", metavar="COLUMN", help="weigh the optimizer's effect against this column's")
+    parser.add_argument("--match-on", choices=["loss", "step", "tokens"], default="loss")
+    parser.add_argument("--tolerance", type=float, default=0.02, help="nats within which a loss counts as reached")
+    parser.add_argument("--out", metavar="DIR", help="write comparisons.csv (and matched_loss.csv) there")
+    options = parser.parse_args(argv)
+    folder = inputs.out_folder(options.out)
+    fitted, runs = inputs.load(options)
+
+    from lightning_spectral.analysis.compare import comparison_table
+    from lightning_spectral.analysis.matched import MatchedPair, compare_matched, matched_pairs, matched_table
+    from lightning_spectral.analysis.points import LAYER_MEDIAN
+    from lightning_spectral.analysis.study import comparisons_of
+    from lightning_spectral.analysis.tidy import write_csv
+
+    found = inputs.guarded(lambda: comparisons_of(fitted, options.architecture))
+    pairs: list[MatchedPair] = []
+    if runs is not None:
+        pairs, unmatched = inputs.guarded(
+            lambda: matched_pairs(runs, axis=options.match_on, tolerance=options.tolerance, metrics=options.metrics)
+        )
+        found += compare_matched(pairs)
+        if unmatched:
+            print(f"note: {unmatched} pair(s) of runs could not be matched on {options.match_on}.")
+    shown = [c for c in found if c.where.get("layer", LAYER_MEDIAN) == LAYER_MEDIAN]
+    rows = [
+        [
+            c.kind,
+            " ".join(cell for name, cell in c.where.items() if cell and name != "layer"),
+            f"{c.a} - {c.b}" if c.kind != "effect" else f"{c.a} vs {c.b}",
+            inputs.number(c.estimate),
+            f"[{inputs.number(c.ci_low)}, {inputs.number(c.ci_high)}]",
+            inputs.number(c.p),
+            c.status,
+            c.note,
+        ]
+        for c in shown
+    ]
+    inputs.print_table(["kind", "where", "what", "estimate", "95% CI", "p", "status", "note"], rows)
+    if len(shown) > 1:
+        print(f"{len(shown)} comparisons; p values are not corrected for their number.")
+    inputs.print_problems(fitted.problems)
+    inputs.print_flags(c.status for c in found)
+    if folder is not None:
+        print(f"wrote {write_csv(folder / 'comparisons.csv', *comparison_table(fitted.table.by, found))}")
+        if pairs:
+            print(f"wrote {write_csv(folder / 'matched_loss.csv', *matched_table(pairs))}")
+    return 0 if any(not c.status.startswith("refused") for c in found) else 1

@@ -1,0 +1,137 @@
+"""What ``fit``, ``compare`` and ``report`` read: run folders or one tidy CSV, with the same options."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from lightning_spectral.cli import CommandError
+
+if TYPE_CHECKING:
+    from lightning_spectral.analysis.runs import Problem, RunSet
+    from lightning_spectral.analysis.study import Fitted
+
+T = TypeVar("T")
+
+
+def names(text: str) -> list[str]:
+    """A comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def add_input_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say what to read and how to group it."""
+    parser.add_argument("inputs", nargs="+", metavar="RUNS|points.csv", help="run folders (any depth), or one tidy CSV")
+    parser.add_argument("--by", type=names, metavar="COLUMNS", help="columns that make a series, e.g. optimizer,bucket")
+    runs = parser.add_argument_group("run folders")
+    runs.add_argument("--metrics", type=names, default=["soft_rank", "hard_rank"], metavar="NAMES")
+    runs.add_argument("--last", type=int, default=5, help="windows in the median (default: 5)")
+    runs.add_argument("--until-step", type=int, help="use the last windows up to this step")
+    runs.add_argument("--stage", help="stage of the records (default: train, else the first there is)")
+    table = parser.add_argument_group("tidy CSV")
+    table.add_argument("--x", default="width", help="column of the width (default: width)")
+    table.add_argument("--y", default="value", help="column of the value (default: value)")
+    table.add_argument("--seed", metavar="COLUMN", help="column of the seed")
+    table.add_argument("--id", metavar="COLUMN", help="column of the run behind a row (default: run_id or id)")
+    table.add_argument("--spread", metavar="COLUMN", help="column of one standard deviation of the value")
+    table.add_argument("--rows", metavar="COLUMN", help="column of the rows N behind the value")
+    parser.add_argument(
+        "--method", default="auto", help="auto, ols, ols_seed_means, weighted, theil_sen, seed_slopes or bootstrap"
+    )
+
+
+def guarded(call: Callable[[], T]) -> T:
+    """Turn what the analysis says about bad input into a sentence and exit code 2."""
+    try:
+        return call()
+    except (ValueError, OSError) as error:
+        raise CommandError(str(error)) from error
+
+
+def load(options: argparse.Namespace) -> tuple[Fitted, RunSet | None]:
+    """Read, group and fit the inputs.
+
+    Raises:
+        CommandError: If an input is missing, unreadable or has no such column.
+    """
+    return guarded(lambda: _load(options))
+
+
+def _load(options: argparse.Namespace) -> tuple[Fitted, RunSet | None]:
+    from lightning_spectral.analysis.study import fit_points, is_table
+
+    tables = [path for path in options.inputs if is_table(path)]
+    if not tables:
+        return fit_runs(options, options.by)
+    if len(options.inputs) > 1:
+        raise CommandError(f"give one CSV or run folders, not {len(options.inputs)} inputs with a CSV among them.")
+    from lightning_spectral.analysis.tidy import read_points_csv
+
+    table, problems = read_points_csv(
+        tables[0],
+        x=options.x,
+        y=options.y,
+        by=options.by or [],
+        seed=options.seed,
+        source=options.id,
+        spread=options.spread,
+        rows=options.rows,
+    )
+    return fit_points(table, method=options.method, problems=problems), None
+
+
+def fit_runs(options: argparse.Namespace, by: list[str] | None) -> tuple[Fitted, RunSet]:
+    """Points and fits of run folders, nulls included."""
+    from lightning_spectral.analysis.points import default_by, points_of_runs
+    from lightning_spectral.analysis.runs import load_runs
+    from lightning_spectral.analysis.study import fit_points, nulls_of_runs
+
+    runs = load_runs(options.inputs, options.stage)
+    columns = by or list(default_by(runs))
+    table = points_of_runs(runs, by=columns, metrics=options.metrics, last=options.last, until_step=options.until_step)
+    nulls = nulls_of_runs(runs, columns, options.metrics)
+    return fit_points(table, method=options.method, problems=runs.problems, nulls=nulls), runs
+
+
+def print_problems(problems: Iterable[Problem]) -> None:
+    """Warnings on stderr, worst first."""
+    for problem in sorted(problems, key=lambda problem: not problem.refused):
+        print(f"{'REFUSED' if problem.refused else 'WARNING'} {problem.message}", file=sys.stderr)
+
+
+def print_flags(statuses: Iterable[str]) -> None:
+    """What the flags of a status column mean, once each."""
+    from lightning_spectral.analysis.health import FLAG_TEXT
+
+    for flag in dict.fromkeys(flag for status in statuses for flag in status.split("+")):
+        if flag in FLAG_TEXT:
+            print(f"WARNING {flag}: {FLAG_TEXT[flag]}.", file=sys.stderr)
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """A plain aligned table."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number for a table; a dash when there is none."""
+    return "-" if value != value else f"{value:.{digits}f}"
+
+
+def out_folder(text: str | None) -> Path | None:
+    """``--out`` as a folder.
+
+    Raises:
+        CommandError: If it names a file.
+    """
+    if text is None:
+        return None
+    folder = Path(text)
+    if folder.exists() and not folder.is_dir():
+        raise CommandError(f"--out `{folder}` is a file; give a folder.")
+    return folder

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_spectral.analysis.points import default_by, points_of_runs
+from lightning_spectral.analysis.runs import load_runs
+from lightning_spectral.analysis.trajectory import beta_trajectories, trailing_median
+from lightning_spectral.records import RUN_FILE, SPECTRAL_FILE, append_records, read_run, read_spectral, write_run
+from tests.analysis.synthetic import write_one, write_study
+
+
+def test_point_is_median_of_windows_then_of_layers(tmp_path: Path) -> None:
+    folder = write_one(tmp_path, "muon", 0.9, 256, layers=3, noise=0.3)
+    records = [r for r in read_spectral(folder).records if r.bucket == "tail"]
+    by_layer = {k: [r.hard_rank for r in records if r.layer == k][-5:] for k in range(3)}
+    medians = [float(np.median(by_layer[k])) for k in range(3)]
+    table = points_of_runs(load_runs([tmp_path]), by=["optimizer", "bucket", "metric"], metrics=["hard_rank"])
+    (point,) = [p for p in table.points if p.series == ("muon", "tail", "hard_rank")]
+    assert point.value == pytest.approx(float(np.median(medians)), rel=1e-12)
+    assert point.spread == pytest.approx(float(np.std(medians, ddof=1)), rel=1e-12)
+    assert point.layers == pytest.approx(medians)
+    assert point.steps == (20, 40, 60, 80, 100)
+    early = points_of_runs(load_runs([tmp_path]), metrics=["hard_rank"], last=1, until_step=59)
+    assert {p.steps for p in early.points} == {(40,)}
+
+
+def test_layers_are_series_of_their_own(tmp_path: Path) -> None:
+    write_one(tmp_path, "muon", 0.9, 256, layers=2, sites=("pre", "post"))
+    runs = load_runs([tmp_path])
+    assert default_by(runs) == ("optimizer", "site", "bucket", "metric", "layer")
+    table = points_of_runs(runs)
+    assert {p.series[-1] for p in table.points} == {"median", "layer_00", "layer_01"}
+    assert {p.series[1] for p in table.points} == {"pre", "post"}
+    assert len(table.points) == 2 * 4 * 2 * 3
+    # without `site` in `by`, the paper's site
+    assert len(points_of_runs(runs, by=["bucket", "metric"]).points) == 4 * 2
+
+
+def test_labels_that_differ_become_columns_but_width_and_seed_do_not(tmp_path: Path) -> None:
+    for width in (128, 256):
+        for heads in ("6", "12"):
+            write_one(tmp_path, "muon", 0.9, width, labels={"heads": heads, "ffn_multiplier": str(width // 128)})
+    assert load_runs([tmp_path]).series_labels == ("heads",)
+
+
+def test_a_label_that_only_renames_the_width_is_no_column(tmp_path: Path) -> None:
+    for width in (128, 256, 512):
+        write_one(tmp_path, "muon", 0.9, width, labels={"size": f"w{width}"})
+    assert load_runs([tmp_path]).series_labels == ()
+
+
+def test_unknown_column_metric_and_last(tmp_path: Path) -> None:
+    write_one(tmp_path, "muon", 0.9, 256)
+    runs = load_runs([tmp_path])
+    with pytest.raises(ValueError, match="no column `color`"):
+        points_of_runs(runs, by=["color", "metric"])
+    with pytest.raises(ValueError, match="unknown metric `rank`"):
+        points_of_runs(runs, metrics=["rank"])
+    with pytest.raises(ValueError, match="`last` must be >= 1, got 0"):
+        points_of_runs(runs, last=0)
+    with pytest.raises(ValueError, match="needs one metric"):
+        points_of_runs(runs, by=["optimizer"])
+
+
+def test_every_bad_folder_is_named_and_the_good_ones_are_read(tmp_path: Path) -> None:
+    good = write_study(tmp_path, {"muon": 0.9}, widths=(128, 256))
+    (tmp_path / "no_records").mkdir()
+    shutil.copy(good[0] / RUN_FILE, tmp_path / "no_records" / RUN_FILE)
+    (tmp_path / "garbage").mkdir()
+    (tmp_path / "garbage" / RUN_FILE).write_text("{half a des")
+    (tmp_path / "newer").mkdir()
+    (tmp_path / "newer" / RUN_FILE).write_text(json.dumps({"schema_version": 99}))
+    shutil.copytree(good[0], tmp_path / "z_copy")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    write_run(empty, replace(read_run(good[0]), run_id="empty"))
+    (empty / SPECTRAL_FILE).write_text("")
+    mixed = write_one(tmp_path, "adamw", 0.5, 512)
+    append_records(mixed / SPECTRAL_FILE, [replace(read_spectral(mixed).records[0], width=640, layer=9)])
+    torn = write_one(tmp_path, "dion", 0.5, 512)
+    (torn / SPECTRAL_FILE).write_bytes((torn / SPECTRAL_FILE).read_bytes()[:-30])
+    foreign = write_one(tmp_path, "lion", 0.5, 512)
+    append_records(foreign / SPECTRAL_FILE, [replace(read_spectral(foreign).records[0], run_id="other")])
+    found = load_runs([tmp_path])
+    assert {run.run_id for run in found.runs} == {"muon_128_0", "muon_256_0", "dion_512_0", "lion_512_0"}
+    kinds = {(Path(problem.source).name, problem.kind, problem.refused) for problem in found.problems}
+    assert kinds == {
+        ("no_records", "unreadable", True),
+        ("garbage", "unreadable", True),
+        ("newer", "unreadable", True),
+        ("z_copy", "repeated_run_id", True),
+        ("empty", "no_records", True),
+        ("adamw_512_0", "mixed_widths", True),
+        ("dion_512_0", "skipped_lines", False),
+        ("lion_512_0", "foreign_records", False),
+    }
+
+
+def test_stages_do_not_mix(tmp_path: Path) -> None:
+    folder = write_one(tmp_path, "muon", 0.9, 128)
+    append_records(
+        folder / SPECTRAL_FILE,
+        [replace(r, stage="validation", hard_rank=1.0) for r in read_spectral(folder).records],
+    )
+    runs = load_runs([tmp_path])
+    assert [problem.kind for problem in runs.problems] == ["several_stages"]
+    assert (runs.runs[0].cube("hard_rank") > 1).all()
+    assert (load_runs([tmp_path], stage="validation").runs[0].cube("hard_rank") == 1).all()
+
+
+def test_no_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no run folder"):
+        load_runs([tmp_path])
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        load_runs([tmp_path / "nothing"])
+
+
+def test_trailing_median_waits_for_nobody() -> None:
+    values = np.array([[5.0], [1.0], [9.0], [2.0]])
+    assert trailing_median(values, 3).ravel().tolist() == [5.0, 3.0, 5.0, 2.0]
+
+
+def test_beta_of_t_starts_at_the_null_and_ends_at_the_truth(tmp_path: Path) -> None:
+    write_study(tmp_path, {"muon": 0.95, "adamw": 0.3}, noise=0.0, seeds=(0, 1))
+    paths = {p.series: p for p in beta_trajectories(load_runs([tmp_path]), smoothing=1, metrics=["hard_rank"])}
+    path = paths["muon", "post", "tail", "hard_rank"]
+    assert path.steps.tolist() == [0, 20, 40, 60, 80, 100]
+    assert path.null == (pytest.approx(0.7), 0)
+    np.testing.assert_allclose(path.beta, 0.7 + 0.25 * path.steps / 100, rtol=1e-9)
+    assert (path.num_widths, path.num_seeds) == (4, 2)
+    assert paths["adamw", "post", "tail", "hard_rank"].beta[-1] == pytest.approx(0.3)

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_spectral.analysis.scan import scan_spectral
+from lightning_spectral.records import SPECTRAL_FILE, SpectralRecord, append_records, read_spectral
+from tests.analysis.synthetic import write_one
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return write_one(tmp_path, "muon", 0.9, 128, steps=(0, 10), layers=2) / SPECTRAL_FILE
+
+
+def assert_same(path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        oracle = read_spectral(path)
+    columns = scan_spectral(path)
+    assert len(columns) == len(oracle.records)
+    assert [number for number, _ in columns.skipped] == [number for number, _ in oracle.skipped]
+    for name in ("step", "layer", "num_rows", "width"):
+        assert columns.ints[name].tolist() == [getattr(record, name) for record in oracle.records]
+    for name, column in columns.floats.items():
+        expected = [getattr(record, name) for record in oracle.records]
+        np.testing.assert_array_equal(column, [np.nan if value is None else value for value in expected])
+    for name in ("run_id", "stage", "site", "bucket", "status"):
+        assert [cell.decode() for cell in columns.texts[name]] == [getattr(r, name) for r in oracle.records]
+    assert [json.loads(cell) for cell in columns.texts["renyi"]] == [record.renyi for record in oracle.records]
+
+
+def test_columns_are_the_general_readers_records(file: Path) -> None:
+    assert_same(file)
+
+
+def test_a_file_cut_at_any_byte_of_its_last_records(file: Path) -> None:
+    content = file.read_bytes()
+    last_two = len(b"".join(content.splitlines(keepends=True)[-2:]))
+    for cut in range(len(content) - last_two, len(content), 7):
+        file.write_bytes(content[:cut])
+        assert_same(file)
+
+
+def test_nulls_reordered_foreign_newer_and_repeated_lines(file: Path) -> None:
+    record = read_spectral(file).records[-1]
+    append_records(file, [replace(record, step=99, soft_rank=None, hard_rank=float("nan"), status="nonfinite")])
+    append_records(file, [replace(record, step=100, expert=3, tokens_seen=None, module='odd "name"\\')])
+    append_records(file, [replace(record, bucket="Gr\u00f6\u00dfe", step=103)])
+    lines = [
+        json.dumps(dict(reversed(list(asdict(replace(record, step=101)).items())))),
+        "garbage",
+        "{}",
+        '{"loss": 3.0, "step": 4}',
+        json.dumps(asdict(record) | {"schema_version": 99}),
+        json.dumps(asdict(record)),
+        "",
+        json.dumps(asdict(replace(record, step=102))),
+    ]
+    with file.open("a") as handle:
+        handle.write("\n".join(lines) + "\n")
+    assert_same(file)
+    reasons = [reason for _, reason in scan_spectral(file).skipped]
+    assert len(reasons) == 5
+    assert any("newer" in reason for reason in reasons)
+    assert any("repeats" in reason for reason in reasons)
+
+
+def test_values_of_the_wrong_type_are_left_out(file: Path) -> None:
+    record = asdict(read_spectral(file).records[0])
+    for k, wrong in enumerate(({"soft_rank": "many"}, {"step": [1]}, {"width": "1.2.3"})):
+        with file.open("a") as handle:
+            handle.write(json.dumps(record | {"layer": 50 + k} | wrong) + "\n")
+    with file.open("a") as handle:  # digits and dots that are no number, where a number should be
+        handle.write(json.dumps(record | {"layer": 60}).replace(f'"width": {record["width"]}', '"width": 1.2.3') + "\n")
+    columns = scan_spectral(file)
+    assert len(columns.skipped) == 4
+    # the general reader looks at the types of keys only
+    assert len(columns) == len(read_spectral_quietly(file)) - 2
+
+
+def read_spectral_quietly(file: Path) -> list[SpectralRecord]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return read_spectral(file).records
+
+
+def test_empty_and_missing(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    assert len(scan_spectral(tmp_path / "empty.jsonl")) == 0
+    with pytest.raises(FileNotFoundError):
+        scan_spectral(tmp_path / "none.jsonl")

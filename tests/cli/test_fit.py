@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lightning_spectral.cli import main
+from tests.analysis.synthetic import write_study
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as handle:
+        return list(csv.DictReader(handle))
+
+
+@pytest.fixture
+def points_csv(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    lines = ["run_id,optimizer,bucket,metric,ffn_hidden_dim,value"]
+    lines += [
+        f"{o}_{d},{o},{b},{m},{d},{float(rng.lognormal(4, 1))!r}"
+        for o in ("AdamW", "Muon")
+        for d in (768, 1536, 2304, 3072)
+        for b in ("head", "tail")
+        for m in ("soft_rank", "hard_rank")
+    ]
+    path = tmp_path / "points.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_refit_of_a_published_table_is_an_independent_ols(points_csv: Path, tmp_path: Path) -> None:
+    by = ["optimizer", "bucket", "metric"]
+    code = main(
+        ["fit", str(points_csv), "--x", "ffn_hidden_dim", "--y", "value", "--by", ",".join(by), "--out", str(tmp_path)]
+    )
+    assert code == 0
+    table = rows_of(points_csv)
+    fits = rows_of(tmp_path / "fits.csv")
+    assert len(fits) == 8
+    for fit in fits:
+        own = [row for row in table if all(row[name] == fit[name] for name in by)]
+        line = stats.linregress(
+            np.log([float(r["ffn_hidden_dim"]) for r in own]), np.log([float(r["value"]) for r in own])
+        )
+        half = stats.t.ppf(0.975, 2) * line.stderr
+        found = [float(fit[name]) for name in ("beta", "ln_a", "ci_low", "ci_high", "r2")]
+        expected = [line.slope, line.intercept, line.slope - half, line.slope + half, line.rvalue**2]
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+        assert (fit["n"], fit["status"], fit["method"]) == ("4", "ok", "ols")
+
+
+def test_run_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_study(tmp_path / "runs", {"muon": 0.9, "adamw": 0.3}, noise=0.005)
+    assert main(["fit", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    fits = {
+        (row["optimizer"], row["bucket"], row["metric"], row["layer"]): row
+        for row in rows_of(tmp_path / "out/fits.csv")
+    }
+    assert len(fits) == 2 * 4 * 2 * 4
+    muon = fits["muon", "tail", "hard_rank", "median"]
+    # the median of the last five windows of six is that of step 60, 60 % of the way from 0.7 to 0.9
+    assert float(muon["beta"]) == pytest.approx(0.82, abs=0.01)
+    assert float(muon["null_beta"]) == pytest.approx(0.7, abs=0.01)
+    assert muon["status"] == "ok"
+    assert len(rows_of(tmp_path / "out/points.csv")) == 2 * 4 * 4 * 2 * 4
+    shown = capsys.readouterr().out
+    assert "left-one-out" in shown
+    assert "layer_00" not in shown
+
+
+def test_by_without_layer_is_one_row_a_series(tmp_path: Path) -> None:
+    write_study(tmp_path / "runs", {"muon": 0.9}, noise=0.005)
+    by = "optimizer,bucket,metric"
+    assert main(["fit", str(tmp_path / "runs"), "--by", by, "--out", str(tmp_path / "out")]) == 0
+    assert len(rows_of(tmp_path / "out/fits.csv")) == 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere"], "no such file or folder: `nowhere`"),
+        (["nowhere.csv", "--x", "d"], "nowhere.csv"),
+        (["."], "no run folder"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    argv: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_all_refused_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_study(tmp_path / "runs", {"muon": 0.9}, widths=(128, 256))
+    assert main(["fit", str(tmp_path / "runs")]) == 1
+    assert "refused:fewer_than_3_widths" in capsys.readouterr().out
+
+
+def test_out_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["fit", str(tmp_path), "--out", str(tmp_path / "file")]) == 2
+    assert "is a file; give a folder" in capsys.readouterr().err
+
+
+def test_neither_torch_nor_lightning_is_imported(tmp_path: Path) -> None:
+    write_study(tmp_path / "runs", {"muon": 0.9, "adamw": 0.4}, widths=(128, 256, 512))
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'lightning', 'torchmetrics', 'litgpt'): sys.modules[name] = None\n"
+        "from lightning_spectral.cli import main\n"
+        f"runs, out = {str(tmp_path / 'runs')!r}, {str(tmp_path / 'out')!r}\n"
+        "sys.exit(main(['fit', runs, '--out', out]) or main(['compare', runs, '--out', out])"
+        " or main(['report', runs, '--out', out]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

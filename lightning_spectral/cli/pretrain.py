@@ -1,0 +1,172 @@
+"""``lightning-spectral pretrain --config RECIPE [--any.key value ...]``: train, measure, and show the last window."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+from lightning_spectral import records
+from lightning_spectral.cli import CommandError
+
+_HELP = """\
+usage: lightning-spectral pretrain --config RECIPE [--any.key value ...]
+
+Train a litgpt GPT with Lightning, as a recipe says: litgpt's own `pretrain` schema, plus `callbacks`, `strategy`,
+`accelerator`, `architecture` and `lr_schedule`.
+
+  --config RECIPE       a YAML file, or the name of a shipped recipe: {names}
+  --any.key VALUE       override a key; lists by place or class name, `--callbacks+ CLASS` appends
+  --data PATH           train on your own .txt, .jsonl or .parquet file, glob or folder
+  --resume auto         continue an interrupted run
+  --print_recipe        show the complete, checked recipe and stop
+  --help_keys           every key with its type, default and meaning (imports litgpt: some seconds)
+
+examples:
+  lightning-spectral pretrain --config quickstart
+  lightning-spectral pretrain --config quickstart --data my_book.txt --out_dir out/book --train.max_steps 50
+  lightning-spectral pretrain --config quickstart --optimizer.init_args.lr 1e-3 \\
+      --callbacks.SpectralRankCallback.init_args.every_n_steps 10
+
+The run folder (`out_dir`) gets the records, `checkpoints/` (for `--resume`), `final/` (a litgpt model) and `logs/`."""
+
+# what Lightning says on every run and nobody can act on
+_CHATTER = ("Tip:", "`weights_only` was not set", "TPU available", "Restored all states", "`Trainer.fit` stopped")
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; 0 done, 2 bad input, 143 stopped by SIGTERM."""
+    from lightning_spectral import recipe as recipes
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_HELP.format(names=", ".join(recipes.names())))
+        return 0 if argv else 2
+    config, show, words = _split(argv)
+    if show == "--help_keys":
+        from lightning_spectral.recipe_schema import parser
+
+        parser().print_help()
+        return 0
+    if config is None:
+        raise CommandError("no recipe: give `--config FILE` or a shipped name, e.g. `--config quickstart`.")
+    _quieten()
+    try:
+        recipe = recipes.load(config, words)
+        if show == "--print_recipe":
+            print(recipe.text(), end="")
+            return 0
+        from lightning_spectral.pretrain import pretrain
+
+        outcome = pretrain(recipe)
+    except recipes.RecipeError as error:
+        raise CommandError(str(error)) from error
+    except SystemExit as error:
+        if type(error).__name__ != "SIGTERMException":
+            raise
+        print(f"stopped by SIGTERM; continue with `--resume auto` ({recipe.out_dir}).", file=sys.stderr)
+        return 143
+    print("\n".join(summary(outcome.run_folder)))
+    print("\n".join(_losses(outcome.val_loss, outcome.unigram_entropy)))
+    print(f"run folder   {outcome.run_folder}  (step {outcome.step}, {outcome.tokens:,} tokens)")
+    if recipe.content["logger_name"] == "tensorboard":
+        print(f"curves       tensorboard --logdir {outcome.run_folder / 'logs'}")
+    return 0
+
+
+def summary(run_folder: Path) -> Iterable[str]:
+    """Lines of the table of the last training window: one row a bucket, ranks as medians over the layers."""
+    rows = _last_window(run_folder)
+    if not rows:
+        return ["no spectral records: the recipe has no SpectralRankCallback."]
+    losses = _last_losses(run_folder)
+    step, width = rows[0].step, rows[0].width
+    layers = len({record.layer for record in rows})
+    lines = [
+        "",
+        f"last window: step {step}, FFN width D = {width}, after the nonlinearity, medians over {layers} layers",
+        f"{'bucket':<8}{'soft rank':>11}{'hard rank':>11}{'N/D':>9}{'loss':>9}  status",
+    ]
+    for bucket in ("pooled", "head", "mid", "tail"):
+        mine = [record for record in rows if record.bucket == bucket]
+        if mine:
+            soft, hard = _median(r.soft_rank for r in mine), _median(r.hard_rank for r in mine)
+            rows_per_dim = _median(r.rows_per_dim for r in mine)
+            worst = min((r.status for r in mine), key=records.STATUSES.index)
+            loss = losses.get(bucket)
+            lines.append(
+                f"{bucket:<8}{_number(soft, 2):>11}{_number(hard, 2):>11}{_number(rows_per_dim, 1):>9}"
+                f"{_number(loss, 3):>9}  {worst}"
+            )
+    return lines
+
+
+def _last_window(run_folder: Path) -> list[records.SpectralRecord]:
+    path = run_folder / records.SPECTRAL_FILE
+    if not path.is_file():
+        return []
+    found = [r for r in records.read_spectral(path).records if r.stage == "train" and r.site == "post"]
+    last = max((record.step for record in found), default=None)
+    return [record for record in found if record.step == last]
+
+
+def _last_losses(run_folder: Path) -> dict[str, float | None]:
+    path = run_folder / records.LOSSES_FILE
+    if not path.is_file():
+        return {}
+    found = [record for record in records.read_losses(path).records if record.stage == "train"]
+    last = max((record.step for record in found), default=None)
+    return {record.bucket: record.loss for record in found if record.step == last}
+
+
+def _losses(val_loss: float | None, unigram_entropy: float | None) -> list[str]:
+    if val_loss is None:
+        return []
+    line = f"\nvalidation   loss {val_loss:.3f} nats a token (perplexity {math.exp(val_loss):.1f})"
+    if unigram_entropy is not None:
+        line += f"; token frequencies alone: {unigram_entropy:.3f}"
+    return [line]
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _split(argv: list[str]) -> tuple[str | None, str | None, list[str]]:
+    """``(recipe, flag, overrides)``."""
+    config, show, words = None, None, []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word in ("--help_keys", "--print_recipe"):
+            show = word
+        elif word.startswith("--config="):
+            config = word.partition("=")[2]
+        elif word == "--config":
+            if not rest:
+                raise CommandError("`--config` has no value: give a YAML file or a shipped name.")
+            config = rest.pop(0)
+        else:
+            words.append(word)
+    return config, show, words
+
+
+def _quieten() -> None:
+    import lightning.pytorch  # noqa: F401  (it makes the handlers)
+
+    def useful(record: logging.LogRecord) -> bool:
+        return not any(text in record.getMessage() for text in _CHATTER)
+
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(useful)

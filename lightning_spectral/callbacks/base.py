@@ -1,0 +1,374 @@
+"""The life of a measuring callback inside a Trainer; what is measured comes from the subclass.
+
+fit start: find the sites, attach. Batch start: the schedule opens a window. Batch end: rows are taken in; once the
+optimizer has stepped, the window is closed, solved and published. Teardown: hooks off. Nothing of this touches the
+model, the loss or a global random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_spectral.callbacks import batches, sinks
+from lightning_spectral.callbacks.grouping import Grouping
+from lightning_spectral.callbacks.options import ProbeOptions
+from lightning_spectral.callbacks.probe import OpenWindow, SpectralProbe
+from lightning_spectral.callbacks.run_folder import RunFolder, open_run_folder
+from lightning_spectral.callbacks.schedule import Schedule
+from lightning_spectral.callbacks.tensorboard import Pictures
+from lightning_spectral.callbacks.to_records import WindowId, loss_records, save_eigenvalues, spectral_records
+from lightning_spectral.callbacks.window import WindowResult
+
+STAGES = ("train", "validation", "test", "predict")
+NONFINITE_POLICIES = ("warn", "record", "raise")
+
+
+class SpectralCallback(Callback):
+    """Base of :class:`SpectralRankCallback` and :class:`TailTokenProbe`; see these for the arguments."""
+
+    def __init__(
+        self,
+        *,
+        every_n_steps: int,
+        on: Sequence[str],
+        options: ProbeOptions,
+        dirpath: str | None,
+        run_id: str | None,
+        labels: dict[str, str] | None,
+        mask_fn: Callable[[Any], Tensor | None] | None,
+        eigenvalues: bool,
+        on_nonfinite: str,
+        memory_limit_mib: float | None,
+        conventions: dict[str, str],
+        seed: int,
+    ) -> None:
+        unknown = set(on) - set(STAGES)
+        if isinstance(on, str) or unknown or not on:
+            raise ValueError(f"`on` must be a list of stages from {list(STAGES)}, got {on!r}.")
+        if on_nonfinite not in NONFINITE_POLICIES:
+            raise ValueError(f"`on_nonfinite` must be one of {list(NONFINITE_POLICIES)}, got {on_nonfinite!r}.")
+        if memory_limit_mib is not None and memory_limit_mib <= 0:
+            raise ValueError(f"`memory_limit_mib` must be > 0, got {memory_limit_mib}.")
+        self.dirpath, self.run_id, self.labels = dirpath, run_id, labels
+        self.options = options
+        self.run_folder: RunFolder | None = None
+        self._schedule = Schedule(every_n_steps)
+        self._on = tuple(on)
+        self._mask_fn = mask_fn
+        self._eigenvalues = eigenvalues
+        self._on_nonfinite = on_nonfinite
+        self._memory_limit_mib = memory_limit_mib
+        self._conventions = conventions
+        self._seed = seed
+        self._probe: SpectralProbe | None = None
+        self._pictures = Pictures()
+        self._train_window: OpenWindow | None = None
+        self._window_step: int | None = None
+        self._num_micro_batches = 0
+        self._tokens_seen: int | None = 0
+        self._window_tokens: int | None = 0
+        self._warned: set[str] = set()
+
+    # what a subclass says
+
+    def grouping(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Grouping:
+        """Which bucket a row belongs to; called once, when the model exists."""
+        raise NotImplementedError
+
+    def reported(self, result: WindowResult) -> WindowResult:
+        """What of a window this callback reports."""
+        return result
+
+    def stands_down(self, trainer: pl.Trainer) -> bool:
+        """Whether another callback of this trainer measures the same."""
+        return False
+
+    # fit
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.stands_down(trainer):
+            self._attach(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        total = trainer.estimated_stepping_batches
+        self._schedule.last_step = int(total) - 1 if total != float("inf") else None
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._probe is None:
+            return
+        step = trainer.global_step
+        if self._window_step is None and "train" in self._on and self._schedule.is_due(step):
+            self._probe.begin()
+            self._window_step, self._num_micro_batches = step, 0
+            self._window_tokens = self._tokens_seen
+        if self._window_step is not None:
+            self._start_micro_batch(self._window_step)
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if self._probe is not None:
+            self._probe.taps.arm(False)  # checkpointed blocks run again during the backward pass
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._probe is not None:
+            self._probe.taps.arm(True)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._probe is None:
+            return
+        if self._window_step is not None:
+            self._collect(batch)
+        stepped = self._window_step is not None and trainer.global_step != self._window_step
+        if stepped:
+            assert self._window_step is not None
+            step, self._window_step = self._window_step, None
+            self._schedule.previous = step
+            medians = self._publish(trainer, pl_module, "train", step, self._window_tokens)
+            sinks.publish_medians(pl_module, medians)
+        self._count_tokens(trainer, batch)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._pictures.draw(trainer, trainer.global_step)
+
+    # other stages
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin_evaluation(trainer, pl_module, "validation")
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin_evaluation(trainer, pl_module, "test")
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin_evaluation(trainer, pl_module, "predict")
+
+    @override
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        self._start_evaluation_batch(trainer, "validation")
+
+    @override
+    def on_test_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        self._start_evaluation_batch(trainer, "test")
+
+    @override
+    def on_predict_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        self._start_evaluation_batch(trainer, "predict")
+
+    @override
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
+    ) -> None:
+        self._end_evaluation_batch(trainer, "validation", batch)
+
+    @override
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
+    ) -> None:
+        self._end_evaluation_batch(trainer, "test", batch)
+
+    @override
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
+    ) -> None:
+        self._end_evaluation_batch(trainer, "predict", batch)
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        medians = self._end_evaluation(trainer, pl_module, "validation")
+        sinks.publish_medians(pl_module, medians)
+
+    @override
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end_evaluation(trainer, pl_module, "test")
+
+    @override
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end_evaluation(trainer, pl_module, "predict")
+
+    # end, state
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._detach()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._detach()
+
+    @property
+    def state_key(self) -> str:
+        """Two callbacks of one class are told apart by what they measure."""
+        return self._generate_state_key(sites=self.options.sites, modules=self.options.modules, on=self._on)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"previous": self._schedule.previous, "tokens_seen": self._tokens_seen}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._schedule.previous = state_dict["previous"]
+        self._tokens_seen = state_dict["tokens_seen"]
+
+    # inside
+
+    def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and trainer.ckpt_path is None and trainer.global_step == 0:
+            self._schedule.previous, self._tokens_seen = None, 0
+        try:
+            probe = SpectralProbe(pl_module, self.grouping(trainer, pl_module), self.options)
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+        self._check_memory(probe)
+        self._probe = probe
+        self.run_folder = open_run_folder(
+            trainer,
+            pl_module,
+            dirpath=self.dirpath,
+            run_id=self.run_id,
+            labels=self.labels,
+            conventions=self._conventions,
+        )
+        sites = probe.tapped.sites
+        state = "unknown before the first forward" if probe.state_mib is None else f"{probe.state_mib:.1f} MiB"
+        rank_zero_info(
+            f"{type(self).__name__}: {len(sites)} sites ({sites[0].name} ... {sites[-1].name}), state in a window "
+            f"{state}, every {self._schedule.every_n_steps} steps on {', '.join(self._on)}; records in "
+            f"`{self.run_folder.path}`."
+        )
+
+    def _check_memory(self, probe: SpectralProbe) -> None:
+        limit, needed = self._memory_limit_mib, probe.state_mib
+        if limit is not None and needed is not None and needed > limit:
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs {needed:.1f} MiB in a window ({len(probe.tapped.sites)} sites x "
+                f"{probe.buckets.num_groups} groups x 9/16 D^2 x 4 bytes), `memory_limit_mib` allows {limit:.1f}: "
+                "measure fewer layers (`modules=[...]`), one site, or fewer shards."
+            )
+
+    def _detach(self) -> None:
+        if self._probe is not None:
+            self._probe.remove()
+        self._probe = None
+        self._window_step = None
+        self.run_folder = None
+
+    def _start_micro_batch(self, step: int) -> None:
+        assert self._probe is not None
+        self._probe.start(seed=(self._seed * 1_000_003 + step) * 1_009 + self._num_micro_batches)
+        self._num_micro_batches += 1
+
+    def _collect(self, batch: Any) -> None:
+        probe = self._probe
+        assert probe is not None
+        shape = probe.taps.ids_shape
+        if shape is None:
+            probe.collect()
+            return
+        mask = self._mask_fn(batch) if self._mask_fn else batches.padding_mask(batch, shape)
+        probe.collect(mask, batches.targets(batch, shape))
+
+    def _begin_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.sanity_checking or stage not in self._on:
+            return
+        if self._probe is None and trainer.state.fn != "fit" and not self.stands_down(trainer):
+            self._attach(trainer, pl_module)
+        if self._probe is not None:
+            self._train_window = self._probe.begin()  # validation may come between two micro-batches of a step
+            self._num_micro_batches = 0
+
+    def _start_evaluation_batch(self, trainer: pl.Trainer, stage: str) -> None:
+        if self._probe is not None and stage in self._on and not trainer.sanity_checking:
+            self._start_micro_batch(0)
+
+    def _end_evaluation_batch(self, trainer: pl.Trainer, stage: str, batch: Any) -> None:
+        if self._probe is not None and stage in self._on and not trainer.sanity_checking:
+            self._collect(batch)
+
+    def _end_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> dict[str, float]:
+        if self._probe is None or stage not in self._on or trainer.sanity_checking:
+            return {}
+        medians = self._publish(trainer, pl_module, stage, trainer.global_step, self._tokens_seen)
+        if self._train_window is not None:
+            self._probe.window, self._train_window = self._train_window, None
+        return medians
+
+    def _publish(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, step: int, tokens_seen: int | None
+    ) -> dict[str, float]:
+        assert self._probe is not None
+        assert self.run_folder is not None
+        result = self.reported(self._probe.end(data_parallel_group(pl_module)))
+        window = WindowId(self.run_folder.run_id, stage, step, tokens_seen)
+        records = spectral_records(result, window, self._conventions)
+        losses = loss_records(result, window)
+        self.run_folder.append_spectral(records)
+        self.run_folder.append_losses(losses)
+        if self._eigenvalues and trainer.is_global_zero:
+            save_eigenvalues(self.run_folder.path, stage, step, result)
+        medians = sinks.front_page(records, stage)
+        sinks.log_scalars(
+            trainer, {**medians, **sinks.detail(records, stage), **sinks.loss_scalars(losses, stage)}, step
+        )
+        if stage == "train":
+            self._pictures.add(trainer, records, result)
+        self._react_to_nonfinite(records)
+        return {**medians, **sinks.loss_scalars(losses, stage)}
+
+    def _react_to_nonfinite(self, records: Sequence[Any]) -> None:
+        bad = [record for record in records if record.status == "nonfinite"]
+        if not bad:
+            return
+        message = (
+            f"{type(self).__name__}: NaN or Inf activations at step {bad[0].step} in `{bad[0].module}` "
+            f"({len(bad)} of {len(records)} spectra); recorded with status `nonfinite`."
+        )
+        if self._on_nonfinite == "raise":
+            raise RuntimeError(message)
+        if self._on_nonfinite == "warn" and "nonfinite" not in self._warned:
+            self._warned.add("nonfinite")
+            rank_zero_warn(message)
+
+    def _count_tokens(self, trainer: pl.Trainer, batch: Any) -> None:
+        """Training tokens so far over all ranks; the batch has maybe one column more than the model is given."""
+        assert self._probe is not None
+        ids_BT = batches.ids(batch)
+        if ids_BT is None or self._tokens_seen is None:
+            self._tokens_seen = None
+            return
+        shape = self._probe.taps.ids_shape
+        positions = ids_BT.shape[1] if shape is None else min(ids_BT.shape[1], shape[1])
+        self._tokens_seen += ids_BT.shape[0] * positions * _data_parallel_size(trainer)
+
+
+def data_parallel_group(pl_module: pl.LightningModule) -> dist.ProcessGroup | None:
+    """Ranks with different data: under tensor parallelism its peers see the same rows and must not be added."""
+    mesh = getattr(pl_module, "device_mesh", None)
+    return None if mesh is None else mesh["data_parallel"].get_group()
+
+
+def _data_parallel_size(trainer: pl.Trainer) -> int:
+    kwargs = (
+        trainer.strategy.distributed_sampler_kwargs if hasattr(trainer.strategy, "distributed_sampler_kwargs") else None
+    )
+    return int(kwargs["num_replicas"]) if kwargs else trainer.world_size

@@ -1,0 +1,103 @@
+"""Which bucket a token's row belongs to: one small table of rules.
+
+Axes: B sequences, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_spectral.functional.buckets import EXCLUDED, frequency_buckets, look_up, position_groups
+from lightning_spectral.records import BUCKETS
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Names of the buckets and the rule that deals rows to them.
+
+    Attributes:
+        names: Bucket names, in the order of their codes.
+        code_fn: Token ids ``(B, T)`` -> codes ``(B, T)``; negative leaves a row out.
+        attribute_to: Whether a row belongs to the bucket of its ``input`` token or of the ``target`` it predicts.
+        vocab_size: Ids that the rule knows, or ``None`` if it does not look at them.
+    """
+
+    names: tuple[str, ...]
+    code_fn: Callable[[Tensor], Tensor]
+    attribute_to: Literal["input", "target"] = "input"
+    vocab_size: int | None = None
+
+    def codes(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Code of each row."""
+        return self._codes_of(ids_BT if self.attribute_to == "input" else targets_BT)
+
+    def loss_codes(self, targets_BT: Tensor) -> Tensor:
+        """Code of each prediction: always that of the token to be predicted."""
+        return self._codes_of(targets_BT)
+
+    def _codes_of(self, tokens_BT: Tensor) -> Tensor:
+        known_BT = tokens_BT >= 0
+        return torch.where(known_BT, self.code_fn(torch.where(known_BT, tokens_BT, 0)), EXCLUDED)
+
+
+def pooled_only() -> Grouping:
+    """One bucket for every row."""
+    return Grouping(("pooled",), torch.zeros_like)
+
+
+def by_frequency(
+    counts_V: Tensor | Sequence[int], *, head_share: float, mid_share: float, attribute_to: Literal["input", "target"]
+) -> Grouping:
+    """HEAD, MID and TAIL by the counts of the training corpus."""
+    table_V = frequency_buckets(counts_V, head_share, mid_share)
+    return Grouping(BUCKETS, lambda ids: look_up(ids, table_V), attribute_to, vocab_size=table_V.numel())
+
+
+def by_position(num_groups: int) -> Grouping:
+    """Equal parts of the sequence, e.g. to compare RoPE with NoPE."""
+
+    def code_fn(ids_BT: Tensor) -> Tensor:
+        return position_groups(ids_BT.shape[1], num_groups).to(ids_BT.device).expand_as(ids_BT)
+
+    return Grouping(tuple(f"position_{group:02d}" for group in range(num_groups)), code_fn)
+
+
+def load_counts(source: Any) -> Tensor:
+    """Token counts from a ``.npy`` / ``.pt`` / text file, an array, or a sequence.
+
+    Raises:
+        ValueError: If the file is missing or holds no vector of counts; the message names it.
+    """
+    if isinstance(source, (str, Path)):
+        return _counts_file(Path(source))
+    return torch.as_tensor(np.asarray(source) if not isinstance(source, Tensor) else source)
+
+
+def _counts_file(path: Path) -> Tensor:
+    if not path.is_file():
+        raise ValueError(
+            f"`counts`: no file `{path}`. Make one: `lightning-spectral count-tokens --data TEXT --out {path}`."
+        )
+    try:
+        if path.suffix == ".pt":
+            counts = torch.load(path, weights_only=True)
+        elif path.suffix == ".npy":
+            counts = torch.from_numpy(np.load(path, allow_pickle=False))
+        else:
+            counts = torch.from_numpy(np.loadtxt(path, dtype=np.int64, ndmin=1))
+    except Exception as error:
+        raise ValueError(
+            f"`counts`: `{path}` holds no token counts ({type(error).__name__}: {error}). Expected one integer per id, "
+            "as written by `lightning-spectral count-tokens` or `numpy.save`."
+        ) from error
+    if not isinstance(counts, Tensor) or counts.ndim != 1:
+        seen = tuple(counts.shape) if isinstance(counts, Tensor) else type(counts).__name__
+        raise ValueError(f"`counts`: `{path}` must hold a vector with one count per id, got {seen}.")
+    return counts

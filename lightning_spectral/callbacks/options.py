@@ -1,0 +1,86 @@
+"""What a probe measures and how, checked before anything else happens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_spectral.functional.rank import DEFAULT_RENYI_ORDERS
+
+# The paper's code adds this to `sum l^2`, whatever the scale of the activations.
+PAPER_EPSILON = 1e-12
+CONVENTIONS = ("default", "paper")
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """Arguments of the callbacks, under the same names; these say what each means.
+
+    Attributes:
+        reduce: Add the rows of all ranks; ``False`` measures rank 0's own.
+    """
+
+    sites: tuple[str, ...] = ("post",)
+    modules: tuple[str, ...] | None = None
+    embedding: str | None = None
+    keep_share: float = 1.0
+    num_shards: int = 1
+    renyi_orders: tuple[float, ...] = DEFAULT_RENYI_ORDERS
+    absolute_epsilon: float = 0.0
+    with_losses: bool = False
+    reduce: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.sites or set(self.sites) - {"pre", "post"}:
+            raise ValueError(f"`sites` must list `post`, `pre` or both, got {list(self.sites)}.")
+        if not 0 < self.keep_share <= 1:
+            raise ValueError(f"`keep_share` must be in (0, 1], got {self.keep_share}.")
+        if isinstance(self.num_shards, bool) or not isinstance(self.num_shards, int) or self.num_shards < 1:
+            raise ValueError(f"`num_shards` must be an integer >= 1, got {self.num_shards!r}.")
+        bad = [order for order in self.renyi_orders if not order > 0 or math.isnan(order)]
+        if bad:
+            raise ValueError(f"`renyi_orders` must be > 0, got {bad}.")
+
+
+def probe_options(
+    *,
+    sites: Sequence[str],
+    modules: Sequence[str] | None,
+    embedding: str | None,
+    keep_share: float,
+    num_shards: int,
+    renyi_orders: Sequence[float],
+    convention: str,
+    buckets_from_rank_0: bool = False,
+    with_losses: bool = False,
+) -> ProbeOptions:
+    """Options from plain arguments.
+
+    Raises:
+        ValueError: If one of them is out of range.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(f"`convention` must be one of {list(CONVENTIONS)}, got {convention!r}.")
+    return ProbeOptions(
+        sites=(sites,) if isinstance(sites, str) else tuple(sites),
+        modules=None if modules is None else tuple(modules),
+        embedding=embedding,
+        keep_share=keep_share,
+        num_shards=num_shards,
+        renyi_orders=tuple(renyi_orders),
+        absolute_epsilon=PAPER_EPSILON if convention == "paper" else 0.0,
+        with_losses=with_losses,
+        reduce=not buckets_from_rank_0,
+    )
+
+
+def conventions_of(options: ProbeOptions, **more: str) -> dict[str, str]:
+    """The choices that change a number, for the records."""
+    return {
+        "covariance": "centred, N-1",
+        "epsilon": f"{options.absolute_epsilon:g}",
+        "keep_share": f"{options.keep_share:g}",
+        "reduction": "all_ranks" if options.reduce else "rank0_local",
+        **more,
+    }

@@ -1,0 +1,98 @@
+"""Where a window's numbers go: records on disk, scalars to every logger, medians to ``callback_metrics``.
+
+Tags: ``spectral/hard_rank.tail`` (front page: median over layers), ``spectral.hard_rank.post.tail/layer_03`` (detail).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from statistics import median
+
+import lightning.pytorch as pl
+
+from lightning_spectral.records import LossRecord, SpectralRecord
+
+FRONT_PAGE = ("hard_rank", "soft_rank")
+DETAIL = ("hard_rank", "soft_rank", "hard_rank_unbiased", "eee", "top_share")
+
+
+def front_page(records: Sequence[SpectralRecord], stage: str) -> dict[str, float]:
+    """Layer medians by bucket, asymmetry and health, as scalar tags."""
+    prefix = "spectral" if stage == "train" else f"spectral_{stage}"
+    scalars: dict[str, float] = {}
+    for site in dict.fromkeys(record.site for record in records):
+        at_site = [record for record in records if record.site == site]
+        suffix = "" if site == "post" else f".{site}"
+        for bucket in dict.fromkeys(record.bucket for record in at_site):
+            mine = [record for record in at_site if record.bucket == bucket]
+            for metric in (*FRONT_PAGE, "asymmetry"):
+                value = _median(getattr(record, metric) for record in mine)
+                if value is not None:
+                    scalars[f"{prefix}/{metric}{suffix}.{bucket}"] = value
+            scalars[f"{prefix}_health/rows_per_dim{suffix}.{bucket}"] = median(record.rows_per_dim for record in mine)
+    if records:
+        scalars[f"{prefix}_health/bad_status_share"] = sum(r.status != "ok" for r in records) / len(records)
+        scalars[f"{prefix}_health/window_s"] = records[0].window_s or 0.0
+    tail_integrity = _tail_integrity(records)
+    if tail_integrity is not None:
+        scalars[f"{prefix}/tail_integrity"] = tail_integrity
+    return scalars
+
+
+def detail(records: Iterable[SpectralRecord], stage: str) -> dict[str, float]:
+    """One scalar per metric, site, bucket and layer."""
+    prefix = "spectral" if stage == "train" else f"spectral_{stage}"
+    scalars = {}
+    for record in records:
+        for metric in DETAIL:
+            value = getattr(record, metric)
+            if value is not None:
+                scalars[f"{prefix}.{metric}.{record.site}.{record.bucket}/{layer_name(record)}"] = value
+    return scalars
+
+
+def loss_scalars(losses: Iterable[LossRecord], stage: str) -> dict[str, float]:
+    """Loss and accuracy by bucket."""
+    prefix = "spectral_loss" if stage == "train" else f"spectral_loss_{stage}"
+    return {
+        f"{prefix}/{metric}.{record.bucket}": value
+        for record in losses
+        for metric in ("loss", "accuracy")
+        if (value := getattr(record, metric)) is not None
+    }
+
+
+def layer_name(record: SpectralRecord) -> str:
+    """``layer_03`` or ``layer_03.expert_01``: zero-padded, so that lists sort by depth."""
+    return f"layer_{record.layer:02d}" + ("" if record.expert is None else f".expert_{record.expert:02d}")
+
+
+def log_scalars(trainer: pl.Trainer, scalars: dict[str, float], step: int) -> None:
+    """To every logger of the trainer, past ``self.log``: hundreds of tags there would cost more than the window."""
+    finite = {tag: value for tag, value in scalars.items() if math.isfinite(value)}
+    if finite and trainer.is_global_zero:
+        for logger in trainer.loggers:
+            logger.log_metrics(finite, step=step)
+
+
+def publish_medians(pl_module: pl.LightningModule, scalars: dict[str, float]) -> None:
+    """To ``callback_metrics``, so that ``ModelCheckpoint(monitor="spectral/hard_rank.tail")`` works."""
+    for tag, value in scalars.items():
+        pl_module.log(tag, value, logger=False, rank_zero_only=False, sync_dist=False)
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def _tail_integrity(records: Sequence[SpectralRecord]) -> float | None:
+    """Mean over layers of hard(tail) - hard(head) at the post site (arXiv:2605.21803, tail integrity index)."""
+    hard = {(r.layer, r.expert, r.bucket): r.hard_rank for r in records if r.site == "post" and r.hard_rank is not None}
+    differences = [
+        hard[layer, expert, "tail"] - hard[layer, expert, "head"]
+        for layer, expert, bucket in hard
+        if bucket == "tail" and (layer, expert, "head") in hard
+    ]
+    return sum(differences) / len(differences) if differences else None

@@ -1,0 +1,168 @@
+"""What TensorBoard gets beyond scalars: a custom-scalars layout, a layer x step heat map, a spectrum waterfall.
+
+Pictures need nothing of TensorBoard but ``add_figure``; other loggers get the scalars only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_spectral.callbacks.sinks import layer_name
+from lightning_spectral.callbacks.window import WindowResult
+from lightning_spectral.records import POOLED, SpectralRecord
+
+MAX_SERIES = 4  # more lines than this in one chart cannot be told apart
+MAX_SPECTRA = 24
+
+
+def layout(records: Sequence[SpectralRecord], *, with_losses: bool) -> dict[str, dict[str, list[Any]]]:
+    """Custom-scalars layout for the tags of ``sinks``: front page, layers, health; at most 4 series a chart."""
+    buckets = list(dict.fromkeys(record.bucket for record in records))
+    layers = list(dict.fromkeys(layer_name(record) for record in records))
+    sites = list(dict.fromkeys(record.site for record in records))
+    suffixes = ["" if site == "post" else f".{site}" for site in sites]
+    front: dict[str, list[Any]] = {}
+    for metric in ("hard_rank", "soft_rank", "asymmetry"):
+        for suffix in suffixes:
+            tags = [f"spectral/{metric}{suffix}.{bucket}" for bucket in buckets]
+            front |= _charts(f"{metric}{suffix} by bucket", tags)
+    detail: dict[str, list[Any]] = {}
+    for metric in ("hard_rank", "soft_rank"):
+        for site in sites:
+            for bucket in buckets:
+                tags = [f"spectral.{metric}.{site}.{bucket}/{layer}" for layer in layers]
+                detail |= _charts(f"{metric}.{site}.{bucket} by layer", tags)
+    health = _charts("rows per dimension (N/D)", [f"spectral_health/rows_per_dim{suffixes[0]}.{b}" for b in buckets])
+    health |= _charts("share of spectra with a bad status", ["spectral_health/bad_status_share"])
+    health |= _charts("seconds per window", ["spectral_health/window_s"])
+    pages = {"1 Rank curves (layer median)": front, "2 Layers": detail, "4 Health": health}
+    if with_losses:
+        losses = _charts("loss by bucket", [f"spectral_loss/loss.{bucket}" for bucket in buckets])
+        losses |= _charts("top-1 accuracy by bucket", [f"spectral_loss/accuracy.{bucket}" for bucket in buckets])
+        pages["3 Loss by bucket"] = losses
+    return dict(sorted(pages.items()))
+
+
+class Pictures:
+    """History of one run, drawn into TensorBoard."""
+
+    def __init__(self) -> None:
+        self._hard: dict[str, dict[tuple[str, int], float]] = {}
+        self._spectra: dict[str, dict[int, np.ndarray]] = {}
+        self._num_windows = 0
+
+    def add(self, trainer: pl.Trainer, records: Sequence[SpectralRecord], result: WindowResult) -> None:
+        """Remember one window; write the layout with the first; draw now and then."""
+        writers = list(_writers(trainer))
+        if not writers or not records:
+            return
+        step = records[0].step
+        for record in records:
+            if record.site == "post" and record.hard_rank is not None:
+                self._hard.setdefault(record.bucket, {})[layer_name(record), step] = record.hard_rank
+        self._remember_spectra(step, result)
+        if self._num_windows == 0:
+            for writer in writers:
+                writer.add_custom_scalars(layout(records, with_losses=bool(result.losses)))
+        self._num_windows += 1
+        if self._num_windows >= 8 and self._num_windows & (self._num_windows - 1) == 0:  # 8, 16, 32, ...
+            self.draw(trainer, step)
+
+    def draw(self, trainer: pl.Trainer, step: int) -> None:
+        """Write the pictures of what is known so far."""
+        writers = list(_writers(trainer)) if self._num_windows > 1 else []
+        for writer in writers:
+            for bucket, values in self._hard.items():
+                writer.add_figure(f"spectral_pictures/hard_rank.{bucket}", heat_map(values, bucket), step)
+            for name, spectra in self._spectra.items():
+                writer.add_figure(f"spectral_pictures/eigenspectrum.{name}", waterfall(spectra, name), step)
+
+    def _remember_spectra(self, step: int, result: WindowResult) -> None:
+        """Of the middle layer, for the rarest bucket: one picture that shows the shape."""
+        post = [s for s in result.sites if s.site == "post" and s.measurement.eigenvalues is not None]
+        if not post:
+            return
+        bucket = "tail" if any(s.bucket == "tail" for s in post) else POOLED
+        layers = sorted({s.layer for s in post})
+        chosen = next((s for s in post if s.bucket == bucket and s.layer == layers[len(layers) // 2]), None)
+        if chosen is None or chosen.measurement.eigenvalues is None:
+            return
+        eigs = chosen.measurement.eigenvalues.double().numpy()
+        kept = self._spectra.setdefault(f"layer_{chosen.layer:02d}.{bucket}", {})
+        kept[step] = eigs / eigs.sum()
+        if len(kept) > 2 * MAX_SPECTRA:  # thin evenly over time, keeping the first and the last
+            for old in list(kept)[1:-1:2]:
+                del kept[old]
+
+
+def heat_map(values: dict[tuple[str, int], float], bucket: str) -> Any:
+    """Hard rank of one bucket over layers and steps."""
+    layers = sorted({layer for layer, _ in values})
+    steps = sorted({step for _, step in values})
+    grid = np.full((len(layers), len(steps)), np.nan)
+    for (layer, step), value in values.items():
+        grid[layers.index(layer), steps.index(step)] = value
+    figure, axes = _figure()
+    mesh = axes.pcolormesh(_edges(steps), np.arange(len(layers) + 1), grid, cmap="viridis")
+    axes.set_yticks(np.arange(len(layers)) + 0.5, layers)
+    axes.set_xlabel("optimizer step")
+    axes.set_title(f"hard rank, {bucket}: layer x step", loc="left", fontsize=10)
+    figure.colorbar(mesh, ax=axes)
+    return figure
+
+
+def waterfall(spectra: dict[int, np.ndarray], name: str) -> Any:
+    """Normalised eigenspectra over training, dark to light."""
+    from matplotlib import colormaps
+
+    figure, axes = _figure()
+    colours = colormaps["plasma"](np.linspace(0.0, 0.85, len(spectra)))
+    for colour, (step, p) in zip(colours, sorted(spectra.items()), strict=True):
+        first_or_last = step in (min(spectra), max(spectra))
+        axes.loglog(
+            np.arange(1, len(p) + 1), np.maximum(p, 1e-9), color=colour, label=f"step {step}" if first_or_last else None
+        )
+    axes.set_xlabel("mode i")
+    axes.set_ylabel("share of variance p_i")
+    axes.set_title(f"eigenspectrum, {name}", loc="left", fontsize=10)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")  # not pyplot: its global state belongs to the user
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _edges(steps: Sequence[int]) -> np.ndarray:
+    centres = np.asarray(steps, dtype=float)
+    if len(centres) == 1:
+        return np.array([centres[0] - 0.5, centres[0] + 0.5])
+    middles = (centres[1:] + centres[:-1]) / 2
+    return np.concatenate([[2 * centres[0] - middles[0]], middles, [2 * centres[-1] - middles[-1]]])
+
+
+def _charts(title: str, tags: Sequence[str]) -> dict[str, list[Any]]:
+    if len(tags) <= MAX_SERIES:
+        return {title: ["Multiline", list(tags)]}
+    charts, rest = {}, iter(tags)
+    while part := list(islice(rest, MAX_SERIES)):
+        charts[f"{title} {part[0].rsplit('/')[-1]} to {part[-1].rsplit('/')[-1]}"] = ["Multiline", part]
+    return charts
+
+
+def _writers(trainer: pl.Trainer) -> Iterator[Any]:
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                yield logger.experiment

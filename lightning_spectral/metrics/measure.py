@@ -1,0 +1,109 @@
+"""From moments to the ranks of one group, with what the sample says about them.
+
+Uncertainty comes from shards: rows are dealt to shards by sequence, so that leaving one shard out leaves out whole
+sequences (tokens of one sequence are correlated; an interval from tokens would be far too narrow).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from lightning_spectral.functional import rank as ranks
+from lightning_spectral.functional.covariance import Invariants, Moments, covariance, invariants, take_groups
+
+
+@dataclass(frozen=True)
+class RankMeasurement:
+    """Ranks of one covariance; ``None`` where the status does not allow a number. Fields: ``SpectralRecord``."""
+
+    num_rows: int
+    width: int
+    status: str
+    soft_rank: float | None = None
+    hard_rank: float | None = None
+    hard_rank_unbiased: float | None = None
+    soft_rank_unbiased: float | None = None
+    spectral_entropy: float | None = None
+    eee: float | None = None
+    top_share: float | None = None
+    trace: float | None = None
+    renyi: dict[str, float] = field(default_factory=dict)
+    hard_rank_ci: tuple[float, float] | None = None
+    soft_rank_ci: tuple[float, float] | None = None
+    eigenvalues: Tensor | None = None
+
+
+def measure(
+    moments: Moments,
+    groups: Sequence[int] = (0,),
+    *,
+    renyi_orders: Sequence[float] = ranks.DEFAULT_RENYI_ORDERS,
+    absolute_epsilon: float = 0.0,
+) -> RankMeasurement:
+    """Ranks of the rows of ``groups`` together; the groups are the shards that the intervals come from.
+
+    Args:
+        moments: State with any number of groups.
+        groups: Indices of the shards to merge.
+        renyi_orders: Orders of :attr:`RankMeasurement.renyi`.
+        absolute_epsilon: The paper's compatibility option of ``hard_rank``.
+    """
+    own = take_groups(moments, [list(groups)])
+    numbers = invariants(own)
+    status = ranks.sampling_status(numbers.num_rows, moments.width, numbers.trace)
+    if status in ("empty", "nonfinite", "degenerate"):
+        return RankMeasurement(numbers.num_rows, moments.width, status)
+    eigs = ranks.spectrum(covariance(own))
+    values = {name: float(metric(eigs)) for name, metric in ranks.RANK_METRICS.items()}
+    hard = _hard_rank(numbers, absolute_epsilon)
+    unbiased = ranks.unbiased_hard_rank(numbers.num_rows, numbers.trace, numbers.frobenius_sq, numbers.quartic)
+    leave_one_out = [take_groups(moments, [[g for g in groups if g != left]]) for left in groups]
+    usable = len(groups) > 1 and all(float(part.count_G[0]) > 1 for part in leave_one_out)
+    hard_parts = [_hard_rank(invariants(part), absolute_epsilon) for part in leave_one_out] if usable else []
+    soft_parts = [float(ranks.soft_rank(ranks.spectrum(covariance(part)))) for part in leave_one_out] if usable else []
+    return RankMeasurement(
+        num_rows=numbers.num_rows,
+        width=moments.width,
+        status=status,
+        soft_rank=values["soft_rank"],
+        hard_rank=hard,
+        hard_rank_unbiased=None if math.isnan(unbiased) else unbiased,
+        soft_rank_unbiased=_jackknife_estimate(values["soft_rank"], soft_parts),
+        spectral_entropy=values["spectral_entropy"],
+        eee=values["eee"],
+        top_share=values["top_share"],
+        trace=numbers.trace,
+        renyi={f"{order:g}": float(ranks.renyi_rank(eigs, order)) for order in renyi_orders},
+        hard_rank_ci=_jackknife_interval(hard, hard_parts),
+        soft_rank_ci=_jackknife_interval(values["soft_rank"], soft_parts),
+        eigenvalues=eigs,
+    )
+
+
+def _hard_rank(numbers: Invariants, absolute_epsilon: float) -> float:
+    if numbers.frobenius_sq <= 0:
+        return math.nan
+    return numbers.trace**2 / (numbers.frobenius_sq + absolute_epsilon)
+
+
+def _jackknife_estimate(value: float, parts: Sequence[float]) -> float | None:
+    """Bias-corrected value ``K * all - (K - 1) * mean of leave-one-out``; two shards: ``2 S(N) - mean S(N/2)``."""
+    if not parts:
+        return None
+    return len(parts) * value - (len(parts) - 1) * sum(parts) / len(parts)
+
+
+def _jackknife_interval(value: float, parts: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """Delete-a-shard jackknife t interval of ``ln rank``: a rank is positive and its errors are relative."""
+    if len(parts) < 2 or not all(part > 0 for part in (value, *parts)):
+        return None
+    logs = torch.tensor(parts, dtype=torch.float64).log()
+    standard_error = math.sqrt((len(parts) - 1) * float(logs.var(unbiased=False)))
+    reach = float(stats.t.ppf((1 + level) / 2, len(parts) - 1)) * standard_error
+    return value * math.exp(-reach), value * math.exp(reach)

@@ -9,6 +9,10 @@ from importlib import import_module
 from typing import Any
 
 _HOME_OF = {
+    "NorMuon": "lightning_spectral.optim",
+    "Muon": "lightning_spectral.optim",
+    "Dion": "lightning_spectral.optim",
+    "AdamW": "lightning_spectral.optim",
     "SpectralRankCallback": "lightning_spectral.callbacks",
     "TailTokenProbe": "lightning_spectral.callbacks",
     "SpectralRecord": "lightning_spectral.records",

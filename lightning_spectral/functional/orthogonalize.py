@@ -30,15 +30,18 @@ __all__ = [
     "METHODS",
     "CoefficientSet",
     "apply_to_singular_values",
+    "check_method",
     "coefficient_rows",
     "coefficient_set",
     "flattened_share",
     "newton_schulz",
     "normalize_singular_values",
     "orthogonalize",
+    "orthogonalize_stack",
     "polar_express",
     "polar_express_rows",
     "polar_svd",
+    "same_shape_runs",
     "smoothed_sign",
     "steps_to_flatten",
 ]
@@ -151,25 +154,40 @@ def orthogonalize(
     Raises:
         ValueError: If the method is unknown or an entry is not a matrix.
     """
+    check_method(method)
+    results: dict[int, Tensor] = {}
+    for members in same_shape_runs(matrices, batch):
+        stacked_BMN = torch.stack([matrices[i] for i in members])
+        orthogonal_BMN = orthogonalize_stack(stacked_BMN, method, steps, dtype)
+        results.update(zip(members, orthogonal_BMN.unbind(0), strict=True))
+    return [results[i] for i in range(len(matrices))]
+
+
+def orthogonalize_stack(
+    stacked_BMN: Tensor, method: str, steps: int | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``orthogonalize`` for matrices that are stacked already, (B, M, N) -> (B, M, N)."""
+    if method == "identity":
+        return stacked_BMN
+    if method == "svd":
+        return polar_svd(stacked_BMN)
+    if stacked_BMN.shape[0] == 1:  # the 2-D product has less overhead than a batch of one
+        return newton_schulz(stacked_BMN[0], method, steps, dtype).unsqueeze(0)
+    return newton_schulz(stacked_BMN, method, steps, dtype)
+
+
+def check_method(method: str) -> None:
+    """Raise ValueError unless ``method`` is one of ``METHODS``."""
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {list(METHODS)}, got {method!r}.")
-    if method == "identity":
-        return list(matrices)
-    if method == "svd":
-        return [polar_svd(matrix) for matrix in matrices]
-    results: list[Tensor | None] = [None] * len(matrices)
-    for members in _batches(matrices, batch):
-        if len(members) == 1:
-            results[members[0]] = newton_schulz(matrices[members[0]], method, steps, dtype)
-            continue
-        stacked = torch.stack([matrices[i] for i in members])
-        for i, result in zip(members, newton_schulz(stacked, method, steps, dtype).unbind(0), strict=True):
-            results[i] = result
-    return [result for result in results if result is not None]
 
 
-def _batches(matrices: Sequence[Tensor], batch: bool) -> list[list[int]]:
-    """Indices of matrices that share shape, dtype and device, in runs that fit the batch limits."""
+def same_shape_runs(matrices: Sequence[Tensor], batch: bool = True) -> list[list[int]]:
+    """Indices of matrices that share shape, dtype and device, in runs worth one batched product.
+
+    Raises:
+        ValueError: If an entry does not have two dimensions.
+    """
     alike: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
     for i, matrix in enumerate(matrices):
         if matrix.ndim != 2:
@@ -186,7 +204,7 @@ def _batches(matrices: Sequence[Tensor], batch: bool) -> list[list[int]]:
 
 
 def _frobenius_normalized(iterate: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(iterate, dim=(-2, -1), keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(iterate, dim=(-2, -1), keepdim=True)
     return iterate / norm.clamp(min=_TINY)
 
 

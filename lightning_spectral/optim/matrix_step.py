@@ -1,0 +1,300 @@
+"""Bring whole matrices together, update them once, and apply the update to what this rank holds.
+
+Three ways, chosen per matrix: whole here (one device, or work repeated on every rank), whole on every rank of a DDP
+group (each rank orthogonalises its share, one all_gather), cut over ranks (one all_to_all in, one out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_spectral.functional.orthogonalize import same_shape_runs
+from lightning_spectral.optim.matrix_rule import Group, MatrixRule
+from lightning_spectral.optim.shards import (
+    Exchange,
+    Parcel,
+    Piece,
+    choose_owners,
+    fsdp1_pieces,
+    local,
+    orthogonalization_cost,
+    piece_of,
+    replica_group,
+)
+
+States = Any  # Optimizer.state: parameter -> {name: tensor}
+# Renamed in torch 2.13, where the old name warns.
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+Observer = Callable[[Tensor, Tensor, Tensor, Group], None]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix parameter with its settings and what is held of it here."""
+
+    param: Tensor
+    group: Group
+    rule: MatrixRule
+    piece: Piece
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the whole matrix."""
+        return self.piece.shape[0], self.piece.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the direction and of the update, also on the wire."""
+        held = local(self.param)
+        return self.rule.dtype(self.group, held.dtype, held.device)
+
+
+class MatrixStep:
+    """The plan for one set of matrices; made on the first step, a few collectives, and kept.
+
+    Args:
+        matrices: Trainable matrix parameters with their groups, in the same order on every rank.
+        rules: Algorithm name -> rule.
+        share: Spread the work over the ranks of a DDP group.
+    """
+
+    def __init__(self, matrices: Sequence[tuple[Tensor, Group]], rules: dict[str, MatrixRule], share: bool) -> None:
+        flat_views = fsdp1_pieces()
+        everything = [
+            Matrix(param, group, rules[group["algorithm"]], piece_of(param, flat_views)) for param, group in matrices
+        ]
+        self._key = [id(param) for param, _ in matrices]
+        self._cut: list[tuple[Exchange, list[Matrix]]] = []
+        by_group: dict[int, list[Matrix]] = {}
+        for matrix in everything:
+            if matrix.piece.group is not None:
+                by_group.setdefault(id(matrix.piece.group), []).append(matrix)
+        for members in by_group.values():
+            costs = [orthogonalization_cost(m.shape) for m in members]
+            self._cut.append((Exchange.plan([m.piece for m in members], costs, members[0].piece.group), members))
+        whole = [m for m in everything if m.piece.group is None]
+        replicas = replica_group([m.param for m in whole]) if share and whole else None
+        self._replicas = replicas
+        self._shared = [m for m in whole if replicas is not None and m.rule.shares_over_replicas]
+        self._whole = [m for m in whole if replicas is None or not m.rule.shares_over_replicas]
+
+    def covers(self, matrices: Sequence[tuple[Tensor, Group]]) -> bool:
+        """Whether this plan was made for exactly these parameters."""
+        return len(matrices) == len(self._key) and all(
+            id(p) == k for (p, _), k in zip(matrices, self._key, strict=True)
+        )
+
+    def run(self, grads: dict[int, Tensor], states: States, observe: Observer | None) -> None:
+        """Update in place every matrix that has a local gradient in ``grads`` (by ``id(param)``)."""
+        for matrix in (*self._whole, *self._shared, *(m for _, members in self._cut for m in members)):
+            if id(matrix.param) in grads:
+                state = states[matrix.param]
+                state["step"] += 1
+                matrix.rule.advance(local(state["momentum_buffer"]), grads[id(matrix.param)], matrix.group)
+        self._run_whole([m for m in self._whole if id(m.param) in grads], grads, states, observe)
+        if self._shared:
+            self._run_shared([m for m in self._shared if id(m.param) in grads], grads, states, observe)
+        for exchange, members in self._cut:
+            _run_cut(exchange, members, grads, states, observe)
+
+    def _run_whole(
+        self, matrices: Sequence[Matrix], grads: dict[int, Tensor], states: States, observe: Observer | None
+    ) -> None:
+        for run in _runs(matrices):
+            updates = _update_run(run, grads, states, observe)
+            for matrix, update in zip(run, updates.unbind(0), strict=True):
+                _apply(matrix, local(matrix.param), update)
+
+    def _run_shared(
+        self, matrices: Sequence[Matrix], grads: dict[int, Tensor], states: States, observe: Observer | None
+    ) -> None:
+        """Every rank has every momentum; only the orthogonalisation is divided, its results go to all."""
+        if not matrices:
+            return
+        size, rank = dist.get_world_size(self._replicas), dist.get_rank(self._replicas)
+        everywhere = [[(0, m.piece.numel) for m in matrices]] * size
+        owners = choose_owners(everywhere, [orthogonalization_cost(m.shape) for m in matrices])
+        offsets, used = [], [0] * size
+        for matrix, owner in zip(matrices, owners, strict=True):
+            offsets.append(used[owner])
+            used[owner] += _padded(_result_bytes(matrix))
+        longest = max(used)
+        held = local(matrices[0].param)
+        gathered = torch.empty(size * longest, dtype=torch.uint8, device=held.device)
+        mine = gathered[rank * longest : (rank + 1) * longest]
+        where = {id(m.param): i for i, m in enumerate(matrices)}
+        for run in _runs([m for m, owner in zip(matrices, owners, strict=True) if owner == rank]):
+            updates = _update_run(run, grads, states, observe)
+            for matrix, update in zip(run, updates.unbind(0), strict=True):
+                target = mine[offsets[where[id(matrix.param)]] :]
+                _result_views(matrix, target)["update"].copy_(update.reshape(-1))
+                for name in _returned(matrix):
+                    _result_views(matrix, target)[name].copy_(states[matrix.param][name])
+        _ALL_GATHER(gathered, mine.clone(), group=self._replicas)
+        for matrix, owner, offset in zip(matrices, owners, offsets, strict=True):
+            views = _result_views(matrix, gathered[owner * longest + offset :])
+            for name in _returned(matrix):
+                states[matrix.param][name].copy_(views[name])
+            _apply(matrix, local(matrix.param), views["update"].view(matrix.shape))
+
+
+def _run_cut(
+    exchange: Exchange,
+    members: Sequence[Matrix],
+    grads: dict[int, Tensor],
+    states: States,
+    observe: Observer | None,
+) -> None:
+    """One all_to_all makes every matrix whole at its owner, one brings the ranges of the results back.
+
+    The timetable never depends on which gradients exist, so that no rank can miss a collective: a matrix without a
+    gradient here sends zeros and ignores what comes back.
+    """
+    device = local(members[0].param).device
+    inward = [_inward(matrix) for matrix in members]
+    outward = [_outward(matrix) for matrix in members]
+
+    def fill_inward(i: int, parcel: Parcel, target: Tensor) -> None:
+        matrix = members[i]
+        if id(matrix.param) not in grads:
+            target.zero_()
+        elif parcel.name == "direction":
+            state = states[matrix.param]
+            momentum = local(state["momentum_buffer"])
+            direction = matrix.rule.direction(momentum, grads[id(matrix.param)], matrix.group)
+            target.copy_(direction.reshape(-1))
+        else:
+            target.copy_(states[matrix.param][parcel.name])
+
+    whole = exchange.send_in(inward, fill_inward, device)
+    owned = [i for i, owner in enumerate(exchange.owners) if owner == exchange.rank]
+    results: dict[tuple[int, str], Tensor] = {}
+    for run in _runs([members[i] for i in owned]):
+        indices = [next(i for i in owned if members[i] is matrix) for matrix in run]
+        directions = [whole.pop((i, "direction")).view(members[i].shape) for i in indices]
+        companions = {p.name: [whole[i, p.name] for i in indices] for p in inward[indices[0]] if p.name != "direction"}
+        if run[0].rule.rewrites_momentum:
+            companions["momentum_buffer"] = [direction.clone() for direction in directions]
+        stacked = torch.stack(directions)
+        updates = run[0].rule.update_matrices(stacked, companions, run[0].group).to(run[0].dtype)
+        if observe is not None:
+            for matrix, direction, update in zip(run, directions, updates.unbind(0), strict=True):
+                observe(matrix.param, direction, update, matrix.group)
+        for position, i in enumerate(indices):
+            results[i, "update"] = updates[position].reshape(-1)
+            for name, arrays in companions.items():
+                results[i, name] = arrays[position].reshape(-1)
+
+    def fill_outward(i: int, parcel: Parcel, target: Tensor, span: tuple[int, int]) -> None:
+        target.copy_(results[i, parcel.name][span[0] : span[1]])
+
+    arrived = exchange.send_out(outward, fill_outward, device)
+    for i in owned:
+        low, high = members[i].piece.start, members[i].piece.stop
+        for parcel in outward[i]:
+            span = (min(low, parcel.length), min(high, parcel.length))
+            if span[1] > span[0]:
+                _deliver(members[i], parcel.name, results[i, parcel.name][span[0] : span[1]], grads, states)
+    for (i, name, _, _), values in arrived:
+        _deliver(members[i], name, values, grads, states)
+
+
+def _deliver(matrix: Matrix, name: str, values: Tensor, grads: dict[int, Tensor], states: States) -> None:
+    if id(matrix.param) not in grads:
+        return
+    held = local(matrix.param)
+    if name == "update":
+        _apply(matrix, held, values.view(held.shape))
+    elif name == "momentum_buffer":
+        momentum = local(states[matrix.param][name])
+        momentum.copy_(values.view(momentum.shape))
+    else:
+        states[matrix.param][name].copy_(values)
+
+
+def _inward(matrix: Matrix) -> list[Parcel]:
+    companions = matrix.rule.companions(matrix.shape, matrix.group)
+    return [
+        Parcel("direction", matrix.piece.numel, matrix.dtype),
+        *(Parcel(name, length, torch.float32) for name, length in companions.items()),
+    ]
+
+
+def _outward(matrix: Matrix) -> list[Parcel]:
+    companions = matrix.rule.companions(matrix.shape, matrix.group)
+    parcels = [Parcel("update", matrix.piece.numel, matrix.dtype)]
+    if matrix.rule.rewrites_momentum:
+        parcels.append(Parcel("momentum_buffer", matrix.piece.numel, matrix.dtype))
+    return parcels + [Parcel(name, length, torch.float32) for name, length in companions.items()]
+
+
+def _runs(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
+    """Matrices that go through one ``update_matrices``: one group, one shape, as many as are worth one batch."""
+    by_group: dict[int, list[Matrix]] = {}
+    for matrix in matrices:
+        by_group.setdefault(id(matrix.group), []).append(matrix)
+    runs: list[list[Matrix]] = []
+    for members in by_group.values():
+        shells = [torch.empty(m.shape, dtype=local(m.param).dtype, device="meta") for m in members]
+        runs.extend([members[i] for i in indices] for indices in same_shape_runs(shells))
+    return runs
+
+
+def _update_run(run: Sequence[Matrix], grads: dict[int, Tensor], states: States, observe: Observer | None) -> Tensor:
+    """Updates (B, M, N) of matrices that are whole here, companions changed in place."""
+    first = run[0]
+    held = local(first.param)
+    directions = torch.empty((len(run), *first.shape), dtype=first.dtype, device=held.device)
+    for matrix, target in zip(run, directions.unbind(0), strict=True):
+        momentum = local(states[matrix.param]["momentum_buffer"])
+        target.copy_(matrix.rule.direction(momentum, grads[id(matrix.param)], matrix.group).view(matrix.shape))
+    companions = {
+        name: [states[m.param][name] for m in run] for name in first.rule.companions(first.shape, first.group)
+    }
+    if first.rule.rewrites_momentum:
+        companions["momentum_buffer"] = [local(states[m.param]["momentum_buffer"]) for m in run]
+    entering = directions.clone() if observe is not None else directions
+    # Rounded to the wire's dtype here too: otherwise an owner would apply another update than the ranks it sends it to.
+    updates = first.rule.update_matrices(directions, companions, first.group).to(first.dtype)
+    if observe is not None:
+        for matrix, direction, update in zip(run, entering.unbind(0), updates.unbind(0), strict=True):
+            observe(matrix.param, direction, update, matrix.group)
+    return updates
+
+
+def _apply(matrix: Matrix, held: Tensor, update: Tensor) -> None:
+    group = matrix.group
+    lr = float(group["lr"]) * group["lr_ratio"]
+    if group["weight_decay"] != 0:
+        held.mul_(1 - lr * group["weight_decay"])
+    held.add_(update, alpha=-lr * matrix.rule.shape_factor(matrix.shape, group))
+
+
+def _returned(matrix: Matrix) -> list[str]:
+    return list(matrix.rule.companions(matrix.shape, matrix.group))
+
+
+def _result_bytes(matrix: Matrix) -> int:
+    companions = sum(matrix.rule.companions(matrix.shape, matrix.group).values())
+    return matrix.piece.numel * matrix.dtype.itemsize + 16 + 4 * companions
+
+
+def _result_views(matrix: Matrix, buffer: Tensor) -> dict[str, Tensor]:
+    """The update and companions of one matrix inside a byte buffer that starts at its place."""
+    end = matrix.piece.numel * matrix.dtype.itemsize
+    views = {"update": buffer[:end].view(matrix.dtype)}
+    offset = _padded(end)
+    for name, length in matrix.rule.companions(matrix.shape, matrix.group).items():
+        views[name] = buffer[offset : offset + 4 * length].view(torch.float32)
+        offset += 4 * length
+    return views
+
+
+def _padded(size: int) -> int:
+    return (size + 15) // 16 * 16

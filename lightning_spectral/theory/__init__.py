@@ -1,0 +1,1 @@
+"""Associative memory (arXiv:2603.26554): what one optimizer step stores, simulated and predicted."""

@@ -1,0 +1,210 @@
+"""Which items one step recovers, predicted from (d, N, alpha, B, rule, lambda) without a fitted parameter.
+
+Item i's own score is a signal plus Gaussian noise, every other output's score is noise of the same size: it is
+recovered with probability ``E_z Phi(signal / noise + z sd)^(N-1)``. What remains is the signal and the noise of each rule:
+
+* ``muon``: from the spectrum of the gradient (:mod:`spectrum`);
+* ``newton``: from the resolvent of the input covariance;
+* ``sgd``: the binding rivals are a few head items, which do not average out: a Monte-Carlo over their overlaps.
+
+``sign`` and truncated Newton-Schulz have no prediction here.
+"""
+
+# N items, B bins of items, Z quadrature nodes, S Monte-Carlo samples, H head rivals
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.special import log_ndtr
+
+from lightning_spectral.theory.problem import MemoryProblem, check_weights
+from lightning_spectral.theory.recovery import recovery_curve
+from lightning_spectral.theory.rules import RuleSettings, parse_rule
+from lightning_spectral.theory.spectrum import GradientSpectrum, WeightBins, bin_weights
+
+Array = NDArray[np.float64]
+
+PREDICTED_RULES = ("sgd", "muon", "newton")
+_NODES, _NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(41)
+_NODE_WEIGHTS = _NODE_WEIGHTS / _NODE_WEIGHTS.sum()
+_MUON_SAMPLES = 200
+_SGD_SAMPLES = 1500
+_SGD_HEADS = 64
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Expected recovery of one step.
+
+    Attributes:
+        probability: Recovery probability of every item, shape (N,).
+        count: Their sum.
+        prefix: Expected length of the recovered prefix, items taken as independent.
+    """
+
+    probability: Array
+    count: float
+    prefix: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Scalars and curve, for ``results.jsonl``."""
+        rank, recall = recovery_curve(self.probability)
+        return {
+            "predicted_count": self.count,
+            "predicted_prefix": self.prefix,
+            "predicted_curve_rank": [round(float(x), 2) for x in rank],
+            "predicted_curve_recall": [round(float(x), 6) for x in recall],
+        }
+
+
+def predict(
+    problem: MemoryProblem, rule: str, settings: RuleSettings | None = None, weights: Array | None = None
+) -> Prediction | None:
+    """Expected recovery after one step from W = 0, or ``None`` for rules without a formula.
+
+    Args:
+        problem: The problem; with a ``batch_size``, the counts of its own seed are the weights.
+        rule: As in :func:`lightning_spectral.theory.rules.direction`.
+        settings: Options of the rules.
+        weights: Weight of each item in the gradient, shape (N,), instead of the problem's own.
+
+    Returns:
+        The prediction. It holds for d >= 128 to about 1 %, and for lambda up to about ``p_1 d^-alpha``.
+
+    Example:
+        >>> prediction = predict(MemoryProblem(d=128, n_items=30000, alpha=1.5), "muon")
+        >>> round(prediction.count)
+        123
+    """
+    name, settings = parse_rule(rule, settings or RuleSettings())
+    if name not in PREDICTED_RULES:
+        return None
+    weights = problem.gradient_weights() if weights is None else weights
+    weights = check_weights(weights, problem.n_items)
+    bins = bin_weights(weights)
+    if name == "sgd":
+        probability = _sgd(problem, weights)
+    elif name == "muon":
+        probability = _muon(problem, bins, settings.lambda_of(problem))
+    else:
+        probability = _newton(problem, bins, settings.ridge)
+    return Prediction(probability, float(probability.sum()), float(np.cumprod(probability).sum()))
+
+
+def win_probability(signal_to_noise: Array, spread: Array, rivals: int) -> Array:
+    """``E_z Phi(signal_to_noise + z spread)^rivals`` for standard normal z; any shape."""
+    argument = signal_to_noise[..., None] + spread[..., None] * _NODES
+    return np.asarray(np.exp(rivals * log_ndtr(argument)) @ _NODE_WEIGHTS)
+
+
+def _muon(problem: MemoryProblem, bins: WeightBins, lam: float) -> Array:
+    scales = problem.input_scales()
+    signal, norm, _, directions = GradientSpectrum(bins, scales).smoothed(lam)
+    ratio = signal * np.sqrt(problem.d / norm)
+    if problem.anisotropy == 0:
+        per_bin = win_probability(ratio, np.sqrt(1 + ratio**2 * 2.5 / problem.d), problem.n_items - 1)
+        return bins.spread(per_bin, 1.0 / problem.n_items)
+    # few directions carry |v|, so its law is far from Gaussian: average over sampled items
+    rng = np.random.default_rng(0)
+    square_SK = rng.standard_normal((_MUON_SAMPLES, problem.d)) ** 2
+    length_S = (square_SK @ directions) / np.sqrt(square_SK @ scales / problem.d)
+    total = np.zeros_like(ratio)
+    for length in length_S:
+        own = ratio * length
+        total += win_probability(own, np.sqrt(1 + own**2 * 2 / problem.d), problem.n_items - 1)
+    return bins.spread(total / _MUON_SAMPLES, 1.0 / problem.n_items)
+
+
+def _newton(problem: MemoryProblem, bins: WeightBins, ridge: float) -> Array:
+    """Ridge in units of the mean input eigenvalue; the prediction does not depend on the anisotropy without one."""
+    d, value, multiplicity = problem.d, bins.value, bins.multiplicity
+    ridge = ridge * float(value @ multiplicity) / d
+
+    def excess(log_q: float) -> float:
+        q = np.exp(log_q)
+        return float(ridge * q + (value * q / (1 + value * q)) @ multiplicity / d - 1)
+
+    low, high = np.log(1e-6 / value[0]), np.log(1e12 / value[-1])
+    if excess(high) <= 0:  # fewer items than features and no ridge: each is inverted exactly
+        return bins.spread(np.ones(len(value)), 1.0 / problem.n_items)
+    q = float(np.exp(brentq(excess, low, high)))
+    share = value * q / (1 + value * q)  # r_i, the signal
+    energy = float(share**2 @ multiplicity / d)
+    # Squared noise of rival k's score, times d: (r_k^2 + A) (1 - r_i)^2 / (1 - A) from the other items, r_i^2 from the
+    # overlap of u_k with u_i itself. Whitening by the covariance of N sampled outputs takes a share d / N of it out.
+    whitening = max(1 - d / problem.n_items, 1e-9)
+    scale = whitening * (1 - share) ** 2 / ((1 - energy) * d)
+    itself = whitening * share**2 / d
+    own_sd = np.sqrt(scale * energy + share**2 * 2.5 / d)
+    # log prod_k Phi(x / sqrt(r_k^2 + A)) over rivals k; most have r_k of no account and are put together
+    coarse_share, coarse_count = _coarsen(share, multiplicity, 60)
+    silent = problem.n_items - 1 - coarse_count.sum()
+    rival_energy = np.append(coarse_share**2, 0.0) + energy
+    rival_count = np.append(coarse_count, max(silent, 0.0))
+    own = share[:, None] + own_sd[:, None] * _NODES
+    log_win = np.zeros_like(own)
+    for variance, count in zip(rival_energy, rival_count, strict=True):
+        log_win += count * log_ndtr(own / np.sqrt(scale * variance + itself)[:, None])
+    return bins.spread(np.exp(log_win) @ _NODE_WEIGHTS, 1.0 / problem.n_items)
+
+
+def _coarsen(value: Array, multiplicity: Array, groups: int) -> tuple[Array, Array]:
+    """Root-mean-square of ``value`` in at most ``groups`` runs of neighbouring bins, heads alone."""
+    edges = np.unique(np.round(np.geomspace(1, len(value) + 1, groups + 1)).astype(int)) - 1
+    counts = np.add.reduceat(multiplicity, edges[:-1])
+    return np.sqrt(np.add.reduceat(value**2 * multiplicity, edges[:-1]) / counts), counts
+
+
+def _sgd(problem: MemoryProblem, weights: Array) -> Array:
+    """Monte-Carlo over the overlaps of v_i with the heads; seeded by nothing but the problem's size."""
+    d, rng = problem.d, np.random.default_rng(0)
+    order = np.argsort(-weights, kind="stable")
+    sorted_weights = weights[order]
+    heads = sorted_weights[:_SGD_HEADS]
+    tail_energy = float(np.sum(sorted_weights[_SGD_HEADS:] ** 2))
+    # |v|^2 and v^T Sigma v of a fresh item, sampled exactly
+    scales = problem.input_scales()
+    length, overlap = np.empty(_SGD_SAMPLES), np.empty(_SGD_SAMPLES)
+    for sample in range(_SGD_SAMPLES):
+        square = rng.standard_normal(d) ** 2 * scales
+        length[sample], overlap[sample] = square.mean(), (square * scales).mean()
+    head_overlap = rng.standard_normal((_SGD_SAMPLES, len(heads))) * np.sqrt(overlap / d)[:, None]
+    own_length = length * (1 + np.sqrt(2 / d) * rng.standard_normal(_SGD_SAMPLES))
+    energy = (heads * head_overlap) ** 2
+    tail_S = tail_energy * overlap / d
+    noise = np.sqrt((energy.sum(1) + tail_S) / d)  # of u_j . W v_i for an output that is no head
+    own_noise = noise * rng.standard_normal(_SGD_SAMPLES)
+    coarse, coarse_count = (
+        _coarsen(sorted_weights[_SGD_HEADS:], np.ones(len(weights) - len(heads)), 24)
+        if len(weights) > len(heads)
+        else (np.empty(0), np.empty(0))
+    )
+    # a rival outside the heads has its own share of the gradient as well
+    coarse_sd = np.sqrt(noise[:, None] ** 2 + coarse**2 * (overlap / d)[:, None])
+    # An item without a signal still wins once in N times, if no head towers over the noise.
+    highest = noise * np.sqrt(2 * np.log(len(weights)))
+    lucky = np.exp(log_ndtr((highest[:, None] - heads * head_overlap) / noise[:, None]).sum(1)).mean() / len(weights)
+    probability = np.full(len(weights), lucky)
+    known: dict[float, float] = {}
+    for rank, weight in enumerate(sorted_weights):
+        if weight not in known:
+            own = weight * own_length + own_noise
+            # the item itself adds u_j . u_i times its signal to every rival
+            itself = (weight * length) ** 2 / d
+            rival_noise = np.sqrt(noise**2 + itself)
+            log_win = log_ndtr((own[:, None] - heads * head_overlap) / rival_noise[:, None])
+            if rank < len(heads):
+                log_win[:, rank] = 0.0
+            total = log_win.sum(1) + log_ndtr(own[:, None] / np.sqrt(coarse_sd**2 + itself[:, None])) @ coarse_count
+            known[weight] = float(np.exp(total).mean())
+        probability[rank] = known[weight]
+        if known[weight] < lucky:
+            break
+    result = np.empty(len(weights))
+    result[order] = np.maximum(probability, lucky)
+    return result

@@ -1,0 +1,228 @@
+"""Which items a map recovers: ``argmax_j u_j . (W v_i) == i``, strictly, over all N outputs.
+
+All N items are tested against all N outputs, but most of them lose early: items meet the outputs in growing stages and
+drop out when an output beats them clearly. The stages run in a cheap type; whatever is won or lost by less than that
+type can tell is decided again in fp64, so the result is the brute-force fp64 one.
+"""
+
+# N items, D features, C candidates of a chunk, A rows of outputs in one stage
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_spectral.theory.embeddings import BLOCK_ROWS, Embeddings
+from lightning_spectral.theory.gradient import check_map
+
+# Rounding errors of a score, in units of the score's own spread |W v| / sqrt(d) and of its size. A bf16 product of random
+# vectors errs by about 0.006 of the spread (two rounded factors twice, one rounded result); the tolerance is ten times
+# that. fp32 errs by 1e-6.
+_TOLERANCE = {torch.bfloat16: (0.06, 2**-5), torch.float32: (1e-4, 1e-5)}
+_STAGES = (512, 4096)  # outputs met before the last stage, which meets all the others
+CURVE_POINTS = 64
+
+
+@dataclass(frozen=True)
+class RecoveryStats:
+    """What a map recovers.
+
+    Attributes:
+        count: Items recovered.
+        prefix: Largest k with all of 1..k recovered.
+        k50: Largest rank whose neighbourhood (log-spaced bin) has a recall >= 0.5; 0 if none.
+        k90: Likewise for 0.9.
+        head_recall: Recall weighted by frequency over the head half of the probability mass.
+        tail_recall: Recall weighted by frequency over the rest.
+        mass: Probability mass of the recovered items (top-1 accuracy).
+        curve_rank: Geometric centre of each log-spaced rank bin.
+        curve_recall: Share recovered in that bin.
+    """
+
+    count: int
+    prefix: int
+    k50: float
+    k90: float
+    head_recall: float
+    tail_recall: float
+    mass: float
+    curve_rank: tuple[float, ...]
+    curve_recall: tuple[float, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain fields, for ``results.jsonl``."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+
+def recovered_mask(
+    embeddings: Embeddings, weight_DD: Tensor, chunk_size: int = 4096, screen: str = "auto"
+) -> NDArray[np.bool_]:
+    """Whether each item is recovered, shape (N,).
+
+    A tie is not a recovery, so an all-zero map recovers nothing.
+
+    Args:
+        embeddings: The items.
+        weight_DD: W, shape (D, D).
+        chunk_size: Items whose scores are held at once.
+        screen: Type of the screening stages: ``bfloat16``, ``float32``, ``float64`` (no screening: every score in
+            fp64), or ``auto``: bf16 where the hardware multiplies it fast, else fp32.
+
+    Raises:
+        ValueError: W has the wrong shape or is not finite, or ``screen`` is unknown.
+    """
+    problem = embeddings.problem
+    check_map(weight_DD, problem.d)
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be >= 1, got {chunk_size}.")
+    map_DD = weight_DD.to(embeddings.device, torch.float64)
+    scale = float(map_DD.abs().amax())
+    if scale == 0:
+        return np.zeros(problem.n_items, dtype=np.bool_)
+    map_DD = map_DD / scale  # the argmax has no scale; bf16 and fp32 have a range
+    dtype = _screen_dtype(screen, embeddings.device)
+    if dtype is torch.float64:
+        everyone_N = torch.arange(problem.n_items, device=embeddings.device)
+        return _decide(embeddings, map_DD, everyone_N, chunk_size).cpu().numpy()
+    won_N, unsure_N = _screen(embeddings, map_DD, dtype, chunk_size)
+    unsure = torch.nonzero(unsure_N)[:, 0]
+    if len(unsure):
+        won_N[unsure] = _decide(embeddings, map_DD, unsure, chunk_size)
+    return won_N.cpu().numpy()
+
+
+def recovery_stats(recovered: NDArray[np.bool_], frequencies: NDArray[np.float64]) -> RecoveryStats:
+    """Summarise a recovery mask, shape (N,)."""
+    mask = np.asarray(recovered, dtype=bool)
+    if mask.shape != frequencies.shape or mask.ndim != 1:
+        raise ValueError(f"`recovered` has shape {mask.shape}, `frequencies` {frequencies.shape}; both must be (N,).")
+    ranks, recalls = recovery_curve(mask)
+    head = np.cumsum(frequencies) - frequencies < 0.5 * frequencies.sum()
+    misses = np.flatnonzero(~mask)
+
+    def recall(members: NDArray[np.bool_]) -> float:
+        weight = frequencies[members].sum()
+        return float(frequencies[members & mask].sum() / weight) if weight > 0 else 0.0
+
+    return RecoveryStats(
+        count=int(mask.sum()),
+        prefix=int(misses[0]) if len(misses) else len(mask),
+        k50=_last_rank(ranks, recalls, 0.5),
+        k90=_last_rank(ranks, recalls, 0.9),
+        head_recall=recall(head),
+        tail_recall=recall(~head),
+        mass=float(frequencies[mask].sum()),
+        curve_rank=tuple(round(float(rank), 2) for rank in ranks),
+        curve_recall=tuple(round(float(value), 6) for value in recalls),
+    )
+
+
+def recovery_curve(values: NDArray[Any], points: int = CURVE_POINTS) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean of per-item ``values`` in log-spaced bins of rank: (geometric centre of the bin, mean), no empty bins."""
+    edges = np.unique(np.round(np.geomspace(1, len(values) + 1, points + 1)).astype(np.int64))
+    sums = np.add.reduceat(np.asarray(values, dtype=np.float64), edges[:-1] - 1)
+    return np.sqrt(edges[:-1] * (edges[1:] - 1.0)), sums / np.diff(edges)
+
+
+def _last_rank(ranks: NDArray[np.float64], recalls: NDArray[np.float64], level: float) -> float:
+    reached = np.flatnonzero(recalls >= level)
+    return float(ranks[reached[-1]]) if len(reached) else 0.0
+
+
+def _screen_dtype(screen: str, device: torch.device) -> torch.dtype:
+    if screen == "auto":
+        return torch.bfloat16 if device.type == "cuda" or _cpu_has_fast_bf16() else torch.float32
+    if screen not in ("bfloat16", "float32", "float64"):
+        raise ValueError(f"`screen` must be auto, bfloat16, float32 or float64, got {screen!r}.")
+    return getattr(torch, screen)  # type: ignore[no-any-return]
+
+
+def _cpu_has_fast_bf16() -> bool:
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(supported and supported())
+
+
+def _screen(embeddings: Embeddings, map_DD: Tensor, dtype: torch.dtype, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """(won, unsure): won counts only where not unsure."""
+    problem, device = embeddings.problem, embeddings.device
+    cheap_map_DD = map_DD.to(dtype)
+    bounds = sorted({0, *(min(stage, problem.n_items) for stage in _STAGES)})
+    first_stages = [(a, b, embeddings.rows("u", a, b).to(dtype)) for a, b in itertools.pairwise(bounds)]
+    kept: list[tuple[Tensor, ...]] = []
+    for start, v_CD in embeddings.blocks("v", _whole_blocks(chunk_size)):
+        index_C = torch.arange(start, start + len(v_CD), device=device)
+        image_CD = v_CD.to(dtype) @ cheap_map_DD.mT
+        u_CD = embeddings.rows("u", start, start + len(v_CD))
+        own_C = torch.einsum("cd,cd->c", u_CD, image_CD.float())
+        tolerance_C = _tolerance(image_CD, own_C, dtype)
+        rival_C = torch.full_like(own_C, -torch.inf)
+        for first, last, other_AD in first_stages:
+            rival_C = torch.maximum(rival_C, _best_rival(image_CD, index_C, other_AD, first, last))
+            alive = rival_C - own_C <= tolerance_C + _relative(rival_C, dtype)
+            index_C, image_CD, own_C, tolerance_C, rival_C = (
+                part[alive] for part in (index_C, image_CD, own_C, tolerance_C, rival_C)
+            )
+        kept.append((index_C, image_CD, own_C, tolerance_C, rival_C))
+    index_C, image_CD, own_C, tolerance_C, rival_C = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    del kept
+    if bounds[-1] < problem.n_items and len(index_C):
+        for first in range(bounds[-1], problem.n_items, _whole_blocks(chunk_size)):
+            last = min(first + _whole_blocks(chunk_size), problem.n_items)
+            other_AD = embeddings.rows("u", first, last).to(dtype)
+            for rows in torch.arange(len(index_C), device=device).split(chunk_size):
+                best = _best_rival(image_CD[rows], index_C[rows], other_AD, first, last)
+                rival_C[rows] = torch.maximum(rival_C[rows], best)
+    won_N = torch.zeros(problem.n_items, dtype=torch.bool, device=device)
+    unsure_N = won_N.clone()
+    margin_C = own_C - rival_C
+    won_N[index_C] = margin_C > 0
+    unsure_N[index_C] = margin_C.abs() <= tolerance_C + _relative(rival_C, dtype)
+    return won_N, unsure_N
+
+
+def _best_rival(image_CD: Tensor, index_C: Tensor, other_AD: Tensor, first: int, last: int) -> Tensor:
+    """Highest score of outputs ``first``..``last`` for each candidate, its own output left out."""
+    if not len(index_C):
+        return torch.empty(0, device=image_CD.device)
+    score_CA = image_CD @ other_AD.mT
+    own = torch.nonzero((index_C >= first) & (index_C < last))[:, 0]
+    score_CA[own, index_C[own] - first] = -torch.inf
+    return score_CA.amax(1).float()
+
+
+def _tolerance(image_CD: Tensor, own_C: Tensor, dtype: torch.dtype) -> Tensor:
+    spread_C = torch.linalg.vector_norm(image_CD, dim=1, dtype=torch.float32) / image_CD.shape[1] ** 0.5
+    return _TOLERANCE[dtype][0] * spread_C + _TOLERANCE[dtype][1] * own_C.abs()
+
+
+def _relative(rival_C: Tensor, dtype: torch.dtype) -> Tensor:
+    return _TOLERANCE[dtype][1] * rival_C.abs().nan_to_num(posinf=0.0)
+
+
+def _decide(embeddings: Embeddings, map_DD: Tensor, index_A: Tensor, chunk_size: int) -> Tensor:
+    """Brute force in fp64 for the named items."""
+    won = []
+    for index_C in index_A.split(chunk_size):
+        image_CD = embeddings.select("v", index_C).double() @ map_DD.mT
+        # the own score comes from the same product as its rivals', so that equal outputs tie exactly
+        own_C = torch.full((len(index_C),), -torch.inf, dtype=torch.float64, device=image_CD.device)
+        rival_C = own_C.clone()
+        for first, u_AD in embeddings.blocks("u"):
+            score_CA = image_CD @ u_AD.double().mT
+            mine = torch.nonzero((index_C >= first) & (index_C < first + len(u_AD)))[:, 0]
+            own_C[mine] = score_CA[mine, index_C[mine] - first]
+            score_CA[mine, index_C[mine] - first] = -torch.inf
+            rival_C = torch.maximum(rival_C, score_CA.amax(1))
+        won.append(own_C > rival_C)
+    return torch.cat(won)
+
+
+def _whole_blocks(rows: int) -> int:
+    """Chunk boundaries on block boundaries, so that a streamed block is never drawn twice for one pass."""
+    return max(BLOCK_ROWS, rows // BLOCK_ROWS * BLOCK_ROWS)

@@ -1,0 +1,217 @@
+"""Gradients, rules, recovery and dynamics against brute force."""
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_spectral.theory import dynamics
+from lightning_spectral.theory.embeddings import Embeddings
+from lightning_spectral.theory.gradient import negative_gradient, negative_gradient_at_zero, population_loss
+from lightning_spectral.theory.one_step import OneStep, one_step
+from lightning_spectral.theory.problem import MemoryProblem
+from lightning_spectral.theory.recovery import recovered_mask, recovery_stats
+from lightning_spectral.theory.rules import RuleSettings, direction, steps_for_capacity
+
+SMALL = MemoryProblem(d=24, n_items=1500, alpha=1.5, dtype="float64", seed=3)
+
+
+def everything(problem):
+    embeddings = Embeddings(problem)
+    return embeddings, *(embeddings.rows(side, 0, problem.n_items).double() for side in "uv")
+
+
+def autograd(problem, weights, weight_DD):
+    _, u, v = everything(problem)
+    w = weight_DD.clone().requires_grad_()
+    loss = -(torch.from_numpy(weights) * torch.log_softmax(v @ w.T @ u.T, 1).diagonal()).sum()
+    loss.backward()
+    return -w.grad, float(loss.detach())
+
+
+@pytest.mark.parametrize("batch_size", [None, 50])
+def test_gradients_and_loss_equal_autograd(batch_size):
+    problem = SMALL.with_(batch_size=batch_size)
+    weights, embeddings = problem.gradient_weights(), Embeddings(problem)
+    expected, _ = autograd(problem, weights, torch.zeros(24, 24, dtype=torch.float64))
+    assert torch.allclose(negative_gradient_at_zero(embeddings, weights), expected, rtol=0, atol=1e-14)  # fp64 sums
+    weight_DD = torch.randn(24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
+    expected, loss = autograd(problem, weights, weight_DD)
+    for chunk_size in (64, 1024):
+        actual, actual_loss = negative_gradient(embeddings, weight_DD, weights, chunk_size)
+        assert torch.allclose(actual, expected, rtol=0, atol=1e-13)
+        assert actual_loss == pytest.approx(loss, rel=1e-12)
+    if batch_size is None:
+        assert population_loss(embeddings, weight_DD, 100) == pytest.approx(loss, rel=1e-12)
+
+
+def test_loss_at_zero_is_log_n():
+    assert population_loss(Embeddings(SMALL), torch.zeros(24, 24)) == pytest.approx(np.log(1500), rel=1e-12)
+
+
+def brute_force(problem, weight_DD):
+    _, u, v = everything(problem)
+    scores = v @ weight_DD.double().T @ u.T
+    own = scores.diagonal().clone()
+    scores.fill_diagonal_(-torch.inf)
+    return (own > scores.amax(1)).numpy()
+
+
+@pytest.mark.parametrize("rule", ["sgd", "sign", "muon", "ns5", "newton"])
+@pytest.mark.parametrize("screen", ["bfloat16", "float32", "float64"])
+def test_screened_recovery_equals_brute_force(rule, screen):
+    problem = MemoryProblem(d=32, n_items=3000, alpha=1.3, seed=1)
+    step = OneStep(problem)
+    update = direction(rule, step.gradient)
+    expected = brute_force(problem, update)
+    assert expected.sum() > 2
+    assert np.array_equal(recovered_mask(step.embeddings, update, screen=screen), expected)
+
+
+def test_recovery_does_not_depend_on_chunks_cache_or_scale():
+    problem = MemoryProblem(d=48, n_items=6000, alpha=1.5, seed=2)
+    update = OneStep(problem).run("muon").update_DD
+    whole = recovered_mask(Embeddings(problem), update)
+    for chunk_size, cache in ((1, 2**30), (700, 0), (10**6, 0)):
+        if chunk_size == 1:
+            continue  # one row at a time takes minutes
+        assert np.array_equal(recovered_mask(Embeddings(problem, cache_bytes=cache), update, chunk_size), whole)
+    assert np.array_equal(recovered_mask(Embeddings(problem), update * 1e30), whole)
+
+
+def test_zero_map_and_ties_recover_nothing():
+    embeddings = Embeddings(SMALL)
+    assert not recovered_mask(embeddings, torch.zeros(24, 24)).any()
+
+    class Twins(Embeddings):
+        def rows(self, side, start, stop):
+            rows = super().rows(side, start, stop)
+            return rows[:1].expand_as(rows).contiguous() if side == "u" else rows
+
+    twins = Twins(MemoryProblem(d=4, n_items=200, alpha=1.5))
+    assert not recovered_mask(twins, torch.eye(4)).any()
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(23, 24), torch.full((24, 24), float("nan"))])
+def test_bad_maps_are_refused(bad):
+    with pytest.raises(ValueError, match="`W`"):
+        recovered_mask(Embeddings(SMALL), bad)
+
+
+def test_stats_of_a_known_mask():
+    mask = np.array([True, True, False, True, False, False])
+    stats = recovery_stats(mask, np.full(6, 1 / 6))
+    assert (stats.count, stats.prefix) == (3, 2)
+    assert stats.mass == pytest.approx(0.5)
+    assert stats.head_recall == pytest.approx(2 / 3)
+    assert stats.tail_recall == pytest.approx(1 / 3)
+    assert recovery_stats(np.ones(6, bool), np.full(6, 1 / 6)).prefix == 6
+    with pytest.raises(ValueError, match="shape"):
+        recovery_stats(mask, np.ones(5))
+
+
+def test_rules_are_what_they_are_called():
+    step = OneStep(SMALL)
+    gradient = step.gradient.matrix_DD
+    left, sigma, right = torch.linalg.svd(gradient)
+    assert torch.equal(direction("sgd", step.gradient), gradient)
+    assert torch.equal(direction("sign", step.gradient), gradient.sign())
+    polar = left @ right
+    assert torch.allclose(direction("muon", step.gradient), polar, rtol=0, atol=1e-10)  # 1e-16 x condition number
+    assert torch.allclose(direction("muon", step.gradient, RuleSettings(polar="svd")), polar, rtol=0, atol=1e-10)
+    lam = 0.3 * float(sigma[3])
+    smooth = (left * (sigma / (sigma**2 + lam**2).sqrt())) @ right
+    for polar_by in ("newton", "svd"):
+        made = direction("muon", step.gradient, RuleSettings(lam=lam, polar=polar_by))
+        assert torch.allclose(made, smooth, rtol=0, atol=1e-11)
+
+
+def test_newton_solves_the_hessian_at_zero():
+    problem = MemoryProblem(d=6, n_items=80, alpha=1.2, dtype="float64")
+    embeddings, u, v = everything(problem)
+    p = torch.from_numpy(problem.frequencies())
+
+    def loss(flat):
+        return -(p * torch.log_softmax(v @ flat.view(6, 6).T @ u.T, 1).diagonal()).sum()
+
+    zero = torch.zeros(36, dtype=torch.float64)
+    hessian = torch.autograd.functional.hessian(loss, zero)
+    expected = torch.linalg.solve(hessian, -torch.autograd.functional.jacobian(loss, zero)).view(6, 6)
+    step = OneStep(problem)
+    assert torch.allclose(direction("newton", step.gradient), expected, rtol=1e-8)  # condition number of the Hessian
+    assert embeddings.cached
+
+
+def test_pseudo_polar_of_a_small_batch_stores_every_sampled_item():
+    problem = MemoryProblem(d=64, n_items=3000, alpha=1.5, batch_size=30)
+    step = OneStep(problem)
+    by_items = direction("muon", step.gradient)
+    by_svd = direction("muon", step.gradient, RuleSettings(polar="svd"))
+    assert torch.allclose(by_items, by_svd, rtol=0, atol=1e-8)  # the SVD sees the rank only down to rounding of G
+    recovered = step.run("muon").recovered
+    assert recovered[step.weights > 0].all()
+
+
+def test_newton_on_a_small_batch_asks_for_a_ridge():
+    step = OneStep(MemoryProblem(d=64, n_items=3000, alpha=1.5, batch_size=30))
+    with pytest.raises(ValueError, match="`ridge`.*--ridge"):
+        step.run("newton")
+    assert step.run("newton", RuleSettings(ridge=1e-3)).stats.count > 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("lam", -1.0), ("lam", float("nan")), ("ridge", -1.0), ("ns_steps", 0), ("ns_dtype", "int8"), ("polar", "qr")],
+)
+def test_bad_settings_are_named(field, value):
+    with pytest.raises(ValueError, match=f"`{field}`"):
+        RuleSettings(**{field: value})
+
+
+def test_unknown_rules_zero_and_nonfinite_gradients_are_refused():
+    step = OneStep(SMALL)
+    with pytest.raises(ValueError, match="`rules`"):
+        direction("adamw", step.gradient)
+    for value, message in ((0.0, "zero"), (float("nan"), "finite")):
+        step.gradient.matrix_DD.fill_(value)
+        with pytest.raises(ValueError, match=message):
+            direction("muon", step.gradient)
+
+
+def test_few_items_warn_that_the_count_is_censored():
+    with pytest.warns(UserWarning, match="censored"):
+        one_step(MemoryProblem(d=64, n_items=60, alpha=1.5), "muon")
+
+
+def test_steps_for_capacity_grow_with_d_and_alpha():
+    assert steps_for_capacity(1024, 1.5) > steps_for_capacity(64, 1.5) > 5
+    assert steps_for_capacity(256, 2.0) > steps_for_capacity(256, 1.2)
+
+
+def test_exact_dynamics_first_step_is_the_one_step_result():
+    problem = MemoryProblem(d=24, n_items=1500, alpha=1.5)
+    first, second = dynamics.run(problem, "muon", 2, "exact", step_scale=1.0, schedule="constant")
+    assert first.count == one_step(problem, "muon").stats.count
+    assert second.outputs["loss"] < first.outputs["loss"] < np.log(1500)
+
+
+def test_deflation_grows_and_first_step_is_the_one_step_result():
+    problem = MemoryProblem(d=24, n_items=1500, alpha=1.5)
+    counts = [result.count for result in dynamics.run(problem, "muon", 3, "deflation")]
+    assert counts[0] == one_step(problem, "muon").stats.count
+    assert counts == sorted(counts)
+    assert dynamics.run(problem, "muon", 0) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"steps": -1}, "steps"),
+        ({"step_scale": 0.0}, "step_scale"),
+        ({"mode": "fast"}, "mode"),
+        ({"schedule": "cosine"}, "schedule"),
+        ({"rule": "newton"}, "rule"),
+    ],
+)
+def test_bad_runs_are_refused(change, field):
+    with pytest.raises(ValueError, match=f"`{field}`"):
+        dynamics.run(SMALL, **change)

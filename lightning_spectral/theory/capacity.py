@@ -1,7 +1,8 @@
 """Which items one step recovers, predicted from (d, N, alpha, B, rule, lambda) without a fitted parameter.
 
 Item i's own score is a signal plus Gaussian noise, every other output's score is noise of the same size: it is
-recovered with probability ``E_z Phi(signal / noise + z sd)^(N-1)``. What remains is the signal and the noise of each rule:
+recovered with probability ``E_z Phi(signal / noise + z sd)^(N-1)``. What remains is the signal and the noise of each
+rule:
 
 * ``muon``: from the spectrum of the gradient (:mod:`spectrum`);
 * ``newton``: from the resolvent of the input covariance;

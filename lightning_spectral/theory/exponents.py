@@ -1,7 +1,8 @@
 """The asymptotic law: exponents, constants and crossings in closed form.
 
-These are limits for d to infinity. At d = 128..512 the local slope of a count is still 0.06 above its limit for Muon and
-0.2 above it for SGD: compare a measured slope with the finite-size prediction (:mod:`capacity`) and show the limit beside
+These are limits for d to infinity. At d = 128..512 the local slope of a count is still 0.06 above its limit for Muon
+and 0.2 above it for SGD: compare a measured slope with the finite-size prediction (:mod:`capacity`) and show the limit
+beside
 it, labelled as what it is.
 """
 
@@ -22,7 +23,9 @@ SATURATED_SHARE = 0.9  # of the population count, at the critical batch
 
 
 def one_step_exponent(rule: str, alpha: float) -> float | None:
-    """Limit of d(ln count) / d(ln d) after one population step: ``1 + 1/(2 alpha)`` (Muon, Newton), ``1/(2 alpha)`` (SGD).
+    """Limit of d(ln count) / d(ln d) after one population step.
+
+    ``1 + 1/(2 alpha)`` for Muon and Newton, ``1/(2 alpha)`` for SGD and sign.
 
     ``None`` for truncated Newton-Schulz, which follows no power of d. ``sign`` is of SGD's order.
     """
@@ -48,7 +51,8 @@ def batch_exponent(alpha: float) -> float:
 def multi_step_exponent(rule: str, alpha: float, step: int) -> float | None:
     """e_t of ``d_t ~ d^e_t`` after ``step`` >= 0 steps of the deflation law.
 
-    Muon and Newton: ``e_t = 2 - (1 - 1/(2 alpha))^t``. SGD: ``e_{t+1} = min(e_t + 1/(2 alpha), 1/alpha + (1 - 1/(2 alpha)) e_t)``
+    Muon and Newton: ``e_t = 2 - (1 - 1/(2 alpha))^t``. SGD:
+    ``e_{t+1} = min(e_t + 1/(2 alpha), 1/alpha + (1 - 1/(2 alpha)) e_t)``
     from 0: a straight line until e = 1 after 2 alpha steps, then Muon's own recursion.
     """
     require_integer("step", step, 0, "count steps from 0")
@@ -66,7 +70,10 @@ def multi_step_exponent(rule: str, alpha: float, step: int) -> float | None:
 
 @lru_cache(maxsize=64)
 def capacity_constant(rule: str, alpha: float) -> float | None:
-    """Kappa in ``count -> kappa (2 ln N)^(-1/(2 alpha)) d^(1 + 1/(2 alpha))`` (Muon, Newton) or ``kappa d^(1/(2 alpha))`` (SGD)."""
+    """Kappa of the limiting law.
+
+    ``count -> kappa (2 ln N)^(-1/(2 alpha)) d^(1 + 1/(2 alpha))`` (Muon, Newton) or ``kappa d^(1/(2 alpha))`` (SGD).
+    """
     _require_law(alpha)
     if rule == "muon":
         gamma = 2 * alpha * math.sin(math.pi / (2 * alpha)) / math.pi

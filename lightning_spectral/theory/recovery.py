@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_spectral.theory.embeddings import BLOCK_ROWS, Embeddings
 from lightning_spectral.theory.gradient import check_map
 
-# Rounding errors of a score, in units of the score's own spread |W v| / sqrt(d) and of its size. A bf16 product of random
+# Rounding errors of a score, in units of its own spread |W v| / sqrt(d) and of its size. A bf16 product of random
 # vectors errs by about 0.006 of the spread (two rounded factors twice, one rounded result); the tolerance is ten times
 # that. fp32 errs by 1e-6.
 _TOLERANCE = {torch.bfloat16: (0.06, 2**-5), torch.float32: (1e-4, 1e-5)}

@@ -34,6 +34,8 @@ class TokenBlocks(Dataset[Tensor]):
         return max(0, (len(self._tokens) - 1) // self.seq_length)
 
     def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
         start = index * self.seq_length
         return torch.from_numpy(self._tokens[start : start + self.seq_length + 1].astype(np.int64))
 

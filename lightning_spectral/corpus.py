@@ -99,22 +99,9 @@ def documents(corpus: Corpus) -> Iterator[str]:
     Raises:
         ValueError: If the text column is missing or not text, or a file cannot be decoded.
     """
-    import datasets  # two seconds to import
-
     for reader in dict.fromkeys(READERS[file.suffix] for file in corpus.files):
         files = [str(file) for file in corpus.files if READERS[file.suffix] == reader]
-        options = {"sample_by": "document"} if reader == "text" else {}
-        column = "text" if reader == "text" else corpus.text_column
-        try:
-            rows = datasets.load_dataset(reader, data_files=files, split="train", streaming=True, **options)
-            yield from _texts(rows, column, files)
-        except (
-            UnicodeDecodeError,
-            datasets.exceptions.DatasetGenerationError,
-            datasets.exceptions.DataFilesNotFoundError,
-        ) as error:
-            cause = error.__cause__ or error
-            raise ValueError(f"cannot read {_some(files)} as {reader}: {cause}. Is it UTF-8 and whole?") from error
+        yield from _texts(_rows(reader, files), "text" if reader == "text" else corpus.text_column, files)
 
 
 def split_blocks(texts: Iterable[str], separator: str) -> Split:
@@ -131,6 +118,17 @@ def split_blocks(texts: Iterable[str], separator: str) -> Split:
     if not held_out and len(train) > 1:  # a long last word can swallow the 18th block
         held_out.append(train.pop())
     return Split(train, held_out, len(text))
+
+
+def _rows(reader: str, files: list[str]) -> Iterator[dict[str, object]]:
+    import datasets  # two seconds to import
+
+    options = {"sample_by": "document"} if reader == "text" else {}
+    try:
+        yield from datasets.load_dataset(reader, data_files=files, split="train", streaming=True, **options)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:  # pyarrow's errors are ValueErrors
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"cannot read {_some(files)} as {reader}: {cause}. Is it UTF-8 and whole?") from error
 
 
 def _texts(rows: Iterable[dict[str, object]], column: str, files: list[str]) -> Iterator[str]:

@@ -310,9 +310,11 @@ class SpectralOptimizer(Optimizer):
             lr = float(group["lr"]) * group["lr_ratio"]
             return f"{group['algorithm']}, lr {lr:.3g}{scale}, wd {group['weight_decay']:g}"
 
-        if not _LOG.hasHandlers():  # a plain script: show it anyway, as Lightning's own logger does
-            _LOG.addHandler(logging.StreamHandler())
-            _LOG.setLevel(logging.INFO)
+        package = logging.getLogger("lightning_spectral")
+        if package.level == logging.NOTSET and not package.hasHandlers():
+            # Nobody configured logging: show the table anyway, as Lightning's own loggers do.
+            package.addHandler(logging.StreamHandler())
+            package.setLevel(logging.INFO)
         _LOG.info("%s routes:\n%s", type(self).__name__, routing_table(routes, describe))
 
     def _members(self) -> Iterable[tuple[nn.Parameter, Group]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def compute_dtype(precision: str, param_dtype: torch.dtype, device: torch.device
     return torch.float32
 
 
+@lru_cache(maxsize=1)
 def _cpu_multiplies_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 

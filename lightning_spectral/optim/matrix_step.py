@@ -81,8 +81,16 @@ class MatrixStep:
         whole = [m for m in everything if m.piece.group is None]
         replicas = replica_group([m.param for m in whole]) if share and whole else None
         self._replicas = replicas
+        self._runs_of: tuple[tuple[int, ...], list[list[Matrix]]] = ((), [])
         self._shared = [m for m in whole if replicas is not None and m.rule.shares_over_replicas]
         self._whole = [m for m in whole if replicas is None or not m.rule.shares_over_replicas]
+
+    def _runs(self, matrices: Sequence[Matrix]) -> list[list[Matrix]]:
+        """``_runs`` of a subset, remembered: it is the same one on nearly every step."""
+        key = tuple(id(matrix) for matrix in matrices)
+        if self._runs_of[0] != key:
+            self._runs_of = (key, _runs(matrices))
+        return self._runs_of[1]
 
     def covers(self, matrices: Sequence[tuple[Tensor, Group]]) -> bool:
         """Whether this plan was made for exactly these parameters."""
@@ -106,7 +114,7 @@ class MatrixStep:
     def _run_whole(
         self, matrices: Sequence[Matrix], grads: dict[int, Tensor], states: States, observe: Observer | None
     ) -> None:
-        for run in _runs(matrices):
+        for run in self._runs(matrices):
             updates = _update_run(run, grads, states, observe)
             for matrix, update in zip(run, updates.unbind(0), strict=True):
                 _apply(matrix, local(matrix.param), update)

@@ -6,6 +6,7 @@ normal exit of a process that used gloo aborted in about one of five runs after 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -52,10 +53,8 @@ def run_ranks(
         return _collect(pipes, timeout_s)
     finally:
         for pid in pids:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             os.waitpid(pid, 0)
 
 

@@ -1,0 +1,177 @@
+"""The same litgpt training under every strategy, as functions for ``harness.run_ranks``.
+
+Every rank sees the same batch, so that the averaged gradient is that of one process but for the order of summation, and
+what differs is the optimizer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from litgpt import GPT, Config
+from litgpt.model import Block
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_spectral.optim import AdamW, Dion, Muon, NorMuon
+
+# Width 34 is cut unevenly by 4 and its flat shards end inside rows. No biases: the key's has a zero gradient in exact
+# arithmetic, and AdamW turns its rounding noise into full steps.
+CONFIG = Config(
+    n_layer=2,
+    n_embd=34,
+    n_head=2,
+    vocab_size=50,
+    padded_vocab_size=64,
+    block_size=16,
+    intermediate_size=102,
+    bias=False,
+)
+KINDS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "muon": lambda params: Muon(params, lr=1e-2, precision="fp32"),
+    "normuon": lambda params: NorMuon(params, lr=1e-2, precision="fp32"),
+    "dion": lambda params: Dion(params, lr=1e-2, rank_fraction=0.5),
+    "adamw": lambda params: AdamW(params, lr=1e-2),
+}
+Weights = dict[str, torch.Tensor]
+
+
+def fresh_model(seed: int = 0) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(CONFIG)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> None:
+    for step in range(first, first + steps):
+        ids = torch.randint(0, 50, (4, 17), generator=torch.Generator().manual_seed(step))
+        loss = nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+class Single:
+    """One process; also the interface that the others share."""
+
+    def __init__(self, kind: str) -> None:
+        self.model: nn.Module = self.wrap(fresh_model())
+        self.optimizer = KINDS[kind](self.model.parameters())
+
+    def wrap(self, model: GPT) -> nn.Module:
+        return model
+
+    def weights(self) -> Weights:
+        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+    def save(self) -> dict[str, Any]:
+        """Full optimizer state by parameter name, the same on every rank."""
+        options = StateDictOptions(full_state_dict=True)
+        return copy.deepcopy(
+            get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        )  # not the live buffers
+
+    def load(self, weights: Weights, state: dict[str, Any]) -> None:
+        self.load_weights(weights)
+        options = StateDictOptions(full_state_dict=True)
+        # torch optimizers keep the tensors they are given
+        set_optimizer_state_dict(self.model, self.optimizer, copy.deepcopy(state), options=options)
+
+    def load_weights(self, weights: Weights) -> None:
+        self.model.load_state_dict(weights)
+
+
+class DDP(Single):
+    def wrap(self, model: GPT) -> nn.Module:
+        return DistributedDataParallel(model)
+
+    def weights(self) -> Weights:
+        return {name: p.detach().clone() for name, p in self.model.module.named_parameters()}
+
+    def load_weights(self, weights: Weights) -> None:
+        self.model.module.load_state_dict(weights)
+
+
+class FSDP2(Single):
+    def wrap(self, model: GPT) -> nn.Module:
+        for block in model.transformer.h:
+            fully_shard(block)
+        return fully_shard(model)
+
+    def weights(self) -> Weights:
+        return {name: p.full_tensor().detach().clone() for name, p in self.model.named_parameters()}
+
+    def load_weights(self, weights: Weights) -> None:
+        from torch.distributed.tensor import distribute_tensor
+
+        cut = {
+            name: distribute_tensor(weights[name], p.device_mesh, p.placements)
+            for name, p in self.model.named_parameters()
+        }
+        self.model.load_state_dict(cut, strict=False)
+
+
+class FSDP1(Single):
+    def wrap(self, model: GPT) -> nn.Module:
+        return FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=ModuleWrapPolicy({Block}),
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+        )
+
+    def weights(self) -> Weights:
+        with FullyShardedDataParallel.summon_full_params(self.model):
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): p.detach().clone()
+                for name, p in self.model.named_parameters()
+            }
+
+    def load_weights(self, weights: Weights) -> None:
+        with FullyShardedDataParallel.summon_full_params(self.model), torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(weights[name.replace("_fsdp_wrapped_module.", "")])
+
+
+STRATEGIES: dict[str, type[Single]] = {"single": Single, "ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2}
+
+
+def run(rank: int, world_size: int, strategy: str, kind: str, steps: int) -> Weights:
+    """Train from scratch."""
+    trained = STRATEGIES[strategy](kind)
+    train(trained.model, trained.optimizer, steps)
+    return trained.weights()
+
+
+def save_midway(
+    rank: int, world_size: int, strategy: str, kind: str
+) -> tuple[Weights, dict[str, Any], Weights, Weights]:
+    """Three steps, save, three more; and the same resumed in a new model: (weights, state, straight, resumed)."""
+    straight = STRATEGIES[strategy](kind)
+    train(straight.model, straight.optimizer, 3)
+    weights, state = straight.weights(), straight.save()
+    train(straight.model, straight.optimizer, 3, first=3)
+    return weights, state, straight.weights(), resume(rank, world_size, strategy, kind, weights, state)
+
+
+def resume(rank: int, world_size: int, strategy: str, kind: str, weights: Weights, state: dict[str, Any]) -> Weights:
+    """Three more steps from a checkpoint."""
+    other = STRATEGIES[strategy](kind)
+    other.load(weights, state)
+    train(other.model, other.optimizer, 3, first=3)
+    return other.weights()
+
+
+def distance(found: Weights, expected: Weights, start: Weights) -> float:
+    """Largest error of a parameter over the length of its path from ``start``."""
+    assert found.keys() == expected.keys()
+    return max(float((found[n] - expected[n]).norm() / (expected[n] - start[n]).norm()) for n in expected)

@@ -1,0 +1,80 @@
+"""DDP, FSDP1 and FSDP2 give the update of one process; checkpoints go from any of them to any other."""
+
+from functools import lru_cache
+
+import pytest
+import torch
+
+from tests.distributed.harness import run_ranks
+from tests.distributed.optim_runs import Weights, distance, fresh_model, resume, run, save_midway
+
+pytestmark = pytest.mark.distributed
+STEPS = 20
+TOLERANCE = 1e-5  # of the update, fp32: gloo and FSDP sum gradients in another order
+
+
+def start() -> Weights:
+    return {name: p.detach().clone() for name, p in fresh_model().named_parameters()}
+
+
+@lru_cache(maxsize=4)
+def reference(kind: str) -> Weights:
+    return run(0, 1, "single", kind, STEPS)
+
+
+def check_parity(strategy: str, kind: str, world_size: int) -> None:
+    for weights in run_ranks(run, world_size, strategy, kind, STEPS):
+        assert distance(weights, reference(kind), start()) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["muon", "normuon"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2"])
+def test_two_ranks_equal_one(strategy, kind):
+    check_parity(strategy, kind, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dion", "adamw"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2"])
+def test_two_ranks_equal_one_for_the_others(strategy, kind):
+    check_parity(strategy, kind, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["muon", "normuon", "dion", "adamw"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2"])
+def test_four_ranks_with_uneven_shards_equal_one(strategy, kind):
+    check_parity(strategy, kind, 4)
+
+
+def check_checkpoints(source: str, kind: str, world_size: int, targets: list[tuple[str, int]]) -> None:
+    weights, state, straight, resumed = run_ranks(save_midway, world_size, source, kind)[0]
+    for name in straight:
+        assert torch.equal(straight[name], resumed[name]), name  # the same strategy: bit-equal
+    for target, ranks in targets:
+        if ranks == 1:
+            elsewhere = resume(0, 1, target, kind, weights, state)
+        else:
+            elsewhere = run_ranks(resume, ranks, target, kind, weights, state)[0]
+        assert distance(elsewhere, straight, weights) < TOLERANCE, target
+
+
+@pytest.mark.parametrize("kind", ["normuon", "dion"])
+def test_fsdp2_resumes_bit_equal_and_on_one_process(kind):
+    check_checkpoints("fsdp2", kind, 2, [("single", 1)])
+
+
+def test_fsdp1_resumes_bit_equal_and_on_one_process():
+    check_checkpoints("fsdp1", "normuon", 2, [("single", 1)])
+
+
+def test_ddp_has_whole_momentum_and_resumes():
+    check_checkpoints("ddp", "normuon", 2, [("single", 1)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["muon", "normuon", "dion", "adamw"])
+@pytest.mark.parametrize("source", ["single", "ddp", "fsdp1", "fsdp2"])
+def test_checkpoints_go_from_every_strategy_to_every_other(source, kind):
+    world_size = 1 if source == "single" else 4
+    check_checkpoints(source, kind, world_size, [("single", 1), ("ddp", 2), ("fsdp1", 2), ("fsdp2", 2)])

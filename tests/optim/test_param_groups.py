@@ -1,0 +1,184 @@
+"""Roles come from owners and names; what cannot be known is refused."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_spectral.optim import AdamW, Muon
+from lightning_spectral.optim.param_groups import find_owners, route, routing_table
+from tests.optim.models import TinyLM
+
+
+def roles_of(params, overrides=None) -> dict[str, str]:
+    return {one.owned.name: one.role for one in route(find_owners(params), overrides)}
+
+
+EXPECTED = {
+    **dict.fromkeys(TinyLM.MATRICES, "matrix"),
+    "embed.weight": "embedding",
+    "head.weight": "head",
+    **{f"blocks.{i}.{name}": "vector" for i in range(2) for name in ("norm.weight", "norm.bias", "fc.bias")},
+}
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda model: model,
+        lambda model: model.parameters(),
+        lambda model: model.named_parameters(),
+        lambda model: list(model.parameters()),
+        lambda model: list(model.named_parameters()),
+        lambda model: filter(lambda p: p.requires_grad, model.parameters()),
+    ],
+    ids=["module", "parameters", "named", "list", "named list", "filter"],
+)
+def test_every_way_to_hand_parameters_over_gives_the_same_roles(give):
+    model = TinyLM()
+    assert roles_of(give(model)) == EXPECTED
+
+
+def test_wrappers_compiled_and_nested_modules():
+    model = TinyLM()
+    assert roles_of(torch.compile(model, backend="eager").parameters()) == EXPECTED
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+    assert roles_of(Outer().parameters()) == {f"model.{name}": role for name, role in EXPECTED.items()}
+
+
+def test_fabric_hands_over_a_wrapped_module():
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=1)
+    assert roles_of(fabric.setup(TinyLM()).parameters()) == EXPECTED
+
+
+def test_litgpt_roles():
+    from litgpt import GPT, Config
+
+    model = GPT(Config(n_layer=1, n_embd=16, n_head=2, vocab_size=30, padded_vocab_size=32, block_size=8, bias=True))
+    found = roles_of(model.parameters())
+    assert found["lm_head.weight"] == "head"
+    assert found["transformer.wte.weight"] == "embedding"
+    matrices = {name for name, role in found.items() if role == "matrix"}
+    assert matrices == {f"transformer.h.0.{name}.weight" for name in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")}
+
+
+def test_tied_weights_appear_once_as_embedding():
+    model = TinyLM()
+    model.head.weight = model.embed.weight
+    found = roles_of(model.parameters())
+    assert found == {name: role for name, role in EXPECTED.items() if name != "head.weight"}
+    optimizer = Muon(model)
+    assert sum(p is model.embed.weight for group in optimizer.param_groups for p in group["params"]) == 1
+
+
+def test_head_is_found_by_its_number_of_outputs_attention_and_convolutions():
+    model = nn.ModuleDict(
+        {
+            "tokens": nn.Embedding(50, 8),
+            "attention": nn.MultiheadAttention(8, 2),
+            "readout": nn.Linear(8, 50),
+            "patch": nn.Conv2d(3, 8, 2),
+        }
+    )
+    found = roles_of(model)
+    assert found["readout.weight"] == "head"
+    assert found["attention.in_proj_weight"] == "matrix"
+    assert found["attention.out_proj.weight"] == "matrix"
+    assert found["patch.weight"] == "vector"
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(6, 4))
+        self.layer = nn.Linear(4, 4)
+
+
+def test_unknown_matrices_go_to_the_vector_rule_until_named():
+    model = Positions()
+    routes = route(find_owners(model))
+    assert {r.owned.name: r.role for r in routes}["table"] == "vector"
+    assert "see `roles`" in next(r.reason for r in routes if r.owned.name == "table")
+    assert roles_of(model, {"table": "matrix"})["table"] == "matrix"
+    optimizer = Muon(model, roles={"^table$": "matrix", "layer": "vector"})
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"embed": "matrix"}, r"makes the embedding `embed.weight` a matrix"),
+        ({"norm": "matrix"}, r"of shape \(10,\) a matrix: two dimensions above one are needed"),
+        ({"nothing": "vector"}, r"match no parameter: \['nothing'\]"),
+        ({"head": "tail"}, r"must be one of \['matrix', 'embedding', 'head', 'vector'\], got 'tail'"),
+    ],
+)
+def test_wrong_overrides_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        Muon(TinyLM(), roles=overrides)
+
+
+def test_orphans_and_empty_lists_are_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"belong to no live module.*Pass the module itself"):
+        Muon([nn.Parameter(torch.zeros(4, 4))])
+    with pytest.raises(ValueError, match=r"holds no parameter.*Pass the module itself"):
+        Muon([])
+    started = TinyLM().parameters()
+    next(started)
+    with pytest.raises(ValueError, match="belong to no live module"):
+        Muon([p.clone() for p in started])
+
+
+def test_a_started_generator_is_resolved_by_owner():
+    model = TinyLM()
+    generator = model.parameters()
+    next(generator)
+    assert roles_of(generator) == {name: role for name, role in EXPECTED.items() if name != "embed.weight"}
+
+
+def test_group_dicts_override_settings_and_refuse_unknown_ones():
+    model = TinyLM()
+    optimizer = Muon(
+        [
+            {"params": model.blocks.parameters(), "weight_decay": 0.5},
+            {"params": [model.embed.weight, model.head.weight], "lr": 0.7},
+        ],
+        lr=0.1,
+    )
+    found = [(g["role"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    assert found == [("matrix", 0.1, 0.5), ("vector", 0.1, 0.5), ("embedding", 0.7, 0.1), ("head", 0.7, 0.1)]
+    with pytest.raises(ValueError, match=r"unknown settings \['rank'\]"):
+        Muon([{"params": model.parameters(), "rank": 3}])
+
+
+def test_the_table_is_logged_once_with_learning_rates(caplog):
+    with caplog.at_level(logging.INFO, logger="lightning_spectral"):
+        optimizer = Muon(TinyLM(), lr=0.02, fallback_lr=0.002)
+        optimizer.step()
+    tables = [record.getMessage() for record in caplog.records if "routes" in record.getMessage()]
+    assert len(tables) == 1
+    assert "muon, lr 0.02 x match_rms_adamw, wd 0.1" in tables[0]
+    assert "adamw, lr 0.002, wd 0.1" in tables[0]
+
+
+def test_table_counts_every_parameter():
+    model = TinyLM()
+    routes = route(find_owners(model))
+    lines = routing_table(routes, lambda role: "rule").splitlines()[1:]
+    assert sum(int(line.split()[1]) for line in lines) == len(list(model.parameters()))
+    assert sum(int(line.split()[2].replace(",", "")) for line in lines) == sum(p.numel() for p in model.parameters())
+
+
+def test_every_group_carries_what_schedulers_and_litgpt_read():
+    for optimizer in (Muon(TinyLM()), AdamW(TinyLM())):
+        assert {"lr", "betas", "momentum", "weight_decay", "eps"} <= optimizer.defaults.keys()
+        for group in optimizer.param_groups:
+            assert {"lr", "lr_ratio", "betas", "momentum", "weight_decay", "eps", "role", "algorithm"} <= group.keys()

@@ -57,7 +57,7 @@ def least_squares(x: FloatArray, y: FloatArray, weights: FloatArray | None = Non
     total = float(w.sum())
     x_mean = float(w @ x) / total
     s_xx = float(w @ (x - x_mean) ** 2)
-    if len(np.unique(x)) < 2 or s_xx <= 0:
+    if x.max() == x.min() or s_xx <= 0:
         raise ValueError(f"a line needs at least 2 distinct x values, got {np.unique(x).tolist()}.")
     y_mean = (y @ w) / total
     slope = ((y - y_mean[..., None]) @ (w * (x - x_mean))) / s_xx
@@ -122,8 +122,12 @@ def seed_means(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 def leave_one_out(x: FloatArray, y: FloatArray) -> tuple[float, float]:
     """Smallest and largest slope when one distinct x at a time is left out; NaN with fewer than 3 left."""
-    distinct = np.unique(x)
+    distinct, inverse = np.unique(x, return_inverse=True)
     if len(distinct) < 4:
         return float("nan"), float("nan")
-    slopes = [float(least_squares(x[x != left], y[x != left]).slope) for left in distinct]
-    return min(slopes), max(slopes)
+    u, v = x - x.mean(), y - y.mean()
+    n, s_u, s_v, s_uu, s_uv = (
+        column.sum() - np.bincount(inverse, weights=column) for column in (np.ones_like(u), u, v, u * u, u * v)
+    )
+    slopes = (s_uv - s_u * s_v / n) / (s_uu - s_u**2 / n)
+    return float(slopes.min()), float(slopes.max())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -155,13 +156,13 @@ class Run:
     @cached_property
     def conventions(self) -> tuple[str, ...]:
         """The distinct convention sets of its records, as JSON; more than one means they do not mix."""
-        return tuple(sorted(cell.decode() for cell in np.unique(self.columns.texts["conventions"])))
+        return tuple(sorted(cell.decode() for cell in set(self.columns.texts["conventions"].tolist())))
 
     @cached_property
     def status_counts(self) -> dict[str, int]:
         """Records of each status."""
-        names, counts = np.unique(self.columns.texts["status"], return_counts=True)
-        return {name.decode(): int(count) for name, count in zip(names, counts, strict=True)}
+        counts = Counter(self.columns.texts["status"].tolist())
+        return {name.decode(): count for name, count in counts.items()}
 
     def _dense(self, values: FloatArray) -> FloatArray:
         shape = (len(self.sites), len(self.buckets), len(self.steps), len(self.layers))
@@ -289,7 +290,7 @@ def _run_files(root: Path) -> Sequence[Path]:
 
 
 def _one_stage(columns: SpectralColumns, stage: str | None) -> tuple[SpectralColumns, str]:
-    found = set(np.unique(columns.texts["stage"]).tolist())
+    found = set(columns.texts["stage"].tolist())
     if stage is not None:
         return columns.take(columns.texts["stage"] == stage.encode()), ""
     if len(found) <= 1:
@@ -312,7 +313,7 @@ def _losses(folder: Path, run_id: str) -> tuple[tuple[LossRecord, ...], list[Pro
 
 
 def _ordered(cells: NDArray[np.bytes_], order: tuple[str, ...]) -> tuple[str, ...]:
-    found = [cell.decode() for cell in np.unique(cells)]
+    found = [cell.decode() for cell in set(cells.tolist())]
     return tuple(sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name)))
 
 

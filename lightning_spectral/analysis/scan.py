@@ -157,7 +157,7 @@ def _numbers(cells: tuple[bytes, ...]) -> FloatArray:
 
 def _texts(cells: tuple[bytes, ...], unescape: bool) -> TextArray:
     column = np.array(cells, dtype=np.bytes_) if cells else np.empty(0, "S1")
-    if not unescape or not any(b"\\" in cell for cell in np.unique(column)):
+    if not unescape or not any(b"\\" in cell for cell in set(cells)):
         return column
     return np.array([str(json.loads(b'"' + cell + b'"')).encode() for cell in cells], dtype=np.bytes_)
 
@@ -166,11 +166,14 @@ def _without_repeats(columns: SpectralColumns, lines: list[int] | None) -> Spect
     if not len(columns):
         return columns
     texts, ints = columns.texts, columns.ints
-    codes = [np.unique(texts[name], return_inverse=True)[1] for name in ("run_id", "stage", "site", "bucket")]
-    key = np.stack([*codes, ints["step"], ints["layer"], ints["expert"]], axis=1)
-    first = np.unique(key, axis=0, return_index=True)[1]
-    if len(first) == len(columns):
+    parts = [texts[name].tolist() for name in ("run_id", "stage", "site", "bucket")]
+    parts += [ints[name].tolist() for name in ("step", "layer", "expert")]
+    place: dict[tuple[object, ...], int] = {}
+    for row, key in enumerate(zip(*parts, strict=True)):
+        place.setdefault(key, row)
+    if len(place) == len(columns):
         return columns
+    first = list(place.values())
     numbers = lines if lines is not None else list(range(1, len(columns) + 1))
     kept = np.zeros(len(columns), dtype=bool)
     kept[first] = True

@@ -1,0 +1,103 @@
+"""The page: one jinja2 template, autoescaped, with its style sheet. Nothing is loaded from anywhere."""
+
+# ruff: noqa: E501  a line of the table is a line here
+
+from typing import Final
+
+TEMPLATE: Final = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light; }
+body { font: 15px/1.5 "DejaVu Sans", Helvetica, Arial, sans-serif; color: #222; background: #fff;
+  margin: 0 auto; padding: 28px 28px 80px; max-width: 1120px; }
+h1 { font-size: 26px; margin: 0; }
+h2 { font-size: 13px; text-transform: uppercase; letter-spacing: .07em; color: #777; margin: 44px 0 2px;
+  border-top: 1px solid #ddd; padding-top: 14px; }
+.sub { color: #666; margin: 4px 0 18px; }
+.finding { font-size: 18px; line-height: 1.4; margin: 2px 0 8px; font-weight: bold; }
+.note { color: #666; font-size: 13px; margin: 4px 0; max-width: 92ch; }
+.lead { font-size: 19px; line-height: 1.45; margin: 18px 0; }
+.warnings { background: #FFF4E5; border-left: 6px solid #D55E00; padding: 10px 18px 10px 16px; margin: 18px 0; }
+.warnings b { color: #A03D00; }
+.warnings ul { margin: 4px 0 0; padding-left: 20px; }
+.warnings li { margin: 2px 0; overflow-wrap: anywhere; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 14px 24px; margin: 20px 0 6px; }
+.card b { font-size: 17px; display: block; }
+.card .beta { font-size: 24px; font-variant-numeric: tabular-nums; }
+.card small { color: #666; display: block; }
+.card .wide, td .wide { color: #A03D00; font-weight: bold; }
+figure { margin: 10px 0 0; }
+figure svg { width: 100%; height: auto; display: block; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin: 8px 0; }
+th { text-align: left; color: #666; font-weight: normal; border-bottom: 1px solid #bbb; padding: 4px 12px 4px 0;
+  vertical-align: bottom; }
+td { padding: 3px 12px 3px 0; border-bottom: 1px solid #eee; white-space: nowrap; }
+td.num, th.num { text-align: right; }
+td.flag { color: #A03D00; white-space: normal; }
+tr.new td { border-top: 1px solid #bbb; }
+nav { font-size: 13px; margin: 10px 0; }
+nav a { color: #0072B2; text-decoration: none; margin-right: 14px; display: inline-block; }
+code { font: 12px "DejaVu Sans Mono", Menlo, monospace; background: #f5f5f5; padding: 1px 4px; overflow-wrap: anywhere; }
+.swatch { display: inline-block; width: 10px; height: 10px; margin-right: 6px; border-radius: 2px; }
+details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
+@media print { nav { display: none; } h2, figure { break-inside: avoid; } }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+<p class="sub">{{ subtitle }}</p>
+{% for sentence in leads %}<p class="lead">{{ sentence }}</p>{% endfor %}
+{% if warnings %}<div class="warnings" role="alert"><b>Read this before quoting a number</b>
+<ul>{% for warning in warnings %}<li>{{ warning }}</li>{% endfor %}</ul></div>{% endif %}
+<div class="cards">{% for card in cards %}<div class="card"><b style="color:{{ card.color }}">{{ card.name }}</b>
+<span class="beta" data-csv="fits.csv" data-row="{{ card.row }}" data-column="beta">{{ card.beta }}</span>
+<small>beta of {{ card.what }}</small><small>95 % CI {{ card.ci }}{% if card.wide %} <span class="wide">wide</span>{% endif %}</small>
+<small>R2 {{ card.r2 }}, {{ card.n }}; untrained {{ card.null }}</small></div>{% endfor %}</div>
+<nav>{% for section in sections %}<a href="#{{ section.key }}">{{ section.title }}</a>{% endfor %}<a href="#beta_table">Table of exponents</a><a href="#comparisons">Differences</a><a href="#provenance">Provenance</a></nav>
+{% for section in sections %}
+<section id="{{ section.key }}"><h2>{{ section.title }}</h2>
+<p class="finding">{{ section.headline }}</p>
+{% if section.svg %}<figure data-figure="{{ section.key }}" role="img" aria-label="{{ section.headline }}">{{ section.svg }}</figure>{% endif %}
+{% if section.note %}<p class="note">{{ section.note }}</p>{% endif %}
+</section>
+{% endfor %}
+<section id="beta_table"><h2>Table of exponents</h2>
+<p class="note">{{ table_note }}</p>
+<div class="scroll"><table><thead><tr>
+{% for name in fit_names %}<th>{{ name }}</th>{% endfor %}
+<th class="num">beta</th><th>95 % CI, widths</th><th>95 % CI, seeds</th><th>one width left out</th><th class="num">untrained</th><th class="num">ln A</th><th class="num">R2</th><th class="num">n</th><th>widths</th><th>method</th><th>status</th></tr></thead>
+<tbody>{% for fit in fits %}<tr{% if fit.new %} class="new"{% endif %}>
+{% for cell in fit.cells %}<td>{% if loop.first %}<span class="swatch" style="background:{{ fit.color }}"></span>{% endif %}{{ cell }}</td>{% endfor %}
+<td class="num" data-csv="fits.csv" data-row="{{ fit.row }}" data-column="beta">{{ fit.beta }}</td>
+<td><span data-csv="fits.csv" data-row="{{ fit.row }}" data-column="ci_low">{{ fit.ci_low }}</span> to <span data-csv="fits.csv" data-row="{{ fit.row }}" data-column="ci_high">{{ fit.ci_high }}</span>{% if fit.wide %} <span class="wide">wide</span>{% endif %}</td>
+<td>{{ fit.seeds }}</td><td>{{ fit.loo }}</td>
+<td class="num" data-csv="fits.csv" data-row="{{ fit.row }}" data-column="null_beta">{{ fit.null }}</td>
+<td class="num" data-csv="fits.csv" data-row="{{ fit.row }}" data-column="ln_a">{{ fit.ln_a }}</td>
+<td class="num" data-csv="fits.csv" data-row="{{ fit.row }}" data-column="r2">{{ fit.r2 }}</td>
+<td class="num" data-csv="fits.csv" data-row="{{ fit.row }}" data-column="n">{{ fit.n }}</td>
+<td>{{ fit.widths }}</td><td>{{ fit.method }}</td><td class="{{ '' if fit.status == 'ok' else 'flag' }}">{{ fit.status }}</td></tr>{% endfor %}</tbody></table></div>
+</section>
+<section id="comparisons"><h2>Differences</h2>
+<p class="finding">{{ comparison_headline }}</p>
+<p class="note">a minus b on {{ focus }}; all of them, with levels, crossovers and the other buckets, are in comparisons.csv. {{ comparisons|length }} differences are shown; p values are not corrected for their number.</p>
+<div class="scroll"><table><thead><tr><th>a</th><th>b</th><th>metric</th><th>kind</th><th class="num">estimate</th><th>95 % CI</th><th class="num">p</th><th>status</th><th>note</th></tr></thead>
+<tbody>{% for c in comparisons %}<tr><td>{{ c.a }}</td><td>{{ c.b }}</td><td>{{ c.metric }}</td><td>{{ c.kind }}</td>
+<td class="num" data-csv="comparisons.csv" data-row="{{ c.row }}" data-column="estimate">{{ c.estimate }}</td><td>{{ c.ci }}</td>
+<td class="num" data-csv="comparisons.csv" data-row="{{ c.row }}" data-column="p">{{ c.p }}</td><td class="{{ '' if c.status == 'ok' else 'flag' }}">{{ c.status }}</td><td>{{ c.note }}</td></tr>{% endfor %}</tbody></table></div>
+</section>
+<section id="provenance"><h2>Provenance</h2>
+<p class="note">Command: <code>{{ command }}</code><br>Written {{ date }} by lightning-spectral {{ version }}; numpy {{ numpy }}, scipy {{ scipy }}, matplotlib {{ matplotlib }}. Versions of the runs: {{ run_versions }}.</p>
+{% for expected in missing %}<p class="note"><b>Missing:</b> {{ expected }}</p>{% endfor %}
+<details><summary>{{ runs|length }} runs read, with the hash of their records</summary>
+<div class="scroll"><table><thead><tr>{% for name in run_names %}<th>{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>{% for run in runs %}<tr>{% for cell in run %}<td>{% if loop.index0 == hash_column %}<code title="{{ cell }}">{{ cell[:12] }}</code>{% else %}{{ cell }}{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div></details>
+</section>
+</body>
+</html>
+"""

@@ -1,0 +1,178 @@
+"""How series look: one colour and one marker per optimizer in every figure, log2 axes with equal decades."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+# Okabe and Ito's palette, safe for colour-blind readers; yellow is left out (unreadable on white)
+FIXED: Final = {
+    "adamw": ("#E69F00", "o"),
+    "muon": ("#0072B2", "s"),
+    "normuon": ("#56B4E9", "D"),
+    "dion 1/2": ("#009E73", "^"),
+    "dion 1/16": ("#CC79A7", "v"),
+    "dion 1/4": ("#8B6F3E", "P"),
+    "dion 1/8": ("#7A5195", "X"),
+    "dion": ("#009E73", "^"),
+    "lion": ("#666666", "*"),
+    "sgd": ("#000000", "h"),
+}
+_SPARE: Final = (("#D55E00", "p"), ("#444444", "<"), ("#2F4B7C", ">"), ("#A05195", "H"), ("#665191", "8"))
+_NAMES: Final = {"adamw": "AdamW", "muon": "Muon", "normuon": "NorMuon", "dion": "Dion", "lion": "Lion", "sgd": "SGD"}
+BUCKET_NAMES: Final = {"pooled": "ALL", "head": "HEAD", "mid": "MID", "tail": "TAIL"}
+METRIC_NAMES: Final = {"soft_rank": "soft rank", "hard_rank": "hard rank", "hard_rank_unbiased": "hard rank, unbiased"}
+
+RC: Final[Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial", "sans-serif"],
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.labelcolor": "#333333",
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "lines.linewidth": 1.6,
+    "svg.fonttype": "none",
+    "figure.facecolor": "white",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one series is drawn.
+
+    Attributes:
+        name: What people read.
+        color: Line and marker colour.
+        marker: Matplotlib marker.
+        variant: Whether it is a variation of a series of the same colour: dashed, with open markers.
+    """
+
+    name: str
+    color: str
+    marker: str
+    variant: bool = False
+
+    @property
+    def text_color(self) -> str:
+        """The colour, dark enough to read on white."""
+        rgb = np.array(to_rgb(self.color))
+        while float(rgb @ (0.2126, 0.7152, 0.0722)) > 0.36:
+            rgb = rgb * 0.92
+        return "#" + "".join(f"{round(255 * channel):02x}" for channel in rgb)
+
+    @property
+    def line(self) -> str:
+        """Line style."""
+        return "--" if self.variant else "-"
+
+    @property
+    def face(self) -> str:
+        """Marker fill."""
+        return "white" if self.variant else self.color
+
+
+def family(label: str) -> tuple[str, str]:
+    """Key of :data:`FIXED` and the rest of a label: ``dion_1_16`` -> (``dion 1/16``, ``""``)."""
+    text = label.strip().lower().replace("_", " ")
+    found = re.match(r"dion\W*(?:r\W*)?\(?1\s*[/ ]\s*(\d+)\)?(.*)", text)
+    if found and f"dion 1/{found[1]}" in FIXED:
+        return f"dion 1/{found[1]}", found[2].strip()
+    for key in sorted(_NAMES, key=len, reverse=True):
+        if re.match(rf"{key}(?![a-z])", text):
+            return key, text[len(key) :].strip()
+    return "", text
+
+
+def looks_of(series: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], Look]:
+    """A look for each series (optimizer, other labels ...); the same optimizer looks the same in every report."""
+    out: dict[tuple[str, ...], Look] = {}
+    spare = iter(_SPARE * 4)
+    seen: set[str] = set()
+    for key in series:
+        base, rest = family(key[0])
+        labels = " ".join(filter(None, key[1:]))
+        if not base:
+            color, marker = next(spare)
+            out[key] = Look(" ".join(filter(None, (key[0], labels))), color, marker)
+            continue
+        color, marker = FIXED[base]
+        first = _NAMES[base.split(" ")[0]] + (f" ({base.split(' ')[1]})" if " " in base else "")
+        out[key] = Look(" ".join(filter(None, (first, rest, labels))), color, marker, variant=base in seen)
+        seen.add(base)
+    return out
+
+
+def log2_axis(ax: Axes, which: str, low: float, high: float, values: Sequence[float] | None = None) -> None:
+    """A log2 axis with ticks at powers of two, or at the given values."""
+    axis = ax.xaxis if which == "x" else ax.yaxis
+    (ax.set_xscale if which == "x" else ax.set_yscale)("log", base=2)
+    (ax.set_xlim if which == "x" else ax.set_ylim)(low, high)
+    ticks = list(values) if values else [2.0**k for k in range(int(np.ceil(np.log2(low))), int(np.log2(high)) + 1)]
+    if values is None and len(ticks) > 8:
+        ticks = ticks[::2]
+    if values is None and len(ticks) < 2:
+        ticks = [low * 1.02, float(np.sqrt(low * high)), high * 0.98]
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}" if value < 100 else f"{value:.0f}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def width_ticks(widths: Sequence[float]) -> list[float]:
+    """Widths to write at an axis, none closer than a fifth of a doubling to another."""
+    out: list[float] = []
+    for width in sorted(widths):
+        if not out or np.log2(width / out[-1]) > 0.38:
+            out.append(width)
+    return out
+
+
+def spread_labels(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Move label positions apart to at least ``gap``, keeping their order and staying inside [low, high]."""
+    order = np.argsort(positions)
+    placed = np.array(positions, dtype=float)[order]
+    for _ in range(200):
+        moved = False
+        for k in range(len(placed) - 1):
+            short = gap - (placed[k + 1] - placed[k])
+            if short > 1e-9:
+                placed[k] -= short / 2
+                placed[k + 1] += short / 2
+                moved = True
+        if not moved:
+            break
+    if len(placed):
+        placed += max(0.0, low - placed[0])
+        placed -= max(0.0, placed[-1] - high)
+    out = np.empty(len(placed))
+    out[order] = placed
+    return out.tolist()
+
+
+def label_right(ax: Axes, entries: Sequence[tuple[float, str, str]], size: float = 8.5) -> None:
+    """Write (y, text, colour) just right of the axes, moved apart where they would overlap."""
+    if not entries:
+        return
+    to_axes = ax.transData + ax.transAxes.inverted()
+    x = ax.get_xlim()[1]
+    wanted = [float(to_axes.transform((x, y))[1]) for y, _, _ in entries]
+    height = ax.get_window_extent().height * 72 / ax.get_figure(root=True).dpi  # type: ignore[union-attr]
+    placed = spread_labels(wanted, size * 1.25 / height, 0.0, 1.0)
+    for (_, text, color), at in zip(entries, placed, strict=True):
+        ax.text(1.015, at, text, transform=ax.transAxes, color=color, fontsize=size, va="center", clip_on=False)

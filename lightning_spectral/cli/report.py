@@ -1,0 +1,70 @@
+"""``lightning-spectral report RUNS``: one offline page with every figure, table and warning."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+
+from lightning_spectral.cli import CommandError, inputs
+
+
+def main(argv: list[str]) -> int:
+    """Write the report, and TensorBoard events if asked."""
+    parser = argparse.ArgumentParser(
+        "lightning-spectral report",
+        description="One offline HTML page, the same figures as SVG files, the same numbers as CSV.",
+    )
+    inputs.add_input_options(parser)
+    parser.add_argument("--out", default="out/report", metavar="DIR", help="where to write (default: out/report)")
+    parser.add_argument("--title", default="Spectral scaling report")
+    parser.add_argument("--site", default="post", help="site of the figures: post or pre (default: post)")
+    parser.add_argument("--match-on", choices=["loss", "step", "tokens"], default="loss")
+    parser.add_argument("--tolerance", type=float, default=0.02, help="nats within which a loss counts as reached")
+    parser.add_argument("--png", action="store_true", help="also write the figures as PNG")
+    parser.add_argument(
+        "--to-tensorboard", metavar="DIR", help="also write beta(t) with its band as TensorBoard events"
+    )
+    options = parser.parse_args(argv)
+    folder = inputs.out_folder(options.out)
+    assert folder is not None
+    if options.by or any(path.endswith(".csv") for path in options.inputs):
+        raise CommandError("a report needs run folders, grouped as it groups them; for tables use `fit` and `compare`.")
+
+    from lightning_spectral.analysis.report import write_report
+    from lightning_spectral.analysis.scene import Scene
+
+    scene: Scene = inputs.guarded(lambda: make_scene(options))
+    command = shlex.join(["lightning-spectral", "report", *argv])
+    written = write_report(scene, folder, title=options.title, command=command, png=options.png)
+    for warning in written.warnings:
+        print(f"WARNING {warning}")
+    if options.to_tensorboard:
+        from lightning_spectral.analysis.to_tensorboard import write_events
+
+        print(f"wrote {write_events(scene.trajectories, options.to_tensorboard)} TensorBoard series")
+    print(
+        f"wrote {written.page} ({written.page.stat().st_size / 1e6:.1f} MB), {len(written.figures)} figures, ", end=""
+    )
+    print(f"{len(written.tables)} tables in {folder}")
+    return 0
+
+
+def make_scene(options: argparse.Namespace):  # type: ignore[no-untyped-def]  # a lazily imported class
+    """Read the runs and compute everything that the figures show."""
+    from lightning_spectral.analysis.matched import compare_matched, matched_pairs
+    from lightning_spectral.analysis.scene import Scene
+    from lightning_spectral.analysis.study import comparisons_of
+    from lightning_spectral.analysis.trajectory import beta_trajectories
+
+    fitted, runs = inputs.fit_runs(options, None)
+    if not runs.runs:
+        reasons = "; ".join(problem.message for problem in runs.problems[:3])
+        raise CommandError(f"no run could be read: {reasons}")
+    if not any(options.site in run.sites for run in runs.runs):
+        raise CommandError(f"no run measured the site `{options.site}`; they have {', '.join(runs.runs[0].sites)}.")
+    pairs, _ = matched_pairs(
+        runs, axis=options.match_on, tolerance=options.tolerance, metrics=options.metrics, site=options.site
+    )
+    comparisons = (*comparisons_of(fitted), *compare_matched(pairs))
+    paths = tuple(beta_trajectories(runs, metrics=options.metrics))
+    return Scene(runs, fitted, comparisons, paths, tuple(pairs), options.site)

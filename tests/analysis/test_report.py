@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import csv
+import os
+import re
+import xml.etree.ElementTree as ET
+from argparse import Namespace
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+from lightning_spectral.analysis import report
+from lightning_spectral.analysis.figures import FIGURES, draw_all
+from lightning_spectral.analysis.report import warnings_of, write_report
+from lightning_spectral.analysis.scene import Scene
+from lightning_spectral.analysis.style import FIXED, family, looks_of, spread_labels
+from lightning_spectral.cli.report import make_scene
+from tests.analysis.synthetic import write_one, write_study
+
+OPTIONS = {
+    "by": None, "metrics": ["soft_rank", "hard_rank"], "last": 5, "until_step": None, "stage": None, "method": "auto",
+    "site": "post", "match_on": "loss", "tolerance": 0.02,
+}  # fmt: skip
+
+
+def scene_of(root: Path, **changes: object) -> Scene:
+    scene = make_scene(Namespace(inputs=[str(root)], **(OPTIONS | changes)))
+    assert isinstance(scene, Scene)
+    return scene
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as handle:
+        return list(csv.DictReader(handle))
+
+
+@pytest.fixture
+def one_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what does not depend on the figures: draw one of them."""
+    monkeypatch.setattr(report, "draw_all", lambda scene: {"health": FIGURES["health"].draw(scene)})
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("study")
+    write_study(root, {"muon": 0.9, "adamw": 0.3}, widths=(128, 256, 512), seeds=(0, 1), sites=("pre", "post"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def written(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    write_report(scene_of(study), folder, command="lightning-spectral report <study>")
+    return folder
+
+
+def test_every_figure_but_the_spectra_is_drawn_and_is_a_file(study: Path, written: Path) -> None:
+    drawings = draw_all(scene_of(study))
+    assert set(drawings) == set(FIGURES)
+    assert [key for key, drawing in drawings.items() if drawing.figure is None] == ["waterfall"]
+    assert {path.stem for path in (written / "figures").iterdir()} == set(FIGURES) - {"waterfall"}
+    for path in (written / "figures").iterdir():
+        assert len(ET.parse(path).getroot().findall(".//{*}path")) > 10
+
+
+def test_the_page_is_one_offline_file(written: Path) -> None:
+    page = (written / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]+"', page)
+    assert "<script" not in page
+    assert "@import" not in page
+    assert len(page) < 5_000_000
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', page))
+    assert used <= set(ids)
+
+
+@pytest.mark.usefixtures("one_figure")
+def test_the_page_escapes_what_it_is_told(study: Path, tmp_path: Path) -> None:
+    page = write_report(scene_of(study), tmp_path, title="<script>alert(1)</script>").page.read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_numbers_of_the_page_are_those_of_the_tables(written: Path) -> None:
+    page = (written / "report.html").read_text()
+    cells = re.findall(r'data-csv="([^"]+)" data-row="(\d+)" data-column="(\w+)">([^<]*)<', page)
+    tables = {name: rows_of(written / name) for name in {cell[0] for cell in cells}}
+    assert len(cells) > 100
+    for name, row, column, shown in cells:
+        value = tables[name][int(row)][column]
+        if shown == "-":
+            assert value == ""
+        else:
+            digits = len(shown.partition(".")[2])
+            assert shown == f"{float(value):.{digits}f}"
+
+
+def test_warnings_that_cannot_be_missed(study: Path, tmp_path: Path) -> None:
+    found = " ".join(warnings_of(scene_of(study)))
+    assert "untrained network already has beta = 0.7" in found
+    assert "Few widths: 3" in found
+    write_study(tmp_path, {"muon": 0.9, "adamw": 0.3}, widths=(128, 256, 512), steps=(20, 40), noise=0.6, num_rows=900)
+    write_one(tmp_path, "muon", 0.9, 1024, steps=(20, 40))
+    alone = " ".join(warnings_of(scene_of(tmp_path)))
+    for text in ("One seed a width", "Wide interval", "few_rows", "unequal_rows", "No null", "has no run at D = 1024"):
+        assert text in alone
+
+
+def test_crossing_lines_are_said(tmp_path: Path) -> None:
+    points = {"muon": 1.2, "adamw": -0.5}
+    write_study(tmp_path, points, widths=(1, 2, 4, 8), noise=0.01)  # equal at D = 1, so they cross at the left end
+    scene = scene_of(tmp_path)
+    (crossing,) = scene.compared("crossover_width", "tail", "hard_rank")
+    assert crossing.estimate == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.usefixtures("one_figure")
+def test_two_widths_make_a_report_that_says_no_fit(tmp_path: Path) -> None:
+    write_study(tmp_path / "runs", {"muon": 0.9, "adamw": 0.3}, widths=(128, 256))
+    page = unescape(write_report(scene_of(tmp_path / "runs"), tmp_path / "out").page.read_text())
+    assert "No exponent of TAIL hard rank could be fitted" in page
+    assert "fits refused: fewer than 3 widths" in page
+
+
+def test_one_run_and_pooled_only(tmp_path: Path) -> None:
+    write_one(tmp_path / "runs", "muon", 0.9, 128, layers=1)
+    write_report(scene_of(tmp_path / "runs", metrics=["hard_rank"]), tmp_path / "out")
+
+
+@pytest.mark.usefixtures("one_figure")
+def test_a_report_that_fails_leaves_the_old_one(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "report.html").write_text("old and whole")
+    replaced = os.replace
+
+    def fail(source: str, target: str) -> None:
+        if str(target).endswith("report.html"):
+            raise OSError("killed")
+        replaced(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="killed"):
+        write_report(scene_of(study), tmp_path)
+    assert (tmp_path / "report.html").read_text() == "old and whole"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_optimizer_looks_the_same_in_every_report() -> None:
+    alone, together = looks_of([("dion_1_16",)]), looks_of([("AdamW",), ("Muon",), ("Dion 1/16",), ("sophia",)])
+    assert alone["dion_1_16",].color == together["Dion 1/16",].color == FIXED["dion 1/16"][0]
+    assert len({(look.color, look.marker) for look in together.values()}) == 4
+    variants = looks_of([("AdamW",), ("AdamW lr x3",)])
+    assert variants["AdamW",].color == variants["AdamW lr x3",].color
+    assert variants["AdamW lr x3",].variant
+    assert not variants["AdamW",].variant
+
+
+@pytest.mark.parametrize(
+    ("label", "base"),
+    [("Dion (1/2)", "dion 1/2"), ("dion_1_16", "dion 1/16"), ("Dion", "dion"), ("NorMuon", "normuon"), ("muonic", "")],
+)
+def test_families(label: str, base: str) -> None:
+    assert family(label)[0] == base
+
+
+def test_labels_keep_their_order_and_their_distance() -> None:
+    placed = spread_labels([0.5, 0.51, 0.9, 0.5], 0.1, 0.0, 1.0)
+    gaps = [b - a for a, b in zip(sorted(placed), sorted(placed)[1:], strict=False)]
+    assert min(gaps) > 0.0999
+    assert placed[2] == max(placed)
+    assert spread_labels([], 0.1, 0.0, 1.0) == []

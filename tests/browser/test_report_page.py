@@ -1,0 +1,94 @@
+"""The report in a real browser: it loads alone, without an error, and every figure has marks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lightning_spectral.analysis.figures import FIGURES
+from lightning_spectral.cli import main
+from tests.analysis.synthetic import write_study
+from tests.analysis.test_report import rows_of
+
+pytestmark = pytest.mark.browser
+
+_PROBE = """
+<script>
+window.errors = [];
+window.addEventListener("error", event => window.errors.push(String(event.message)));
+window.addEventListener("load", () => {
+  const figures = {};
+  for (const figure of document.querySelectorAll("figure[data-figure]")) {
+    const box = figure.querySelector("svg").getBoundingClientRect();
+    const marks = [...figure.querySelectorAll("path, use, text")].filter(mark => {
+      const own = mark.getBoundingClientRect();
+      return own.width + own.height > 0;
+    });
+    figures[figure.dataset.figure] = {width: box.width, height: box.height, marks: marks.length};
+  }
+  const cells = [...document.querySelectorAll("[data-csv]")].map(
+    cell => [cell.dataset.csv, cell.dataset.row, cell.dataset.column, cell.textContent]);
+  const result = document.createElement("script");
+  result.type = "application/json";
+  result.id = "probe-result";
+  result.textContent = JSON.stringify({
+    figures, cells, errors: window.errors, requests: performance.getEntriesByType("resource").length,
+    overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    alert: document.querySelector("[role=alert]")?.getBoundingClientRect().top});
+  document.body.append(result);
+});
+</script>
+"""
+
+
+def chromium() -> str:
+    """The browser; a machine without one may skip, the gate may not."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        if os.environ.get("CI"):
+            pytest.fail("no chromium on the gate: apt-get install chromium")
+        pytest.skip("no chromium here")
+    return found
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("browser")
+    write_study(root / "runs", {"muon": 0.9, "adamw": 0.3}, widths=(128, 256, 512), seeds=(0, 1), sites=("pre", "post"))
+    assert main(["report", str(root / "runs"), "--out", str(root / "out")]) == 0
+    return root / "out"
+
+
+def test_the_page_in_chromium(report: Path, tmp_path: Path) -> None:
+    page = (report / "report.html").read_text()
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.replace("</head>", _PROBE + "</head>"))
+    command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,900", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0", probed.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    assert console == []
+    found = re.search(r'<script type="application/json" id="probe-result">(.*?)</script>', done.stdout, re.DOTALL)
+    assert found is not None
+    result = json.loads(found[1])
+    assert result["errors"] == []
+    assert result["requests"] == 0
+    assert result["overflow"] <= 0
+    assert result["alert"] < 900  # the warnings stand on the first screen
+    assert set(result["figures"]) == set(FIGURES) - {"waterfall"}
+    for key, figure in result["figures"].items():
+        assert figure["marks"] > 20, key
+        assert figure["width"] > 900, key
+        assert figure["height"] > 100, key
+    assert len(result["cells"]) > 100
+    tables = {name: rows_of(report / name) for name in {cell[0] for cell in result["cells"]}}
+    for name, row, column, shown in result["cells"]:
+        value = tables[name][int(row)][column]
+        digits = len(shown.partition(".")[2])
+        assert shown == (f"{float(value):.{digits}f}" if value else "-")

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_spectral.cli import main
+from tests.analysis.synthetic import write_study
+
+
+def test_a_report_with_pictures_and_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_study(tmp_path / "runs", {"muon": 0.9, "adamw": 0.3}, widths=(128, 256, 512))
+    out = tmp_path / "out"
+    argv = ["report", str(tmp_path / "runs"), "--out", str(out), "--png", "--to-tensorboard", str(tmp_path / "tb")]
+    assert main(argv) == 0
+    shown = capsys.readouterr().out
+    assert "WARNING One seed a width" in shown
+    assert (out / "figures" / "scaling_laws.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "tb").iterdir())
+    names = {path.name for path in out.iterdir()}
+    assert {"report.html", "fits.csv", "points.csv", "comparisons.csv", "matched_loss.csv", "runs.csv"} <= names
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["points.csv"], "needs run folders"),
+        (["runs", "--site", "gate"], "no run measured the site `gate`"),
+        (["runs", "--metrics", "mean_rank"], "unknown metric `mean_rank`"),
+        (["nothing"], "no such file or folder"),
+    ],
+)
+def test_bad_input(
+    argv: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_study(tmp_path / "runs", {"muon": 0.9}, widths=(128,), steps=(0, 10))
+    assert main(["report", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_only_refused_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no run could be read" in capsys.readouterr().err

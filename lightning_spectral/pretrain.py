@@ -40,6 +40,7 @@ RUN_CONTENT = (
     records.RUN_FILE,
     records.SPECTRAL_FILE,
     records.LOSSES_FILE,
+    "weights.jsonl",
     "eigenvalues",
     checkpoints.FOLDER,
     "final",
@@ -86,13 +87,13 @@ class _Lengths:
 def pretrain(recipe: Recipe, *, progress_bar: bool = True) -> Outcome:
     """Run a recipe; :func:`lightning_spectral.recipe.run` says the rest."""
     content, out_dir = recipe.content, recipe.out_dir
-    objects = instantiate(content)
+    objects = instantiate(content, out_dir)
     train: TrainArgs = objects.train
     evaluation: EvalArgs = objects.eval
     data: DataModule = objects.data
     resume = _resume_path(content["resume"], out_dir)
     if resume is None and _is_first_rank():
-        _move_earlier_run(out_dir)
+        _move_previous_run(out_dir)
     with _as_recipe_error():
         tokenizer_dir = _checkpoint_dir(content["tokenizer_dir"])
         config = _model_config(recipe, data, tokenizer_dir)
@@ -280,18 +281,18 @@ def _resume_path(resume: Any, out_dir: Path) -> Path | None:
     return path
 
 
-def _move_earlier_run(out_dir: Path) -> None:
+def _move_previous_run(out_dir: Path) -> None:
     """Records of two runs must not mix, and none may be lost."""
     found = [out_dir / name for name in RUN_CONTENT if (out_dir / name).exists()]
     if not found:
         return
-    earlier = out_dir / "earlier"
-    number = 1 + max((int(p.name) for p in earlier.glob("[0-9]*") if p.name.isdigit()), default=0)
-    target = earlier / f"{number:03d}"
+    previous = out_dir / "previous"
+    number = 1 + max((int(p.name) for p in previous.glob("[0-9]*") if p.name.isdigit()), default=0)
+    target = previous / f"{number:03d}"
     target.mkdir(parents=True)
     for path in found:
         shutil.move(path, target / path.name)
-    rank_zero_info(f"moved the earlier run in `{out_dir}` to `{target}` (use `resume: auto` to continue it instead)")
+    rank_zero_info(f"moved the previous run in `{out_dir}` to `{target}` (use `resume: auto` to continue it instead)")
 
 
 def _checkpoint_dir(path: str | None) -> Path | None:

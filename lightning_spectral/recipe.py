@@ -90,6 +90,7 @@ def load(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
 
     file = find(path)
     tree = _read_yaml(file)
+    tree.pop("sweep", None)  # axes of `lightning-spectral sweep`; alone, the recipe is one run
     pairs = list(overrides.items()) if isinstance(overrides, Mapping) else parse_words(overrides)
     for key, value in pairs:
         _set(tree, key, value)
@@ -101,7 +102,7 @@ def run(recipe: Recipe, *, progress_bar: bool = True) -> Path:
 
     Idempotent with ``resume: auto``: a finished run is left as it is, an interrupted one continues from its newest
     whole checkpoint, a new one starts. With ``resume: false`` an earlier run in the same folder is moved to
-    ``out_dir/earlier/NNN`` first.
+    ``out_dir/previous/NNN`` first.
 
     Args:
         recipe: From :func:`load`.
@@ -176,6 +177,13 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 takes ``1e-3`` for text; people mean a number."""
 
 
+def _number(loader: _Loader, node: yaml.ScalarNode) -> float | int:
+    """``1e6`` is also how people write a number of tokens."""
+    value = loader.construct_yaml_float(node)
+    return int(value) if re.fullmatch(r"[-+]?\d+[eE]\+?\d+", node.value) else value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _number)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -205,7 +213,7 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
         if isinstance(child, str):
             child = {"class_path": child}  # `--optimizer.init_args.lr` on `optimizer: AdamW`
         elif child is None:
-            child = {}
+            child = [] if here == "callbacks" else {}
         elif not isinstance(child, (dict, list)):
             raise RecipeError(f"`{here}` is {child!r} and has nothing below it: cannot set `{key}`.")
         node[place] = child

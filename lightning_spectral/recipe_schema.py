@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import litgpt.data
 import yaml
@@ -87,6 +89,9 @@ def check(tree: dict[str, Any]) -> dict[str, Any]:
         raise RecipeError(
             "the recipe names no model: set `model_name` (litgpt's names) or describe one in `model_config`."
         )
+    _check_class("data", tree["data"])
+    for place, callback in enumerate(tree["callbacks"]):
+        _check_class(f"callbacks.{place}", callback)
     given_config = tree.get("model_config")
     tree["model_name"] = tree.get("model_name") or (given_config or {}).get("name") or "custom"
     content = defaults()
@@ -96,17 +101,30 @@ def check(tree: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def instantiate(content: dict[str, Any]) -> Namespace:
+def instantiate(content: dict[str, Any], run_folder: Path) -> Namespace:
     """Objects of a checked recipe: ``train``, ``eval``, ``log``, ``data``, ``callbacks``.
+
+    Args:
+        content: From :func:`check`.
+        run_folder: Where our callbacks write, unless they say otherwise: Lightning's log folder is the logger's.
 
     Raises:
         RecipeError: If a constructor refuses its arguments.
     """
-    wanted = {key: content[key] for key in ("model_name", "train", "eval", "log", "data", "callbacks")}
+    wanted = {key: content[key] for key in ("model_name", "train", "eval", "log", "data")}
+    wanted["callbacks"] = [_with_folder(callback, run_folder) for callback in content["callbacks"] or []]
     try:
         return parser().instantiate_classes(parser().parse_object(wanted))
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise RecipeError(one_line(error)) from error
+
+
+def _with_folder(callback: dict[str, Any], run_folder: Path) -> dict[str, Any]:
+    init_args = callback.get("init_args") or {}
+    ours = callback["class_path"].startswith("lightning_spectral.")
+    if not ours or "dirpath" not in init_args or init_args["dirpath"]:
+        return callback
+    return {**callback, "init_args": {**init_args, "dirpath": str(run_folder)}}
 
 
 def one_line(error: BaseException) -> str:
@@ -120,8 +138,60 @@ def _parsed(tree: dict[str, Any]) -> dict[str, Any]:
         values = made.parse_object(tree)
         content: dict[str, Any] = yaml.safe_load(made.dump(values, skip_none=False, skip_validation=True))
     except Exception as error:  # jsonargparse raises its own, argparse's, and whatever a class_path's import raises
-        raise RecipeError(one_line(error)) from error
+        raise RecipeError(_what_does_not_fit(str(error))) from error
     return content
+
+
+def _what_does_not_fit(message: str) -> str:
+    """Jsonargparse's tree of tried types, as one sentence."""
+    key = re.search(r'key "([^"]+)"', message)
+    value = re.search(r"Given value: (.+)", message) or re.search(r"Got value: (.+)", message)
+    if not key:
+        return " ".join(message.split())
+    choices = _choices(key[1])
+    if choices:
+        return f"`{key[1]}` must be one of {', '.join(map(str, choices))}{f', got {value[1]}' if value else ''}."
+    tried = re.findall(r"Expected an? (?:<class '([\w.]+)'>|([^.\n]+))", message)
+    wanted = [name or text for name, text in tried if name != "NoneType"]
+    if not value or not wanted:
+        return " ".join(message.split())
+    return f"`{key[1]}` must be {' or '.join(dict.fromkeys(wanted))}, got {value[1].strip().rstrip('.')}."
+
+
+def _choices(key: str) -> list[Any]:
+    """The values that a key with a closed choice takes."""
+    group, _, field = key.rpartition(".")
+    owners = [GROUPS[group]] if group in GROUPS else [litgpt_setup, our_keys]
+    found: list[Any] = []
+    for owner in owners:
+        waiting = [get_type_hints(owner).get(field)]
+        while waiting:
+            hint = waiting.pop()
+            if get_origin(hint) is Literal:
+                found += get_args(hint)
+            else:
+                waiting += get_args(hint)
+    return found
+
+
+def _check_class(key: str, spec: Any) -> None:
+    """A class that can be imported and knows its ``init_args``: jsonargparse buries which one it does not."""
+    if not isinstance(spec, dict) or not isinstance(spec.get("class_path"), str):
+        raise RecipeError(f"`{key}` must be a class name or have a `class_path`, got {spec!r}.")
+    path, init_args = spec["class_path"], spec.get("init_args") or {}
+    module_name, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RecipeError(
+            f"`{key}` names `{path}`, which cannot be imported: {one_line(error)}; give the full class path."
+        ) from error
+    known = inspect.signature(found).parameters
+    unknown = sorted(set(init_args) - set(known))
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        close = difflib.get_close_matches(unknown[0], list(known), n=1)
+        hint = f"did you mean `{close[0]}`?" if close else f"it knows {', '.join(known)}."
+        raise RecipeError(f"`{key}`: {name} does not know `{unknown[0]}`; {hint}")
 
 
 def _refuse_unknown_keys(tree: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import statistics
 import sys
 import warnings
@@ -53,6 +54,8 @@ def main(argv: list[str]) -> int:
         return 0
     if config is None:
         raise CommandError("no recipe: give `--config FILE` or a shipped name, e.g. `--config quickstart`.")
+    # OpenMP threads that spin while they wait make a small model ten times slower on a machine that does other things too
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _quieten()
     try:
         recipe = recipes.load(config, words)

@@ -180,19 +180,29 @@ def _run_cut(
         else:
             target.copy_(states[matrix.param][parcel.name])
 
-    whole = exchange.send_in(inward, fill_inward, device)
     owned = [i for i, owner in enumerate(exchange.owners) if owner == exchange.rank]
+    index_of = {id(members[i]): i for i in owned}
+    runs = [(run, [index_of[id(matrix)] for matrix in run]) for run in _runs([members[i] for i in owned])]
+    whole: dict[tuple[int, str], Tensor] = {}
+    stacks = []
+    for run, indices in runs:  # directions arrive where the batched product reads them
+        stacked = torch.empty((len(run), *run[0].shape), dtype=run[0].dtype, device=device)
+        stacks.append(stacked)
+        for i, direction in zip(indices, stacked.unbind(0), strict=True):
+            whole[i, "direction"] = direction.view(-1)
+            for parcel in inward[i][1:]:
+                whole[i, parcel.name] = torch.empty(parcel.length, dtype=parcel.dtype, device=device)
+    exchange.send_in(inward, fill_inward, whole, device)
     results: dict[tuple[int, str], Tensor] = {}
-    for run in _runs([members[i] for i in owned]):
-        indices = [next(i for i in owned if members[i] is matrix) for matrix in run]
-        directions = [whole.pop((i, "direction")).view(members[i].shape) for i in indices]
+    for (run, indices), stacked in zip(runs, stacks, strict=True):
+        directions = stacked.unbind(0)
         companions = {p.name: [whole[i, p.name] for i in indices] for p in inward[indices[0]] if p.name != "direction"}
         if run[0].rule.rewrites_momentum:
             companions["momentum_buffer"] = [direction.clone() for direction in directions]
-        stacked = torch.stack(directions)
+        entering = stacked.clone() if observe is not None else stacked
         updates = run[0].rule.update_matrices(stacked, companions, run[0].group).to(run[0].dtype)
         if observe is not None:
-            for matrix, direction, update in zip(run, directions, updates.unbind(0), strict=True):
+            for matrix, direction, update in zip(run, entering.unbind(0), updates.unbind(0), strict=True):
                 observe(matrix.param, direction, update, matrix.group)
         for position, i in enumerate(indices):
             results[i, "update"] = updates[position].reshape(-1)

@@ -161,24 +161,20 @@ class Exchange:
         return cls(group, ranges, choose_owners(ranges, costs))
 
     def send_in(
-        self, parcels: Sequence[Sequence[Parcel]], fill: Callable[[int, Parcel, Tensor], None], device: torch.device
-    ) -> dict[tuple[int, str], Tensor]:
+        self,
+        parcels: Sequence[Sequence[Parcel]],
+        fill: Callable[[int, Parcel, Tensor], None],
+        whole: dict[tuple[int, str], Tensor],
+        device: torch.device,
+    ) -> None:
         """Bring every array to the owner of its matrix.
 
         Args:
             parcels: Arrays of each matrix, the same on every rank.
             fill: Writes this rank's range of an array into the tensor it is given.
+            whole: Flat arrays of the matrices owned here by (matrix, name), to be filled; the ranges cover them.
             device: Where buffers live.
-
-        Returns:
-            Whole flat arrays of the matrices owned here, by (matrix, name).
         """
-        whole = {
-            (i, parcel.name): torch.zeros(parcel.length, dtype=parcel.dtype, device=device)
-            for i, owner in enumerate(self.owners)
-            if owner == self.rank
-            for parcel in parcels[i]
-        }
         for i, owner in enumerate(self.owners):
             if owner == self.rank:
                 for parcel in parcels[i]:
@@ -188,7 +184,6 @@ class Exchange:
         received = self._swap(parcels, fill, to_owner=True, device=device)
         for (i, name, low, high), values in received:
             whole[i, name][low:high] = values
-        return whole
 
     def send_out(
         self,

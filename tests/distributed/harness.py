@@ -50,12 +50,16 @@ def run_ranks(
         pids.append(pid)
         pipes.append(ours)
     try:
-        return _collect(pipes, timeout_s)
-    finally:
+        results = _collect(pipes, timeout_s)
+    except BaseException:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        raise
+    finally:
+        for pid in pids:
             os.waitpid(pid, 0)
+    return results
 
 
 def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
@@ -108,10 +112,12 @@ def _child(
         payload = pickle.dumps(message)
     except Exception:
         payload = pickle.dumps((False, traceback.format_exc()))
-    pipe.send_bytes(payload)
-    if message[0] and init:
-        dist.barrier()  # nobody leaves while a peer still talks to it
-    os._exit(0)
+    try:
+        if message[0] and dist.is_initialized():
+            dist.barrier()  # nobody leaves while a peer still talks to it
+        pipe.send_bytes(payload)
+    finally:
+        os._exit(0)  # whatever happens, a child must not go on as a second test runner
 
 
 def _free_port() -> int:

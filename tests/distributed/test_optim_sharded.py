@@ -1,0 +1,158 @@
+"""What only sharded training can get wrong: global norms, one rank's NaN, collectives, owners, memory, dtypes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from lightning_spectral.optim import Dion, Muon, NorMuon
+from lightning_spectral.optim.shards import Piece, choose_owners, piece_of
+from tests.distributed.harness import run_ranks
+from tests.distributed.optim_runs import KINDS, STRATEGIES, Weights, distance, fresh_model, run, train
+from tests.optim.models import TinyLM
+from tests.optim.models import train as train_tiny
+
+pytestmark = pytest.mark.distributed
+
+
+def clipped_run(rank: int, world_size: int, strategy: str) -> Weights:
+    KINDS["clipped"] = lambda params: Muon(params, lr=1e-2, precision="fp32", max_grad_norm=0.05)
+    return run(rank, world_size, strategy, "clipped", 5)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
+def test_max_grad_norm_is_global(strategy):
+    expected = clipped_run(0, 1, "single")
+    start = {name: p.detach().clone() for name, p in fresh_model().named_parameters()}
+    for weights in run_ranks(clipped_run, 2, strategy):
+        assert distance(weights, expected, start) < 1e-5  # fp32, another order of summation
+
+
+def one_nan(rank: int, world_size: int, policy: str) -> tuple[bool, str]:
+    KINDS["guarded"] = lambda params: Muon(params, nonfinite=policy)
+    trained = STRATEGIES["fsdp2"]("guarded")
+    train(trained.model, trained.optimizer, 1)
+    before = trained.weights()
+    if rank == 1:
+        next(trained.model.parameters()).grad._local_tensor[0, 0] = float("nan")
+    message = ""
+    try:
+        trained.optimizer.step()
+    except RuntimeError as error:
+        message = str(error)
+    after = trained.weights()
+    return all(torch.equal(before[name], after[name]) for name in before), message
+
+
+@pytest.mark.parametrize("policy", ["skip", "raise"])
+def test_a_nan_on_one_rank_is_a_decision_of_all(policy):
+    for unchanged, message in run_ranks(one_nan, 2, policy):
+        assert unchanged
+        assert ("NaN or Inf" in message) == (policy == "raise")
+
+
+def counted_step(rank: int, world_size: int, kind: str) -> dict[str, int]:
+    trained = STRATEGIES["fsdp2"](kind)
+    train(trained.model, trained.optimizer, 2)
+    calls: dict[str, int] = {}
+
+    def counted(name: str, original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] = calls.get(name, 0) + 1
+            return original(*args, **kwargs)
+
+        return call
+
+    collectives = ("all_to_all_single", "all_to_all", "all_reduce", "broadcast", "all_gather", "all_gather_object")
+    for name in (*collectives, "all_gather_into_tensor", "reduce_scatter_tensor", "barrier"):
+        setattr(dist, name, counted(name, getattr(dist, name)))
+    trained.optimizer.step()
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["muon", "normuon", "dion"])
+def test_two_collectives_a_step_for_the_whole_model(kind):
+    for calls in run_ranks(counted_step, 2, kind):
+        assert calls == {"all_to_all_single": 2}
+
+
+def shard_tiny(model: TinyLM) -> TinyLM:
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def odd_models(rank: int, world_size: int) -> None:
+    """Frozen and unused parameters, tied weights, two dtypes, more ranks than rows."""
+    model = TinyLM()
+    model.head.weight = model.embed.weight
+    model.blocks[0].qkv.weight.requires_grad_(False)
+    model.unused = nn.Linear(3, 3)
+    model = shard_tiny(model)
+    optimizer = NorMuon(model, lr=1e-2)
+    train_tiny(model, optimizer, 2)
+    assert not optimizer.state[model.blocks[0].qkv.weight]
+    model.blocks[0].qkv.weight.requires_grad_(True)
+    train_tiny(model, optimizer, 2)
+    assert optimizer.state[model.blocks[0].qkv.weight]["step"] == 2
+    assert optimizer.state[model.unused.weight]["step"] == 0
+    for p in model.parameters():
+        assert bool(torch.isfinite(p.full_tensor()).all())
+    small = nn.Linear(5, 2, bias=False)
+    fully_shard(small)
+    optimizer = Dion(small, lr=0.1)
+    small(torch.ones(1, 5)).sum().backward()
+    before = small.weight.full_tensor().clone()
+    optimizer.step()
+    assert not torch.equal(before, small.weight.full_tensor())
+
+
+def test_frozen_unused_tied_and_tiny_parameters():
+    run_ranks(odd_models, 4)
+
+
+def owned_spectra(rank: int, world_size: int) -> list[str]:
+    trained = STRATEGIES["fsdp2"]("muon")
+    trained.optimizer.observe_next_step()
+    train(trained.model, trained.optimizer, 1)
+    return sorted(trained.optimizer.observed)
+
+
+def test_every_matrix_is_observed_on_exactly_one_rank():
+    seen = run_ranks(owned_spectra, 2)
+    expected = [name for name, p in fresh_model().named_parameters() if p.ndim == 2 and "transformer.h" in name]
+    assert sorted(seen[0] + seen[1]) == sorted(expected)
+    assert seen[0]
+    assert seen[1]
+
+
+def tensor_parallel(rank: int, world_size: int) -> str:
+    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+
+    layer = nn.Linear(4, 4, bias=False)
+    mesh = DeviceMesh("cpu", list(range(world_size)))
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(1)]))
+    try:
+        Muon(layer)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_feature_slice_under_tensor_parallelism_is_refused():
+    for message in run_ranks(tensor_parallel, 2):
+        assert "leave tensor-parallel ones to another optimizer" in message
+
+
+def test_owners_are_holders_and_balanced():
+    ranges = [[(0, 10), (0, 10), (0, 5), (0, 0)], [(10, 20), (10, 20), (5, 20), (0, 8)]]
+    owners = choose_owners(ranges, [4.0, 4.0, 1.0, 1.0])
+    assert sorted(owners[:2]) == [0, 1]
+    assert owners[3] == 1  # rank 0 holds nothing of it
+    whole = nn.Linear(3, 2).weight
+    assert piece_of(whole) == Piece((2, 3), 0, 6, None, "whole")

@@ -76,6 +76,7 @@ class SpectralCallback(Callback):
         self._num_micro_batches = 0
         self._tokens_seen: int | None = 0
         self._window_tokens: int | None = 0
+        self._extra_columns = 0
         self._warned: set[str] = set()
 
     # what a subclass says
@@ -223,12 +224,17 @@ class SpectralCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"previous": self._schedule.previous, "tokens_seen": self._tokens_seen}
+        return {
+            "previous": self._schedule.previous,
+            "tokens_seen": self._tokens_seen,
+            "extra_columns": self._extra_columns,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._schedule.previous = state_dict["previous"]
         self._tokens_seen = state_dict["tokens_seen"]
+        self._extra_columns = state_dict["extra_columns"]
 
     # inside
 
@@ -239,8 +245,8 @@ class SpectralCallback(Callback):
             probe = SpectralProbe(pl_module, self.grouping(trainer, pl_module), self.options)
         except ValueError as error:
             raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
-        self._check_memory(probe)
         self._probe = probe
+        self._check_memory(probe)
         self.run_folder = open_run_folder(
             trainer,
             pl_module,
@@ -285,6 +291,9 @@ class SpectralCallback(Callback):
         if shape is None:
             probe.collect()
             return
+        ids_BT = batches.ids(batch)
+        if ids_BT is not None:
+            self._extra_columns = max(ids_BT.shape[1] - shape[1], 0)
         mask = self._mask_fn(batch) if self._mask_fn else batches.padding_mask(batch, shape)
         probe.collect(mask, batches.targets(batch, shape))
 
@@ -350,15 +359,12 @@ class SpectralCallback(Callback):
             rank_zero_warn(message)
 
     def _count_tokens(self, trainer: pl.Trainer, batch: Any) -> None:
-        """Training tokens so far over all ranks; the batch has maybe one column more than the model is given."""
-        assert self._probe is not None
+        """Training tokens so far over all ranks; a batch may have one column more than the model is given."""
         ids_BT = batches.ids(batch)
         if ids_BT is None or self._tokens_seen is None:
             self._tokens_seen = None
             return
-        shape = self._probe.taps.ids_shape
-        positions = ids_BT.shape[1] if shape is None else min(ids_BT.shape[1], shape[1])
-        self._tokens_seen += ids_BT.shape[0] * positions * _data_parallel_size(trainer)
+        self._tokens_seen += ids_BT.shape[0] * (ids_BT.shape[1] - self._extra_columns) * _data_parallel_size(trainer)
 
 
 def data_parallel_group(pl_module: pl.LightningModule) -> dist.ProcessGroup | None:

@@ -39,6 +39,7 @@ class OpenWindow:
     losses: BucketLosses | None = None
     sequences_K: Tensor | None = None
     num_sequences: int = 0
+    num_passes: int = 0
     busy_s: float = 0.0
 
 
@@ -110,19 +111,24 @@ class SpectralProbe:
         self.window.busy_s += time.perf_counter() - began
 
     def end(self, process_group: dist.ProcessGroup | None = None) -> WindowResult:
-        """Close the window and solve it. Every rank of the group must call it; the result is equal on all."""
+        """Close the window and solve it. Every rank of the group must call it; the result is equal on all.
+
+        Raises:
+            RuntimeError: On every rank, if the model did not run at all in this window.
+        """
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
             self._flush()
             distributed = self.options.reduce and dist.is_available() and dist.is_initialized()
             world_size = dist.get_world_size(process_group) if distributed else 1
+            num_sequences = self._sequence_counts(process_group, world_size)
             if world_size > 1:
                 self._complete_states()
             sites = solve_window(
                 self.tapped.sites,
                 self.window.states,
                 self.buckets,
-                num_sequences=self._sequence_counts(process_group, world_size),
+                num_sequences=num_sequences,
                 dtypes=self.window.dtypes,
                 renyi_orders=self.options.renyi_orders,
                 absolute_epsilon=self.options.absolute_epsilon,
@@ -146,6 +152,7 @@ class SpectralProbe:
 
     def _take(self, forward: ForwardPass, mask_BT: Tensor | None, targets_BT: Tensor | None) -> None:
         ids_BT = forward.ids_BT
+        self.window.num_passes += 1
         if targets_BT is None or targets_BT.shape != ids_BT.shape:
             targets_BT = target_ids(ids_BT)
         real_BT = _real_positions(ids_BT, mask_BT)
@@ -215,9 +222,17 @@ class SpectralProbe:
         counts_K = self.window.sequences_K
         if counts_K is None:
             counts_K = torch.zeros(len(self.grouping.names) + 1, dtype=torch.int64, device=self._device)
+        counts_K = torch.cat([counts_K, counts_K.new_tensor([self.window.num_passes])])
         if world_size > 1:
             dist.all_reduce(counts_K, group=process_group)
-        return dict(zip(self.buckets.reported, counts_K.tolist(), strict=False))
+        *counts, num_passes = counts_K.tolist()
+        if num_passes == 0:
+            raise RuntimeError(
+                f"No forward pass of `{type(self.tapped.root).__name__}` was seen in a whole window. A compiled model that "
+                "ran before the callback attached skips hooks: call `torch._dynamo.reset()` once after attaching. If "
+                "the Trainer trains another copy of the model, attach to that one."
+            )
+        return dict(zip(self.buckets.reported, counts, strict=False))
 
     def _bucket_losses(self, process_group: dist.ProcessGroup | None, world_size: int) -> list[BucketLoss]:
         if self.window.losses is None:

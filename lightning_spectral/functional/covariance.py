@@ -249,26 +249,31 @@ class Invariants:
         trace: ``tr C``.
         frobenius_sq: ``tr C^2``.
         quartic: ``sum |x - mean|^4``.
+        rounding: What rounding of the products may have put into the trace: equal rows far from the shift have no
+            variance but this.
     """
 
     num_rows: int
     trace: float
     frobenius_sq: float
     quartic: float
+    rounding: float = 0.0
 
 
 def invariants(moments: Moments, group: int = 0) -> Invariants:
     """Trace, squared Frobenius norm and fourth moment of one group about its own mean; O(D^2)."""
     own = take_groups(moments, [[group]])
     num_rows = int(own.count_G[0])
+    scale = max(num_rows - 1, 1)
+    rounding = torch.finfo(own.scatter_GP.dtype).eps * float(packed_trace(own.scatter_GP[0], own.width)) / scale
     if num_rows:
         rebase_(own, mean(own)[0])
-    scale = max(num_rows - 1, 1)
     return Invariants(
         num_rows=num_rows,
         trace=float(packed_trace(own.scatter_GP[0], own.width)) / scale,
         frobenius_sq=float(packed_square_norm(own.scatter_GP[0], own.width)) / scale**2,
         quartic=float(own.quartic_G[0]),
+        rounding=rounding,
     )
 
 

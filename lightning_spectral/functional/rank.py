@@ -23,8 +23,12 @@ DEFAULT_RENYI_ORDERS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
 MIN_ROWS = 1_000
 
 
-def spectrum(covariance_DD: Float[Tensor, "*batch D D"]) -> Float[Tensor, "*batch D"]:
+def spectrum(covariance_DD: Float[Tensor, "*batch D D"], rounding: float = ROUNDING) -> Float[Tensor, "*batch D"]:
     """Eigenvalues of a symmetric positive semi-definite matrix, descending, rounding below zero removed.
+
+    Args:
+        covariance_DD: The matrix.
+        rounding: Negative eigenvalues up to this share of the largest become zero.
 
     Raises:
         ValueError: If the matrix is not square, not finite, or clearly not positive semi-definite.
@@ -33,7 +37,7 @@ def spectrum(covariance_DD: Float[Tensor, "*batch D D"]) -> Float[Tensor, "*batc
         raise ValueError(f"A covariance must be square, got shape {tuple(covariance_DD.shape)}.")
     if not bool(covariance_DD.isfinite().all()):
         raise ValueError("The covariance has a non-finite entry: drop the rows with NaN or Inf first.")
-    return _nonnegative(torch.linalg.eigvalsh(covariance_DD).flip(-1))
+    return _nonnegative(torch.linalg.eigvalsh(covariance_DD).flip(-1), rounding)
 
 
 def spectral_entropy(eigs: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch"]:
@@ -170,19 +174,20 @@ def unbiased_hard_rank(num_rows: int, trace: float, frobenius_sq: float, quartic
     return trace_part / frobenius_part if frobenius_part > 0 else math.nan
 
 
-def sampling_status(num_rows: int, width: int, trace: float) -> str:
+def sampling_status(num_rows: int, width: int, trace: float, rounding: float = 0.0) -> str:
     """How far a rank of this window can be trusted; one of ``records.STATUSES``.
 
     Args:
         num_rows: N.
         width: D.
         trace: Total variance; NaN or Inf if a row was not finite.
+        rounding: Variance that rounding alone could have made.
     """
     if num_rows == 0:
         return "empty"
     if not math.isfinite(trace):
         return "nonfinite"
-    if num_rows < 2 or trace <= 0:
+    if num_rows < 2 or trace <= 10 * rounding:
         return "degenerate"
     if num_rows < MIN_ROWS:
         return "few_rows"
@@ -202,9 +207,9 @@ def _probabilities(eigs: Tensor) -> Tensor:
     return scaled / scaled.sum(-1, keepdim=True)
 
 
-def _nonnegative(eigs: Tensor) -> Tensor:
+def _nonnegative(eigs: Tensor, rounding: float = ROUNDING) -> Tensor:
     top = eigs.amax(-1, keepdim=True).clamp(min=0)
-    if bool((eigs < -ROUNDING * top).any()):
+    if bool((eigs < -rounding * top).any()):
         raise ValueError(f"Eigenvalue {float(eigs.min()):.3g} beside {float(eigs.max()):.3g}: not of a covariance.")
     return eigs.clamp(min=0)
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from lightning_spectral.functional import rank as ranks
 from lightning_spectral.functional.covariance import Invariants, Moments, covariance, invariants, take_groups
 
+UNMEASURABLE = ("empty", "nonfinite", "degenerate")
+
 
 @dataclass(frozen=True)
 class RankMeasurement:
@@ -56,17 +58,18 @@ def measure(
     """
     own = take_groups(moments, [list(groups)])
     numbers = invariants(own)
-    status = ranks.sampling_status(numbers.num_rows, moments.width, numbers.trace)
-    if status in ("empty", "nonfinite", "degenerate"):
+    status = _status(numbers, moments.width)
+    if status in UNMEASURABLE:
         return RankMeasurement(numbers.num_rows, moments.width, status)
-    eigs = ranks.spectrum(covariance(own))
+    eigs = _spectrum(own)
     values = {name: float(metric(eigs)) for name, metric in ranks.RANK_METRICS.items()}
     hard = _hard_rank(numbers, absolute_epsilon)
     unbiased = ranks.unbiased_hard_rank(numbers.num_rows, numbers.trace, numbers.frobenius_sq, numbers.quartic)
     leave_one_out = [take_groups(moments, [[g for g in groups if g != left]]) for left in groups]
-    usable = len(groups) > 1 and all(float(part.count_G[0]) > 1 for part in leave_one_out)
-    hard_parts = [_hard_rank(invariants(part), absolute_epsilon) for part in leave_one_out] if usable else []
-    soft_parts = [float(ranks.soft_rank(ranks.spectrum(covariance(part)))) for part in leave_one_out] if usable else []
+    parts = [invariants(part) for part in leave_one_out]
+    usable = len(groups) > 1 and not any(_status(part, moments.width) in UNMEASURABLE for part in parts)
+    hard_parts = [_hard_rank(part, absolute_epsilon) for part in parts] if usable else []
+    soft_parts = [float(ranks.soft_rank(_spectrum(part))) for part in leave_one_out] if usable else []
     return RankMeasurement(
         num_rows=numbers.num_rows,
         width=moments.width,
@@ -84,6 +87,15 @@ def measure(
         soft_rank_ci=_jackknife_interval(values["soft_rank"], soft_parts),
         eigenvalues=eigs,
     )
+
+
+def _status(numbers: Invariants, width: int) -> str:
+    return ranks.sampling_status(numbers.num_rows, width, numbers.trace, numbers.rounding)
+
+
+def _spectrum(moments: Moments) -> Tensor:
+    # A scatter is a sum of squares: whatever is negative in its spectrum is rounding.
+    return ranks.spectrum(covariance(moments), rounding=math.inf)
 
 
 def _hard_rank(numbers: Invariants, absolute_epsilon: float) -> float:

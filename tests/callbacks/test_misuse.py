@@ -1,0 +1,146 @@
+"""Bad input fails before step 1 with a message that names it; bad data later is a record with a status."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_spectral import SpectralRankCallback, TailTokenProbe, read_spectral
+from tests.callbacks import tiny
+
+
+@pytest.mark.parametrize(
+    ("callback", "arguments", "message"),
+    [
+        (SpectralRankCallback, {"every_n_steps": 0}, "`every_n_steps` must be an integer >= 1, got 0"),
+        (SpectralRankCallback, {"every_n_steps": 2.5}, "got 2.5"),
+        (SpectralRankCallback, {"sites": ["middle"]}, "`sites` must list"),
+        (SpectralRankCallback, {"on": ["training"]}, "`on` must be a list of stages"),
+        (SpectralRankCallback, {"on": []}, "`on` must be"),
+        (SpectralRankCallback, {"keep_share": 0.0}, r"`keep_share` must be in \(0, 1\], got 0.0"),
+        (SpectralRankCallback, {"num_shards": 0}, "`num_shards`"),
+        (SpectralRankCallback, {"renyi_orders": [-1.0]}, "`renyi_orders` must be > 0"),
+        (SpectralRankCallback, {"on_nonfinite": "ignore"}, "`on_nonfinite` must be one of"),
+        (SpectralRankCallback, {"convention": "mine"}, "`convention` must be one of"),
+        (SpectralRankCallback, {"memory_limit_mib": -1}, "`memory_limit_mib` must be > 0"),
+        (TailTokenProbe, {"head_share": 0.8}, "`head_share` < `mid_share`"),
+        (TailTokenProbe, {"attribute_to": "both"}, "`attribute_to`"),
+        (TailTokenProbe, {"group_by": "length"}, "`group_by`"),
+        (TailTokenProbe, {"counts": "nowhere.npy"}, "no file `nowhere.npy`.*count-tokens"),
+    ],
+)
+def test_bad_arguments(callback, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        callback(**arguments)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x93NUMPY\x01"])
+@pytest.mark.parametrize("name", ["counts.npy", "counts.pt", "counts.txt"])
+def test_a_corrupt_counts_file_is_named(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy says that the file is empty, too
+        try:
+            counts = TailTokenProbe(counts=str(path))._counts
+        except ValueError as error:
+            assert str(path) in str(error)  # noqa: PT017
+            return
+    with pytest.raises(MisconfigurationException, match="counts"):
+        tiny.trainer(tmp_path, [TailTokenProbe(counts=counts)]).fit(tiny.Module(), tiny.loader())
+
+
+def test_counts_of_every_kind_give_the_same_buckets(tmp_path):
+    counts = tiny.counts()
+    np.save(tmp_path / "c.npy", counts.numpy())
+    torch.save(counts, tmp_path / "c.pt")
+    np.savetxt(tmp_path / "c.txt", counts.numpy(), fmt="%d")
+
+    class WithCounts(torch.utils.data.Dataset):
+        pass
+
+    sources = [
+        str(tmp_path / "c.npy"),
+        str(tmp_path / "c.pt"),
+        str(tmp_path / "c.txt"),
+        counts,
+        counts.tolist(),
+        "stream",
+    ]
+    rows = []
+    for index, source in enumerate(sources):
+        folder = tmp_path / str(index)
+        module = tiny.Module()
+        # the stream holds one token more per sequence than the model is given: count the same ids
+        tiny.trainer(folder, [TailTokenProbe(counts=source)], max_steps=1).fit(module, tiny.loader())
+        rows.append([(r.bucket, r.num_rows) for r in read_spectral(folder).records])
+    assert all(found == rows[0] for found in rows)
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (TailTokenProbe(), "no token counts.*counts='stream'"),
+        (TailTokenProbe(counts=[3, 2, 1]), "embeds 64 token ids but the token counts have 3"),
+        (TailTokenProbe(counts=[0] * 64), "all zero"),
+        (TailTokenProbe(counts=[-1] * 64), "must be >= 0"),
+        (SpectralRankCallback(modules=["*.ffn.down"]), "No module matches"),
+        (SpectralRankCallback(memory_limit_mib=1e-3), "9/16 D\\^2 x 4 bytes"),
+    ],
+)
+def test_a_bad_set_up_fails_before_step_1(tmp_path, callback, message):
+    module, trainer = tiny.Module(), tiny.trainer(tmp_path, [callback])
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer.fit(module, tiny.loader())
+    assert trainer.global_step == 0
+    assert sum(len(m._forward_pre_hooks) for m in module.modules()) == 0
+
+
+def test_a_model_without_a_feed_forward_network(tmp_path):
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    with pytest.raises(MisconfigurationException, match="No feed-forward site found in `BoringModel`.*modules="):
+        tiny.trainer(tmp_path, [SpectralRankCallback()]).fit(BoringModel())
+
+
+def test_a_mask_of_another_shape_is_an_error(tmp_path):
+    callback = SpectralRankCallback(1, mask_fn=lambda batch: torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"shape \(2, 2\)"):
+        tiny.trainer(tmp_path, [callback]).fit(tiny.Module(), tiny.loader())
+
+
+class Poisoned(tiny.Module):
+    """Its second block's activations become NaN at step 2."""
+
+    def training_step(self, batch, batch_idx):
+        def poison(_, args, output):
+            return torch.full_like(output, torch.nan) if self.global_step == 2 else output
+
+        handle = self.gpt.transformer.h[1].mlp.fc.register_forward_hook(poison)
+        loss = super().training_step(batch, batch_idx)
+        handle.remove()
+        return loss if self.global_step != 2 else loss.detach().nan_to_num().requires_grad_()
+
+
+def test_nan_activations_are_a_status_and_one_warning(tmp_path):
+    callback = TailTokenProbe(1, counts=tiny.counts())
+    with pytest.warns(
+        UserWarning, match="NaN or Inf activations at step 2 in `gpt.transformer.h.1.mlp.proj`"
+    ) as caught:
+        tiny.trainer(tmp_path, [callback]).fit(Poisoned(), tiny.loader())
+    assert len([w for w in caught if "NaN or Inf" in str(w.message)]) == 1
+    records = read_spectral(tmp_path).records
+    bad = [r for r in records if r.status == "nonfinite"]
+    assert {(r.step, r.layer) for r in bad} == {(2, 1)}
+    assert all(r.hard_rank is None and r.num_rows > 0 for r in bad)
+    assert {r.step for r in records if r.layer == 0 and r.hard_rank} == {0, 1, 2, 3}
+
+
+def test_nan_can_raise(tmp_path):
+    with pytest.raises(RuntimeError, match="NaN or Inf activations at step 2"):
+        tiny.trainer(tmp_path, [SpectralRankCallback(1, on_nonfinite="raise")]).fit(Poisoned(), tiny.loader())
+    assert max(r.step for r in read_spectral(tmp_path).records) == 2

@@ -1,0 +1,99 @@
+"""Killed anywhere, a run goes on with no gap and no duplicate."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_spectral import SpectralRankCallback, TailTokenProbe, read_spectral
+from lightning_spectral.records import SPECTRAL_FILE, read_losses, read_run
+from tests.callbacks import tiny
+
+
+class Killed(Exception):
+    pass
+
+
+class ResumableLoader:
+    """Goes on where it was, as Lightning asks for by ``state_dict``."""
+
+    def __init__(self):
+        self.next = 0
+
+    def __len__(self):
+        return 16
+
+    def __iter__(self):
+        while self.next < 16:
+            self.next += 1
+            yield tiny.data(128)[8 * self.next - 8 : 8 * self.next]
+        self.next = 0
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def load_state_dict(self, state):
+        self.next = state["next"]
+
+
+class Mortal(tiny.Module):
+    kill_at: int | None = None
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == self.kill_at:
+            raise Killed
+        return super().training_step(batch, batch_idx)
+
+
+def callbacks(path):
+    saver = ModelCheckpoint(dirpath=path / "checkpoints", save_last=True, every_n_train_steps=3, save_top_k=1)
+    return [SpectralRankCallback(2), TailTokenProbe(2, counts=tiny.counts()), saver]
+
+
+def run(path, *, kill_at=None, resume=False, tear=False):
+    module = Mortal()
+    module.kill_at = kill_at
+    trainer = tiny.trainer(path, callbacks(path), max_steps=8, accumulate_grad_batches=2, enable_checkpointing=True)
+    checkpoint = path / "checkpoints" / "last.ckpt"
+    loader = ResumableLoader()
+    try:
+        trainer.fit(module, loader, ckpt_path=str(checkpoint) if resume and checkpoint.exists() else None)
+    except Killed:
+        if tear:  # a kill while writing
+            file = path / SPECTRAL_FILE
+            file.write_bytes(file.read_bytes()[:-150])
+
+
+def measured(path):
+    records = read_spectral(path).records
+    return {record.key: dataclasses.replace(record, window_s=None, run_id="") for record in records}
+
+
+# Batch of the kill: 3 before any checkpoint, 7 at the edge of a save, 9 in the middle of a window, 13 at its edge.
+# Torn: the window being written at the kill is always newer than the checkpoint (a window is synced before it).
+@pytest.mark.filterwarnings("ignore:.*lines left out", "ignore:You're resuming from a checkpoint that ended before")
+@pytest.mark.parametrize(
+    ("kill_at", "tear"), [(3, False), (3, True), (7, False), (9, False), (10, True), (11, True), (13, False)]
+)
+def test_resume_equals_uninterrupted(tmp_path, kill_at, tear):
+    run(tmp_path / "whole")
+    run(tmp_path / "killed", kill_at=kill_at, tear=tear)
+    saved = (tmp_path / "killed" / "checkpoints" / "last.ckpt").exists()
+    assert saved == (kill_at >= 7)
+    run(tmp_path / "killed", resume=True)
+    whole, resumed = measured(tmp_path / "whole"), measured(tmp_path / "killed")
+    assert resumed.keys() == whole.keys()
+    assert len(read_losses(tmp_path / "killed").records) == len(read_losses(tmp_path / "whole").records)
+    assert resumed == whole
+
+
+def test_a_fresh_run_in_a_used_folder_moves_the_old_one_aside(tmp_path):
+    run(tmp_path, kill_at=5)
+    old = read_run(tmp_path).run_id
+    kept = measured(tmp_path)
+    run(tmp_path)
+    assert read_run(tmp_path).run_id != old
+    assert measured(tmp_path / "previous" / old) == kept
+    assert {r.run_id for r in read_spectral(tmp_path).records} == {read_run(tmp_path).run_id}

@@ -1,0 +1,188 @@
+"""The callbacks under every strategy that runs on CPU, equal to one process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from lightning_spectral import TailTokenProbe, read_spectral
+from lightning_spectral.records import read_losses
+from tests.callbacks import tiny
+from tests.distributed.harness import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def loader(rank: int, world_size: int) -> DataLoader:
+    """Step s of all ranks together is batch s of one process; each rank takes every n-th sequence of it."""
+    data = tiny.data()
+    mine = [index for index in range(len(data)) if index % world_size == rank]
+    return DataLoader(Subset(data, mine), batch_size=8 // world_size)
+
+
+def measure_strategy(rank: int, world_size: int, path: str, strategy: object, module_class: type) -> None:
+    callback = TailTokenProbe(2, counts=tiny.counts(), sites=["pre", "post"], dirpath=path, num_shards=2)
+    trainer = tiny.trainer(
+        path, [callback], strategy=strategy() if callable(strategy) else strategy, devices=world_size,
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(module_class(), loader(rank, world_size))
+
+
+def by_key(path: Path):
+    return {record.key: record for record in read_spectral(path).records}
+
+
+class Fsdp2(tiny.Module):
+    def configure_model(self) -> None:
+        from torch.distributed._composable.fsdp import fully_shard
+
+        if not getattr(self, "sharded", False):
+            self.sharded = True
+            for block in self.gpt.transformer.h:
+                fully_shard(block, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.gpt, mesh=self.device_mesh["data_parallel"])
+
+
+class TensorParallel(tiny.Module):
+    def configure_model(self) -> None:
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        if not getattr(self, "sharded", False):
+            self.sharded = True
+            for block in self.gpt.transformer.h:
+                plan = {"mlp.fc": ColwiseParallel(), "mlp.proj": RowwiseParallel()}
+                parallelize_module(block, self.device_mesh["tensor_parallel"], plan)
+
+
+def model_parallel(data: int, tensor: int):
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    return ModelParallelStrategy(data_parallel_size=data, tensor_parallel_size=tensor, process_group_backend="gloo")
+
+
+@pytest.fixture
+def single(tmp_path):
+    measure_strategy(0, 1, str(tmp_path / "single"), "auto", tiny.Module)
+    return by_key(tmp_path / "single")
+
+
+def check(single, path: Path, *, rel: float, world_size: int) -> None:
+    found = by_key(path)
+    assert found.keys() == single.keys()
+    for key, record in found.items():
+        assert record.num_rows == single[key].num_rows
+        assert record.num_sequences == single[key].num_sequences
+        assert record.world_size == world_size
+        if key[1] == 0:  # later windows see weights that were trained in another order of sums
+            assert record.status == single[key].status
+            assert record.hard_rank == pytest.approx(single[key].hard_rank, rel=rel, abs=1e-6)
+            assert record.soft_rank == pytest.approx(single[key].soft_rank, rel=rel, abs=1e-6)
+            assert record.tokens_seen == single[key].tokens_seen
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ddp(tmp_path, single, world_size):
+    path = tmp_path / "ddp"
+    run_ranks(measure_strategy, world_size, str(path), "ddp", tiny.Module, init=False)
+    check(single, path, rel=1e-5, world_size=world_size)
+    losses = {record.key: record for record in read_losses(path).records}
+    for record in read_losses(tmp_path / "single").records:
+        assert losses[record.key].num_rows == record.num_rows
+        if record.step == 0:
+            assert losses[record.key].loss == pytest.approx(record.loss, rel=1e-6)
+
+
+def test_fsdp2(tmp_path, single):
+    run_ranks(measure_strategy, 2, str(tmp_path / "fsdp2"), lambda: model_parallel(2, 1), Fsdp2, init=False)
+    check(single, tmp_path / "fsdp2", rel=1e-5, world_size=2)
+
+
+def test_tensor_parallel_slices_are_assembled_and_peers_not_added(tmp_path):
+    run_ranks(measure_same_data, 2, str(tmp_path / "tp"), lambda: model_parallel(1, 2), TensorParallel, init=False)
+    measure_strategy(0, 1, str(tmp_path / "single"), "auto", tiny.Module)
+    check(by_key(tmp_path / "single"), tmp_path / "tp", rel=1e-5, world_size=1)
+
+
+def measure_same_data(rank: int, world_size: int, path: str, strategy: object, module_class: type) -> None:
+    callback = TailTokenProbe(2, counts=tiny.counts(), sites=["pre", "post"], dirpath=path, num_shards=2)
+    trainer = tiny.trainer(path, [callback], strategy=strategy(), devices=world_size, use_distributed_sampler=False)
+    trainer.fit(module_class(), loader(0, 1))
+
+
+def uneven(rank: int, world_size: int, path: str) -> None:
+    from lightning_spectral.callbacks.grouping import by_frequency
+    from lightning_spectral.callbacks.options import ProbeOptions
+    from lightning_spectral.callbacks.probe import SpectralProbe
+
+    grouping = by_frequency(tiny.counts(), head_share=0.33, mid_share=0.67, attribute_to="input")
+    probe = SpectralProbe(tiny.Module().gpt, grouping, ProbeOptions())
+    parts = {
+        1: [tiny.data()[:8]],
+        2: [tiny.data()[:8], None],
+        4: [tiny.data()[:5], tiny.data()[5:7], tiny.data()[7:8], None],
+    }
+    ids = parts[world_size][rank]
+    probe.begin()
+    if ids is not None:
+        probe.start(seed=0)
+        probe.tapped.root(ids[:, :-1])
+        probe.collect()
+    result = probe.end()
+    return [(r.layer, r.bucket, r.measurement.num_rows, r.measurement.hard_rank, r.num_sequences) for r in result.sites]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_uneven_and_empty_ranks(tmp_path, world_size):
+    expected = sorted(uneven(0, 1, ""))
+    for result in run_ranks(uneven, world_size, ""):
+        for (layer, bucket, rows, hard, sequences), reference in zip(sorted(result), expected, strict=True):
+            assert (layer, bucket, rows, sequences) == (*reference[:3], reference[4])
+            assert hard == pytest.approx(reference[3], rel=1e-6)  # fp32 sums in another order
+
+
+def one_rank_poisoned(rank: int, world_size: int, path: str) -> list[str]:
+    class Poisoned(tiny.Module):
+        def training_step(self, batch, batch_idx):
+            if rank == 1:
+                batch = batch.clone()
+                with torch.no_grad():
+                    self.gpt.transformer.h[1].mlp.fc.weight.fill_(torch.nan)
+            return super().training_step(batch, batch_idx)
+
+    callback = TailTokenProbe(1, counts=tiny.counts(), dirpath=path, on_nonfinite="raise")
+    trainer = tiny.trainer(path, [callback], strategy="ddp", devices=world_size, use_distributed_sampler=False)
+    try:
+        trainer.fit(Poisoned(), loader(rank, world_size))
+    except RuntimeError as error:
+        return [str(error), os.environ["RANK"]]
+    return []
+
+
+def test_nan_on_one_rank_raises_on_all_without_a_deadlock(tmp_path):
+    results = run_ranks(one_rank_poisoned, 2, str(tmp_path), init=False)
+    assert [rank for _, rank in results] == ["0", "1"]
+    assert all(
+        "NaN or Inf activations at step 0 in `gpt.transformer.h.1.mlp.proj`" in message for message, _ in results
+    )
+
+
+def rank_0_only(rank: int, world_size: int, path: str) -> float:
+    callback = TailTokenProbe(1, counts=tiny.counts(), dirpath=path, convention="paper")
+    trainer = tiny.trainer(
+        path, [callback], strategy="ddp", devices=world_size, max_steps=1, use_distributed_sampler=False
+    )
+    trainer.fit(tiny.Module(), loader(rank, world_size))
+    return float(trainer.callback_metrics["spectral/hard_rank.tail"])
+
+
+def test_the_papers_convention_takes_rank_0s_rows_and_says_so(tmp_path):
+    values = run_ranks(rank_0_only, 2, str(tmp_path), init=False)
+    assert values[0] == values[1]
+    records = read_spectral(tmp_path).records
+    assert {r.conventions["reduction"] for r in records} == {"rank0_local"}
+    assert {r.num_rows for r in records if r.bucket == "pooled"} == {4 * tiny.LENGTH}

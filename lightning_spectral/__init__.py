@@ -9,6 +9,11 @@ from importlib import import_module
 from typing import Any
 
 _HOME_OF = {
+    "read_weights": "lightning_spectral.records",
+    "WeightRecord": "lightning_spectral.records",
+    "WeightSpectrumCallback": "lightning_spectral.callbacks.weight_spectrum",
+    "AssociativeMemoryDataModule": "lightning_spectral.associative_memory",
+    "AssociativeMemory": "lightning_spectral.associative_memory",
     "NorMuon": "lightning_spectral.optim",
     "Muon": "lightning_spectral.optim",
     "Dion": "lightning_spectral.optim",

@@ -1,10 +1,11 @@
 """What a run leaves behind: one JSON object a line, readable without torch.
 
-A run folder holds three files, each written by one place and read through this module:
+A run folder holds up to four files, each written by one place and read through this module:
 
 * ``run.json``: what was run (a :class:`RunInfo`), written once at fit start;
 * ``spectral.jsonl``: one :class:`SpectralRecord` per (window, layer, site, bucket);
-* ``losses.jsonl``: one :class:`LossRecord` per (window, bucket).
+* ``losses.jsonl``: one :class:`LossRecord` per (window, bucket);
+* ``weights.jsonl``: one :class:`WeightRecord` per (window, parameter, what of it).
 
 The JSONL files only ever grow. A line is whole or it is not a record: a file cut at any byte gives back every
 whole line, and :func:`append_records` first closes a torn tail so that what follows stays readable.
@@ -26,6 +27,7 @@ SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
 SPECTRAL_FILE = "spectral.jsonl"
 LOSSES_FILE = "losses.jsonl"
+WEIGHTS_FILE = "weights.jsonl"
 
 POOLED = "pooled"
 BUCKETS = ("head", "mid", "tail")
@@ -162,6 +164,66 @@ class LossRecord:
 
 
 @dataclass(frozen=True)
+class WeightRecord:
+    """Spectrum of one matrix of the training step: a weight, its gradient, its momentum or the update applied to it.
+
+    Definitions: ``lightning_spectral.functional.matrix_spectrum`` (energies s^2) and ``functional.flattening``.
+
+    Attributes:
+        run_id: The run that measured it.
+        step: Optimizer steps done before the step that was measured; weights are those after it.
+        parameter: Name, wrapper prefixes removed.
+        layer: First number in the name, or ``None``.
+        what: ``weight``, ``gradient``, ``momentum`` or ``update``.
+        rows: First axis.
+        columns: All other axes.
+        status: ``ok``, ``degenerate`` (all zero) or ``nonfinite``.
+        normalized_entropy: In [0, 1].
+        effective_rank: exp(entropy) of the energies.
+        top1_energy: Share of the largest direction.
+        top10_energy: Share of the ten largest.
+        quartile_ratio: Q75/25 of the squared singular values.
+        stable_rank: ``sum s^2 / s_1^2``.
+        condition_number: ``s_1 / s_n`` over the non-zero ones.
+        num_nonzero: Non-zero singular values n.
+        largest: s_1.
+        frobenius: ``sqrt(sum s^2)``.
+        flattened_share: Share of the spectrum that the named iteration flattens, for gradient and momentum.
+        steps_to_flatten: Steps of it that would flatten 99 %, or ``None``.
+        coefficients: The iteration, as in ``muon x 5``.
+        schema_version: :data:`SCHEMA_VERSION` at writing time.
+    """
+
+    run_id: str
+    step: int
+    parameter: str
+    layer: int | None
+    what: str
+    rows: int
+    columns: int
+    status: str
+    normalized_entropy: float | None = None
+    effective_rank: float | None = None
+    top1_energy: float | None = None
+    top10_energy: float | None = None
+    quartile_ratio: float | None = None
+    stable_rank: float | None = None
+    condition_number: float | None = None
+    num_nonzero: int | None = None
+    largest: float | None = None
+    frobenius: float | None = None
+    flattened_share: float | None = None
+    steps_to_flatten: int | None = None
+    coefficients: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes a record unique inside its run."""
+        return (self.step, self.parameter, self.what)
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """What was run; the labels that analysis groups by.
 
@@ -188,7 +250,7 @@ class RunInfo:
     schema_version: int = SCHEMA_VERSION
 
 
-RecordT = TypeVar("RecordT", SpectralRecord, LossRecord)
+RecordT = TypeVar("RecordT", SpectralRecord, LossRecord, WeightRecord)
 
 
 @dataclass(frozen=True)
@@ -204,7 +266,7 @@ class ReadReport(Generic[RecordT]):
     skipped: list[tuple[int, str]]
 
 
-def append_records(path: str | Path, records: Sequence[SpectralRecord | LossRecord]) -> None:
+def append_records(path: str | Path, records: Sequence[SpectralRecord | LossRecord | WeightRecord]) -> None:
     """Append ``records`` in one flushed write; a torn tail left by a killed run is closed first."""
     if not records:
         return
@@ -235,6 +297,15 @@ def read_losses(path: str | Path) -> ReadReport[LossRecord]:
         FileNotFoundError: If there is no such file.
     """
     return _read(_file(path, LOSSES_FILE), LossRecord)
+
+
+def read_weights(path: str | Path) -> ReadReport[WeightRecord]:
+    """Read ``weights.jsonl`` (a file or its run folder), salvaging every whole record.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    return _read(_file(path, WEIGHTS_FILE), WeightRecord)
 
 
 def parse_record(line: bytes, kind: type[RecordT]) -> RecordT:
@@ -310,7 +381,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-BuiltT = TypeVar("BuiltT", SpectralRecord, LossRecord, RunInfo)
+BuiltT = TypeVar("BuiltT", SpectralRecord, LossRecord, WeightRecord, RunInfo)
 
 
 def _build(content: Any, kind: type[BuiltT]) -> BuiltT:
@@ -348,6 +419,6 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def known_keys(records: Iterable[SpectralRecord | LossRecord]) -> set[tuple[Any, ...]]:
+def known_keys(records: Iterable[SpectralRecord | LossRecord | WeightRecord]) -> set[tuple[Any, ...]]:
     """Keys already on disk: what a resumed run must not write again."""
     return {record.key for record in records}

@@ -36,6 +36,7 @@ _NODE_WEIGHTS = _NODE_WEIGHTS / _NODE_WEIGHTS.sum()
 _MUON_SAMPLES = 200
 _SGD_SAMPLES = 1500
 _SGD_HEADS = 64
+_SGD_PROBES = 120  # weights at which the probability is evaluated; between them it is interpolated
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,13 @@ class Prediction:
         probability: Recovery probability of every item, shape (N,).
         count: Their sum.
         prefix: Expected length of the recovered prefix, items taken as independent.
+        spread: Standard deviation of the count over seeds, items taken as independent (too small for ``sgd``).
     """
 
     probability: Array
     count: float
     prefix: float
+    spread: float
 
     def as_dict(self) -> dict[str, Any]:
         """Scalars and curve, for ``results.jsonl``."""
@@ -58,6 +61,7 @@ class Prediction:
         return {
             "predicted_count": self.count,
             "predicted_prefix": self.prefix,
+            "predicted_spread": self.spread,
             "predicted_curve_rank": [round(float(x), 2) for x in rank],
             "predicted_curve_recall": [round(float(x), 6) for x in recall],
         }
@@ -94,7 +98,12 @@ def predict(
         probability = _muon(problem, bins, settings.lambda_of(problem))
     else:
         probability = _newton(problem, bins, settings.ridge)
-    return Prediction(probability, float(probability.sum()), float(np.cumprod(probability).sum()))
+    return Prediction(
+        probability,
+        count=float(probability.sum()),
+        prefix=float(np.cumprod(probability).sum()),
+        spread=float(np.sqrt((probability * (1 - probability)).sum())),
+    )
 
 
 def win_probability(signal_to_noise: Array, spread: Array, rivals: int) -> Array:
@@ -190,22 +199,24 @@ def _sgd(problem: MemoryProblem, weights: Array) -> Array:
     # An item without a signal still wins once in N times, if no head towers over the noise.
     highest = noise * np.sqrt(2 * np.log(len(weights)))
     lucky = np.exp(log_ndtr((highest[:, None] - heads * head_overlap) / noise[:, None]).sum(1)).mean() / len(weights)
-    probability = np.full(len(weights), lucky)
-    known: dict[float, float] = {}
-    for rank, weight in enumerate(sorted_weights):
-        if weight not in known:
-            own = weight * own_length + own_noise
-            # the item itself adds u_j . u_i times its signal to every rival
-            itself = (weight * length) ** 2 / d
-            rival_noise = np.sqrt(noise**2 + itself)
-            log_win = log_ndtr((own[:, None] - heads * head_overlap) / rival_noise[:, None])
-            if rank < len(heads):
-                log_win[:, rank] = 0.0
-            total = log_win.sum(1) + log_ndtr(own[:, None] / np.sqrt(coarse_sd**2 + itself[:, None])) @ coarse_count
-            known[weight] = float(np.exp(total).mean())
-        probability[rank] = known[weight]
-        if known[weight] < lucky:
+    distinct, first_rank = np.unique(-sorted_weights, return_index=True)
+    probe = np.unique(np.round(np.geomspace(1, len(distinct), _SGD_PROBES)).astype(int)) - 1
+    found: list[float] = []
+    for rank in first_rank[probe]:
+        weight = sorted_weights[rank]
+        own = weight * own_length + own_noise
+        # the item itself adds u_j . u_i times its signal to every rival
+        itself = (weight * length) ** 2 / d
+        rival_noise = np.sqrt(noise**2 + itself)
+        log_win = log_ndtr((own[:, None] - heads * head_overlap) / rival_noise[:, None])
+        if rank < len(heads):
+            log_win[:, rank] = 0.0
+        total = log_win.sum(1) + log_ndtr(own[:, None] / np.sqrt(coarse_sd**2 + itself[:, None])) @ coarse_count
+        found.append(float(np.exp(total).mean()))
+        if found[-1] < lucky:
             break
+    known = np.interp(np.log(first_rank + 1.0), np.log(first_rank[probe][: len(found)] + 1.0), found, right=lucky)
+    probability = known[np.searchsorted(distinct, -sorted_weights)]
     result = np.empty(len(weights))
     result[order] = np.maximum(probability, lucky)
     return result

@@ -72,6 +72,16 @@ def run(
     Raises:
         ValueError: An argument is out of range; the message names it.
     """
+    check_run(rule, steps, mode, step_scale, schedule)
+    embeddings = Embeddings(problem, device, cache_bytes)
+    settings = settings or RuleSettings()
+    if mode == "deflation":
+        return _deflate(embeddings, rule, steps, settings, chunk_size)
+    return _descend(embeddings, rule, steps, settings, step_scale, schedule, chunk_size)
+
+
+def check_run(rule: str, steps: int, mode: str, step_scale: float, schedule: str) -> None:
+    """Raise a ``ValueError`` naming the first argument of :func:`run` that is out of range."""
     require_integer("steps", steps, 0, "a run has zero or more steps")
     require_real("step_scale", step_scale)
     if step_scale <= 0:
@@ -81,11 +91,6 @@ def run(
             raise ValueError(f"`{field}` must be one of {', '.join(known)}, got {value!r}.")
     if mode == "exact" and rule == "newton":
         raise ValueError("`rule` newton has a closed form at W = 0 only: use mode `deflation`, or one-step runs.")
-    embeddings = Embeddings(problem, device, cache_bytes)
-    settings = settings or RuleSettings()
-    if mode == "deflation":
-        return _deflate(embeddings, rule, steps, settings, chunk_size)
-    return _descend(embeddings, rule, steps, settings, step_scale, schedule, chunk_size)
 
 
 def _deflate(

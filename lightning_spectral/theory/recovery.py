@@ -89,11 +89,12 @@ def recovered_mask(
     dtype = _screen_dtype(screen, embeddings.device)
     if dtype is torch.float64:
         everyone_N = torch.arange(problem.n_items, device=embeddings.device)
-        return _decide(embeddings, map_DD, everyone_N, chunk_size).cpu().numpy()
+        return _decide(embeddings, map_DD, everyone_N, chunk_size, dtype)[0].cpu().numpy()
     won_N, unsure_N = _screen(embeddings, map_DD, dtype, chunk_size)
-    unsure = torch.nonzero(unsure_N)[:, 0]
-    if len(unsure):
-        won_N[unsure] = _decide(embeddings, map_DD, unsure, chunk_size)
+    for finer in (torch.float32, torch.float64):
+        unsure = torch.nonzero(unsure_N)[:, 0]
+        if len(unsure) and finer is not dtype:
+            won_N[unsure], unsure_N[unsure] = _decide(embeddings, map_DD, unsure, chunk_size, finer)
     return won_N.cpu().numpy()
 
 
@@ -159,7 +160,7 @@ def _screen(embeddings: Embeddings, map_DD: Tensor, dtype: torch.dtype, chunk_si
         index_C = torch.arange(start, start + len(v_CD), device=device)
         image_CD = v_CD.to(dtype) @ cheap_map_DD.mT
         u_CD = embeddings.rows("u", start, start + len(v_CD))
-        own_C = torch.einsum("cd,cd->c", u_CD, image_CD.float())
+        own_C = (u_CD * image_CD).sum(1)
         tolerance_C = _tolerance(image_CD, own_C, dtype)
         rival_C = torch.full_like(own_C, -torch.inf)
         for first, last, other_AD in first_stages:
@@ -197,7 +198,7 @@ def _best_rival(image_CD: Tensor, index_C: Tensor, other_AD: Tensor, first: int,
 
 
 def _tolerance(image_CD: Tensor, own_C: Tensor, dtype: torch.dtype) -> Tensor:
-    spread_C = torch.linalg.vector_norm(image_CD, dim=1, dtype=torch.float32) / image_CD.shape[1] ** 0.5
+    spread_C = image_CD.float().square().sum(1).sqrt() / image_CD.shape[1] ** 0.5
     return _TOLERANCE[dtype][0] * spread_C + _TOLERANCE[dtype][1] * own_C.abs()
 
 
@@ -205,22 +206,30 @@ def _relative(rival_C: Tensor, dtype: torch.dtype) -> Tensor:
     return _TOLERANCE[dtype][1] * rival_C.abs().nan_to_num(posinf=0.0)
 
 
-def _decide(embeddings: Embeddings, map_DD: Tensor, index_A: Tensor, chunk_size: int) -> Tensor:
-    """Brute force in fp64 for the named items."""
-    won = []
+def _decide(
+    embeddings: Embeddings, map_DD: Tensor, index_A: Tensor, chunk_size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(won, unsure) of the named items against every output, in one type; in fp64 nothing is unsure."""
+    won, unsure = [], []
+    typed_map_DD = map_DD.to(dtype)
     for index_C in index_A.split(chunk_size):
-        image_CD = embeddings.select("v", index_C).double() @ map_DD.mT
+        image_CD = embeddings.select("v", index_C).to(dtype) @ typed_map_DD.mT
         # the own score comes from the same product as its rivals', so that equal outputs tie exactly
-        own_C = torch.full((len(index_C),), -torch.inf, dtype=torch.float64, device=image_CD.device)
+        own_C = torch.full((len(index_C),), -torch.inf, dtype=dtype, device=image_CD.device)
         rival_C = own_C.clone()
         for first, u_AD in embeddings.blocks("u"):
-            score_CA = image_CD @ u_AD.double().mT
+            score_CA = image_CD @ u_AD.to(dtype).mT
             mine = torch.nonzero((index_C >= first) & (index_C < first + len(u_AD)))[:, 0]
             own_C[mine] = score_CA[mine, index_C[mine] - first]
             score_CA[mine, index_C[mine] - first] = -torch.inf
             rival_C = torch.maximum(rival_C, score_CA.amax(1))
         won.append(own_C > rival_C)
-    return torch.cat(won)
+        if dtype is torch.float64:
+            unsure.append(torch.zeros_like(won[-1]))
+        else:
+            tolerance_C = _tolerance(image_CD, own_C, dtype) + _relative(rival_C, dtype)
+            unsure.append((own_C - rival_C).abs() <= tolerance_C)
+    return torch.cat(won), torch.cat(unsure)
 
 
 def _whole_blocks(rows: int) -> int:

@@ -1,0 +1,216 @@
+"""What the memory commands compute: one flat row per run, with all inputs and outputs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from lightning_spectral.functional.matrix_spectrum import matrix_spectrum
+from lightning_spectral.functional.orthogonalize import flattened_share
+from lightning_spectral.theory import dynamics, exponents
+from lightning_spectral.theory.capacity import predict
+from lightning_spectral.theory.one_step import OneStep
+from lightning_spectral.theory.problem import MemoryProblem
+from lightning_spectral.theory.rules import RuleSettings, parse_rule, settings_dict
+
+SCHEMA_VERSION = 1
+SPECTRUM_AT_MOST = 2048  # an SVD of the update above this size would take longer than the run itself
+Row = dict[str, Any]
+
+
+def one_step_rows(
+    problem: MemoryProblem, rules: Sequence[str], settings: RuleSettings, machine: Row, kind: str = "one-step"
+) -> Iterator[Row]:
+    """One step from W = 0 with each rule; embeddings and gradient are shared."""
+    step = OneStep(problem, **machine)
+    for rule in rules:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `censored` is in the row; the command says it once
+            result = step.run(rule, settings)
+        spectrum = matrix_spectrum(result.update_DD).as_dict() if problem.d <= SPECTRUM_AT_MOST else None
+        yield {
+            **inputs(kind, problem, rule, settings, machine),
+            **result.as_dict(),
+            "update_spectrum": spectrum,
+            **theory_outputs(problem, rule, settings),
+        }
+
+
+def batch_rows(problem: MemoryProblem, rules: Sequence[str], settings: RuleSettings, machine: Row) -> Iterator[Row]:
+    """One step with a sampled batch (or the population), with what the sample itself allows."""
+    for row in one_step_rows(problem, rules, settings, machine, "batch"):
+        rule = row["rule"]
+        if problem.batch_size is None:
+            row["predicted_critical_batch"] = _critical_batch(replace(problem, seed=0), rule, settings)
+        else:
+            row["expected_distinct"] = exponents.expected_distinct(problem.alpha, problem.n_items, problem.batch_size)
+        law = problem.alpha > 1
+        row["asymptotic_critical_batch_exponent"] = (
+            exponents.critical_batch_exponent(rule, problem.alpha) if law else None
+        )
+        yield row
+
+
+def step_rows(
+    problem: MemoryProblem, rules: Sequence[str], settings: RuleSettings, machine: Row, run: Row
+) -> Iterator[Row]:
+    """Several steps; one row per step."""
+    for rule in rules:
+        results = dynamics.run(problem, rule, settings=settings, **run, **machine)
+        deflation = run["mode"] == "deflation"
+        predicted = (
+            _deflation(replace(problem, seed=0), rule, len(results), settings) if deflation and results else None
+        )
+        for result in results:
+            law = deflation and problem.alpha > 1
+            yield {
+                **inputs("steps", problem, rule, settings, machine),
+                "mode": run["mode"],
+                "steps": run["steps"],
+                "step_scale": None if deflation else run["step_scale"],
+                "schedule": None if deflation else run["schedule"],
+                "step": result.step,
+                "count": result.count,
+                "predicted_count": predicted[result.step - 1] if predicted else None,
+                "predicted_spread": None,
+                "asymptotic_exponent": exponents.multi_step_exponent(rule, problem.alpha, result.step) if law else None,
+                **result.outputs,
+            }
+
+
+def newton_schulz_rows(
+    problem: MemoryProblem, sets: Sequence[str], steps: Sequence[int], dtypes: Sequence[str], machine: Row
+) -> Iterator[Row]:
+    """Capacity that is left after k steps of each coefficient set, beside the exact polar factor's."""
+    import torch
+
+    step = OneStep(problem, **machine)
+    sigma = torch.linalg.svdvals(step.gradient.matrix_DD).cpu()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exact = step.run("muon").stats.count
+        for name in sets:
+            for ns_steps in steps:
+                share = float(flattened_share(sigma, name, ns_steps, band=(0.65, 1.35)))
+                for dtype in dtypes:
+                    settings = RuleSettings(coefficients=name, ns_steps=ns_steps, ns_dtype=dtype)
+                    result = step.run("ns", settings)
+                    yield {
+                        **inputs("newton-schulz", problem, "ns", settings, machine),
+                        **result.as_dict(),
+                        "exact_count": exact,
+                        "capacity_share": result.stats.count / exact if exact else None,
+                        "flattened_share": share,
+                        "smallest_singular_value": float(sigma[-1] / torch.linalg.vector_norm(sigma)),
+                        "steps_for_capacity": _steps_needed(problem, name),
+                    }
+
+
+def theory_rows(problem: MemoryProblem, rules: Sequence[str], settings: RuleSettings, steps: int) -> Iterator[Row]:
+    """Predictions only: nothing is simulated."""
+    for rule in rules:
+        law = problem.alpha > 1
+        row = {
+            **inputs("theory", problem, rule, settings, {}),
+            **theory_outputs(problem, rule, settings),
+            "predicted_critical_batch": _critical_batch(replace(problem, batch_size=None), rule, settings),
+            "asymptotic_critical_batch_exponent": exponents.critical_batch_exponent(rule, problem.alpha)
+            if law
+            else None,
+            "steps": steps,
+            "predicted_d_t": _deflation(replace(problem, batch_size=None), rule, steps, settings) if steps else None,
+            "asymptotic_e_t": [exponents.multi_step_exponent(rule, problem.alpha, t + 1) for t in range(steps)]
+            if law
+            else None,
+        }
+        if problem.batch_size is not None:
+            row["expected_distinct"] = exponents.expected_distinct(problem.alpha, problem.n_items, problem.batch_size)
+        yield row
+
+
+def inputs(kind: str, problem: MemoryProblem, rule: str, settings: RuleSettings, machine: Row) -> Row:
+    """Inputs of a row: all fields of the problem, the rule with the settings that it used, the machine."""
+    used = settings_dict(rule, settings, problem)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        **problem.as_dict(),
+        "rule": rule,
+        "rule_label": label(rule, used),
+        "settings": used,
+        "device": machine.get("device"),
+        "chunk_size": machine.get("chunk_size"),
+    }
+
+
+def label(rule: str, used: Row) -> str:
+    """Short name that tells settings apart: ``muon``, ``muon lam=0.01``, ``ns5``, ``ns7 polar_express bf16``."""
+    parts = [f"ns{used['ns_steps']}" if "ns_steps" in used else rule]
+    if used.get("lam_scale"):
+        parts.append(f"lam={used['lam_scale']:g} p1 d^-a")
+    elif used.get("lam"):
+        parts.append(f"lam={used['lam']:g}")
+    if used.get("coefficients", "muon") != "muon":
+        parts.append(used["coefficients"])
+    if used.get("ns_dtype") == "bfloat16":
+        parts.append("bf16")
+    if used.get("ridge"):
+        parts.append(f"ridge={used['ridge']:g}")
+    return " ".join(parts)
+
+
+def theory_outputs(problem: MemoryProblem, rule: str, settings: RuleSettings) -> Row:
+    """Predicted count and curve, the limiting power law, and whether the prediction is inside its proven range."""
+    key = problem if problem.batch_size is not None else replace(problem, seed=0)
+    prediction = _predict(key, rule, settings)
+    outputs: Row = (
+        prediction.as_dict()
+        if prediction is not None
+        else dict.fromkeys(
+            (
+                "predicted_count",
+                "predicted_prefix",
+                "predicted_spread",
+                "predicted_curve_rank",
+                "predicted_curve_recall",
+            )
+        )
+    )
+    law = problem.alpha > 1
+    isotropic_population = law and problem.batch_size is None
+    name, _ = parse_rule(rule, settings)
+    small_lambda = settings.lambda_of(problem) <= problem.frequencies()[0] * problem.d**-problem.alpha
+    outputs["prediction_trusted"] = (
+        prediction is not None
+        and problem.d >= 128
+        and (name == "newton" or problem.anisotropy <= 0.5)
+        and (name != "muon" or bool(small_lambda))
+    )
+    outputs["asymptotic_exponent"] = exponents.one_step_exponent(rule, problem.alpha) if isotropic_population else None
+    outputs["asymptotic_count"] = (
+        exponents.asymptotic_count(rule, problem.alpha, problem.d, problem.n_items) if isotropic_population else None
+    )
+    return outputs
+
+
+def _steps_needed(problem: MemoryProblem, coefficients: str) -> int | None:
+    from lightning_spectral.theory.rules import steps_for_capacity
+
+    try:
+        return steps_for_capacity(problem.d, problem.alpha + problem.anisotropy / 2, coefficients)
+    except RuntimeError:
+        return None
+
+
+# predictions do not depend on the seed (batches: on the drawn counts alone), so the seeds share them
+_predict = lru_cache(maxsize=512)(predict)
+_critical_batch = lru_cache(maxsize=128)(exponents.critical_batch)
+
+
+@lru_cache(maxsize=128)
+def _deflation(problem: MemoryProblem, rule: str, steps: int, settings: RuleSettings) -> tuple[float, ...] | None:
+    made = exponents.predict_deflation(replace(problem, batch_size=None), rule, steps, settings)
+    return None if made is None else tuple(made)

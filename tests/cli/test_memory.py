@@ -1,0 +1,228 @@
+import json
+
+import numpy as np
+import pytest
+
+from lightning_spectral.analysis import memory_fit
+from lightning_spectral.analysis.memory_figures import draw_all
+from lightning_spectral.cli import main
+from lightning_spectral.cli.memory_reproduce import parse_budget, reproduce_rows
+from lightning_spectral.theory.rules import steps_for_capacity
+
+SMALL = ["--n-items", "400", "--seeds", "2", "--device", "cpu"]
+
+
+def run(verb, *arguments, out):
+    assert main(["memory", verb, *arguments, "--out", str(out)]) == 0
+    return memory_fit.read_results(out)
+
+
+def test_one_step_writes_every_input_and_output(tmp_path, capsys):
+    rows = run("one-step", "--d", "16", "32", "--rules", "sgd", "muon", "ns5", *SMALL, out=tmp_path)
+    assert len(rows) == 2 * 2 * 3
+    row = next(row for row in rows if row["rule"] == "muon" and row["d"] == 32)
+    inputs = {
+        "d",
+        "n_items",
+        "alpha",
+        "batch_size",
+        "seed",
+        "anisotropy",
+        "dtype",
+        "rule",
+        "settings",
+        "device",
+        "chunk_size",
+    }
+    outputs = {
+        "count",
+        "prefix",
+        "head_recall",
+        "tail_recall",
+        "mass",
+        "curve_rank",
+        "curve_recall",
+        "distinct",
+        "censored",
+    }
+    theory = {
+        "predicted_count",
+        "predicted_prefix",
+        "predicted_curve_recall",
+        "asymptotic_exponent",
+        "prediction_trusted",
+    }
+    assert inputs | outputs | theory <= set(row)
+    assert row["predicted_count"] == pytest.approx(row["count"], rel=0.5)
+    assert next(row for row in rows if row["rule"] == "ns5")["predicted_count"] is None
+    assert (tmp_path / "count_vs_d.png").stat().st_size > 10_000
+    assert "muon" in capsys.readouterr().out
+
+
+def test_results_do_not_depend_on_chunks_or_cache(tmp_path):
+    counts = []
+    for name, extra in (("a", []), ("b", ["--chunk-size", "100", "--cache-gib", "0"])):
+        rows = run("one-step", "--d", "32", "--rules", "muon", *SMALL, "--no-figures", *extra, out=tmp_path / name)
+        counts.append([row["count"] for row in rows])
+    assert counts[0] == counts[1]
+
+
+def test_options_reach_the_run(tmp_path):
+    rows = run(
+        "one-step", "--d", "24", "--rules", "muon", "ns", "newton", "--lam-scale", "0.2", "--coefficients", "polar_express",
+        "--ns-steps", "auto", "--ridge", "0.01", "--anisotropy", "0.5", "--alpha", "1.3", "--batch-size", "64",
+        "--dtype", "float64", "--first-seed", "5", *SMALL, "--no-figures", out=tmp_path,
+    )  # fmt: skip
+    assert {row["seed"] for row in rows} == {5, 6}
+    settings = {row["rule"]: row["settings"] for row in rows}
+    assert settings["muon"]["lam"] > 0
+    assert settings["ns"]["ns_steps"] == steps_for_capacity(24, 1.3 + 0.25, "polar_express")
+    assert settings["ns"]["coefficients"] == "polar_express"
+    assert settings["newton"] == {"ridge": 0.01}
+    assert {(row["anisotropy"], row["batch_size"], row["dtype"]) for row in rows} == {(0.5, 64, "float64")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--alpha", "1"], "alpha"),
+        (["--d", "1"], "d"),
+        (["--n-items", "1"], "n_items"),
+        (["--batch-size", "0"], "batch_size"),
+        (["--seeds", "0"], "seeds"),
+        (["--first-seed", "-1"], "first_seed"),
+        (["--rules", "adam"], "rules"),
+        (["--lam", "-1"], "lam"),
+        (["--ridge", "nan"], "ridge"),
+        (["--ns-steps", "0"], "ns_steps"),
+        (["--coefficients", "best"], "coefficients"),
+        (["--dtype", "float16"], "dtype"),
+        (["--device", "abacus"], "--device"),
+        (["--chunk-size", "0"], "chunk_size"),
+        (["--anisotropy", "-1"], "anisotropy"),
+        (["--rules", "newton", "--batch-size", "4"], "ridge"),
+        (["--config", "/nowhere.yaml"], "--config"),
+    ],
+)
+def test_bad_values_are_one_sentence_and_exit_code_2(arguments, named, tmp_path, capsys):
+    assert main(["memory", "one-step", "--d", "16", "--n-items", "100", "--out", str(tmp_path), *arguments]) == 2
+    message = capsys.readouterr().err
+    assert f"`{named}`" in message
+    assert "Traceback" not in message
+
+
+def test_too_few_items_warn_and_still_run(tmp_path, capsys):
+    run("one-step", "--d", "64", "--n-items", "60", "--seeds", "1", "--rules", "muon", "--no-figures", out=tmp_path)
+    assert "censored" in capsys.readouterr().out
+
+
+def test_batch_steps_theory_and_newton_schulz(tmp_path):
+    batch = run("batch", "--d", "16", "--batch-size", "8", "64", "population", *SMALL, out=tmp_path / "batch")
+    assert {row["batch_size"] for row in batch} == {8, 64, None}
+    assert all(row["expected_distinct"] > 1 for row in batch if row["batch_size"])
+    assert all(row["predicted_critical_batch"] > 1 for row in batch if row["batch_size"] is None)
+    deflation = run("steps", "--d", "16", "24", "--steps", "2", *SMALL, out=tmp_path / "deflation")
+    assert {row["step"] for row in deflation} == {1, 2}
+    assert all(row["predicted_count"] for row in deflation)
+    exact = run("steps", "--mode", "exact", "--d", "16", "--steps", "2", *SMALL, out=tmp_path / "exact")
+    assert all(0 < row["loss"] < 20 for row in exact)
+    theory = run("theory", "--d", "128", "--n-items", "2000", "--steps", "2", out=tmp_path / "theory")
+    assert len(theory) == 3
+    assert all(len(row["predicted_d_t"]) == 2 for row in theory)
+    study = run(
+        "newton-schulz", "--d", "32", "--ns-steps", "2", "9", "--ns-dtype", "float32", "--coefficients", "muon",
+        *SMALL, out=tmp_path / "ns",
+    )  # fmt: skip
+    shares = {row["settings"]["ns_steps"]: row["capacity_share"] for row in study}
+    assert shares[9] > shares[2]
+    assert (tmp_path / "ns" / "newton_schulz.png").exists()
+
+
+def test_recipes_run_with_the_command_line_on_top(tmp_path):
+    rows = run(
+        "steps",
+        "--config",
+        "recipes/memory/steps.yaml",
+        "--d",
+        "16",
+        "--steps",
+        "1",
+        *SMALL,
+        "--no-figures",
+        out=tmp_path,
+    )
+    assert {row["d"] for row in rows} == {16}
+    assert {row["rule"] for row in rows} == {"sgd", "muon"}
+
+
+def test_budget_is_read_and_refused():
+    assert [parse_budget(text) for text in ("90s", "3m", "1.5h", "20")] == [90, 180, 5400, 20]
+    assert main(["memory", "reproduce", "--budget", "soon"]) == 2
+
+
+def test_reproduce_speaks_to_every_law(tmp_path, monkeypatch):
+    from lightning_spectral.cli import memory_reproduce
+
+    # the plan itself, two rungs a part, at toy sizes
+    machine = {"device": "cpu", "chunk_size": 4096, "cache_bytes": 2**30}
+    parts = memory_reproduce.plan(300, 0, machine)
+    assert len(parts) == 5
+    assert sum(part.share for part in parts) == pytest.approx(1)
+    small = [memory_reproduce.Part(p.share, p.growth, [lambda: iter([{"kind": "x"}])] * 4) for p in parts]
+    monkeypatch.setattr(memory_reproduce, "plan", lambda *_: small)
+    assert len(list(reproduce_rows(60.0, 300, 0, machine))) == 20  # every rung of every part fits
+
+
+def rows_of_a_law(exponent, kind="one-step"):
+    rng = np.random.default_rng(0)
+    rows = []
+    for d in (128, 256, 512):
+        for seed in range(4):
+            rows.append(
+                {
+                    "kind": kind, "d": d, "seed": seed, "alpha": 1.5, "n_items": 30000, "anisotropy": 0.0,
+                    "batch_size": None, "rule_label": "muon", "count": d**exponent * (1 + 0.005 * rng.standard_normal()),
+                    "predicted_count": d**1.4, "predicted_spread": 0.005 * d**1.4, "asymptotic_exponent": 4 / 3,
+                    "censored": False,
+                }
+            )  # fmt: skip
+    return rows
+
+
+def test_verdicts_tell_right_from_wrong():
+    right = {verdict.law: verdict for verdict in memory_fit.verdicts(rows_of_a_law(1.4))}
+    slope = right["count ~ d^e, one step"]
+    assert slope.verdict == "agrees"
+    assert slope.low < slope.measured < slope.high
+    assert slope.asymptote == pytest.approx(4 / 3)
+    wrong = memory_fit.verdicts(rows_of_a_law(1.2))
+    assert {verdict.verdict for verdict in wrong} == {"differs"}
+
+
+def test_fit_exponent_is_exact_on_a_power_law_and_covers():
+    fitted = memory_fit.fit_exponent([1, 2, 4], [[3.0], [6.0], [12.0]])
+    assert fitted.slope == pytest.approx(1, abs=1e-12)
+    rng = np.random.default_rng(1)
+    hits = 0
+    for trial in range(200):
+        counts = [[100 * x * (1 + 0.05 * rng.standard_normal())] for x in (1, 2, 4, 8)]
+        made = memory_fit.fit_exponent([1, 2, 4, 8], counts, [5 * x for x in (1, 2, 4, 8)], seed=trial)
+        hits += made.low <= 1 <= made.high
+    assert 180 <= hits <= 200  # binomial(200, 0.95) has sd 3.1: 3 sd below, with slack for ln
+    for xs, counts in (([1], [[2.0]]), ([1, 1], [[2.0], [2.0]])):
+        with pytest.raises(ValueError, match="`xs`"):
+            memory_fit.fit_exponent(xs, counts)
+    with pytest.raises(ValueError, match="logarithm"):
+        memory_fit.fit_exponent([1, 2], [[0.0], [1.0]])
+
+
+def test_broken_lines_are_left_out_with_a_warning(tmp_path):
+    (tmp_path / "results.jsonl").write_text(json.dumps({"kind": "one-step"}) + '\n{"kind": "one\n')
+    with pytest.warns(UserWarning, match="line 2"):
+        assert len(memory_fit.read_results(tmp_path)) == 1
+    with pytest.raises(FileNotFoundError):
+        memory_fit.read_results(tmp_path / "nowhere")
+
+
+def test_figures_of_nothing_are_nothing(tmp_path):
+    assert draw_all([], tmp_path) == []

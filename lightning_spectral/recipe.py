@@ -89,7 +89,7 @@ def load(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
     from lightning_spectral.recipe_schema import check
 
     file = find(path)
-    tree = _read_yaml(file)
+    tree = _on_its_base(_read_yaml(file))
     tree.pop("sweep", None)  # axes of `lightning-spectral sweep`; alone, the recipe is one run
     pairs = list(overrides.items()) if isinstance(overrides, Mapping) else parse_words(overrides)
     for key, value in pairs:
@@ -197,6 +197,17 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise RecipeError(f"`{file}` holds {type(tree).__name__}, not keys and values like `out_dir: out/run`.")
     return tree
+
+
+def _on_its_base(tree: dict[str, Any]) -> dict[str, Any]:
+    """Lay a recipe over the one that its ``base`` names; a top-level key replaces the base's whole."""
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    below = _read_yaml(find(str(base)))
+    if "base" in below:
+        raise RecipeError(f"`base: {base}` has a `base` itself: name the recipe at the bottom, `{below['base']}`.")
+    return {**below, **tree}
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -1,0 +1,90 @@
+"""``lightning-spectral sweep RECIPE``: many runs from one recipe and axes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from lightning_spectral.cli import CommandError
+
+_EPILOG = """\
+other options are recipe keys for every run, as for `pretrain`: --train.max_steps 50
+
+examples:
+  lightning-spectral sweep pocket_study
+  lightning-spectral sweep quickstart --axis architecture.ffn_multiplier=1,2,4 --axis seed=0,1 --out out/widths
+  lightning-spectral sweep pocket_study --axis optimizer=AdamW,Muon --dry-run
+
+Stop with Ctrl-C and start again at will: finished runs are skipped, interrupted ones resume."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the sweep; 0 all finished, 1 a run failed, 2 bad input, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        "lightning-spectral sweep",
+        description="Expand a recipe over axes and run what is not finished yet.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", help="a YAML file or a shipped name, with a `sweep:` block or --axis")
+    parser.add_argument("--axis", action="append", default=[], metavar="KEY=A,B,C", help="a recipe key and its values")
+    parser.add_argument("--out", metavar="DIR", help="folder of the run folders (default: the recipe's out_dir)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="runs at a time (default: one a GPU, or one a CPU core)"
+    )
+    parser.add_argument("--launcher", choices=["local", "ray"], default="local")
+    parser.add_argument("--rerun-changed", action="store_true", help="run again what finished under another recipe")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs and their states, run nothing")
+    options, words = parser.parse_known_args(argv)
+    if options.workers is not None and options.workers < 1:
+        raise CommandError(f"--workers must be >= 1, got {options.workers}.")
+
+    from lightning_spectral import sweep
+    from lightning_spectral.recipe import RecipeError
+
+    try:
+        found = sweep.plan(
+            options.recipe,
+            axes=options.axis,
+            overrides=words,
+            out_dir=options.out,
+            rerun_changed=options.rerun_changed,
+        )
+    except RecipeError as error:
+        raise CommandError(str(error)) from error
+    if options.dry_run:
+        for job in found.jobs:
+            print(f"{found.states[job.run_id].name:<12}{job.run_id}")
+        print(f"{len(found.jobs)} runs, {len(found.to_do())} to do, in {found.out_dir}")
+        return 0
+    changed = [job.run_id for job in found.jobs if found.states[job.run_id].name == "changed"]
+    if changed:
+        raise CommandError(
+            f"{len(changed)} run(s) in `{found.out_dir}` finished under another recipe, first `{changed[0]}`: give "
+            "another --out, or --rerun-changed to run them again."
+        )
+    return _run(found, options.launcher, options.workers)
+
+
+def _run(found, launcher_name: str, workers: int | None) -> int:  # type: ignore[no-untyped-def]
+    from lightning_spectral import sweep
+    from lightning_spectral.sweep_launchers import LAUNCHERS
+    from lightning_spectral.sweep_run import Screen, run_all
+
+    try:
+        launcher = LAUNCHERS[launcher_name](workers)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    try:
+        board = run_all(found, launcher, Screen())
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
+    for name, digests in sweep.same_data(found).items():
+        if len(digests) > 1:
+            print(f"WARNING the {name} data differ between runs: {len(digests)} digests.", file=sys.stderr)
+        elif digests:
+            print(f"{name} data: the same in all runs ({digests[0][:12]})")
+    print(f"next: lightning-spectral report {found.out_dir}")
+    return 1 if board.failed else 0

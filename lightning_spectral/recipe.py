@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lightning_spectral.corpus import READERS
+
 if TYPE_CHECKING:
     from lightning_spectral.architecture import Architecture
     from lightning_spectral.learning_rate import LRSchedule
@@ -189,6 +191,13 @@ _Loader.add_implicit_resolver(
 )
 
 
+def text_data(value: str) -> dict[str, Any] | None:
+    """The data module for ``data: my.txt``, if the value names files of text."""
+    if any(sign in value for sign in "/*\\") or Path(value).suffix in READERS or Path(value).exists():
+        return {"class_path": "lightning_spectral.data.TextFiles", "init_args": {"path": value}}
+    return None
+
+
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
@@ -222,7 +231,8 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
         place = _place(node, step, here)
         child = node[place] if isinstance(node, list) else node.get(place)
         if isinstance(child, str):
-            child = {"class_path": child}  # `--optimizer.init_args.lr` on `optimizer: AdamW`
+            # `--optimizer.init_args.lr` on `optimizer: AdamW`, `--data.init_args.seed` on `data: my.txt`
+            child = text_data(child) or {"class_path": child}
         elif child is None:
             child = [] if here == "callbacks" else {}
         elif not isinstance(child, (dict, list)):

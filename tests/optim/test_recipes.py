@@ -1,0 +1,63 @@
+"""The optimizer recipes are the quickstart with another optimizer, and nothing else."""
+
+import pytest
+import torch
+
+from lightning_spectral.module import build_optimizer
+from lightning_spectral.optim import SpectralOptimizer
+from lightning_spectral.recipe import RecipeError, load
+from tests.optim.models import TinyLM
+
+RECIPES = {
+    "adamw": "adamw",
+    "muon": "muon",
+    "normuon": "normuon",
+    **{f"dion_{k}": "dion" for k in (2, 4, 8, 16)},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_only_the_optimizer_differs_from_the_quickstart(name):
+    recipe, quickstart = load(f"optimizers/{name}").content, load("quickstart").content
+    assert {key for key in recipe if recipe[key] != quickstart[key]} == {"optimizer", "out_dir"}
+    optimizer = build_optimizer(recipe["optimizer"], TinyLM())
+    assert isinstance(optimizer, SpectralOptimizer)
+    groups = {group["role"]: group for group in optimizer.param_groups}
+    assert groups["matrix"]["algorithm"] == RECIPES[name]
+    assert groups["head"]["algorithm"] == "adamw"
+    assert {group["lr"] * group["lr_ratio"] for group in optimizer.param_groups} == {3e-3}
+    if name.startswith("dion"):
+        assert groups["matrix"]["rank_fraction"] == 1 / int(name.removeprefix("dion_"))
+
+
+def test_the_paper_can_be_said_in_yaml():
+    """What ``Muon.paper`` does is a matter of plain keywords."""
+    from lightning_spectral.optim import Muon
+
+    said = {
+        "class_path": "lightning_spectral.optim.Muon",
+        "init_args": {
+            "lr": 0.02,
+            "weight_decay": 0.01,
+            "orthogonalize": "muon",
+            "steps": 5,
+            "lr_scale": "spectral",
+            "fallback": "lion",
+            "fallback_lr": 0.02,
+            "fallback_weight_decay": 0.0,
+            "head_lr_scale": "inverse_sqrt_width",
+            "betas": [0.95, 0.98],
+        },
+    }
+    model = TinyLM()
+    one, other = build_optimizer(said, model), Muon.paper(model)
+    for ours, preset in zip(one.param_groups, other.param_groups, strict=True):
+        assert {k: v for k, v in ours.items() if k != "params"} == {k: v for k, v in preset.items() if k != "params"}
+        assert all(torch.equal(a, b) for a, b in zip(ours["params"], preset["params"], strict=True))
+
+
+def test_a_base_of_a_base_is_refused(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("base: optimizers/muon\n")
+    with pytest.raises(RecipeError, match="name the recipe at the bottom, `quickstart`"):
+        load(recipe)

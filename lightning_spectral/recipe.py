@@ -126,9 +126,12 @@ def folder_of_recipes() -> Path:
 
 
 def names() -> list[str]:
-    """Names of the recipes that came with the package."""
+    """Names of the recipes that came with the package (the folder also holds files of other verbs)."""
     root = folder_of_recipes()
-    return sorted(file.relative_to(root).with_suffix("").as_posix() for file in root.rglob("*.yaml"))
+    found = [
+        file for file in root.rglob("*.yaml") if re.search(r"^model_(name|config):", file.read_text(), re.MULTILINE)
+    ]
+    return sorted(file.relative_to(root).with_suffix("").as_posix() for file in found)
 
 
 def find(path: str | Path) -> Path:

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -22,10 +23,9 @@ from litgpt.pretrain import setup as litgpt_setup
 import lightning_spectral
 import lightning_spectral.data
 from lightning_spectral.architecture import Architecture
-from lightning_spectral.corpus import READERS
 from lightning_spectral.learning_rate import LRSchedule
 from lightning_spectral.module import optimizer_class
-from lightning_spectral.recipe import OUR_DATA, RecipeError
+from lightning_spectral.recipe import OUR_DATA, RecipeError, text_data
 
 GROUPS = {
     "model_config": Config,
@@ -55,6 +55,7 @@ def our_keys(
     """
 
 
+@lru_cache(maxsize=1)
 def parser() -> ArgumentParser:
     """The schema as a jsonargparse parser."""
     made = ArgumentParser(prog="lightning-spectral pretrain", exit_on_error=False)
@@ -223,10 +224,7 @@ def _data(value: Any) -> Any:
         raise RecipeError(
             "the recipe names no `data`: use `data: StateOfTheUnion`, `--data path/to/text.txt`, or a class path."
         )
-    path = str(value)
-    if any(sign in path for sign in "/*\\") or Path(path).suffix in READERS or Path(path).exists():
-        return {"class_path": "lightning_spectral.data.TextFiles", "init_args": {"path": path}}
-    return {"class_path": _data_class(path)}
+    return text_data(str(value)) or {"class_path": _data_class(str(value))}
 
 
 def _data_class(name: str) -> str:

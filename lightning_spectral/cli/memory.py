@@ -15,6 +15,7 @@ Every command writes ``DIR/results.jsonl``, one JSON object per run (``kind`` sa
   ``loss_over_tail_mass``; deflation: ``count`` is d_t and ``new`` its growth;
 * ``newton-schulz``: ``exact_count``, ``capacity_share``, ``flattened_share``, ``smallest_singular_value`` (over the
   Frobenius norm), ``steps_for_capacity``;
+* ``newton-schulz --checkpoint`` (kind ``flattening``): ``matrix``, ``flattened_share``, ``steps_needed``;
 * ``theory``: predictions only, with ``predicted_d_t``, ``asymptotic_e_t``, ``predicted_critical_batch``.
 """
 
@@ -111,6 +112,7 @@ def _add_newton_schulz(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("iterations")
     group.add_argument("--coefficients", nargs="+", default=["muon", "polar_express", "cubic"], help="coefficient sets")
     group.add_argument("--ns-steps", type=int, nargs="+", default=[3, 4, 5, 6, 7, 8, 10, 12, 14])
+    group.add_argument("--checkpoint", metavar="FILE", help="judge the momentum (or matrices) of a checkpoint instead")
     group.add_argument("--ns-dtype", nargs="+", default=["float32", "bfloat16"])
     memory_options.add_run(parser, "out/memory/newton-schulz")
 
@@ -173,8 +175,20 @@ def _newton_schulz(options: argparse.Namespace) -> int:
         for k in steps:
             for dtype in dtypes:
                 RuleSettings(coefficients=name, ns_steps=k, ns_dtype=dtype)
+    if options.checkpoint:
+        return _flattening(options)
     problems = list(memory_options.problems(options))
     return _write(options, (row for p in problems for row in newton_schulz_rows(p, sets, steps, dtypes, machine)))
+
+
+def _flattening(options: argparse.Namespace) -> int:
+    from lightning_spectral.cli.memory_flattening import checkpoint_rows, table
+    from lightning_spectral.cli.memory_output import write_rows
+
+    rows = list(checkpoint_rows(options.checkpoint, options.coefficients, options.ns_steps))
+    print("\n".join(table(rows)))
+    print(f"written to {write_rows(options.out, rows)}")
+    return 0
 
 
 def _reproduce(options: argparse.Namespace) -> int:

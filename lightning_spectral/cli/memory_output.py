@@ -50,6 +50,14 @@ def write_outputs(out: str, rows: Iterable[Row], figures: bool, verdicts: bool, 
     return 0
 
 
+def write_rows(out: str, rows: Iterable[Row]) -> Path:
+    """Write ``results.jsonl`` alone; returns its path."""
+    path = Path(out) / memory_fit.RESULTS_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows))
+    return path
+
+
 def finite(value: Any) -> Any:
     """Plain JSON values; NaN and infinities become null."""
     if isinstance(value, dict):

@@ -68,11 +68,11 @@ def test_results_do_not_depend_on_chunks_or_cache(tmp_path):
 
 
 def test_options_reach_the_run(tmp_path):
-    rows = run(
-        "one-step", "--d", "24", "--rules", "muon", "ns", "newton", "--lam-scale", "0.2", "--coefficients", "polar_express",
-        "--ns-steps", "auto", "--ridge", "0.01", "--anisotropy", "0.5", "--alpha", "1.3", "--batch-size", "64",
-        "--dtype", "float64", "--first-seed", "5", *SMALL, "--no-figures", out=tmp_path,
-    )  # fmt: skip
+    rules = ["--rules", "muon", "ns", "newton", "--lam-scale", "0.2", "--ridge", "0.01"]
+    iteration = ["--coefficients", "polar_express", "--ns-steps", "auto"]
+    problem = ["--d", "24", "--anisotropy", "0.5", "--alpha", "1.3", "--batch-size", "64", "--dtype", "float64"]
+    arguments = [*rules, *iteration, *problem, "--first-seed", "5", *SMALL, "--no-figures"]
+    rows = run("one-step", *arguments, out=tmp_path)
     assert {row["seed"] for row in rows} == {5, 6}
     settings = {row["rule"]: row["settings"] for row in rows}
     assert settings["muon"]["lam"] > 0
@@ -155,6 +155,23 @@ def test_recipes_run_with_the_command_line_on_top(tmp_path):
     assert {row["rule"] for row in rows} == {"sgd", "muon"}
 
 
+def test_a_checkpoint_is_judged_by_its_momentum(tmp_path, capsys):
+    import torch
+
+    layer = torch.nn.Linear(6, 5)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
+    layer(torch.randn(9, 6, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+    optimizer.step()
+    torch.save({"model": layer.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.ckpt")
+    rows = run("newton-schulz", "--checkpoint", str(tmp_path / "run.ckpt"), "--ns-steps", "5", out=tmp_path / "out")
+    assert {row["matrix"] for row in rows} == {"optimizer/state/0/momentum_buffer"}
+    assert all(0 <= row["flattened_share"] <= 1 and row["is_momentum"] for row in rows)
+    assert "momentum_buffer" in capsys.readouterr().out
+    (tmp_path / "bad.ckpt").write_text("nothing")
+    assert main(["memory", "newton-schulz", "--checkpoint", str(tmp_path / "bad.ckpt")]) == 2
+    assert "`--checkpoint`" in capsys.readouterr().err
+
+
 def test_budget_is_read_and_refused():
     assert [parse_budget(text) for text in ("90s", "3m", "1.5h", "20")] == [90, 180, 5400, 20]
     assert main(["memory", "reproduce", "--budget", "soon"]) == 2
@@ -173,20 +190,30 @@ def test_reproduce_speaks_to_every_law(tmp_path, monkeypatch):
     assert len(list(reproduce_rows(60.0, 300, 0, machine))) == 20  # every rung of every part fits
 
 
-def rows_of_a_law(exponent, kind="one-step"):
+def rows_of_a_law(exponent):
     rng = np.random.default_rng(0)
-    rows = []
-    for d in (128, 256, 512):
-        for seed in range(4):
-            rows.append(
-                {
-                    "kind": kind, "d": d, "seed": seed, "alpha": 1.5, "n_items": 30000, "anisotropy": 0.0,
-                    "batch_size": None, "rule_label": "muon", "count": d**exponent * (1 + 0.005 * rng.standard_normal()),
-                    "predicted_count": d**1.4, "predicted_spread": 0.005 * d**1.4, "asymptotic_exponent": 4 / 3,
-                    "censored": False,
-                }
-            )  # fmt: skip
-    return rows
+    same = {
+        "kind": "one-step",
+        "alpha": 1.5,
+        "n_items": 30000,
+        "anisotropy": 0.0,
+        "batch_size": None,
+        "censored": False,
+    }
+    return [
+        {
+            **same,
+            "d": d,
+            "seed": seed,
+            "rule_label": "muon",
+            "count": d**exponent * (1 + 0.005 * rng.standard_normal()),
+            "predicted_count": d**1.4,
+            "predicted_spread": 0.005 * d**1.4,
+            "asymptotic_exponent": 4 / 3,
+        }
+        for d in (128, 256, 512)
+        for seed in range(4)
+    ]
 
 
 def test_verdicts_tell_right_from_wrong():

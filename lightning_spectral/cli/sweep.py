@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from lightning_spectral.cli import CommandError
@@ -76,6 +77,9 @@ def _run(found, launcher_name: str, workers: int | None) -> int:  # type: ignore
         launcher = LAUNCHERS[launcher_name](workers)
     except ValueError as error:
         raise CommandError(str(error)) from error
+    # a batch system asks with SIGTERM, and a background job of a shell script has SIGINT switched off
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.default_int_handler)
     try:
         board = run_all(found, launcher, Screen())
     except KeyboardInterrupt:

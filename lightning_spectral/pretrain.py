@@ -92,7 +92,7 @@ def pretrain(recipe: Recipe, *, progress_bar: bool = True) -> Outcome:
     evaluation: EvalArgs = objects.eval
     data: DataModule = objects.data
     resume = _resume_path(content["resume"], out_dir)
-    if resume is None and _is_first_rank():
+    if resume is None and is_first_rank():
         _move_previous_run(out_dir)
     with _as_recipe_error():
         tokenizer_dir = _checkpoint_dir(content["tokenizer_dir"])
@@ -145,7 +145,7 @@ def pretrain(recipe: Recipe, *, progress_bar: bool = True) -> Outcome:
     if done is not None and done >= lengths.num_steps and (out_dir / "final" / "lit_model.pth").is_file():
         rank_zero_info(f"`{out_dir}` is finished at step {done}: nothing to do (raise `train.max_steps` to go on).")
         return Outcome(out_dir, done, done * tokens_per_step, None, entropy, already_done=True)
-    if _is_first_rank():
+    if is_first_rank():
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / RECIPE_FILE).write_text(recipe.text())
     if resume:
@@ -255,7 +255,7 @@ def _epoch_iters(data: DataModule, world: int) -> int:
     return max(1, len(data.train_dataloader()) // world)
 
 
-def _is_first_rank() -> bool:
+def is_first_rank() -> bool:
     """Before ``fit`` launches anything, or in the process that a launcher calls rank 0."""
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 

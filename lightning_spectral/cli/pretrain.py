@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
         return 0
     if config is None:
         raise CommandError("no recipe: give `--config FILE` or a shipped name, e.g. `--config quickstart`.")
-    # OpenMP threads that spin while they wait make a small model ten times slower on a machine that does other things too
+    # OpenMP threads that spin while they wait make a small model ten times slower on a machine that has other work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _quieten()
     try:
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
         if show == "--print_recipe":
             print(recipe.text(), end="")
             return 0
-        from lightning_spectral.pretrain import pretrain
+        from lightning_spectral.pretrain import is_first_rank, pretrain
 
         outcome = pretrain(recipe)
     except recipes.RecipeError as error:
@@ -72,6 +72,8 @@ def main(argv: list[str]) -> int:
             raise
         print(f"stopped by SIGTERM; continue with `--resume auto` ({recipe.out_dir}).", file=sys.stderr)
         return 143
+    if not is_first_rank():
+        return 0
     print("\n".join(summary(outcome.run_folder)))
     print("\n".join(_losses(outcome.val_loss, outcome.unigram_entropy)))
     print(f"run folder   {outcome.run_folder}  (step {outcome.step}, {outcome.tokens:,} tokens)")

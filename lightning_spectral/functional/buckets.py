@@ -21,8 +21,8 @@ def frequency_buckets(
     """Bucket of each token id by its frequency in the training corpus (arXiv:2605.21803, HEAD / MID / TAIL).
 
     Counts are sorted descending and accumulated; the most frequent ids whose cumulative count stays within
-    ``head_share`` of all occurrences set the HEAD threshold, those within ``mid_share`` the MID threshold. Ties join the
-    higher bucket; ids never seen are TAIL.
+    ``head_share`` of all occurrences set the HEAD threshold, those within ``mid_share`` the MID threshold. Ties join
+    the higher bucket; ids never seen are TAIL.
 
     Args:
         counts_V: Occurrences of each id, >= 0.

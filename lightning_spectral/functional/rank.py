@@ -1,7 +1,7 @@
 """From a spectrum to a rank: soft, hard, Renyi, and what the sample size does to them.
 
-All ranks read eigenvalues of a covariance as a distribution ``p_i = l_i / sum l`` and count how many of its modes are in
-use; they are scale-invariant. Definitions: Jha and Reagen, arXiv:2605.21803; early enrichment and divergence: NerVE,
+All ranks read eigenvalues of a covariance as a distribution ``p_i = l_i / sum l`` and count how many of its modes are
+in use; they are scale-invariant. Definitions: Jha and Reagen, arXiv:2605.21803; early enrichment and divergence: NerVE,
 arXiv:2603.06922.
 
 Axes: D features; a leading ``...`` is a batch of spectra.

@@ -29,7 +29,9 @@ def hugging_face(name: str) -> torch.nn.Module:
     keys = {"num_key_value_heads": 2}
     no_special = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     configs = {
-        "gpt2": lambda: transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, n_positions=32, vocab_size=VOCAB, **no_special),
+        "gpt2": lambda: transformers.GPT2Config(
+            n_layer=2, n_embd=16, n_head=2, n_positions=32, vocab_size=VOCAB, **no_special
+        ),
         "llama": lambda: transformers.LlamaConfig(**wide, **small, **keys, **no_special),
         "mistral": lambda: transformers.MistralConfig(**wide, **small, **keys, **no_special),
         "qwen2": lambda: transformers.Qwen2Config(**wide, **small, **keys, **no_special),

@@ -99,7 +99,11 @@ def smoothed_sign(matrix: Tensor, lam: float, dtype: torch.dtype = torch.float64
 
 
 def newton_schulz(
-    matrix: Tensor, coefficients: str = "muon", steps: int | None = 5, dtype: torch.dtype | None = None
+    matrix: Tensor,
+    coefficients: str = "muon",
+    steps: int | None = 5,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """Approximate polar factor by ``steps`` polynomials in the matrix itself.
 
@@ -109,6 +113,7 @@ def newton_schulz(
         steps: Number of steps; the set's own number when None.
         dtype: Precision of the products; that of ``matrix`` when None. bf16 costs about 1e-2 of accuracy and is
             four times as fast where the hardware has it.
+        overwrite: Use ``matrix`` as workspace, which saves two copies of it.
 
     Returns:
         (..., M, N) in ``dtype``.
@@ -123,7 +128,9 @@ def newton_schulz(
     if iterate.ndim > 3:
         iterate = iterate.flatten(0, -3)
     iterate = iterate.mT if tall else iterate  # the Gram matrix of the short side is the small one
-    result = _iterate(_frobenius_normalized(iterate), rows, schatten4=normalizer == "schatten4")
+    norm: Tensor = torch.linalg.vector_norm(iterate, dim=(-2, -1), keepdim=True).clamp(min=_TINY)
+    iterate = iterate.div_(norm) if overwrite else iterate / norm
+    result = _iterate(iterate, rows, normalizer == "schatten4", overwrite)
     return (result.mT if tall else result).reshape(matrix.shape)
 
 
@@ -166,14 +173,14 @@ def orthogonalize(
 def orthogonalize_stack(
     stacked_BMN: Tensor, method: str, steps: int | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """``orthogonalize`` for matrices that are stacked already, (B, M, N) -> (B, M, N)."""
+    """``orthogonalize`` for matrices that are stacked already, (B, M, N) -> (B, M, N); the input may be overwritten."""
     if method == "identity":
         return stacked_BMN
     if method == "svd":
         return polar_svd(stacked_BMN)
     if stacked_BMN.shape[0] == 1:  # the 2-D product has less overhead than a batch of one
-        return newton_schulz(stacked_BMN[0], method, steps, dtype).unsqueeze(0)
-    return newton_schulz(stacked_BMN, method, steps, dtype)
+        return newton_schulz(stacked_BMN[0], method, steps, dtype, overwrite=True).unsqueeze(0)
+    return newton_schulz(stacked_BMN, method, steps, dtype, overwrite=True)
 
 
 def check_method(method: str) -> None:
@@ -203,12 +210,7 @@ def same_shape_runs(matrices: Sequence[Tensor], batch: bool = True) -> list[list
     return runs
 
 
-def _frobenius_normalized(iterate: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(iterate, dim=(-2, -1), keepdim=True)
-    return iterate / norm.clamp(min=_TINY)
-
-
-def _iterate(iterate: Tensor, rows: Sequence[Row], schatten4: bool) -> Tensor:
+def _iterate(iterate: Tensor, rows: Sequence[Row], schatten4: bool, overwrite: bool) -> Tensor:
     """Apply the rows to (M, N) or (B, M, N) with M <= N and Frobenius norm at most one."""
     multiply_add = torch.addmm if iterate.ndim == 2 else torch.baddbmm
     for step, (a, b, c) in enumerate(rows):
@@ -216,7 +218,10 @@ def _iterate(iterate: Tensor, rows: Sequence[Row], schatten4: bool) -> Tensor:
         if step == 0 and schatten4:
             # ||X X^T||_F = sum s^4: its root bounds s_max^2 far closer than ||X||_F^2 does, at the price of one pass.
             square = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True).clamp(min=_TINY)
-            gram, iterate = gram / square, iterate / square.sqrt()
+            if overwrite:
+                gram, iterate = gram.div_(square), iterate.div_(square.sqrt())
+            else:
+                gram, iterate = gram / square, iterate / square.sqrt()
         polynomial = b * gram if c == 0 else multiply_add(gram, gram, gram, beta=b, alpha=c)
         iterate = multiply_add(iterate, polynomial, iterate, beta=a)
     return iterate

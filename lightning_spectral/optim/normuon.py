@@ -32,19 +32,19 @@ class NorMuonRule(MatrixRule):
         if group["normalize"] == "none":
             return orthogonal_BMN
         dim = -1 if _over_columns(orthogonal_BMN.shape[-2:], group) else -2
-        wide_BMN = orthogonal_BMN.to(torch.promote_types(orthogonal_BMN.dtype, torch.float32))
-        mean_square = wide_BMN.square().mean(dim=dim, keepdim=True)
+        sides = orthogonal_BMN.shape[dim]
+        wide = torch.promote_types(orthogonal_BMN.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(orthogonal_BMN, dim=dim, keepdim=True, dtype=wide)
+        mean_square = norm.square_().div_(sides)
         moments = companions["neuron_moment"]
         for moment, now in zip(moments, mean_square.unbind(0), strict=True):
             moment.lerp_(now.reshape(-1).to(moment.dtype), 1 - group["moment_beta"])
-        scale = (
-            torch.stack(moments).view_as(mean_square).to(wide_BMN.dtype).sqrt().add_(group["moment_eps"]).reciprocal_()
-        )
+        scale = torch.stack(moments).view_as(mean_square).to(wide).sqrt().add_(group["moment_eps"]).reciprocal_()
         # ||scale * O||_F needs no second pass over the matrix: the row sums of squares are known already.
         before = mean_square.sum(dim=(-2, -1), keepdim=True)
         after = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True)
         scale = scale * (before / after.clamp(min=_TINY)).sqrt()
-        return wide_BMN.mul_(scale) if wide_BMN is not directions_BMN else wide_BMN * scale
+        return orthogonal_BMN * scale
 
 
 def _over_columns(shape: torch.Size | tuple[int, ...], group: Group) -> bool:

@@ -16,8 +16,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.config import Config
@@ -33,6 +31,7 @@ from lightning_spectral.module import LitGPT
 from lightning_spectral.recipe import Recipe, RecipeError, _named_config
 from lightning_spectral.recipe_schema import instantiate, one_line
 from lightning_spectral.tokens import unigram_entropy
+from lightning_spectral.trainer_parts import make_logger, make_strategy
 from lightning_spectral.validation import EdgeValidation
 
 RECIPE_FILE = "hyperparameters.yaml"
@@ -116,9 +115,9 @@ def pretrain(recipe: Recipe, *, progress_bar: bool = True) -> Outcome:
             accelerator=content["accelerator"],
             devices=lengths.devices,
             num_nodes=lengths.num_nodes,
-            strategy=_strategy(content["strategy"], lengths.world_size),
+            strategy=make_strategy(content["strategy"], lengths.world_size),
             precision=content["precision"] or get_default_supported_precision(training=True),
-            logger=_logger(content, out_dir, resuming=resume is not None),
+            logger=make_logger(content, out_dir, resuming=resume is not None),
             callbacks=[
                 *objects.callbacks,
                 EdgeValidation(first=evaluation.initial_validation, last=evaluation.final_validation),
@@ -302,50 +301,6 @@ def _checkpoint_dir(path: str | None) -> Path | None:
     if not folder.is_dir():
         raise RecipeError(f"there is no folder `{folder}`.")
     return folder
-
-
-def _strategy(wanted: Any, world_size: int) -> str | Strategy:
-    if wanted == "fsdp2":
-        return ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
-    if isinstance(wanted, dict):
-        from importlib import import_module
-
-        module_name, _, name = str(wanted.get("class_path")).rpartition(".")
-        try:
-            made: Strategy = getattr(import_module(module_name), name)(**(wanted.get("init_args") or {}))
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise RecipeError(f"`strategy: {wanted}` cannot be made: {one_line(error)}") from error
-        return made
-    return str(wanted)
-
-
-def _logger(content: dict[str, Any], out_dir: Path, *, resuming: bool) -> Logger:
-    kind, logs, log = content["logger_name"], out_dir / "logs", content["log"]
-    version = _last_version(logs / kind) if resuming else None
-    name = f"pretrain-{content['model_name']}"
-    logger: Logger
-    if kind == "tensorboard":
-        return TensorBoardLogger(logs, name=kind, version=version)
-    if kind == "csv":
-        # Lightning's CSVLogger wipes an existing version: a resumed run gets its own
-        return CSVLogger(logs, name=kind, flush_logs_every_n_steps=content["train"]["log_interval"])
-    try:
-        if kind == "wandb":
-            return WandbLogger(project=log["project"] or name, name=log["run"], group=log["group"], save_dir=logs)
-        if kind == "mlflow":
-            return MLFlowLogger(experiment_name=name, save_dir=str(logs))
-        from lightning.pytorch.loggers import LitLogger
-
-        settings = {key: log[key] for key in ("teamspace", "metadata", "log_model", "save_logs", "checkpoint_name")}
-        logger = LitLogger(root_dir=logs, name=name, **settings)  # type: ignore[assignment]
-        return logger
-    except ModuleNotFoundError as error:
-        raise RecipeError(f"`logger_name: {kind}` needs a package that is not installed: {one_line(error)}") from error
-
-
-def _last_version(folder: Path) -> int | None:
-    numbers = [path.name.removeprefix("version_") for path in folder.glob("version_*")]
-    return max((int(number) for number in numbers if number.isdigit()), default=None)
 
 
 @contextmanager

@@ -259,8 +259,8 @@ class SpectralCallback(Callback):
         state = "unknown before the first forward" if probe.state_mib is None else f"{probe.state_mib:.1f} MiB"
         rank_zero_info(
             f"{type(self).__name__}: {len(sites)} sites ({sites[0].name} ... {sites[-1].name}), state in a window "
-            f"{state}, every {self._schedule.every_n_steps} steps on {', '.join(self._on)}; records in "
-            f"`{self.run_folder.path}`."
+            f"{state}, every {self._schedule.every_n_steps} steps on {', '.join(self._on)}; {_products(probe)}"
+            f"records in `{self.run_folder.path}`."
         )
 
     def _check_memory(self, probe: SpectralProbe) -> None:
@@ -365,6 +365,10 @@ class SpectralCallback(Callback):
             self._tokens_seen = None
             return
         self._tokens_seen += ids_BT.shape[0] * (ids_BT.shape[1] - self._extra_columns) * _data_parallel_size(trainer)
+
+
+def _products(probe: SpectralProbe) -> str:
+    return "".join(f"products of width {width} by {choice}; " for width, choice in probe.products.items())
 
 
 def data_parallel_group(pl_module: pl.LightningModule) -> dist.ProcessGroup | None:

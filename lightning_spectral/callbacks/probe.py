@@ -18,7 +18,9 @@ from lightning_spectral.callbacks.grouping import Grouping
 from lightning_spectral.callbacks.options import ProbeOptions
 from lightning_spectral.callbacks.window import BucketLoss, Buckets, SiteResult, WindowResult, solve_window
 from lightning_spectral.functional.buckets import EXCLUDED, target_ids
-from lightning_spectral.functional.covariance import Moments, empty_moments, packed_size, update_
+from lightning_spectral.functional.covariance import Moments, empty_moments, update_
+from lightning_spectral.functional.packed import packed_size
+from lightning_spectral.functional.products import Calibration, calibrate, strips
 from lightning_spectral.metrics.losses import BucketLosses
 from lightning_spectral.metrics.streaming import sort_by_group
 from lightning_spectral.models.families import Site, resolve
@@ -69,6 +71,7 @@ class SpectralProbe:
             with_logits=options.with_losses,
             follow_forward=self.follows_forward,
         )
+        self.products = self._choose_products()
         self.window = OpenWindow()
         self.begin()
 
@@ -173,7 +176,8 @@ class SpectralProbe:
             self.window.dtypes[site.key] = str(rows_ND.dtype).removeprefix("torch.")
             if site.router is not None:
                 # Each expert has its own few tokens: their rows cannot wait with the others'.
-                self._add(site, rows_ND, groups[forward.tokens[site.key]])
+                expert_groups = groups[forward.tokens[site.key]]
+                self._add(site, rows_ND, *sort_by_group(expert_groups, self.buckets.num_groups))
             else:
                 self.window.waiting.setdefault(site.key, []).append(rows_ND)
 
@@ -192,18 +196,28 @@ class SpectralProbe:
     def _flush(self) -> None:
         if not self.window.waiting_groups:
             return
-        groups_N = torch.cat(self.window.waiting_groups)
+        sizes, order_M = sort_by_group(torch.cat(self.window.waiting_groups), self.buckets.num_groups)
         for site in self.tapped.sites:
             waiting = self.window.waiting.get(site.key)
             if waiting:
-                self._add(site, waiting[0] if len(waiting) == 1 else torch.cat(waiting), groups_N)
+                self._add(site, waiting[0] if len(waiting) == 1 else torch.cat(waiting), sizes, order_M)
                 waiting.clear()
         self.window.waiting_groups.clear()
 
-    def _add(self, site: Site, rows_ND: Tensor, groups_N: Tensor) -> None:
+    def _add(self, site: Site, rows_ND: Tensor, sizes: list[int], order_M: Tensor | None) -> None:
+        width = rows_ND.shape[1]
         if site.key not in self.window.states:
-            self.window.states[site.key] = self._empty_state(rows_ND.shape[1], rows_ND.dtype, rows_ND.device)
-        update_(self.window.states[site.key], *sort_by_group(rows_ND, groups_N, self.buckets.num_groups))
+            self.window.states[site.key] = self._empty_state(width, rows_ND.dtype, rows_ND.device)
+        product = self.products[width].product if width in self.products else strips
+        update_(self.window.states[site.key], rows_ND, sizes, order_M, product)
+
+    def _choose_products(self) -> dict[int, Calibration]:
+        """The fastest correct product for each width that is known before the first forward."""
+        parameter = next(iter(self.tapped.embedding.parameters()))
+        widths = sorted({width for site in self.tapped.sites if (width := declared_width(site)) is not None})
+        if parameter.dtype == torch.float64:
+            return {}
+        return {width: calibrate(width, device=parameter.device, activations=parameter.dtype) for width in widths}
 
     def _empty_state(self, width: int, dtype: torch.dtype, device: torch.device) -> Moments:
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -228,9 +242,9 @@ class SpectralProbe:
         *counts, num_passes = counts_K.tolist()
         if num_passes == 0:
             raise RuntimeError(
-                f"No forward pass of `{type(self.tapped.root).__name__}` was seen in a whole window. A compiled model that "
-                "ran before the callback attached skips hooks: call `torch._dynamo.reset()` once after attaching. If "
-                "the Trainer trains another copy of the model, attach to that one."
+                f"No forward pass of `{type(self.tapped.root).__name__}` was seen in a whole window. A compiled model "
+                "that ran before the callback attached skips hooks: call `torch._dynamo.reset()` once after attaching. "
+                "If the Trainer trains another copy of the model, attach to that one."
             )
         return dict(zip(self.buckets.reported, counts, strict=False))
 

@@ -12,16 +12,29 @@ Axes: N rows, D features, G groups, P packed entries of a symmetric D x D matrix
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-# Upper strips of a symmetric matrix: 8 strips do 9/16 of the full product's work; more of them only get thinner.
-NUM_STRIPS = 8
+from lightning_spectral.functional.packed import (
+    packed_matvec,
+    packed_size,
+    packed_square_norm,
+    packed_trace,
+    strip_bounds,
+    strip_views,
+    sum_dtype,
+    unpack,
+)
+from lightning_spectral.functional.products import Product, full_precision, strips
+
+# Rows are shifted through a workspace of this size: large enough for the product, small enough that the allocator gives
+# the same memory again (above 32 MiB every pass would fault in fresh pages, which costs as much as the product).
+_CHUNK_ROWS = 1_024
+_CHUNK_ENTRIES = 1 << 22
 
 
 @dataclass
@@ -59,36 +72,6 @@ class Moments:
         return Moments(**{f.name: getattr(self, f.name).clone() for f in fields(self)})
 
 
-def strip_bounds(width: int) -> list[tuple[int, int]]:
-    """Row ranges of the upper strips; strip ``(a, b)`` holds columns ``a`` to ``width``."""
-    height = -(-width // NUM_STRIPS)
-    return [(start, min(start + height, width)) for start in range(0, width, height)]
-
-
-def packed_size(width: int) -> int:
-    """Entries P of a packed symmetric ``width x width`` matrix."""
-    return sum((stop - start) * (width - start) for start, stop in strip_bounds(width))
-
-
-def strip_views(packed_P: Tensor, width: int) -> list[Tensor]:
-    """The strips of one packed matrix as views, each ``(rows, width - first row)``."""
-    views, offset = [], 0
-    for start, stop in strip_bounds(width):
-        shape = (stop - start, width - start)
-        views.append(packed_P[offset : offset + shape[0] * shape[1]].view(shape))
-        offset += shape[0] * shape[1]
-    return views
-
-
-def unpack(packed_P: Tensor, width: int) -> Float[Tensor, "D D"]:
-    """The full symmetric matrix of one packed vector."""
-    matrix_DD = packed_P.new_empty(width, width)
-    for (start, stop), strip in zip(strip_bounds(width), strip_views(packed_P, width), strict=True):
-        matrix_DD[start:stop, start:] = strip
-        matrix_DD[start:, start:stop] = strip.mT
-    return matrix_DD
-
-
 def empty_moments(
     num_groups: int, width: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Moments:
@@ -106,55 +89,76 @@ def empty_moments(
     )
 
 
-def sum_dtype(device: torch.device | str) -> torch.dtype:
-    """Type of the O(D) sums: fp64 where the device has it (Apple's GPU does not)."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64
-
-
-def update_(moments: Moments, rows_ND: Float[Tensor, "N D"], sizes: Sequence[int]) -> None:
-    """Add rows sorted by group, in place: the first ``sizes[0]`` rows are group 0's, and so on.
+def update_(
+    moments: Moments,
+    rows_ND: Float[Tensor, "N D"],
+    sizes: Sequence[int],
+    order_M: Int[Tensor, " M"] | None = None,
+    product: Product = strips,
+) -> None:
+    """Add rows by group, in place: the first ``sizes[0]`` rows are group 0's, and so on.
 
     Args:
         moments: State to add to. The first rows it ever sees fix its shift.
         rows_ND: Rows of any float type; products run in the state's type, never in autocast's.
-        sizes: Rows of each group; they sum to N.
+        sizes: Rows of each group.
+        order_M: Indices of the rows to add, sorted by group; default all rows as they stand. Sorting costs no copy of
+            the rows this way.
+        product: How to compute ``sum y y^T``; see :mod:`~lightning_spectral.functional.products`.
 
     Raises:
         ValueError: If shapes or sizes do not fit the state.
     """
     if rows_ND.ndim != 2 or rows_ND.shape[1] != moments.width:
         raise ValueError(f"Rows of shape {tuple(rows_ND.shape)} do not fit a state of width {moments.width}.")
-    if len(sizes) != moments.num_groups or sum(sizes) != rows_ND.shape[0]:
+    num_rows = rows_ND.shape[0] if order_M is None else order_M.shape[0]
+    if len(sizes) != moments.num_groups or sum(sizes) != num_rows:
         raise ValueError(
-            f"`sizes` must have {moments.num_groups} entries that sum to {rows_ND.shape[0]} rows, got {list(sizes)}."
+            f"`sizes` must have {moments.num_groups} entries that sum to {num_rows} rows, got {list(sizes)}."
         )
-    if rows_ND.shape[0] == 0:
+    if num_rows == 0:
         return
-    with torch.no_grad(), _full_precision(rows_ND.device):
-        rows_ND = rows_ND.to(moments.scatter_GP.dtype)
+    with torch.no_grad(), full_precision(rows_ND.device):
         if not bool(moments.count_G.any()):
-            # One bad row must spoil its own bucket, not every bucket through the shift.
-            mean_D = rows_ND.mean(0, dtype=moments.shift_D.dtype)
-            moments.shift_D.copy_(torch.where(mean_D.isfinite(), mean_D, 0.0))
-        shifted_ND = rows_ND - moments.shift_D.to(rows_ND.dtype)
-        start = 0
+            moments.shift_D.copy_(_first_shift(rows_ND, order_M))
+        chunk = max(_CHUNK_ROWS, _CHUNK_ENTRIES // moments.width)
+        shift_D = moments.shift_D.to(moments.scatter_GP.dtype)
+        workspace = shift_D.new_empty(min(chunk, max(sizes)), moments.width)
+        end = 0
         for group, size in enumerate(sizes):
-            if size:
-                _add_group(moments, group, shifted_ND[start : start + size])
-            start += size
+            start, end = end, end + size
+            for first in range(start, end, chunk):
+                part = slice(first, min(first + chunk, end))
+                shifted_ND = workspace[: part.stop - part.start]
+                if order_M is None:
+                    torch.sub(rows_ND[part].to(shift_D.dtype), shift_D, out=shifted_ND)
+                elif rows_ND.dtype == shift_D.dtype:
+                    torch.index_select(rows_ND, 0, order_M[part], out=shifted_ND).sub_(shift_D)
+                else:
+                    torch.sub(rows_ND.index_select(0, order_M[part]).to(shift_D.dtype), shift_D, out=shifted_ND)
+                _add_rows(moments, group, shifted_ND, product)
 
 
-def _add_group(moments: Moments, group: int, shifted_ND: Tensor) -> None:
+def _first_shift(rows_ND: Tensor, order_M: Tensor | None) -> Tensor:
+    """A vector near the mean: the mean of some of the rows, taken evenly."""
+    num_rows = rows_ND.shape[0] if order_M is None else order_M.shape[0]
+    step = -(-num_rows // _CHUNK_ROWS)
+    some_ND = rows_ND[::step] if order_M is None else rows_ND.index_select(0, order_M[::step])
+    mean_D = some_ND.to(sum_dtype(rows_ND.device)).mean(0)
+    # One bad row must spoil its own bucket, not every bucket through the shift.
+    return torch.where(mean_D.isfinite(), mean_D, 0.0)
+
+
+def _add_rows(moments: Moments, group: int, shifted_ND: Tensor, product: Product) -> None:
     high = moments.sum_GD.dtype
-    square_norm_N = shifted_ND.square().sum(1)
+    weights_2N = shifted_ND.new_ones(2, shifted_ND.shape[0])
+    weights_2N[1] = torch.linalg.vector_norm(shifted_ND, dim=1).square_()
+    sums_2D = (weights_2N @ shifted_ND).to(high)  # both sums in one pass; across chunks they add in fp64
     moments.count_G[group] += shifted_ND.shape[0]
-    moments.sum_GD[group] += shifted_ND.sum(0, dtype=high)
-    moments.cubic_GD[group] += (square_norm_N @ shifted_ND).to(high)
-    moments.quartic_G[group] += square_norm_N.to(high).square().sum()
-    for (start, stop), strip in zip(
-        strip_bounds(moments.width), strip_views(moments.scatter_GP[group], moments.width), strict=True
-    ):
-        strip.addmm_(shifted_ND[:, start:stop].mT, shifted_ND[:, start:])
+    moments.sum_GD[group] += sums_2D[0]
+    moments.cubic_GD[group] += sums_2D[1]
+    moments.quartic_G[group] += weights_2N[1].to(high).square().sum()
+    product(strip_views(moments.scatter_GP[group], moments.width), shifted_ND)
 
 
 def rebase_(moments: Moments, shift_D: Float[Tensor, " D"]) -> None:
@@ -162,12 +166,12 @@ def rebase_(moments: Moments, shift_D: Float[Tensor, " D"]) -> None:
     move_D = moments.shift_D - shift_D.to(moments.shift_D.dtype)  # y_new = y + move
     if not bool(move_D.any()):
         return
-    with torch.no_grad(), _full_precision(shift_D.device):
+    with torch.no_grad(), full_precision(shift_D.device):
         square_move = move_D @ move_D
         for group in range(moments.num_groups):
             count, sum_D = moments.count_G[group], moments.sum_GD[group].clone()
             strips = strip_views(moments.scatter_GP[group], moments.width)
-            scattered_move_D = _packed_matvec(strips, move_D)
+            scattered_move_D = packed_matvec(strips, move_D)
             trace = packed_trace(moments.scatter_GP[group], moments.width)
             along = move_D @ sum_D
             moments.quartic_G[group] += (
@@ -277,34 +281,6 @@ def invariants(moments: Moments, group: int = 0) -> Invariants:
     )
 
 
-def packed_trace(packed_P: Tensor, width: int) -> Tensor:
-    """Trace of a packed symmetric matrix, in fp64 where there is fp64."""
-    high = sum_dtype(packed_P.device)
-    return torch.stack([strip.diagonal().sum(dtype=high) for strip in strip_views(packed_P, width)]).sum()
-
-
-def packed_square_norm(packed_P: Tensor, width: int) -> Tensor:
-    """Squared Frobenius norm of a packed symmetric matrix: off-diagonal blocks count twice."""
-    high = sum_dtype(packed_P.device)
-    total = torch.zeros((), dtype=high, device=packed_P.device)
-    for strip in strip_views(packed_P, width):
-        block = strip.shape[0]
-        total += strip[:, :block].to(high).square().sum() + 2 * strip[:, block:].to(high).square().sum()
-    return total
-
-
-def _packed_matvec(strips: Sequence[Tensor], vector_D: Tensor) -> Tensor:
-    result_D = torch.zeros_like(vector_D)
-    start = 0
-    for strip in strips:
-        stop = start + strip.shape[0]
-        high = strip.to(vector_D.dtype)
-        result_D[start:stop] += high @ vector_D[start:]
-        result_D[stop:] += high[:, stop - start :].mT @ vector_D[start:stop]
-        start = stop
-    return result_D
-
-
 def _joint_mean(first: Moments, second: Moments) -> Tensor:
     count = first.count_G.sum() + second.count_G.sum()
     total_D = sum(
@@ -312,18 +288,3 @@ def _joint_mean(first: Moments, second: Moments) -> Tensor:
         start=torch.zeros_like(first.shift_D),
     )
     return total_D / count.clamp(min=1)
-
-
-@contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """True fp32 products: outside autocast, and with TF32 / bf16 shortcuts off for their duration."""
-    before = torch.get_float32_matmul_precision()
-    with torch.autocast(device.type, enabled=False):
-        if before == "highest":
-            yield
-            return
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)

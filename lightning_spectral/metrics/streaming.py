@@ -53,11 +53,10 @@ class StreamingCovariance(Metric):
             ValueError: If the rows do not have D features or a group is not in [0, G).
         """
         if groups_N is None:
-            sizes = [0] * self.num_groups
-            sizes[0] = rows_ND.shape[0]
-        else:
-            rows_ND, sizes = sort_by_group(rows_ND, groups_N, self.num_groups)
-        update_(self.moments, rows_ND, sizes)
+            groups_N = torch.zeros(rows_ND.shape[0], dtype=torch.int64, device=rows_ND.device)
+        if groups_N.shape != rows_ND.shape[:1]:
+            raise ValueError(f"Need one group for each of {rows_ND.shape[0]} rows, got shape {tuple(groups_N.shape)}.")
+        update_(self.moments, rows_ND, *sort_by_group(groups_N, self.num_groups))
 
     def compute(self) -> Tensor:
         """Centred covariance of each group, ``(G, D, D)``, fp64."""
@@ -92,13 +91,17 @@ class SpectralRank(StreamingCovariance):
         return {name: metric(eigs) for name, metric in ranks.RANK_METRICS.items()}
 
 
-def sort_by_group(rows_ND: Tensor, groups_N: Tensor, num_groups: int) -> tuple[Tensor, list[int]]:
-    """Rows in the order of their groups, rows with a negative group dropped, and the size of each group."""
-    if groups_N.shape != rows_ND.shape[:1] or (groups_N.numel() and int(groups_N.max()) >= num_groups):
-        raise ValueError(
-            f"Need one group in [0, {num_groups}) for each of {rows_ND.shape[0]} rows, got shape "
-            f"{tuple(groups_N.shape)} with a largest group {int(groups_N.max()) if groups_N.numel() else None}."
-        )
-    order_N = torch.argsort(groups_N, stable=True)
-    sizes = torch.bincount(groups_N.clamp(min=-1) + 1, minlength=num_groups + 1).tolist()
-    return rows_ND.index_select(0, order_N[sizes[0] :]), sizes[1:]
+def sort_by_group(groups_N: Int[Tensor, " N"], num_groups: int) -> tuple[list[int], Tensor | None]:
+    """Size of each group, and the rows' indices in the order of their groups; a negative group is left out.
+
+    The order is ``None`` where all rows are in one group: they need no sorting.
+
+    Raises:
+        ValueError: If a group is not below ``num_groups``.
+    """
+    left_out, *sizes = torch.bincount(groups_N.clamp(min=-1) + 1, minlength=num_groups + 1).tolist()
+    if len(sizes) > num_groups:
+        raise ValueError(f"Groups must be in [0, {num_groups}), got a largest group {len(sizes) - 1}.")
+    if len(groups_N) in sizes:
+        return sizes, None
+    return sizes, torch.argsort(groups_N, stable=True)[left_out:]

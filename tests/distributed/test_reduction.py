@@ -32,7 +32,7 @@ def reduced(rank: int, world_size: int, owner: int | None):
     rows, groups = data()
     part = share(rank, world_size)
     moments = empty_moments(GROUPS, WIDTH)
-    update_(moments, *sort_by_group(rows[part], groups[part], GROUPS))
+    update_(moments, rows[part], *sort_by_group(groups[part], GROUPS))
     reduce_(moments, owner)
     if owner not in (None, rank):
         return None
@@ -44,7 +44,7 @@ def reduced(rank: int, world_size: int, owner: int | None):
 def test_uneven_and_empty_ranks_equal_one_process(world_size, owner):
     rows, groups = data()
     single = empty_moments(GROUPS, WIDTH)
-    update_(single, *sort_by_group(rows, groups, GROUPS))
+    update_(single, rows, *sort_by_group(groups, GROUPS))
     for result in run_ranks(reduced, world_size, owner):
         if result is None:
             continue
@@ -81,7 +81,7 @@ def bad_row(rank: int, world_size: int):
         groups[350] = 2
     part = share(rank, world_size)
     moments = empty_moments(GROUPS, WIDTH)
-    update_(moments, *sort_by_group(rows[part], groups[part], GROUPS))
+    update_(moments, rows[part], *sort_by_group(groups[part], GROUPS))
     reduce_(moments)
     return [measure(moments, [group]).status for group in range(GROUPS)]
 

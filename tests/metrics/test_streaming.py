@@ -41,17 +41,18 @@ def test_rows_without_a_valid_group_are_refused():
         metric.update(torch.zeros(3, 2), torch.tensor([0, 1]))
 
 
-def test_sorting_keeps_rows_whole_and_drops_the_excluded():
-    rows = torch.arange(10.0).reshape(5, 2)
-    sorted_rows, sizes = sort_by_group(rows, torch.tensor([1, -1, 0, 1, 0]), 3)
-    assert sizes == [2, 2, 0]
-    assert sorted_rows.tolist() == rows[[2, 4, 0, 3]].tolist()
+def test_sorting_drops_the_excluded_and_spares_one_group_the_sort():
+    sizes, order = sort_by_group(torch.tensor([1, -1, 0, 1, 0]), 3)
+    assert (sizes, order.tolist()) == ([2, 2, 0], [2, 4, 0, 3])
+    assert sort_by_group(torch.tensor([1, 1]), 3) == ([0, 2, 0], None)
+    with pytest.raises(ValueError, match=r"\[0, 3\), got a largest group 3"):
+        sort_by_group(torch.tensor([1, 3]), 3)
 
 
 def moments_of_shards(rows: torch.Tensor, num_shards: int):
     moments = empty_moments(num_shards, rows.shape[1], dtype=torch.float64)
     shards = torch.arange(len(rows)) * num_shards // len(rows)
-    update_(moments, *sort_by_group(rows, shards, num_shards))
+    update_(moments, rows, *sort_by_group(shards, num_shards))
     return moments
 
 

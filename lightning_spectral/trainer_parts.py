@@ -42,7 +42,7 @@ def make_logger(content: dict[str, Any], out_dir: Path, *, resuming: bool) -> Lo
     name = f"pretrain-{content['model_name']}"
     logger: Logger
     if kind == "tensorboard":
-        return TensorBoardLogger(logs, name=kind, version=version)
+        return TensorBoardLogger(logs, name=kind, version=version, default_hp_metric=False)
     if kind == "csv":
         # Lightning's CSVLogger wipes an existing version: a resumed run gets its own
         return CSVLogger(logs, name=kind, flush_logs_every_n_steps=content["train"]["log_interval"])

@@ -234,3 +234,12 @@ def test_words() -> None:
 @pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("-2E5", -2e5), ("[1, 2e1]", [1, 20.0]), ("1e3x", "1e3x")])
 def test_values(text: str, value: Any) -> None:
     assert read_value(text) == value
+
+
+def test_on_is_a_key_and_not_true(tmp_path: Path) -> None:
+    text = yaml.safe_dump(tiny_tree(tmp_path))
+    probe = "{class_path: lightning_spectral.SpectralRankCallback, init_args: {on: [train, validation]}}"
+    file = tmp_path / "on.yaml"
+    file.write_text(text.replace("callbacks: []", "") + f"\ncallbacks: [{probe}]\n")
+    (callback,) = load(file).content["callbacks"]
+    assert callback["init_args"]["on"] == ["train", "validation"]

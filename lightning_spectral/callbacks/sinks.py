@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 
 import lightning.pytorch as pl
+from lightning.fabric import Fabric
 
 from lightning_spectral.records import LossRecord, SpectralRecord
 
@@ -68,8 +69,8 @@ def layer_name(record: SpectralRecord) -> str:
     return f"layer_{record.layer:02d}" + ("" if record.expert is None else f".expert_{record.expert:02d}")
 
 
-def log_scalars(trainer: pl.Trainer, scalars: dict[str, float], step: int) -> None:
-    """To every logger of the trainer, past ``self.log``: hundreds of tags there would cost more than the window."""
+def log_scalars(trainer: pl.Trainer | Fabric, scalars: dict[str, float], step: int) -> None:
+    """To every logger, past ``self.log``: hundreds of tags there would cost more than the window."""
     finite = {tag: value for tag, value in scalars.items() if math.isfinite(value)}
     if finite and trainer.is_global_zero:
         for logger in trainer.loggers:

@@ -58,6 +58,8 @@ class SpectralCallback(Callback):
             raise ValueError(f"`on_nonfinite` must be one of {list(NONFINITE_POLICIES)}, got {on_nonfinite!r}.")
         if memory_limit_mib is not None and memory_limit_mib <= 0:
             raise ValueError(f"`memory_limit_mib` must be > 0, got {memory_limit_mib}.")
+        if eigenvalues and options.soft != "exact":
+            raise ValueError("`eigenvalues=True` needs `soft='exact'`: the approximation knows no eigenvalues.")
         self.dirpath, self.run_id, self.labels = dirpath, run_id, labels
         self.options = options
         self.run_folder: RunFolder | None = None

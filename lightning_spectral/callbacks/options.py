@@ -11,6 +11,7 @@ from lightning_spectral.functional.rank import DEFAULT_RENYI_ORDERS
 # The paper's code adds this to `sum l^2`, whatever the scale of the activations.
 PAPER_EPSILON = 1e-12
 CONVENTIONS = ("default", "paper")
+SOFT_METHODS = ("exact", "approx")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class ProbeOptions:
     absolute_epsilon: float = 0.0
     with_losses: bool = False
     reduce: bool = True
+    soft: str = "exact"
 
     def __post_init__(self) -> None:
         if not self.sites or set(self.sites) - {"pre", "post"}:
@@ -38,6 +40,8 @@ class ProbeOptions:
             raise ValueError(f"`keep_share` must be in (0, 1], got {self.keep_share}.")
         if isinstance(self.num_shards, bool) or not isinstance(self.num_shards, int) or self.num_shards < 1:
             raise ValueError(f"`num_shards` must be an integer >= 1, got {self.num_shards!r}.")
+        if self.soft not in SOFT_METHODS:
+            raise ValueError(f"`soft` must be one of {list(SOFT_METHODS)}, got {self.soft!r}.")
         bad = [order for order in self.renyi_orders if not order > 0 or math.isnan(order)]
         if bad:
             raise ValueError(f"`renyi_orders` must be > 0, got {bad}.")
@@ -54,6 +58,7 @@ def probe_options(
     convention: str,
     buckets_from_rank_0: bool = False,
     with_losses: bool = False,
+    soft: str = "exact",
 ) -> ProbeOptions:
     """Options from plain arguments.
 
@@ -72,6 +77,7 @@ def probe_options(
         absolute_epsilon=PAPER_EPSILON if convention == "paper" else 0.0,
         with_losses=with_losses,
         reduce=not buckets_from_rank_0,
+        soft=soft,
     )
 
 

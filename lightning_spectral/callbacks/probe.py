@@ -133,8 +133,7 @@ class SpectralProbe:
                 self.buckets,
                 num_sequences=num_sequences,
                 dtypes=self.window.dtypes,
-                renyi_orders=self.options.renyi_orders,
-                absolute_epsilon=self.options.absolute_epsilon,
+                options=self.options,
                 process_group=process_group,
                 world_size=world_size,
             )

@@ -46,6 +46,7 @@ class TailTokenProbe(SpectralCallback):
         keep_share: See there.
         num_shards: See there.
         renyi_orders: See there.
+        soft: See there.
         eigenvalues: See there.
         dirpath: See there.
         run_id: See there.
@@ -84,6 +85,7 @@ class TailTokenProbe(SpectralCallback):
         keep_share: float = 1.0,
         num_shards: int = 1,
         renyi_orders: Sequence[float] = DEFAULT_RENYI_ORDERS,
+        soft: Literal["exact", "approx"] = "exact",
         eigenvalues: bool = False,
         dirpath: str | None = None,
         run_id: str | None = None,
@@ -110,6 +112,7 @@ class TailTokenProbe(SpectralCallback):
             num_shards=num_shards,
             renyi_orders=renyi_orders,
             convention=convention,
+            soft=soft,
             buckets_from_rank_0=convention == "paper",
             with_losses=losses,
         )

@@ -47,6 +47,7 @@ def _record(site: SiteResult, result: WindowResult, window: WindowId, convention
         rows_per_dim=measured.num_rows / max(measured.width, 1),
         status=measured.status,
         soft_rank=measured.soft_rank,
+        soft_method=measured.soft_method,
         hard_rank=measured.hard_rank,
         hard_rank_unbiased=measured.hard_rank_unbiased,
         spectral_entropy=measured.spectral_entropy,

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_spectral.callbacks.options import ProbeOptions
 from lightning_spectral.functional.covariance import Moments, take_groups
+from lightning_spectral.functional.products import full_precision
 from lightning_spectral.functional.rank import js_divergence
 from lightning_spectral.metrics.measure import RankMeasurement, measure
 from lightning_spectral.metrics.sync import reduce_
@@ -97,8 +99,7 @@ def solve_window(
     *,
     num_sequences: Mapping[str, int],
     dtypes: Mapping[str, str],
-    renyi_orders: Sequence[float],
-    absolute_epsilon: float,
+    options: ProbeOptions,
     process_group: dist.ProcessGroup | None,
     world_size: int,
 ) -> list[SiteResult]:
@@ -110,8 +111,7 @@ def solve_window(
         buckets: Layout of their groups.
         num_sequences: Sequences that contributed rows to each reported bucket, over all ranks.
         dtypes: Activation type by site key.
-        renyi_orders: Orders to report.
-        absolute_epsilon: Compatibility option of the hard rank.
+        options: What to report.
         process_group: Ranks to reduce over.
         world_size: Its size; 1 for no reduction.
     """
@@ -136,7 +136,7 @@ def solve_window(
                     bucket,
                     num_sequences.get(bucket, 0),
                     dtypes.get(site.key, ""),
-                    _measure(states.get(site.key), buckets, bucket, renyi_orders, absolute_epsilon),
+                    _measure(states.get(site.key), buckets, bucket, options),
                 )
         owned += [_with_reinjection(result, solved.get(("pre", result.bucket))) for result in solved.values()]
     if world_size == 1:
@@ -146,13 +146,18 @@ def solve_window(
     return [result for part in shared if part for result in part]
 
 
-def _measure(
-    moments: Moments | None, buckets: Buckets, bucket: str, renyi_orders: Sequence[float], absolute_epsilon: float
-) -> RankMeasurement:
+def _measure(moments: Moments | None, buckets: Buckets, bucket: str, options: ProbeOptions) -> RankMeasurement:
     if moments is None:  # an expert that no token chose
         return RankMeasurement(0, 0, "empty")
     selected, shards = buckets.select(moments, bucket)
-    measurement = measure(selected, shards, renyi_orders=renyi_orders, absolute_epsilon=absolute_epsilon)
+    with full_precision(moments.shift_D.device):
+        measurement = measure(
+            selected,
+            shards,
+            renyi_orders=options.renyi_orders,
+            absolute_epsilon=options.absolute_epsilon,
+            soft=options.soft,
+        )
     eigenvalues = measurement.eigenvalues
     return replace(measurement, eigenvalues=None if eigenvalues is None else eigenvalues.cpu())
 

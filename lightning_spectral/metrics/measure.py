@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from lightning_spectral.functional import approximate
 from lightning_spectral.functional import rank as ranks
 from lightning_spectral.functional.covariance import Invariants, Moments, covariance, invariants, take_groups
 
@@ -39,6 +40,7 @@ class RankMeasurement:
     hard_rank_ci: tuple[float, float] | None = None
     soft_rank_ci: tuple[float, float] | None = None
     eigenvalues: Tensor | None = None
+    soft_method: str = "exact"
 
 
 def measure(
@@ -47,6 +49,7 @@ def measure(
     *,
     renyi_orders: Sequence[float] = ranks.DEFAULT_RENYI_ORDERS,
     absolute_epsilon: float = 0.0,
+    soft: str = "exact",
 ) -> RankMeasurement:
     """Ranks of the rows of ``groups`` together; the groups are the shards that the intervals come from.
 
@@ -55,37 +58,46 @@ def measure(
         groups: Indices of the shards to merge.
         renyi_orders: Orders of :attr:`RankMeasurement.renyi`.
         absolute_epsilon: The paper's compatibility option of ``hard_rank``.
+        soft: ``exact``; or ``approx``, where the state is wide enough for that to be faster: then everything that needs
+            the whole spectrum stays ``None``.
     """
     own = take_groups(moments, [list(groups)])
     numbers = invariants(own)
     status = _status(numbers, moments.width)
     if status in UNMEASURABLE:
         return RankMeasurement(numbers.num_rows, moments.width, status)
-    eigs = _spectrum(own)
-    values = {name: float(metric(eigs)) for name, metric in ranks.RANK_METRICS.items()}
+    exact = soft == "exact" or moments.width < approximate.MIN_WIDTH
+    eigs = _spectrum(own) if exact else None
+    values = {} if eigs is None else {name: float(metric(eigs)) for name, metric in ranks.RANK_METRICS.items()}
+    soft_rank = values["soft_rank"] if exact else _approximate_soft_rank(own, numbers)
     hard = _hard_rank(numbers, absolute_epsilon)
     unbiased = ranks.unbiased_hard_rank(numbers.num_rows, numbers.trace, numbers.frobenius_sq, numbers.quartic)
     leave_one_out = [take_groups(moments, [[g for g in groups if g != left]]) for left in groups]
     parts = [invariants(part) for part in leave_one_out]
     usable = len(groups) > 1 and not any(_status(part, moments.width) in UNMEASURABLE for part in parts)
     hard_parts = [_hard_rank(part, absolute_epsilon) for part in parts] if usable else []
-    soft_parts = [float(ranks.soft_rank(_spectrum(part))) for part in leave_one_out] if usable else []
+    soft_parts = [
+        float(ranks.soft_rank(_spectrum(part))) if exact else _approximate_soft_rank(part, part_numbers)
+        for part, part_numbers in zip(leave_one_out, parts, strict=True)
+        if usable
+    ]
     return RankMeasurement(
         num_rows=numbers.num_rows,
         width=moments.width,
         status=status,
-        soft_rank=values["soft_rank"],
+        soft_rank=soft_rank,
         hard_rank=hard,
         hard_rank_unbiased=None if math.isnan(unbiased) else unbiased,
-        soft_rank_unbiased=_jackknife_estimate(values["soft_rank"], soft_parts),
-        spectral_entropy=values["spectral_entropy"],
-        eee=values["eee"],
-        top_share=values["top_share"],
+        soft_rank_unbiased=_jackknife_estimate(soft_rank, soft_parts),
+        spectral_entropy=values.get("spectral_entropy", math.log(soft_rank)),
+        eee=values.get("eee"),
+        top_share=values.get("top_share"),
         trace=numbers.trace,
-        renyi={f"{order:g}": float(ranks.renyi_rank(eigs, order)) for order in renyi_orders},
+        renyi={} if eigs is None else {f"{order:g}": float(ranks.renyi_rank(eigs, order)) for order in renyi_orders},
         hard_rank_ci=_jackknife_interval(hard, hard_parts),
-        soft_rank_ci=_jackknife_interval(values["soft_rank"], soft_parts),
+        soft_rank_ci=_jackknife_interval(soft_rank, soft_parts),
         eigenvalues=eigs,
+        soft_method="exact" if exact else "approx",
     )
 
 
@@ -96,6 +108,11 @@ def _status(numbers: Invariants, width: int) -> str:
 def _spectrum(moments: Moments) -> Tensor:
     # A scatter is a sum of squares: whatever is negative in its spectrum is rounding.
     return ranks.spectrum(covariance(moments), rounding=math.inf)
+
+
+def _approximate_soft_rank(moments: Moments, numbers: Invariants) -> float:
+    matrix_DD = covariance(moments, dtype=moments.scatter_GP.dtype)
+    return math.exp(approximate.approximate_entropy(matrix_DD, numbers.trace, numbers.frobenius_sq))
 
 
 def _hard_rank(numbers: Invariants, absolute_epsilon: float) -> float:

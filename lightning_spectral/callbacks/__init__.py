@@ -1,6 +1,27 @@
-"""Drop-in Lightning callbacks."""
+"""Drop-in Lightning callbacks; names load on first use, since the factory of this package runs in every Trainer."""
 
-from lightning_spectral.callbacks.spectral_rank import SpectralRankCallback
-from lightning_spectral.callbacks.tail_token_probe import TailTokenProbe
+from __future__ import annotations
 
-__all__ = ["SpectralRankCallback", "TailTokenProbe"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_spectral.callbacks.fabric import FabricSpectralProbe
+    from lightning_spectral.callbacks.spectral_rank import SpectralRankCallback
+    from lightning_spectral.callbacks.tail_token_probe import TailTokenProbe
+    from lightning_spectral.callbacks.weight_spectrum import WeightSpectrumCallback
+
+_HOME_OF = {
+    "FabricSpectralProbe": "lightning_spectral.callbacks.fabric",
+    "SpectralRankCallback": "lightning_spectral.callbacks.spectral_rank",
+    "TailTokenProbe": "lightning_spectral.callbacks.tail_token_probe",
+    "WeightSpectrumCallback": "lightning_spectral.callbacks.weight_spectrum",
+}
+
+__all__ = ["FabricSpectralProbe", "SpectralRankCallback", "TailTokenProbe", "WeightSpectrumCallback"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'lightning_spectral.callbacks' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)

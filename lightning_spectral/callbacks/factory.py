@@ -1,0 +1,54 @@
+"""Zero edit: ``LIGHTNING_SPECTRAL=probe.yaml python train.py`` measures a script that knows nothing of us.
+
+Lightning asks every installed ``callbacks_factory`` entry point for callbacks whenever a Trainer or a Fabric is made.
+Ours answer with the callbacks of ``probe.yaml``, and with nothing, at once, where the variable is not set. This module
+therefore imports only the standard library.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from typing import Any
+
+VARIABLE = "LIGHTNING_SPECTRAL"
+
+# Older ones refuse callbacks of `lightning.pytorch` with "Expected a parent".
+_OLDEST_PYTORCH_LIGHTNING = (2, 6)
+
+
+def trainer_callbacks() -> list[Any]:
+    """Entry point ``lightning.pytorch.callbacks_factory``: the callbacks for a Trainer."""
+    path = os.environ.get(VARIABLE)
+    if not path:
+        return []
+    from lightning_spectral.callbacks.injected import injected, load_callbacks
+
+    return [injected(callback) for callback in load_callbacks(path)]
+
+
+def pytorch_lightning_callbacks() -> list[Any]:
+    """Entry point ``pytorch_lightning.callbacks_factory``: likewise, for scripts that import ``pytorch_lightning``.
+
+    Raises:
+        RuntimeError: If its version cannot run callbacks of ``lightning``.
+    """
+    if not os.environ.get(VARIABLE):
+        return []
+    found = version("pytorch-lightning")
+    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST_PYTORCH_LIGHTNING:
+        raise RuntimeError(
+            f"{VARIABLE} is set, but pytorch_lightning {found} cannot run callbacks of `lightning`: upgrade it to 2.6, "
+            "or `import lightning.pytorch as pl` in the script."
+        )
+    return trainer_callbacks()
+
+
+def fabric_callbacks() -> list[Any]:
+    """Entry point ``lightning.fabric.callbacks_factory``: the same callbacks, driven by a Fabric loop."""
+    path = os.environ.get(VARIABLE)
+    if not path:
+        return []
+    from lightning_spectral.callbacks.injected import fabric_probes, load_callbacks
+
+    return fabric_probes(load_callbacks(path))

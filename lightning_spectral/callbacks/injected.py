@@ -1,0 +1,155 @@
+"""Callbacks that an environment variable adds to a Trainer or Fabric; ``factory`` says when.
+
+``probe.yaml`` is the ``callbacks:`` part of a recipe::
+
+    callbacks:
+      - class_path: TailTokenProbe
+        init_args: {every_n_steps: 50, counts: counts.npy}
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+
+import lightning_spectral.callbacks as ours
+from lightning_spectral.callbacks.fabric import FabricSpectralProbe
+from lightning_spectral.callbacks.factory import VARIABLE
+
+_OURS = ("SpectralRankCallback", "TailTokenProbe", "WeightSpectrumCallback")
+
+
+def load_callbacks(path: str | Path) -> list[Callback]:
+    """The callbacks of a ``probe.yaml``.
+
+    Raises:
+        MisconfigurationException: If the file is missing, no YAML, or names what does not exist; one sentence.
+    """
+    where = f"{VARIABLE}={path}"
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise MisconfigurationException(
+            f"{where}: cannot read that file ({_one_line(error)}); give the path of a YAML file with `callbacks:`, or "
+            "unset the variable."
+        ) from error
+    except yaml.YAMLError as error:
+        raise MisconfigurationException(f"{where}: not YAML: {_one_line(error)}") from error
+    if not isinstance(content, dict) or set(content) != {"callbacks"} or not isinstance(content["callbacks"], list):
+        keys = f"the keys {list(content)}" if isinstance(content, dict) else type(content).__name__
+        raise MisconfigurationException(
+            f"{where}: must hold one key `callbacks` with a list of `class_path` and `init_args`, got {keys}."
+        )
+    return [_build(spec, f"{where}: callbacks[{place}]") for place, spec in enumerate(content["callbacks"])]
+
+
+def injected(callback: Callback) -> Callback:
+    """The same callback under a state key of its own, which stands down beside the user's own one of its class."""
+    home = type(callback)
+    return _rebuilt(home, callback.__dict__)
+
+
+class Injected(Callback):
+    """What a subclass of a callback gains when the environment adds it."""
+
+    home: type[Callback]
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Before any other hook: look whether the user's script measures this itself."""
+        if any(
+            isinstance(other, self.home) and not isinstance(other, Injected)
+            for other in trainer.callbacks  # type: ignore[attr-defined]
+        ):
+            rank_zero_info(f"{VARIABLE}: this Trainer has a {self.home.__name__} of its own; ours stands down.")
+            self.__class__ = StoodDown  # type: ignore[assignment]  # from here on a callback without any hook
+            return
+        super().setup(trainer, pl_module, stage)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Spawned processes get it by its class, which was made on the fly."""
+        return _rebuilt, (self.home, self.__dict__)
+
+
+class StoodDown(Callback):
+    """A callback that left the work to another."""
+
+
+def fabric_probes(callbacks: Sequence[Callback]) -> list[FabricSpectralProbe]:
+    """Each callback as a Fabric probe, but those whose numbers another one reports too.
+
+    Raises:
+        MisconfigurationException: If one of them needs a Trainer.
+    """
+    together: Any = SimpleNamespace(callbacks=list(callbacks))
+    try:
+        return [
+            FabricSpectralProbe(callback)  # type: ignore[arg-type]  # it says what it does not take
+            for callback in callbacks
+            if not getattr(callback, "stands_down", lambda _: False)(together)
+        ]
+    except ValueError as error:
+        raise MisconfigurationException(f"{VARIABLE}: {error}") from error
+
+
+def _rebuilt(home: type[Callback], attributes: dict[str, Any]) -> Callback:
+    made: type[Callback] = type(f"Injected{home.__name__}", (Injected, home), {"home": home, "__module__": __name__})
+    callback = object.__new__(made)
+    callback.__dict__.update(attributes)
+    return callback
+
+
+def _build(spec: Any, where: str) -> Callback:
+    if isinstance(spec, str):
+        spec = {"class_path": spec}
+    if (
+        not isinstance(spec, dict)
+        or not isinstance(spec.get("class_path"), str)
+        or set(spec) - {"class_path", "init_args"}
+    ):
+        raise MisconfigurationException(
+            f"{where}: must be a class name or have `class_path` and `init_args`, got {spec!r}."
+        )
+    path, init_args = spec["class_path"], spec.get("init_args") or {}
+    module_name, _, name = path.rpartition(".")
+    try:
+        kind = getattr(import_module(module_name) if module_name else ours, name)
+    except (ImportError, AttributeError) as error:
+        raise MisconfigurationException(
+            f"{where}: no class `{path}` ({_one_line(error)}); give a full class path or one of {', '.join(_OURS)}."
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, Callback)):
+        raise MisconfigurationException(f"{where}: `{path}` is no Lightning callback.")
+    known = list(inspect.signature(kind).parameters)
+    for unknown in sorted(set(init_args) - set(known)):
+        close = difflib.get_close_matches(unknown, known, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else f"it knows {', '.join(known)}."
+        raise MisconfigurationException(f"{where}: {name} does not know `{unknown}`; {hint}")
+    try:
+        return kind(**init_args)
+    except (TypeError, ValueError) as error:
+        raise MisconfigurationException(f"{where}: {name}: {_one_line(error)}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes ``1e-1`` for text; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -8,6 +8,7 @@ model, the loss or a global random state.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_spectral.callbacks import batches, sinks
+from lightning_spectral.callbacks.background import BackgroundSolver, has_free_core
 from lightning_spectral.callbacks.grouping import Grouping
 from lightning_spectral.callbacks.options import ProbeOptions
 from lightning_spectral.callbacks.probe import OpenWindow, SpectralProbe
@@ -27,6 +29,7 @@ from lightning_spectral.callbacks.schedule import Schedule
 from lightning_spectral.callbacks.tensorboard import Pictures
 from lightning_spectral.callbacks.to_records import WindowId, loss_records, save_eigenvalues, spectral_records
 from lightning_spectral.callbacks.window import WindowResult
+from lightning_spectral.functional.products import is_full_precision
 
 STAGES = ("train", "validation", "test", "predict")
 NONFINITE_POLICIES = ("warn", "record", "raise")
@@ -50,6 +53,7 @@ class SpectralCallback(Callback):
         memory_limit_mib: float | None,
         conventions: dict[str, str],
         seed: int,
+        background: bool | None = None,
     ) -> None:
         unknown = set(on) - set(STAGES)
         if isinstance(on, str) or unknown or not on:
@@ -80,6 +84,9 @@ class SpectralCallback(Callback):
         self._window_tokens: int | None = 0
         self._extra_columns = 0
         self._warned: set[str] = set()
+        self._background = background
+        self._solver: BackgroundSolver | None = None
+        self._unlogged: dict[str, float] = {}
 
     # what a subclass says
 
@@ -144,12 +151,26 @@ class SpectralCallback(Callback):
             assert self._window_step is not None
             step, self._window_step = self._window_step, None
             self._schedule.previous = step
-            medians = self._publish(trainer, pl_module, "train", step, self._window_tokens)
-            sinks.publish_medians(pl_module, medians)
+            self._unlogged |= self._publish(trainer, pl_module, "train", step, self._window_tokens)
+        elif self._solver is not None:
+            self._unlogged |= self._solver.poll()
+        self._log_medians(pl_module)
         self._count_tokens(trainer, batch)
 
     @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._drain()
+        self._log_medians(pl_module)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._drain()  # a run resumed from here must not miss the window that is being solved
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._drain()
         self._pictures.draw(trainer, trainer.global_step)
 
     # other stages
@@ -213,10 +234,15 @@ class SpectralCallback(Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._drain()
         self._detach()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        try:
+            self._drain()
+        except Exception as error:  # the error that stopped the run is the one to be seen
+            rank_zero_warn(f"{type(self).__name__}: the last window could not be solved: {error}")
         self._detach()
 
     @property
@@ -248,6 +274,7 @@ class SpectralCallback(Callback):
         except ValueError as error:
             raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
         self._probe = probe
+        self._solver = BackgroundSolver() if self._solves_beside(trainer, probe) else None
         self._check_memory(probe)
         self.run_folder = open_run_folder(
             trainer,
@@ -262,11 +289,29 @@ class SpectralCallback(Callback):
         rank_zero_info(
             f"{type(self).__name__}: {len(sites)} sites ({sites[0].name} ... {sites[-1].name}), state in a window "
             f"{state}, every {self._schedule.every_n_steps} steps on {', '.join(self._on)}; {_products(probe)}"
-            f"records in `{self.run_folder.path}`."
+            f"{'solved in the background; ' if self._solver else ''}records in `{self.run_folder.path}`."
         )
+
+    def _solves_beside(self, trainer: pl.Trainer, probe: SpectralProbe) -> bool:
+        """Whether training windows are solved in another thread."""
+        if self._background is False or self._on_nonfinite == "raise" or trainer.state.fn != "fit":
+            return False
+        if trainer.world_size > 1:
+            if self._background:
+                rank_zero_warn(f"{type(self).__name__}: `background=True` is for one process; solving in the fit loop.")
+            return False
+        if self._background:
+            return True
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        monitored = any(str(getattr(other, "monitor", None)).startswith("spectral") for other in callbacks)
+        limit, state = self._memory_limit_mib, probe.state_mib
+        fits = limit is None or (state is not None and 2 * state <= limit)
+        return has_free_core(probe.device) and fits and not monitored
 
     def _check_memory(self, probe: SpectralProbe) -> None:
         limit, needed = self._memory_limit_mib, probe.state_mib
+        if needed is not None and self._solver is not None:
+            needed *= 2  # one window is solved while the next one fills
         if limit is not None and needed is not None and needed > limit:
             raise MisconfigurationException(
                 f"{type(self).__name__} needs {needed:.1f} MiB in a window ({len(probe.tapped.sites)} sites x "
@@ -274,7 +319,18 @@ class SpectralCallback(Callback):
                 "measure fewer layers (`modules=[...]`), one site, or fewer shards."
             )
 
+    def _drain(self) -> None:
+        if self._solver is not None:
+            self._unlogged |= self._solver.drain()
+
+    def _log_medians(self, pl_module: pl.LightningModule) -> None:
+        sinks.publish_medians(pl_module, self._unlogged)
+        self._unlogged = {}
+
     def _detach(self) -> None:
+        if self._solver is not None:
+            self._solver.close()
+            self._solver = None
         if self._probe is not None:
             self._probe.remove()
         self._probe = None
@@ -327,10 +383,22 @@ class SpectralCallback(Callback):
     def _publish(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, step: int, tokens_seen: int | None
     ) -> dict[str, float]:
+        """Close the window, solve it now or beside training, publish; returns the medians that are known by now."""
         assert self._probe is not None
         assert self.run_folder is not None
-        result = self.reported(self._probe.end(data_parallel_group(pl_module)))
         window = WindowId(self.run_folder.run_id, stage, step, tokens_seen)
+        solve = self._probe.close(data_parallel_group(pl_module))
+        publish = partial(self._publish_result, trainer, window)
+        if self._solver is None:
+            return publish(solve())
+        if stage == "train" and is_full_precision(self._probe.device):
+            return self._solver.submit(solve, publish)
+        self._drain()  # records stay in the order of the windows
+        return publish(solve())
+
+    def _publish_result(self, trainer: pl.Trainer, window: WindowId, result: WindowResult) -> dict[str, float]:
+        assert self.run_folder is not None
+        result, stage, step = self.reported(result), window.stage, window.step
         records = spectral_records(result, window, self._conventions)
         losses = loss_records(result, window)
         self.run_folder.append_spectral(records)

@@ -8,6 +8,7 @@ Axes: B sequences, T positions, N rows, D features, K buckets.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -119,6 +120,14 @@ class SpectralProbe:
         Raises:
             RuntimeError: On every rank, if the model did not run at all in this window.
         """
+        return self.close(process_group)()
+
+    def close(self, process_group: dist.ProcessGroup | None = None) -> Callable[[], WindowResult]:
+        """Close the window; the function returned solves it, and may run in another thread if there is one process.
+
+        Raises:
+            RuntimeError: On every rank, if the model did not run at all in this window.
+        """
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
             self._flush()
@@ -127,21 +136,27 @@ class SpectralProbe:
             num_sequences = self._sequence_counts(process_group, world_size)
             if world_size > 1:
                 self._complete_states()
-            sites = solve_window(
-                self.tapped.sites,
-                self.window.states,
-                self.buckets,
-                num_sequences=num_sequences,
-                dtypes=self.window.dtypes,
-                options=self.options,
-                process_group=process_group,
-                world_size=world_size,
-            )
             losses = self._bucket_losses(process_group, world_size)
-            sites = sites if self.options.reduce else _from_first_rank(sites)
-        window_s = self.window.busy_s + time.perf_counter() - began
-        self.begin()
-        return WindowResult(sites, losses, world_size, window_s)
+        window = self.begin()
+        spent_s = window.busy_s + time.perf_counter() - began
+
+        def solve() -> WindowResult:
+            began = time.perf_counter()
+            with torch.inference_mode(False), torch.no_grad():
+                sites = solve_window(
+                    self.tapped.sites,
+                    window.states,
+                    self.buckets,
+                    num_sequences=num_sequences,
+                    dtypes=window.dtypes,
+                    options=self.options,
+                    process_group=process_group,
+                    world_size=world_size,
+                )
+                sites = sites if self.options.reduce else _from_first_rank(sites)
+            return WindowResult(sites, losses, world_size, spent_s + time.perf_counter() - began)
+
+        return solve
 
     def remove(self) -> None:
         """Take the hooks off and free the state."""
@@ -149,7 +164,8 @@ class SpectralProbe:
         self.taps.remove()
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the model is."""
         return next(iter(self.tapped.embedding.parameters())).device
 
     def _take(self, forward: ForwardPass, mask_BT: Tensor | None, targets_BT: Tensor | None) -> None:
@@ -229,12 +245,12 @@ class SpectralProbe:
                 width = declared_width(site)
                 if width is None:
                     raise RuntimeError(f"`{site.name}` saw no row on this rank and does not declare its width.")
-                self.window.states[site.key] = self._empty_state(width, torch.float32, self._device)
+                self.window.states[site.key] = self._empty_state(width, torch.float32, self.device)
 
     def _sequence_counts(self, process_group: dist.ProcessGroup | None, world_size: int) -> dict[str, int]:
         counts_K = self.window.sequences_K
         if counts_K is None:
-            counts_K = torch.zeros(len(self.grouping.names) + 1, dtype=torch.int64, device=self._device)
+            counts_K = torch.zeros(len(self.grouping.names) + 1, dtype=torch.int64, device=self.device)
         counts_K = torch.cat([counts_K, counts_K.new_tensor([self.window.num_passes])])
         if world_size > 1:
             dist.all_reduce(counts_K, group=process_group)
@@ -251,7 +267,7 @@ class SpectralProbe:
         if self.window.losses is None:
             return []
         if world_size > 1:
-            self.window.losses.reduce_(self._device, process_group)
+            self.window.losses.reduce_(self.device, process_group)
         sums = self.window.losses.result()
         return [BucketLoss(name, *values) for name, values in zip(self.buckets.reported, sums, strict=False)]
 

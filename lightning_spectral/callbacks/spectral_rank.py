@@ -38,7 +38,7 @@ class SpectralRankCallback(SpectralCallback):
             rank; multiplies the state's memory. 1: neither.
         renyi_orders: Orders of the Renyi ranks in the records.
         soft: ``exact``; or ``approx`` for layers at least 1,024 wide: within 0.5 %, several times faster than the
-            eigensolve, labelled ``soft_method`` in the records, without what needs the whole spectrum (Renyi ranks, EEE).
+            eigensolve, labelled ``soft_method`` in the records, without what needs the whole spectrum (Renyi, EEE).
         eigenvalues: Also save every spectrum (``eigenvalues/*.safetensors``).
         dirpath: Run folder; default the trainer's log directory.
         run_id: Id of the run; default made from time and chance.
@@ -49,6 +49,9 @@ class SpectralRankCallback(SpectralCallback):
         memory_limit_mib: Refuse to start if the state of a window needs more.
         convention: ``default``, or ``paper`` for comparisons with the paper's numbers: an absolute epsilon in the hard
             rank.
+        background: Solve windows in a thread beside training; default where a core is free, nothing monitors a
+            ``spectral`` metric and twice the state fits. For one process; records are the same, medians come a few
+            steps later.
         seed: Of the positions drawn where ``keep_share < 1``.
 
     Raises:
@@ -80,6 +83,7 @@ class SpectralRankCallback(SpectralCallback):
         on_nonfinite: str = "warn",
         memory_limit_mib: float | None = None,
         convention: str = "default",
+        background: bool | None = None,
         seed: int = 0,
     ) -> None:
         options = probe_options(
@@ -104,6 +108,7 @@ class SpectralRankCallback(SpectralCallback):
             on_nonfinite=on_nonfinite,
             memory_limit_mib=memory_limit_mib,
             conventions=conventions_of(options),
+            background=background,
             seed=seed,
         )
 

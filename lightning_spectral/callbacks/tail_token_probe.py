@@ -55,6 +55,7 @@ class TailTokenProbe(SpectralCallback):
         on_nonfinite: See there.
         memory_limit_mib: See there.
         convention: ``paper`` also takes the rows of rank 0 only, as the paper does for its buckets.
+        background: See there.
         seed: See there.
 
     Raises:
@@ -94,6 +95,7 @@ class TailTokenProbe(SpectralCallback):
         on_nonfinite: str = "warn",
         memory_limit_mib: float | None = None,
         convention: str = "default",
+        background: bool | None = None,
         seed: int = 0,
     ) -> None:
         if not 0 < head_share < mid_share < 1:
@@ -130,6 +132,7 @@ class TailTokenProbe(SpectralCallback):
             conventions=conventions_of(
                 options, group_by=group_by, attribute_to=attribute_to, shares=f"{head_share:g}/{mid_share:g}"
             ),
+            background=background,
             seed=seed,
         )
         # A file is read now, so that a wrong path fails before any training.

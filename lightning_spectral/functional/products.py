@@ -188,12 +188,20 @@ def relative_error(product: Product, rows_ND: Float[Tensor, "N D"]) -> float:
     return (difference / sum(float(b.square().sum()) for b in exact)) ** 0.5
 
 
+def is_full_precision(device: torch.device) -> bool:
+    """Whether the process allows no TF32 or bf16 shortcut, so that :func:`full_precision` has nothing to switch."""
+    switch = _switch(device)
+    if switch is not None:
+        return switch.fp32_precision in ("none", "ieee")
+    return torch.get_float32_matmul_precision() == "highest"
+
+
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """True fp32 products: outside autocast, and with TF32 or bf16 shortcuts off for their duration."""
     with torch.autocast(device.type, enabled=False):
-        switch = getattr({"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(device.type), "matmul", None)
-        if hasattr(switch, "fp32_precision"):
+        switch = _switch(device)
+        if switch is not None:
             with _precision_of(switch, "ieee"):
                 yield
             return
@@ -203,6 +211,12 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
         finally:
             torch.set_float32_matmul_precision(before)
+
+
+def _switch(device: torch.device) -> Any:
+    """The precision switch of one kind of device; torch < 2.9 has none."""
+    matmul = getattr({"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(device.type), "matmul", None)
+    return matmul if hasattr(matmul, "fp32_precision") else None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,181 @@
+"""Windows solved beside training: the same records, the same weights, and nothing lost when a run ends early."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_spectral.callbacks import SpectralRankCallback, TailTokenProbe, probe
+from lightning_spectral.callbacks.background import BackgroundSolver
+from lightning_spectral.callbacks.window import WindowResult
+from lightning_spectral.functional.packed import packed_size
+from lightning_spectral.records import read_spectral
+from tests.callbacks.tiny import Module, counts, loader, trainer
+
+
+@pytest.fixture
+def solving_threads(monkeypatch) -> list[str]:
+    """Names of the threads in which windows were solved."""
+    names: list[str] = []
+    solve = probe.solve_window
+
+    def noted(*args, **kwargs):
+        names.append(threading.current_thread().name)
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(probe, "solve_window", noted)
+    return names
+
+
+def fit(path, *, background, callbacks=(), model=None, steps=6, **options):
+    callback = TailTokenProbe(every_n_steps=1, counts=counts(), dirpath=str(path), background=background, **options)
+    model = model or Module()
+    try:
+        trainer(path, [callback, *callbacks], max_steps=steps).fit(model, loader(), loader(16))
+    except InterruptedError:
+        pass
+    return model, callback
+
+
+def records(path):
+    """Without the time they took."""
+    return [replace(record, window_s=None, run_id="") for record in read_spectral(path).records]
+
+
+class Stop(pl.Callback):
+    """Raises after a batch, as a crash or a failing step would."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if batch_idx == self.batch:
+            raise InterruptedError
+
+
+@pytest.mark.parametrize("on", [("train",), ("train", "validation")])
+def test_records_and_weights_are_those_of_the_synchronous_path(tmp_path, solving_threads, on):
+    beside, _ = fit(tmp_path / "beside", background=True, on=on)
+    assert [name for name in solving_threads if name != "MainThread"], "nothing ran in the background"
+    within, _ = fit(tmp_path / "within", background=False, on=on)
+    assert records(tmp_path / "beside") == records(tmp_path / "within")
+    for name, weight in within.state_dict().items():
+        assert torch.equal(weight, beside.state_dict()[name]), name
+
+
+def test_nothing_is_lost_when_the_run_stops(tmp_path, solving_threads):
+    fit(tmp_path, background=True, callbacks=[Stop(3)])
+    assert sorted({record.step for record in records(tmp_path)}) == [0, 1, 2, 3]
+    assert not [t for t in threading.enumerate() if t.name.startswith("spectral-solve")]
+
+
+class Steps(pl.Callback):
+    """Steps on record at the moment a checkpoint is written."""
+
+    def __init__(self, path) -> None:
+        self.path, self.seen = path, []
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint) -> None:
+        self.seen.append((trainer.global_step, max(record.step for record in records(self.path))))
+
+
+def test_a_checkpoint_waits_for_the_window_before_it(tmp_path):
+    steps = Steps(tmp_path)
+    run = trainer(
+        tmp_path,
+        [
+            SpectralRankCallback(every_n_steps=1, dirpath=str(tmp_path), background=True),
+            steps,
+            ModelCheckpoint(tmp_path / "kept", every_n_train_steps=2, save_top_k=-1),
+        ],
+        max_steps=4,
+        enable_checkpointing=True,
+    )
+    run.fit(Module(), loader())
+    assert steps.seen == [(2, 1), (4, 3)]
+
+
+def test_medians_reach_callback_metrics(tmp_path):
+    run = trainer(tmp_path, [SpectralRankCallback(every_n_steps=2, dirpath=str(tmp_path), background=True)])
+    run.fit(Module(), loader())
+    assert float(run.callback_metrics["spectral/hard_rank.pooled"]) > 1
+
+
+def test_at_most_one_window_waits():
+    release, order = threading.Event(), []
+    solver = BackgroundSolver()
+
+    def solve(name):
+        def run():
+            release.wait(10)
+            return WindowResult([], [], name, 0.0)
+
+        return run
+
+    def publish(result):
+        order.append(result.world_size)
+        return {}
+
+    solver.submit(solve(1), publish)
+    assert solver.poll() == {}
+    assert order == []
+    release.set()
+    solver.submit(solve(2), publish)  # waits for the first
+    assert order == [1]
+    solver.close()
+    assert order == [1, 2]
+
+
+def test_an_error_of_the_solve_stops_the_run(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ArithmeticError("no convergence")
+
+    monkeypatch.setattr(probe, "solve_window", broken)
+    with pytest.raises(ArithmeticError, match="no convergence"):
+        fit(tmp_path, background=True)
+
+
+def decision(path, *, cores=8, world_size=1, callbacks=(), state_mib=1.0, **options) -> bool:
+    callback = SpectralRankCallback(dirpath=str(path), **options)
+    run = SimpleNamespace(world_size=world_size, callbacks=[callback, *callbacks], state=SimpleNamespace(fn="fit"))
+    stand_in = SimpleNamespace(device=torch.device("cpu"), state_mib=state_mib)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.sched_getaffinity", lambda pid: range(cores), raising=False)
+        patch.setattr("torch.get_num_threads", lambda: 4)
+        return callback._solves_beside(run, stand_in)
+
+
+def test_the_default_needs_a_free_core_memory_and_nobody_who_waits(tmp_path):
+    assert decision(tmp_path)
+    assert not decision(tmp_path, cores=7)
+    assert decision(tmp_path, cores=7, background=True)
+    assert not decision(tmp_path, background=False)
+    assert not decision(tmp_path, on_nonfinite="raise")
+    assert not decision(tmp_path, callbacks=[ModelCheckpoint(monitor="spectral/hard_rank.pooled")])
+    assert not decision(tmp_path, memory_limit_mib=1.5)
+    assert decision(tmp_path, memory_limit_mib=2.5)
+    assert not decision(tmp_path, world_size=2)
+
+
+def test_several_processes_say_that_they_solve_in_the_loop(tmp_path):
+    with pytest.warns(UserWarning, match="is for one process"):
+        assert not decision(tmp_path, world_size=2, background=True)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_the_second_window_counts_as_memory(tmp_path, background):
+    state_mib = 2 * 4 * packed_size(64) / 2**20  # two layers of fp32 strips, one group
+    options = {"dirpath": str(tmp_path), "background": background, "memory_limit_mib": 1.5 * state_mib}
+    run = trainer(tmp_path, [SpectralRankCallback(**options)], max_steps=1)
+    if background:
+        with pytest.raises(MisconfigurationException, match="MiB"):
+            run.fit(Module(intermediate_size=64), loader())
+    else:
+        run.fit(Module(intermediate_size=64), loader())

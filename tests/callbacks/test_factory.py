@@ -240,7 +240,7 @@ def test_the_shipped_file_loads():
 @installed
 @pytest.mark.slow
 @pytest.mark.timeout(420)  # litgpt always compiles: inductor takes minutes on one busy core
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.nightly)])
 def test_litgpt_pretrain_itself_compiled_and_unmodified(tmp_path, precision):
     config = {
         "model_name": "tiny",

@@ -93,6 +93,7 @@ def check(tree: dict[str, Any]) -> dict[str, Any]:
     _check_class("data", tree["data"])
     for place, callback in enumerate(tree["callbacks"]):
         _check_class(f"callbacks.{place}", callback)
+        _callback(callback, only_check=True)
     given_config = tree.get("model_config")
     tree["model_name"] = tree.get("model_name") or (given_config or {}).get("name") or "custom"
     content = defaults()
@@ -113,11 +114,24 @@ def instantiate(content: dict[str, Any], run_folder: Path) -> Namespace:
         RecipeError: If a constructor refuses its arguments.
     """
     wanted = {key: content[key] for key in ("model_name", "train", "eval", "log", "data")}
-    wanted["callbacks"] = [_with_folder(callback, run_folder) for callback in content["callbacks"] or []]
     try:
-        return parser().instantiate_classes(parser().parse_object(wanted))
+        made = parser().instantiate_classes(parser().parse_object(wanted))
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise RecipeError(one_line(error)) from error
+    made.callbacks = [_callback(_with_folder(callback, run_folder)) for callback in content["callbacks"] or []]
+    return made
+
+
+def _callback(spec: dict[str, Any], *, only_check: bool = False) -> Callback | None:
+    """One at a time, by its own class: in a list of alternatives jsonargparse buries what is wrong."""
+    module_name, _, name = spec["class_path"].rpartition(".")
+    one = ArgumentParser(exit_on_error=False)
+    one.add_class_arguments(getattr(import_module(module_name), name), name, fail_untyped=False)
+    try:
+        values = one.parse_object({name: spec.get("init_args") or {}})
+        return None if only_check else getattr(one.instantiate_classes(values), name)
+    except Exception as error:  # jsonargparse's own, or whatever the constructor raises
+        raise RecipeError(f"`callbacks`: {name}: {one_line(error)}") from error
 
 
 def _with_folder(callback: dict[str, Any], run_folder: Path) -> dict[str, Any]:

@@ -188,6 +188,10 @@ def test_a_path_is_data(tmp_path: Path, text: str) -> None:
         ({"data": None}, r"names no `data`"),
         ({"data.init_args.vocabulary": 5}, r"vocabulary"),
         ({"callbacks": ["SpectralRank"]}, r"SpectralRank"),
+        (
+            {"callbacks": [{"class_path": "SpectralRankCallback", "init_args": {"every_n_steps": "often"}}]},
+            r"`callbacks`: SpectralRankCallback: .*every_n_steps.*often",
+        ),
         ({"callbacks.3.init_args.x": 1}, r"`callbacks.3` names no item of the list; it has none"),
         ({"train.max_steps.x": 1}, r"`train.max_steps` is 12 and has nothing below it"),
         ({"train": 5}, r"`train` must hold keys and values, got 5"),

@@ -94,7 +94,7 @@ def _counts_file(path: Path) -> Tensor:
             counts = torch.from_numpy(np.loadtxt(path, dtype=np.int64, ndmin=1))
     except Exception as error:
         raise ValueError(
-            f"`counts`: `{path}` holds no token counts ({type(error).__name__}: {error}). Expected one integer per id, "
+            f"`counts`: `{path}` holds no token counts ({type(error).__name__}). Expected one integer per id, "
             "as written by `lightning-spectral count-tokens` or `numpy.save`."
         ) from error
     if not isinstance(counts, Tensor) or counts.ndim != 1:

@@ -249,12 +249,18 @@ def test_our_optimizer_trains(tmp_path: Path) -> None:
         ({"tokenizer_dir": "nowhere"}, r"there is no folder `nowhere`"),
         ({"strategy": "dpp"}, r"dpp"),
         ({"accelerator": "abacus"}, r"abacus"),
-        ({"callbacks": [{"class_path": "SpectralRankCallback", "init_args": {"every_n_steps": 0}}]}, r"every_n_steps"),
+        (
+            {"callbacks": [{"class_path": "SpectralRankCallback", "init_args": {"every_n_steps": 0}}]},
+            r"^`callbacks`: SpectralRankCallback: `every_n_steps` must be an integer >= 1, got 0\.$",
+        ),
         (
             {"callbacks": [{"class_path": "SpectralRankCallback", "init_args": {"modules": ["*.nothing"]}}]},
             r"\*\.nothing",
         ),
-        ({"callbacks": [{"class_path": "TailTokenProbe", "init_args": {"counts": "nowhere.npy"}}]}, r"nowhere.npy"),
+        (
+            {"callbacks": [{"class_path": "TailTokenProbe", "init_args": {"counts": "nowhere.npy"}}]},
+            r"^`callbacks`: TailTokenProbe: `counts`: no file `nowhere.npy`",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named_before_the_first_step(

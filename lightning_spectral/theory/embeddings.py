@@ -84,11 +84,13 @@ class Embeddings:
             block_start = block * BLOCK_ROWS
             generator = torch.Generator().manual_seed(_mix(self.problem.seed, _SIDE_STREAM[side], block))
             first, last = max(start, block_start), min(stop, block_start + BLOCK_ROWS)
-            whole_ND = torch.randn(BLOCK_ROWS, self.problem.d, generator=generator)
-            whole_ND *= self.problem.d**-0.5
+            whole = last - first == BLOCK_ROWS  # then the rows are drawn where they belong, without a copy
+            block_ND = out_ND[first - start : last - start] if whole else torch.empty(BLOCK_ROWS, self.problem.d)
+            block_ND.normal_(0.0, self.problem.d**-0.5, generator=generator)
             if side == "v" and self._scale_D is not None:
-                whole_ND *= self._scale_D
-            out_ND[first - start : last - start] = whole_ND[first - block_start : last - block_start]
+                block_ND *= self._scale_D
+            if not whole:
+                out_ND[first - start : last - start] = block_ND[first - block_start : last - block_start]
 
         blocks = range(start // BLOCK_ROWS, (stop - 1) // BLOCK_ROWS + 1)
         if len(blocks) == 1 or torch.get_num_threads() == 1:

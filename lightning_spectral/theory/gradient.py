@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_spectral.theory.embeddings import Embeddings
+from lightning_spectral.theory.embeddings import BLOCK_ROWS, Embeddings
 from lightning_spectral.theory.problem import check_weights
 
 # The heads carry most of the weight: their products are always in fp64, whose error no later item can see.
 _HEAD_ROWS = 512
+_BLOCKS_OF_A_SUM = 4  # blocks whose products are summed in the problem's own type before they join the fp64 sum
 _FP64 = torch.float64
 
 
@@ -25,7 +26,7 @@ def negative_gradient_at_zero(embeddings: Embeddings, weights: NDArray[np.float6
     """``sum_i w_i (u_i - mean u) v_i^T``: minus the gradient of the loss at W = 0, shape (D, D), fp64.
 
     Items are added block by block in a fixed order, so the result does not depend on any chunk size. With
-    ``dtype="float32"`` a block's product is in fp32 and the sum over blocks in fp64.
+    ``dtype="float32"`` the products of four blocks are summed in fp32, and those sums in fp64.
 
     Args:
         embeddings: The items.
@@ -33,25 +34,30 @@ def negative_gradient_at_zero(embeddings: Embeddings, weights: NDArray[np.float6
     """
     weights = check_weights(weights, embeddings.problem.n_items)
     weight_N = torch.from_numpy(weights).to(embeddings.device)
-    size = embeddings.problem.d
-    total_DD = torch.zeros(size, size, dtype=_FP64, device=embeddings.device)
-    mean_u_D = torch.zeros(size, dtype=_FP64, device=embeddings.device)
-    weighted_v_D = torch.zeros(size, dtype=_FP64, device=embeddings.device)
+    size, device = embeddings.problem.d, embeddings.device
+    tail_dtype = getattr(torch, embeddings.problem.dtype)
+    total_DD = torch.zeros(size, size, dtype=_FP64, device=device)
+    mean_u_D = torch.zeros(size, dtype=_FP64, device=device)
+    weighted_v_D = torch.zeros(size, dtype=_FP64, device=device)
+    tail_DD = torch.zeros(size, size, dtype=tail_dtype, device=device)
     head = _heaviest(weights)
     for start, u_CD in embeddings.blocks("u"):
-        mean_u_D += u_CD.sum(0, dtype=_FP64)
         stop = start + len(u_CD)
+        mean_u_D += u_CD.sum(0, dtype=_FP64)  # the heads multiply it: fp32 would show in the smallest singular value
         weight_C = weight_N[start:stop]
         active = torch.nonzero(weight_C)[:, 0]
-        if not len(active):
-            continue
-        v_CD = embeddings.rows("v", start, stop)
-        if len(active) < len(u_CD):
-            u_CD, v_CD, weight_C = u_CD[active], v_CD[active], weight_C[active]
-        weighted_v_D += weight_C @ v_CD.double()
-        dtype = _FP64 if start < head else getattr(torch, embeddings.problem.dtype)
-        weighted_CD = u_CD.to(dtype) * weight_C.to(dtype)[:, None]
-        total_DD += weighted_CD.mT @ v_CD.to(dtype)
+        if len(active):
+            v_CD = embeddings.rows("v", start, stop)
+            if len(active) < len(u_CD):
+                u_CD, v_CD, weight_C = u_CD[active], v_CD[active], weight_C[active]
+            is_head = start < head
+            dtype = _FP64 if is_head else tail_dtype
+            u_CD, v_CD, weight_C = u_CD.to(dtype), v_CD.to(dtype), weight_C.to(dtype)
+            weighted_v_D += weight_C @ v_CD
+            (total_DD if is_head else tail_DD).addmm_((u_CD * weight_C[:, None]).mT, v_CD)
+        if stop // BLOCK_ROWS % _BLOCKS_OF_A_SUM == 0 or stop == embeddings.problem.n_items:
+            total_DD += tail_DD
+            tail_DD.zero_()
     mean_u_D /= embeddings.problem.n_items
     return total_DD - torch.outer(mean_u_D, weighted_v_D)
 

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from lightning_spectral.optim import AdamW, Dion, Muon, NorMuon
@@ -54,7 +55,7 @@ class Row:
     cpu_ratio_iqr: tuple[float, float]
     wall_ratio: float
     wall_ratio_iqr: tuple[float, float]
-    extra_mib: float | None = None
+    extra_mib: float
 
 
 def hidden_matrices(width: int, layers: int, device: str, seed: int) -> nn.ModuleList:
@@ -114,8 +115,9 @@ def race(
     rounds: int,
     warm_up: int,
     base: str,
+    failures: list[str],
 ) -> list[Row]:
-    """Step all contestants in turn; see the module's first lines."""
+    """Step all contestants in turn; see the module's first lines. What a peer failed with is added to ``failures``."""
     stepping: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {}
     for name, make in contestants.items():
         model = make_model()
@@ -126,7 +128,7 @@ def race(
         except Exception as error:  # a peer that does not run here is a finding, not the end of the benchmark
             if name == base or not name.startswith(("pytorch_optimizer", "heavyball", "dion")):
                 raise
-            print(f"{case}: {name} does not run: {error}", file=sys.stderr)
+            failures.append(f"{case}: {name} does not run: {type(error).__name__}: {error}")
             stepping.pop(name, None)
     cpu: dict[str, list[float]] = {name: [] for name in stepping}
     wall: dict[str, list[float]] = {name: [] for name in stepping}
@@ -171,16 +173,23 @@ def timed_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[floa
     return result
 
 
-def extra_memory_mib(model: nn.Module, optimizer: torch.optim.Optimizer) -> float | None:
-    """Peak memory of a step above what is held before it; only CUDA's allocator tells."""
-    if next(model.parameters()).device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    optimizer.step()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+def extra_memory_mib(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """Peak memory of a step above what is held before it, as torch's allocator of this device sees it."""
+    if next(model.parameters()).device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        optimizer.step()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        optimizer.step()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak / 2**20
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:
@@ -226,13 +235,14 @@ def _distributed_child(
             shared: lambda m: Muon(m, lr=LR),
         }
         dist.barrier()
-        rows += race(f"{case}, DDP x{ranks}", contestants, replicated, rounds, warm_up, repeated)
+        rows += race(f"{case}, DDP x{ranks}", contestants, replicated, rounds, warm_up, repeated, [])
         contestants = {
             "torch.optim.Muon on DTensors": lambda m: torch.optim.Muon(m.parameters(), lr=LR),
             "FSDP2, two all_to_all": lambda m: Muon(m, lr=LR),
         }
         dist.barrier()
-        rows += race(f"{case}, FSDP2 x{ranks}", contestants, sharded, rounds, warm_up, "torch.optim.Muon on DTensors")
+        base = "torch.optim.Muon on DTensors"
+        rows += race(f"{case}, FSDP2 x{ranks}", contestants, sharded, rounds, warm_up, base, [])
     return [asdict(row) for row in rows]
 
 
@@ -292,16 +302,17 @@ def markdown(report: dict[str, Any]) -> str:
         f"interleaved rounds after {report['warm_up']} warm-up steps. Ratio: the baseline's time over its own, median "
         "[quartiles] over rounds.",
         "",
-        "| case | optimizer | CPU ms | wall ms | CPU ratio | wall ratio |",
-        "|---|---|---|---|---|---|",
+        "| case | optimizer | CPU ms | wall ms | CPU ratio | wall ratio | extra MiB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
         cpu, wall = row["cpu_ratio_iqr"], row["wall_ratio_iqr"]
         lines.append(
             f"| {row['case']} | {row['name']} | {row['cpu_ms']:.1f} | {row['wall_ms']:.1f} "
             f"| {row['cpu_ratio']:.2f} [{cpu[0]:.2f}, {cpu[1]:.2f}] "
-            f"| {row['wall_ratio']:.2f} [{wall[0]:.2f}, {wall[1]:.2f}] |"
+            f"| {row['wall_ratio']:.2f} [{wall[0]:.2f}, {wall[1]:.2f}] | {row['extra_mib']:.1f} |"
         )
+    lines += ["", *(f"- {failure}" for failure in report["failures"])]
     lines += ["", f"Roof: {report['roof_gflops']:.0f} GFLOP/s in one 2048^3 bf16 product.", ""]
     for case, share in report["roof_share"].items():
         lines.append(f"- {case}: the Polar Express step runs at {share:.0%} of the roof (its products alone counted).")
@@ -333,6 +344,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     about = machine()
     rows: list[Row] = []
+    failures: list[str] = []
     for case, (width, layers) in cases.items():
         contestants: dict[str, Contestant] = {
             BASE: lambda m: torch.optim.Muon(m.parameters(), lr=LR),
@@ -346,6 +358,7 @@ def main(argv: list[str] | None = None) -> int:
             rounds,
             warm_up,
             BASE,
+            failures,
         )
         adamw: dict[str, Contestant] = {
             "torch.optim.AdamW, foreach": lambda m: torch.optim.AdamW(m.parameters(), lr=LR, foreach=True),
@@ -359,6 +372,7 @@ def main(argv: list[str] | None = None) -> int:
             rounds,
             warm_up,
             "torch.optim.AdamW, foreach",
+            failures,
         )
     if options.ranks > 1:
         rows += distributed_rows(options.ranks, cases, rounds, warm_up, options.seed)
@@ -374,6 +388,7 @@ def main(argv: list[str] | None = None) -> int:
         "rounds": rounds,
         "warm_up": warm_up,
         "rows": [asdict(row) for row in rows],
+        "failures": failures,
         "roof_gflops": roof,
         "roof_share": share,
     }

@@ -63,7 +63,10 @@ class DionRule(MatrixRule):
         for momentum, left_MR, right_RN in zip(
             companions["momentum_buffer"], left_BMR.unbind(0), right_BRN.unbind(0), strict=True
         ):
-            momentum.sub_((feedback * left_MR @ right_RN).to(momentum.dtype))
+            if momentum.dtype == left_MR.dtype:
+                momentum.addmm_(left_MR, right_RN, alpha=-feedback)  # no product of the size of the matrix
+            else:
+                momentum.sub_((feedback * left_MR @ right_RN).to(momentum.dtype))
         if group["orthogonal_right"]:
             new_BRN = torch.linalg.qr(right_BRN.mT)[0].mT
             # QR leaves the signs of its columns open; the update must point along B.
@@ -77,8 +80,7 @@ class DionRule(MatrixRule):
         ):
             # A direction that saw nothing keeps its old row: a zero row could never come back.
             stored.copy_(torch.where(is_empty, old_RN, new_RN).reshape(-1))
-        update_BMN: Tensor = left_BMR @ torch.where(empty, 0.0, new_BRN)
-        return update_BMN
+        return torch.bmm(left_BMR, torch.where(empty, 0.0, new_BRN), out=directions_BMN)
 
 
 def update_rank(shape: tuple[int, int], rank_fraction: float) -> int:

@@ -118,6 +118,7 @@ class MatrixStep:
             updates = _update_run(run, grads, states, observe)
             for matrix, update in zip(run, updates.unbind(0), strict=True):
                 _apply(matrix, local(matrix.param), update)
+            del updates, update  # the next batch needs the room
 
     def _run_shared(
         self, matrices: Sequence[Matrix], grads: dict[int, Tensor], states: States, observe: Observer | None
@@ -259,8 +260,9 @@ def _runs(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
         by_group.setdefault(id(matrix.group), []).append(matrix)
     runs: list[list[Matrix]] = []
     for members in by_group.values():
-        shells = [torch.empty(m.shape, dtype=local(m.param).dtype, device="meta") for m in members]
-        runs.extend([members[i] for i in indices] for indices in same_shape_runs(shells))
+        device = local(members[0].param).device
+        shells = [torch.empty(m.shape, dtype=m.dtype, device="meta") for m in members]
+        runs.extend([members[i] for i in indices] for indices in same_shape_runs(shells, device=device))
     return runs
 
 

@@ -33,18 +33,25 @@ class NorMuonRule(MatrixRule):
             return orthogonal_BMN
         dim = -1 if _over_columns(orthogonal_BMN.shape[-2:], group) else -2
         sides = orthogonal_BMN.shape[dim]
-        wide = torch.promote_types(orthogonal_BMN.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(orthogonal_BMN, dim=dim, keepdim=True, dtype=wide)
-        mean_square = norm.square_().div_(sides)
+        # One matrix at a time in fp32: a wide copy of the whole stack would be the largest buffer of the step.
+        wide_dtype = torch.promote_types(orthogonal_BMN.dtype, torch.float32)
+        wide_MN = torch.empty_like(orthogonal_BMN[0], dtype=wide_dtype)
+        norms = [
+            torch.linalg.vector_norm(wide_MN.copy_(one_MN), dim=dim, keepdim=True)
+            for one_MN in orthogonal_BMN.unbind(0)
+        ]
+        mean_square = torch.stack(norms).square_().div_(sides)
         moments = companions["neuron_moment"]
         for moment, now in zip(moments, mean_square.unbind(0), strict=True):
             moment.lerp_(now.reshape(-1).to(moment.dtype), 1 - group["moment_beta"])
-        scale = torch.stack(moments).view_as(mean_square).to(wide).sqrt().add_(group["moment_eps"]).reciprocal_()
+        scale = torch.stack(moments).view_as(mean_square).to(wide_dtype).sqrt().add_(group["moment_eps"]).reciprocal_()
         # ||scale * O||_F needs no second pass over the matrix: the row sums of squares are known already.
         before = mean_square.sum(dim=(-2, -1), keepdim=True)
         after = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True)
         scale = scale * (before / after.clamp(min=_TINY)).sqrt()
-        return orthogonal_BMN * scale
+        for one_MN, factor in zip(orthogonal_BMN.unbind(0), scale.unbind(0), strict=True):
+            one_MN.copy_(wide_MN.copy_(one_MN).mul_(factor))
+        return orthogonal_BMN
 
 
 def _over_columns(shape: torch.Size | tuple[int, ...], group: Group) -> bool:

@@ -72,9 +72,10 @@ def measure(
     soft_rank = values["soft_rank"] if exact else _approximate_soft_rank(own, numbers)
     hard = _hard_rank(numbers, absolute_epsilon)
     unbiased = ranks.unbiased_hard_rank(numbers.num_rows, numbers.trace, numbers.frobenius_sq, numbers.quartic)
-    leave_one_out = [take_groups(moments, [[g for g in groups if g != left]]) for left in groups]
+    several = groups if len(groups) > 1 else ()
+    leave_one_out = [take_groups(moments, [[g for g in groups if g != left]]) for left in several]
     parts = [invariants(part) for part in leave_one_out]
-    usable = len(groups) > 1 and not any(_status(part, moments.width) in UNMEASURABLE for part in parts)
+    usable = bool(parts) and not any(_status(part, moments.width) in UNMEASURABLE for part in parts)
     hard_parts = [_hard_rank(part, absolute_epsilon) for part in parts] if usable else []
     soft_parts = [
         float(ranks.soft_rank(_spectrum(part))) if exact else _approximate_soft_rank(part, part_numbers)

@@ -1,0 +1,341 @@
+"""What does measuring add to an optimizer step of a litgpt GPT in a Trainer, ours and every peer's?
+
+Every policy has its own Trainer, model and data, so that none carries another's hooks; the Trainers run in threads that
+hand a baton on after a few steps, so that only one works at a time and all meet the same machine. The first row is a
+Trainer without any callback. `taking rows in` is timed inside our callback: differences of whole steps below a few
+percent are noise.
+
+    python benchmarks/bench_overhead.py --quick
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from litgpt import GPT, Config
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import harness, peers
+from lightning_spectral import TailTokenProbe
+
+BASE = "no callback"
+BUCKETS, VOCAB = 3, 2048
+FOREVER = 1 << 30
+
+
+@dataclass(frozen=True)
+class Size:
+    """The model and its batches."""
+
+    width: int = 256
+    layers: int = 4
+    length: int = 256
+    batch: int = 4
+
+
+class Module(pl.LightningModule):
+    """A litgpt GPT with AdamW."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        config = Config(
+            n_layer=size.layers, n_head=4, n_embd=size.width, block_size=size.length, vocab_size=VOCAB,
+            padded_vocab_size=VOCAB, mlp_class_name="GptNeoxMLP", norm_class_name="RMSNorm", bias=False,
+        )  # fmt: skip
+        self.gpt = GPT(config)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Next-token loss."""
+        logits = self.gpt(batch[:, :-1])
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW."""
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+@dataclass
+class Baton:
+    """Whose turn it is; the time of a turn is noted by the callback that ends it."""
+
+    order: list[str]
+    turns: dict[str, int]
+    rounds: int
+    device: str
+    times: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    turn: str = ""
+    condition: threading.Condition = field(default_factory=threading.Condition)
+    began: tuple[float, float] = (0.0, 0.0)
+    error: BaseException | None = None
+
+    def wait(self, name: str) -> None:
+        """Until it is this one's turn."""
+        with self.condition:
+            self.condition.wait_for(lambda: self.turn == name or self.error is not None)
+        if self.error is not None:
+            raise RuntimeError("Another policy failed.") from self.error
+        self._synchronize()
+        self.began = (time.process_time(), time.perf_counter())
+
+    def pass_on(self, name: str) -> None:
+        """Note the time since :meth:`wait` and let the next one run."""
+        self._synchronize()
+        self.times.setdefault(name, []).append(
+            (time.process_time() - self.began[0], time.perf_counter() - self.began[1])
+        )
+        with self.condition:
+            self.turn = self.order[(self.order.index(name) + 1) % len(self.order)]
+            self.condition.notify_all()
+
+    def _synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+class Turns(pl.Callback):
+    """First and last of a Trainer's callbacks: waits for the baton before a turn, hands it on after."""
+
+    def __init__(self, name: str, baton: Baton, *, first: bool) -> None:
+        self.name, self.baton, self.first = name, baton, first
+
+    @property
+    def state_key(self) -> str:
+        """The two are told apart."""
+        return f"Turns.{self.first}"
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """A turn begins."""
+        if self.first and batch_idx % self.baton.turns[self.name] == 0:
+            self.baton.wait(self.name)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """A turn ends; after the last one so does the fit."""
+        if not self.first and (batch_idx + 1) % self.baton.turns[self.name] == 0:
+            self.baton.pass_on(self.name)
+            trainer.should_stop = len(self.baton.times[self.name]) >= self.baton.rounds
+
+
+class Ingest:
+    """CPU seconds that a TailTokenProbe spends taking rows in."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def watch(self, callback: TailTokenProbe) -> TailTokenProbe:
+        """Times ``collect`` and the flush at the window's end."""
+        attach = callback._attach
+
+        def attach_and_wrap(*args: Any) -> None:
+            attach(*args)
+            probe = callback._probe
+            assert probe is not None
+            for name in ("collect", "close"):
+                setattr(probe, name, self._timed(getattr(probe, name)))
+
+        callback._attach = attach_and_wrap  # type: ignore[method-assign]
+        return callback
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            began = time.thread_time()
+            result = method(*args, **kwargs)
+            self.seconds.append(time.thread_time() - began)
+            return result
+
+        return run
+
+
+class TelemetryCallback(pl.Callback):
+    """spectral-telemetry on the inputs of the down projections, with buckets; reports every n steps."""
+
+    def __init__(self, every_n_steps: int, dtype: torch.dtype) -> None:
+        self.every_n_steps, self.dtype = every_n_steps, dtype
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Attach."""
+        from spectral_telemetry.telemetry import FrequencyTable, attach_probes
+
+        self.probes = attach_probes(
+            pl_module.gpt,  # the module whose forward takes the token ids
+            lambda name, module: name.endswith("mlp.proj"),
+            capture="input",
+            dtype=self.dtype,
+            freq_table=FrequencyTable(counts().numpy()),
+        )
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Tensor, batch_idx: int) -> None:
+        """Only measured steps are taken in."""
+        if batch_idx % self.every_n_steps:
+            self.probes.disable()
+        else:
+            self.probes.enable()
+            self.probes.set_batch_context(token_ids=batch[:, :-1])
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The report."""
+        if batch_idx % self.every_n_steps == 0:
+            self.probes.compute(reset=True)
+
+
+class BufferingCallback(pl.Callback):
+    """The paper's way: keep the rows of the measured step, then covariances and eigenvalues by bucket."""
+
+    def __init__(self, every_n_steps: int) -> None:
+        self.every_n_steps, self.due = every_n_steps, False
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Attach."""
+        self.buffers: dict[str, peers.Buffering] = {}
+        self.buckets = torch.bucketize(counts().cumsum(0) / counts().sum(), torch.tensor([0.33, 0.67]))
+        for name, module in pl_module.named_modules():
+            if name.endswith("mlp.proj"):
+                self.buffers[name] = peers.Buffering()
+                module.register_forward_pre_hook(self._keep(self.buffers[name]))
+
+    def _keep(self, buffer: peers.Buffering) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Tensor, ...]) -> None:
+            if self.due:
+                buffer.update(args[0].detach().flatten(0, -2), self.codes)
+
+        return hook
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Tensor, batch_idx: int) -> None:
+        """Is this step measured?"""
+        self.due = batch_idx % self.every_n_steps == 0
+        self.codes = self.buckets.to(batch.device)[batch[:, :-1].flatten()]
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The report."""
+        if self.due:
+            for buffer in self.buffers.values():
+                for matrix in buffer.covariances(BUCKETS):
+                    torch.linalg.eigvalsh(matrix)
+
+
+def counts() -> Tensor:
+    """A Zipf-like corpus."""
+    return (1e7 / torch.arange(1, VOCAB + 1)).long()
+
+
+def policies(folder: Path, device: str, thinned: Ingest) -> dict[str, tuple[int, pl.Callback | None]]:
+    """Steps of one turn, and the callback."""
+
+    def ours(name: str, every_n_steps: int, **options: Any) -> TailTokenProbe:
+        path = str(folder / name)
+        # in the loop: a thread's work would fall into the others' turns
+        return TailTokenProbe(every_n_steps, counts=counts(), losses=False, dirpath=path, background=False, **options)
+
+    found: dict[str, tuple[int, pl.Callback | None]] = {
+        BASE: (10, None),
+        "ours, unarmed": (10, ours("unarmed", FOREVER)),
+        "ours, 1 step in 10, all tokens, exact": (10, ours("ten", 10)),
+        "ours, 1 step in 10, all tokens, approx": (10, ours("ten_approx", 10, soft="approx")),
+        "ours, every step, all tokens, exact": (2, ours("every", 1)),
+        "ours, every step, 1/8 of tokens, approx": (
+            2,
+            thinned.watch(ours("thin", 1, keep_share=1 / 8, soft="approx")),
+        ),
+        "paper's buffering, 1 step in 10": (10, BufferingCallback(10)),
+    }
+    if peers.HAS_TELEMETRY:
+        found |= {
+            "spectral-telemetry fp64, 1 step in 10": (10, TelemetryCallback(10, torch.float64)),
+            "spectral-telemetry fp64, every step": (2, TelemetryCallback(1, torch.float64)),
+            "spectral-telemetry fp32, every step": (2, TelemetryCallback(1, torch.float32)),
+        }
+    return found
+
+
+def fit(name: str, callback: pl.Callback | None, baton: Baton, size: Size, threads: int, seed: int) -> None:
+    """One policy's Trainer, in its thread."""
+    torch.set_num_threads(threads)
+    try:
+        steps = baton.turns[name] * baton.rounds
+        generator = torch.Generator().manual_seed(seed)
+        shape = (steps * size.batch, size.length + 1)
+        rows = torch.multinomial(counts().float(), shape[0] * shape[1], True, generator=generator).view(shape)
+        inner = [] if callback is None else [callback]
+        trainer = pl.Trainer(
+            max_epochs=1, accelerator=baton.device, devices=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[Turns(name, baton, first=True), *inner, Turns(name, baton, first=False)],
+        )  # fmt: skip
+        trainer.fit(Module(size), DataLoader(rows, batch_size=size.batch))
+    except BaseException as error:
+        with baton.condition:
+            baton.error = baton.error or error
+            baton.condition.notify_all()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = harness.arguments(__doc__, rounds=6)
+    options = parser.parse_args(argv)
+    size = Size(width=64, layers=2, length=64, batch=2) if options.quick else Size()
+    if options.quick:
+        options.rounds = 3
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    about = {**harness.prepare(options), "model": asdict(size), "ffn_width": 4 * size.width}
+    thinned = Ingest()
+    with tempfile.TemporaryDirectory() as folder:
+        found = policies(Path(folder), options.device, thinned)
+        baton = Baton(
+            list(found), {name: turn for name, (turn, _) in found.items()}, options.rounds + 1, options.device
+        )
+        threads = [
+            threading.Thread(target=fit, args=(name, callback, baton, size, options.threads, options.seed))
+            for name, (_, callback) in found.items()
+        ]
+        for thread in threads:
+            thread.start()
+        baton.turn = BASE
+        with baton.condition:
+            baton.condition.notify_all()
+        for thread in threads:
+            thread.join()
+    if baton.error is not None:
+        raise baton.error
+    # the first turn warms up; what is left is per step
+    per_step = {
+        name: [(cpu / baton.turns[name], wall / baton.turns[name]) for cpu, wall in baton.times[name][1:]]
+        for name in found
+    }
+    timings = [harness.summary(name, per_step[name], per_step[BASE]) for name in found]
+    base_ms = timings[0].cpu_ms
+    ms = {t.name: t.cpu_ms for t in timings}
+    ingest_ms = 1e3 * sum(thinned.seconds[2:]) / max(len(thinned.seconds[2:]) / 2, 1)  # two calls a step
+    tens = {name: 10 * (value - base_ms) for name, value in ms.items() if "1 step in 10" in name}
+    extra = {
+        "thinned, taking rows in, ms a step": ingest_ms,
+        "thinned, taking rows in, share of a step": ingest_ms / base_ms,
+        **{
+            f"1 step in 200, share of the run (from one window's cost): {n}": t / 200 / base_ms for n, t in tens.items()
+        },
+    }
+    if peers.HAS_TELEMETRY:
+        theirs, own = ms["spectral-telemetry fp64, every step"], ms["ours, every step, all tokens, exact"]
+        extra["every step, exact: telemetry's overhead over ours"] = (theirs - base_ms) / (own - base_ms)
+    text = ["# Overhead: one optimizer step in a Trainer", "", *harness.table(timings, BASE), ""]
+    text += [f"- {name}: {value:.4f}" for name, value in extra.items()]
+    report = {"rows": [asdict(t) for t in timings], "findings": extra}
+    harness.write(options, f"overhead_{options.threads}t", about, report, "\n".join(text))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

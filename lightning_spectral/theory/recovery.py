@@ -1,8 +1,8 @@
 """Which items a map recovers: ``argmax_j u_j . (W v_i) == i``, strictly, over all N outputs.
 
 All N items are tested against all N outputs, but most of them lose early: items meet the outputs in growing stages and
-drop out when an output beats them clearly. The stages run in a cheap type; whatever is won or lost by less than that
-type can tell is decided again in fp64, so the result is the brute-force fp64 one.
+drop out when an output beats them clearly. The stages run in a cheap type; pairs that are closer than that type can
+tell are decided again in fp64, so the result is the brute-force fp64 one.
 """
 
 # N items, D features, C candidates of a chunk, A rows of outputs in one stage
@@ -24,8 +24,9 @@ from lightning_spectral.theory.gradient import check_map
 # Rounding errors of a score, in units of its own spread |W v| / sqrt(d) and of its size. A bf16 product of random
 # vectors errs by about 0.006 of the spread (two rounded factors twice, one rounded result); the tolerance is ten times
 # that. fp32 errs by 1e-6.
-_TOLERANCE = {torch.bfloat16: (0.06, 2**-5), torch.float32: (1e-4, 1e-5)}
+_TOLERANCE = {torch.bfloat16: (0.06, 2**-5), torch.float32: (1e-4, 1e-5), torch.float64: (1e-10, 1e-11)}
 _STAGES = (512, 4096)  # outputs met before the last stage, which meets all the others
+_TILE_ROWS = 2048  # images of that many items are made and screened at once: they stay in the caches
 CURVE_POINTS = 64
 
 
@@ -89,12 +90,11 @@ def recovered_mask(
     dtype = _screen_dtype(screen, embeddings.device)
     if dtype is torch.float64:
         everyone_N = torch.arange(problem.n_items, device=embeddings.device)
-        return _decide(embeddings, map_DD, everyone_N, chunk_size, dtype)[0].cpu().numpy()
+        return _decide(embeddings, map_DD, everyone_N, chunk_size, dtype).cpu().numpy()
     won_N, unsure_N = _screen(embeddings, map_DD, dtype, chunk_size)
-    for finer in (torch.float32, torch.float64):
-        unsure = torch.nonzero(unsure_N)[:, 0]
-        if len(unsure) and finer is not dtype:
-            won_N[unsure], unsure_N[unsure] = _decide(embeddings, map_DD, unsure, chunk_size, finer)
+    unsure = torch.nonzero(unsure_N)[:, 0]
+    if len(unsure):
+        won_N[unsure] = _decide(embeddings, map_DD, unsure, chunk_size, dtype)
     return won_N.cpu().numpy()
 
 
@@ -155,12 +155,12 @@ def _screen(embeddings: Embeddings, map_DD: Tensor, dtype: torch.dtype, chunk_si
     cheap_map_DD = map_DD.to(dtype)
     bounds = sorted({0, *(min(stage, problem.n_items) for stage in _STAGES)})
     first_stages = [(a, b, embeddings.rows("u", a, b).to(dtype)) for a, b in itertools.pairwise(bounds)]
+    rows = min(_whole_blocks(chunk_size), _TILE_ROWS)
     kept: list[tuple[Tensor, ...]] = []
-    for start, v_CD in embeddings.blocks("v", _whole_blocks(chunk_size)):
+    for start, v_CD in embeddings.blocks("v", rows):
         index_C = torch.arange(start, start + len(v_CD), device=device)
         image_CD = v_CD.to(dtype) @ cheap_map_DD.mT
-        u_CD = embeddings.rows("u", start, start + len(v_CD))
-        own_C = (u_CD * image_CD).sum(1)
+        own_C = (embeddings.rows("u", start, start + len(v_CD)).to(dtype) * image_CD).sum(1, dtype=torch.float32)
         tolerance_C = _tolerance(image_CD, own_C, dtype)
         rival_C = torch.full_like(own_C, -torch.inf)
         for first, last, other_AD in first_stages:
@@ -172,13 +172,12 @@ def _screen(embeddings: Embeddings, map_DD: Tensor, dtype: torch.dtype, chunk_si
         kept.append((index_C, image_CD, own_C, tolerance_C, rival_C))
     index_C, image_CD, own_C, tolerance_C, rival_C = (torch.cat(parts) for parts in zip(*kept, strict=True))
     del kept
-    if bounds[-1] < problem.n_items and len(index_C):
-        for first in range(bounds[-1], problem.n_items, _whole_blocks(chunk_size)):
-            last = min(first + _whole_blocks(chunk_size), problem.n_items)
-            other_AD = embeddings.rows("u", first, last).to(dtype)
-            for rows in torch.arange(len(index_C), device=device).split(chunk_size):
-                best = _best_rival(image_CD[rows], index_C[rows], other_AD, first, last)
-                rival_C[rows] = torch.maximum(rival_C[rows], best)
+    for first in range(bounds[-1], problem.n_items if len(index_C) else 0, BLOCK_ROWS):
+        last = min(first + BLOCK_ROWS, problem.n_items)
+        other_AD = embeddings.rows("u", first, last).to(dtype)
+        for part in torch.arange(len(index_C), device=device).split(chunk_size):
+            best = _best_rival(image_CD[part], index_C[part], other_AD, first, last)
+            rival_C[part] = torch.maximum(rival_C[part], best)
     won_N = torch.zeros(problem.n_items, dtype=torch.bool, device=device)
     unsure_N = won_N.clone()
     margin_C = own_C - rival_C
@@ -198,7 +197,8 @@ def _best_rival(image_CD: Tensor, index_C: Tensor, other_AD: Tensor, first: int,
 
 
 def _tolerance(image_CD: Tensor, own_C: Tensor, dtype: torch.dtype) -> Tensor:
-    spread_C = image_CD.float().square().sum(1).sqrt() / image_CD.shape[1] ** 0.5
+    wide = torch.promote_types(image_CD.dtype, torch.float32)
+    spread_C = torch.linalg.vector_norm(image_CD, dim=1, dtype=wide) / image_CD.shape[1] ** 0.5
     return _TOLERANCE[dtype][0] * spread_C + _TOLERANCE[dtype][1] * own_C.abs()
 
 
@@ -207,29 +207,36 @@ def _relative(rival_C: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _decide(
-    embeddings: Embeddings, map_DD: Tensor, index_A: Tensor, chunk_size: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(won, unsure) of the named items against every output, in one type; in fp64 nothing is unsure."""
-    won, unsure = [], []
-    typed_map_DD = map_DD.to(dtype)
+    embeddings: Embeddings, map_DD: Tensor, index_A: Tensor, chunk_size: int, screen: torch.dtype = torch.float64
+) -> Tensor:
+    """Whether the named items are recovered, decided in fp64.
+
+    With a cheaper ``screen`` type that type's scores name the pairs that could matter; only those are put to fp64.
+    """
+    won = []
     for index_C in index_A.split(chunk_size):
-        image_CD = embeddings.select("v", index_C).to(dtype) @ typed_map_DD.mT
-        # the own score comes from the same product as its rivals', so that equal outputs tie exactly
-        own_C = torch.full((len(index_C),), -torch.inf, dtype=dtype, device=image_CD.device)
-        rival_C = own_C.clone()
+        image_CD = embeddings.select("v", index_C).double() @ map_DD.mT
+        own_C = _pair_scores(embeddings.select("u", index_C), image_CD)
+        cheap_CD = image_CD.to(screen)
+        # the most a cheap score of a winning rival can lie below the own one
+        floor_C = own_C - _tolerance(image_CD, own_C, screen) - _relative(own_C, screen)
+        floor_C = floor_C.to(torch.promote_types(screen, torch.float32))
+        lost_C = torch.zeros(len(index_C), dtype=torch.bool, device=image_CD.device)
         for first, u_AD in embeddings.blocks("u"):
-            score_CA = image_CD @ u_AD.to(dtype).mT
+            near_CA = (cheap_CD @ u_AD.to(screen).mT) >= floor_C[:, None]
             mine = torch.nonzero((index_C >= first) & (index_C < first + len(u_AD)))[:, 0]
-            own_C[mine] = score_CA[mine, index_C[mine] - first]
-            score_CA[mine, index_C[mine] - first] = -torch.inf
-            rival_C = torch.maximum(rival_C, score_CA.amax(1))
-        won.append(own_C > rival_C)
-        if dtype is torch.float64:
-            unsure.append(torch.zeros_like(won[-1]))
-        else:
-            tolerance_C = _tolerance(image_CD, own_C, dtype) + _relative(rival_C, dtype)
-            unsure.append((own_C - rival_C).abs() <= tolerance_C)
-    return torch.cat(won), torch.cat(unsure)
+            near_CA[mine, index_C[mine] - first] = False
+            for pair_P2 in torch.nonzero(near_CA & ~lost_C[:, None]).split(BLOCK_ROWS):
+                item_P, rival_P = pair_P2.unbind(1)
+                beaten_P = _pair_scores(u_AD[rival_P], image_CD[item_P]) >= own_C[item_P]
+                lost_C[item_P[beaten_P]] = True
+        won.append(~lost_C)
+    return torch.cat(won)
+
+
+def _pair_scores(u_PD: Tensor, image_PD: Tensor) -> Tensor:
+    """One score for each row, in fp64: always the same sum, so that equal outputs tie exactly."""
+    return (u_PD.double() * image_PD).sum(1)
 
 
 def _whole_blocks(rows: int) -> int:

@@ -10,7 +10,7 @@ from lightning_spectral.theory.gradient import negative_gradient, negative_gradi
 from lightning_spectral.theory.one_step import OneStep, one_step
 from lightning_spectral.theory.problem import MemoryProblem
 from lightning_spectral.theory.recovery import recovered_mask, recovery_stats
-from lightning_spectral.theory.rules import RuleSettings, direction, steps_for_capacity
+from lightning_spectral.theory.rules import Gradient, RuleSettings, direction, steps_for_capacity
 
 SMALL = MemoryProblem(d=24, n_items=1500, alpha=1.5, dtype="float64", seed=3)
 
@@ -78,6 +78,29 @@ def test_screened_recovery_equals_brute_force(rule, screen):
     assert np.array_equal(recovered_mask(step.embeddings, update, screen=screen), expected)
 
 
+@pytest.mark.parametrize("screen", ["bfloat16", "float32"])
+def test_near_ties_are_decided_in_fp64(screen):
+    problem = MemoryProblem(d=32, n_items=3000, alpha=1.3, seed=1)
+
+    class NearTwins(Embeddings):
+        def _draw(self, side, start, stop):
+            rows = super()._draw(side, start, stop)
+            if side == "u" and start == 0:  # outputs 1000..1999 repeat 0..999 but for the last bit of one entry
+                rows[1000:2000] = rows[:1000]
+                rows[1000:2000, 0] = torch.nextafter(rows[1000:2000, 0], torch.tensor(torch.inf))
+            return rows
+
+    embeddings = NearTwins(problem)
+    weights = problem.gradient_weights()
+    update = direction("muon", Gradient(negative_gradient_at_zero(embeddings, weights), weights, embeddings))
+    u, v = (embeddings.rows(side, 0, problem.n_items).double() for side in "uv")
+    scores = v @ update.T @ u.T
+    own = scores.diagonal().clone()
+    expected = (own > scores.fill_diagonal_(-torch.inf).amax(1)).numpy()
+    assert 2 < expected[:1000].sum() < 1000
+    assert np.array_equal(recovered_mask(embeddings, update, screen=screen), expected)
+
+
 def test_recovery_does_not_depend_on_chunks_cache_or_scale():
     problem = MemoryProblem(d=48, n_items=6000, alpha=1.5, seed=2)
     update = OneStep(problem).run("muon").update_DD
@@ -94,8 +117,8 @@ def test_zero_map_and_ties_recover_nothing():
     assert not recovered_mask(embeddings, torch.zeros(24, 24)).any()
 
     class Twins(Embeddings):
-        def rows(self, side, start, stop):
-            rows = super().rows(side, start, stop)
+        def _draw(self, side, start, stop):
+            rows = super()._draw(side, start, stop)
             return rows[:1].expand_as(rows).contiguous() if side == "u" else rows
 
     twins = Twins(MemoryProblem(d=4, n_items=200, alpha=1.5))

@@ -23,6 +23,16 @@ def test_equals_the_svd_to_1e_10(shape, decades):
     assert float((polar - left @ right).abs().max()) < 1e-10  # 1e-16 x condition number 1e6
 
 
+@pytest.mark.parametrize("size", [300, 530])
+@pytest.mark.parametrize("decades", [1, 6])
+def test_fp32_corrections_and_mirrored_strips_keep_1e_10(size, decades):
+    left, sigma, right = conditioned(size, size, decades)
+    polar = polar_newton((left * sigma) @ right)
+    assert float((polar - left @ right).abs().max()) < 1e-10
+    # the last correction is quadratic: orthogonal to fp64 rounding, sqrt(size) entries of 1e-15 each
+    assert float(torch.linalg.matrix_norm(polar.mT @ polar - torch.eye(size, dtype=torch.float64))) < 1e-13
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 1000), st.floats(1e-12, 1e12))
 def test_orthogonal_and_scale_free(seed, scale):

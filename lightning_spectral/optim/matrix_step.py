@@ -1,7 +1,7 @@
 """Bring whole matrices together, update them once, and apply the update to what this rank holds.
 
 Three ways, chosen per matrix: whole here (one device, or work repeated on every rank), whole on every rank of a DDP
-group (each rank orthogonalises its share, one all_gather), cut over ranks (one all_to_all in, one out).
+group (each rank orthogonalises its share and sends it to all), cut over ranks (one all_to_all in, one out).
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from lightning_spectral.optim.shards import (
     fsdp1_pieces,
     local,
     orthogonalization_cost,
+    padded,
     piece_of,
     replica_group,
+    require_same_gradients,
 )
 
 States = Any  # Optimizer.state: parameter -> {name: tensor}
@@ -83,6 +85,7 @@ class MatrixStep:
         self._replicas = replicas
         self._runs_of: tuple[tuple[int, ...], list[list[Matrix]]] = ((), [])
         self._shared = [m for m in whole if replicas is not None and m.rule.shares_over_replicas]
+        self._share = Share.plan(self._shared, replicas) if self._shared else None
         self._whole = [m for m in whole if replicas is None or not m.rule.shares_over_replicas]
 
     def _runs(self, matrices: Sequence[Matrix]) -> list[list[Matrix]]:
@@ -106,8 +109,8 @@ class MatrixStep:
                 state["step"] += 1
                 matrix.rule.advance(local(state["momentum_buffer"]), grads[id(matrix.param)], matrix.group)
         self._run_whole([m for m in self._whole if id(m.param) in grads], grads, states, observe)
-        if self._shared:
-            self._run_shared([m for m in self._shared if id(m.param) in grads], grads, states, observe)
+        if self._share is not None:
+            _run_shared(self._share, self._shared, grads, states, observe)
         for exchange, members in self._cut:
             _run_cut(exchange, members, grads, states, observe)
 
@@ -120,36 +123,72 @@ class MatrixStep:
                 _apply(matrix, local(matrix.param), update)
             del updates, update  # the next batch needs the room
 
-    def _run_shared(
-        self, matrices: Sequence[Matrix], grads: dict[int, Tensor], states: States, observe: Observer | None
-    ) -> None:
-        """Every rank has every momentum; only the orthogonalisation is divided, its results go to all."""
-        if not matrices:
-            return
-        size, rank = dist.get_world_size(self._replicas), dist.get_rank(self._replicas)
+
+@dataclass(frozen=True)
+class Share:
+    """Who orthogonalises which matrix of a DDP group, and where its results lie in that rank's part of one buffer."""
+
+    group: Any
+    rank: int
+    size: int
+    owners: list[int]
+    offsets: list[int]
+    length: int
+
+    @classmethod
+    def plan(cls, matrices: Sequence[Matrix], group: Any) -> Share:
+        """The same on every rank, whatever gradients a step has; each part begins with one byte per matrix."""
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
         everywhere = [[(0, m.piece.numel) for m in matrices]] * size
         owners = choose_owners(everywhere, [orthogonalization_cost(m.shape) for m in matrices])
-        offsets, used = [], [0] * size
+        offsets, used = [], [padded(len(matrices))] * size
         for matrix, owner in zip(matrices, owners, strict=True):
             offsets.append(used[owner])
-            used[owner] += _padded(_result_bytes(matrix))
-        longest = max(used)
-        held = local(matrices[0].param)
-        gathered = torch.empty(size * longest, dtype=torch.uint8, device=held.device)
-        mine = gathered[rank * longest : (rank + 1) * longest]
-        where = {id(m.param): i for i, m in enumerate(matrices)}
-        for run in _runs([m for m, owner in zip(matrices, owners, strict=True) if owner == rank]):
-            updates = _update_run(run, grads, states, observe)
-            for matrix, update in zip(run, updates.unbind(0), strict=True):
-                target = mine[offsets[where[id(matrix.param)]] :]
-                _result_views(matrix, target)["update"].copy_(update.reshape(-1))
-                for name in _returned(matrix):
-                    _result_views(matrix, target)[name].copy_(states[matrix.param][name])
-        _ALL_GATHER(gathered, mine.clone(), group=self._replicas)
-        for matrix, owner, offset in zip(matrices, owners, offsets, strict=True):
-            views = _result_views(matrix, gathered[owner * longest + offset :])
+            used[owner] += padded(_result_bytes(matrix))
+        return cls(group, rank, size, owners, offsets, max(used))
+
+    def gather(self, parts: Sequence[Tensor], buffer: Tensor) -> None:
+        """Bring every rank's part of ``buffer`` to all."""
+        if buffer.device.type != "cpu":
+            _ALL_GATHER(buffer, parts[self.rank], group=self.group)
+            return
+        # gloo's all_gather copies into a flat buffer of its own and back: 5 to 10 times as slow as plain messages.
+        peers = [peer for peer in range(self.size) if peer != self.rank]
+        works = [dist.isend(parts[self.rank], group=self.group, group_dst=peer) for peer in peers]
+        works += [dist.irecv(parts[peer], group=self.group, group_src=peer) for peer in peers]
+        for work in works:
+            if work is not None:
+                work.wait()
+
+
+def _run_shared(
+    share: Share, matrices: Sequence[Matrix], grads: dict[int, Tensor], states: States, observe: Observer | None
+) -> None:
+    """Every rank has every momentum; only the orthogonalisation is divided, its results go to all."""
+    held = local(matrices[0].param)
+    gathered = torch.empty(share.size * share.length, dtype=torch.uint8, device=held.device)
+    parts = gathered.split(share.length)
+    mine = parts[share.rank]
+    present = [id(m.param) in grads for m in matrices]
+    mine[: len(matrices)] = torch.tensor(present, dtype=torch.uint8)
+    where = {id(m.param): offset for m, offset in zip(matrices, share.offsets, strict=True)}
+    own = [m for m, owner, here in zip(matrices, share.owners, present, strict=True) if owner == share.rank and here]
+    for run in _runs(own):
+        updates = _update_run(run, grads, states, observe)
+        for matrix, update in zip(run, updates.unbind(0), strict=True):
+            views = _result_views(matrix, mine[where[id(matrix.param)] :])
+            views["update"].view(matrix.shape).copy_(update)
             for name in _returned(matrix):
-                states[matrix.param][name].copy_(views[name])
+                views[name].copy_(states[matrix.param][name])
+        del updates, update  # the next batch needs the room
+    share.gather(parts, gathered)
+    require_same_gradients([part[: len(matrices)].tolist() for part in parts], [m.shape for m in matrices])
+    for matrix, owner, offset, here in zip(matrices, share.owners, share.offsets, present, strict=True):
+        if here:
+            views = _result_views(matrix, parts[owner][offset:])
+            if owner != share.rank:
+                for name in _returned(matrix):
+                    states[matrix.param][name].copy_(views[name])
             _apply(matrix, local(matrix.param), views["update"].view(matrix.shape))
 
 
@@ -163,7 +202,7 @@ def _run_cut(
     """One all_to_all makes every matrix whole at its owner, one brings the ranges of the results back.
 
     The timetable never depends on which gradients exist, so that no rank can miss a collective: a matrix without a
-    gradient here sends zeros and ignores what comes back.
+    gradient sends zeros and ignores what comes back. Holders of one matrix that disagree are an error on all ranks.
     """
     device = local(members[0].param).device
     inward = [_inward(matrix) for matrix in members]
@@ -193,7 +232,11 @@ def _run_cut(
             whole[i, "direction"] = direction.view(-1)
             for parcel in inward[i][1:]:
                 whole[i, parcel.name] = torch.empty(parcel.length, dtype=parcel.dtype, device=device)
-    exchange.send_in(inward, fill_inward, whole, device)
+    flags = [0 if m.piece.start == m.piece.stop else 1 + (id(m.param) in grads) for m in members]
+    everywhere = exchange.send_in(inward, fill_inward, whole, device, flags)
+    # An empty piece has no say: FSDP1 gives it no gradient.
+    held_flags = [[None if flag == 0 else flag - 1 for flag in of_rank] for of_rank in everywhere]
+    require_same_gradients(held_flags, [m.shape for m in members])
     results: dict[tuple[int, str], Tensor] = {}
     for (run, indices), stacked in zip(runs, stacks, strict=True):
         directions = stacked.unbind(0)
@@ -309,12 +352,8 @@ def _result_views(matrix: Matrix, buffer: Tensor) -> dict[str, Tensor]:
     """The update and companions of one matrix inside a byte buffer that starts at its place."""
     end = matrix.piece.numel * matrix.dtype.itemsize
     views = {"update": buffer[:end].view(matrix.dtype)}
-    offset = _padded(end)
+    offset = padded(end)
     for name, length in matrix.rule.companions(matrix.shape, matrix.group).items():
         views[name] = buffer[offset : offset + 4 * length].view(torch.float32)
         offset += 4 * length
     return views
-
-
-def _padded(size: int) -> int:
-    return (size + 15) // 16 * 16

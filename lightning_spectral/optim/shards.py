@@ -166,14 +166,19 @@ class Exchange:
         fill: Callable[[int, Parcel, Tensor], None],
         whole: dict[tuple[int, str], Tensor],
         device: torch.device,
-    ) -> None:
-        """Bring every array to the owner of its matrix.
+        flags: Sequence[int],
+    ) -> list[list[int]]:
+        """Bring every array to the owner of its matrix, and a few flags to everybody.
 
         Args:
             parcels: Arrays of each matrix, the same on every rank.
             fill: Writes this rank's range of an array into the tensor it is given.
             whole: Flat arrays of the matrices owned here by (matrix, name), to be filled; the ranges cover them.
             device: Where buffers live.
+            flags: This rank's bytes for all, equally many on every rank.
+
+        Returns:
+            The flags of every rank.
         """
         for i, owner in enumerate(self.owners):
             if owner == self.rank:
@@ -181,9 +186,10 @@ class Exchange:
                     low, high = self._range(self.rank, i, parcel)
                     if high > low:
                         fill(i, parcel, whole[i, parcel.name][low:high])
-        received = self._swap(parcels, fill, to_owner=True, device=device)
+        received, everywhere = self._swap(parcels, fill, to_owner=True, device=device, flags=flags)
         for (i, name, low, high), values in received:
             whole[i, name][low:high] = values
+        return everywhere
 
     def send_out(
         self,
@@ -201,17 +207,17 @@ class Exchange:
         Returns:
             ``((matrix, name, low, high), values)`` of the ranges held here and owned elsewhere.
         """
-        return self._swap(parcels, fill, to_owner=False, device=device)
+        return self._swap(parcels, fill, to_owner=False, device=device)[0]
 
     def _range(self, rank: int, matrix: int, parcel: Parcel) -> tuple[int, int]:
         low, high = self.ranges[rank][matrix]
         return min(low, parcel.length), min(high, parcel.length)
 
     def _letter(
-        self, holder: int, owner: int, parcels: Sequence[Sequence[Parcel]]
+        self, holder: int, owner: int, parcels: Sequence[Sequence[Parcel]], head: int = 0
     ) -> tuple[list[tuple[int, Parcel, int, int, int]], int]:
         """What passes between a holder and an owner: (matrix, parcel, low, high, byte offset) rows and total bytes."""
-        rows, offset = [], 0
+        rows, offset = [], padded(head)
         if holder != owner:
             for i, of in enumerate(self.owners):
                 if of != owner:
@@ -221,31 +227,36 @@ class Exchange:
                     if high > low:
                         rows.append((i, parcel, low, high, offset))
                         size = (high - low) * parcel.dtype.itemsize
-                        offset += (size + _ALIGN - 1) // _ALIGN * _ALIGN
+                        offset += padded(size)
         return rows, offset
 
     def _swap(
-        self, parcels: Sequence[Sequence[Parcel]], fill: Callable[..., None], to_owner: bool, device: torch.device
-    ) -> list[tuple[tuple[int, str, int, int], Tensor]]:
-        out_letters = [
-            self._letter(self.rank, peer, parcels) if to_owner else self._letter(peer, self.rank, parcels)
-            for peer in range(self.size)
-        ]
-        in_letters = [
-            self._letter(peer, self.rank, parcels) if to_owner else self._letter(self.rank, peer, parcels)
-            for peer in range(self.size)
-        ]
-        outgoing = torch.empty(sum(size for _, size in out_letters), dtype=torch.uint8, device=device)
-        incoming = torch.empty(sum(size for _, size in in_letters), dtype=torch.uint8, device=device)
+        self,
+        parcels: Sequence[Sequence[Parcel]],
+        fill: Callable[..., None],
+        to_owner: bool,
+        device: torch.device,
+        flags: Sequence[int] = (),
+    ) -> tuple[list[tuple[tuple[int, str, int, int], Tensor]], list[list[int]]]:
+        head = len(flags)
+        as_holder = [self._letter(self.rank, peer, parcels, head) for peer in range(self.size)]
+        as_owner = [self._letter(peer, self.rank, parcels, head) for peer in range(self.size)]
+        out_letters, in_letters = (as_holder, as_owner) if to_owner else (as_owner, as_holder)
+        out_sizes, in_sizes = [size for _, size in out_letters], [size for _, size in in_letters]
+        outgoing = torch.empty(sum(out_sizes), dtype=torch.uint8, device=device)
+        incoming = torch.empty(sum(in_sizes), dtype=torch.uint8, device=device)
+        if head:
+            for envelope in outgoing.split(out_sizes):
+                envelope[:head] = torch.tensor(flags, dtype=torch.uint8)
         for (i, parcel, low, high), view in _views(outgoing, out_letters):
             if to_owner:
                 fill(i, parcel, view)
             else:
                 fill(i, parcel, view, (low, high))
-        dist.all_to_all_single(
-            incoming, outgoing, [size for _, size in in_letters], [size for _, size in out_letters], group=self.group
-        )
-        return [((i, parcel.name, low, high), view) for (i, parcel, low, high), view in _views(incoming, in_letters)]
+        dist.all_to_all_single(incoming, outgoing, in_sizes, out_sizes, group=self.group)
+        arrived = [((i, parcel.name, low, high), view) for (i, parcel, low, high), view in _views(incoming, in_letters)]
+        heads = [envelope[:head].tolist() for envelope in incoming.split(in_sizes)] if head else []
+        return arrived, heads
 
 
 def _views(
@@ -259,6 +270,33 @@ def _views(
             views.append(((i, parcel, low, high), raw.view(parcel.dtype)))
         base += size
     return views
+
+
+def padded(size: int) -> int:
+    """Bytes that ``size`` bytes take when the next array must start aligned."""
+    return (size + _ALIGN - 1) // _ALIGN * _ALIGN
+
+
+def require_same_gradients(present: Sequence[Sequence[int | None]], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Refuse a step in which a matrix has a gradient on some of its holders only.
+
+    Args:
+        present: ``present[rank][matrix]``: 1, 0, or None for a rank that holds nothing of it; the same on every rank,
+            so that all of them raise.
+        shapes: For the message.
+
+    Raises:
+        RuntimeError: If holders disagree.
+    """
+    for i, shape in enumerate(shapes):
+        said = {rank: of_rank[i] for rank, of_rank in enumerate(present) if of_rank[i] is not None}
+        if len(set(said.values())) > 1:
+            missing = [rank for rank, has in said.items() if not has]
+            raise RuntimeError(
+                f"a matrix of shape {tuple(shape)} (number {i} of those that ranks share) has a gradient on some ranks "
+                f"but `grad is None` on ranks {missing}. Momentum would drift apart: give every rank a gradient (zeros "
+                "where the matrix was not used), or clear it on all ranks."
+            )
 
 
 def choose_owners(ranges: Sequence[Sequence[tuple[int, int]]], costs: Sequence[float]) -> list[int]:

@@ -1,7 +1,7 @@
 """The same litgpt training under every strategy, as functions for ``harness.run_ranks``.
 
-Every rank sees the same batch, so that the averaged gradient is that of one process but for the order of summation, and
-what differs is the optimizer.
+Every rank sees the same batch (``run``), so that what differs is the optimizer, or its own part of it
+(``run_on_parts``), as in real training.
 """
 
 from __future__ import annotations
@@ -51,9 +51,12 @@ def fresh_model(seed: int = 0) -> GPT:
     return GPT(CONFIG)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> None:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0, part: tuple[int, int] = (0, 1)
+) -> None:
+    """Train on the same batches everywhere, or on ``part = (rank, ranks)`` of each."""
     for step in range(first, first + steps):
-        ids = torch.randint(0, 50, (4, 17), generator=torch.Generator().manual_seed(step))
+        ids = torch.randint(0, 50, (4, 17), generator=torch.Generator().manual_seed(step)).chunk(part[1])[part[0]]
         loss = nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -149,6 +152,13 @@ def run(rank: int, world_size: int, strategy: str, kind: str, steps: int) -> Wei
     """Train from scratch."""
     trained = STRATEGIES[strategy](kind)
     train(trained.model, trained.optimizer, steps)
+    return trained.weights()
+
+
+def run_on_parts(rank: int, world_size: int, strategy: str, kind: str, steps: int) -> Weights:
+    """Train from scratch, every rank on its own part of each batch."""
+    trained = STRATEGIES[strategy](kind)
+    train(trained.model, trained.optimizer, steps, part=(rank, world_size))
     return trained.weights()
 
 

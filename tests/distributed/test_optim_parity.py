@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.distributed.harness import run_ranks
-from tests.distributed.optim_runs import Weights, distance, fresh_model, resume, run, save_midway
+from tests.distributed.optim_runs import Weights, distance, fresh_model, resume, run, run_on_parts, save_midway
 
 pytestmark = pytest.mark.distributed
 STEPS = 20
@@ -31,6 +31,13 @@ def check_parity(strategy: str, kind: str, world_size: int) -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2"])
 def test_two_ranks_equal_one(strategy, kind):
     check_parity(strategy, kind, 2)
+
+
+@pytest.mark.parametrize("kind", ["muon", "normuon", "adamw"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_with_half_a_batch_each_equal_one(strategy, kind):
+    for weights in run_ranks(run_on_parts, 2, strategy, kind, STEPS):
+        assert distance(weights, reference(kind), start()) < TOLERANCE
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_spectral.optim import Dion, Muon, NorMuon
-from lightning_spectral.optim.shards import Piece, choose_owners, piece_of
+from lightning_spectral.optim.shards import Piece, choose_owners, local, piece_of
 from tests.distributed.harness import run_ranks
 from tests.distributed.optim_runs import KINDS, STRATEGIES, Weights, distance, fresh_model, run, train
 from tests.optim.models import TinyLM
@@ -129,6 +129,28 @@ def test_every_matrix_is_observed_on_exactly_one_rank():
     assert sorted(seen[0] + seen[1]) == sorted(expected)
     assert seen[0]
     assert seen[1]
+
+
+def one_gradient_missing(rank: int, world_size: int, strategy: str, everywhere: bool) -> str:
+    trained = STRATEGIES[strategy]("normuon")
+    train(trained.model, trained.optimizer, 1)
+    matrix = next(p for name, p in trained.model.named_parameters() if "qkv" in name)
+    if rank == 1 or everywhere:
+        matrix.grad = None
+    before = local(matrix).clone()
+    try:
+        trained.optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    assert torch.equal(before, local(matrix))
+    return ""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_gradient_that_only_some_ranks_have_is_an_error_on_all(strategy):
+    for message in run_ranks(one_gradient_missing, 2, strategy, False):
+        assert "`grad is None` on ranks [1]" in message
+    assert run_ranks(one_gradient_missing, 2, strategy, True) == ["", ""]
 
 
 def tensor_parallel(rank: int, world_size: int) -> str:

@@ -26,7 +26,7 @@ def test_commands_name_verbs_and_files_that_exist():
     assert commands
     assert set(commands) <= set(VERBS)
     root = Path(__file__).parent.parent
-    for recipe in re.findall(r"--config (\S+)", README):
+    for recipe in re.findall(r"lightning-spectral pretrain --config (\S+)", README):
         assert (root / "recipes" / f"{recipe.removeprefix('recipes/').removesuffix('.yaml')}.yaml").exists()
     for picture in re.findall(r"\]\((docs/\S+)\)", README):
         assert (root / picture).exists()

@@ -8,9 +8,7 @@ share, or gathered from shards), updates applied to every local piece. What diff
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -19,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_spectral.functional.orthogonalize import check_method
 from lightning_spectral.optim.checkpoint import (
     companion_to_saved,
     held_length,
@@ -28,32 +25,15 @@ from lightning_spectral.optim.checkpoint import (
     saved_to_param_layout,
 )
 from lightning_spectral.optim.gradients import usable_gradients
-from lightning_spectral.optim.matrix_rule import LR_SCALES, MOMENTUM_STYLES, PRECISIONS, Group, MatrixRule
+from lightning_spectral.optim.matrix_rule import Group, MatrixRule
 from lightning_spectral.optim.matrix_step import MatrixStep
 from lightning_spectral.optim.param_groups import ROLES, Owned, Role, Route, find_owners, route, routing_table
+from lightning_spectral.optim.settings import HEAD_LR_SCALES, Settings, check_settings
 from lightning_spectral.optim.shards import Piece, fsdp1_pieces, local, piece_of
 from lightning_spectral.optim.telemetry import MatrixTelemetry
 from lightning_spectral.optim.vector_rules import VECTOR_RULES, VECTOR_STATE
 
 _LOG = logging.getLogger("lightning_spectral.optim")
-
-NONFINITE = ("propagate", "raise", "skip")
-HEAD_LR_SCALES: dict[str, Callable[[int], float]] = {"none": lambda width: 1.0, "inverse_sqrt_width": lambda d: d**-0.5}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What holds for the whole optimizer; everything that may differ between parameters is in its groups."""
-
-    algorithm: str
-    fallback: str
-    ratios: dict[Role, float]
-    weight_decays: dict[Role, float]
-    head_lr_scale: str
-    roles: dict[str, str]
-    max_grad_norm: float | None
-    nonfinite: str
-    share_over_ranks: bool
 
 
 class SpectralOptimizer(Optimizer):
@@ -95,7 +75,7 @@ class SpectralOptimizer(Optimizer):
         nonfinite: str = "propagate",
         share_over_ranks: bool = True,
     ) -> None:
-        _check(defaults, fallback, max_grad_norm, nonfinite, head_lr_scale)
+        check_settings(defaults, fallback, max_grad_norm, nonfinite, head_lr_scale)
         self._settings = Settings(
             algorithm,
             fallback,
@@ -354,33 +334,3 @@ class SpectralOptimizer(Optimizer):
                 else initial.reshape(-1)[low : low + here].to(held.device, torch.float32, copy=True)
             )
         self.state[param] = state
-
-
-def _check(
-    defaults: dict[str, Any], fallback: str, max_grad_norm: float | None, nonfinite: str, head_lr_scale: str
-) -> None:
-    for name in ("lr", "weight_decay", "eps"):
-        if not (math.isfinite(defaults[name]) and defaults[name] >= 0):
-            raise ValueError(f"`{name}` must be finite and >= 0, got {defaults[name]!r}.")
-    betas = defaults["betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"`betas` must be two numbers in [0, 1), got {betas!r}.")
-    if not 0 <= defaults["momentum"] < 1:
-        raise ValueError(f"`momentum` must be in [0, 1), got {defaults['momentum']!r}.")
-    choices: dict[str, tuple[Any, Iterable[str]]] = {
-        "fallback": (fallback, VECTOR_RULES),
-        "nonfinite": (nonfinite, NONFINITE),
-        "head_lr_scale": (head_lr_scale, HEAD_LR_SCALES),
-        "lr_scale": (defaults["lr_scale"], LR_SCALES),
-        "precision": (defaults["precision"], PRECISIONS),
-        "momentum_style": (defaults["momentum_style"], MOMENTUM_STYLES),
-    }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.")
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"`max_grad_norm` must be > 0 or None, got {max_grad_norm!r}.")
-    check_method(defaults["orthogonalize"])
-    steps = defaults["steps"]
-    if steps is not None and steps < 0:
-        raise ValueError(f"`steps` must be >= 0 or None, got {steps!r}.")

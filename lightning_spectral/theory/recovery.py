@@ -26,7 +26,6 @@ from lightning_spectral.theory.gradient import check_map
 # that. fp32 errs by 1e-6.
 _TOLERANCE = {torch.bfloat16: (0.06, 2**-5), torch.float32: (1e-4, 1e-5), torch.float64: (1e-10, 1e-11)}
 _STAGES = (512, 4096)  # outputs met before the last stage, which meets all the others
-_TILE_ROWS = 2048  # images of that many items are made and screened at once: they stay in the caches
 CURVE_POINTS = 64
 
 
@@ -155,7 +154,7 @@ def _screen(embeddings: Embeddings, map_DD: Tensor, dtype: torch.dtype, chunk_si
     cheap_map_DD = map_DD.to(dtype)
     bounds = sorted({0, *(min(stage, problem.n_items) for stage in _STAGES)})
     first_stages = [(a, b, embeddings.rows("u", a, b).to(dtype)) for a, b in itertools.pairwise(bounds)]
-    rows = min(_whole_blocks(chunk_size), _TILE_ROWS)
+    rows = _whole_blocks(chunk_size)
     kept: list[tuple[Tensor, ...]] = []
     for start, v_CD in embeddings.blocks("v", rows):
         index_C = torch.arange(start, start + len(v_CD), device=device)
@@ -172,8 +171,8 @@ def _screen(embeddings: Embeddings, map_DD: Tensor, dtype: torch.dtype, chunk_si
         kept.append((index_C, image_CD, own_C, tolerance_C, rival_C))
     index_C, image_CD, own_C, tolerance_C, rival_C = (torch.cat(parts) for parts in zip(*kept, strict=True))
     del kept
-    for first in range(bounds[-1], problem.n_items if len(index_C) else 0, BLOCK_ROWS):
-        last = min(first + BLOCK_ROWS, problem.n_items)
+    for first in range(bounds[-1], problem.n_items if len(index_C) else 0, rows):
+        last = min(first + rows, problem.n_items)
         other_AD = embeddings.rows("u", first, last).to(dtype)
         for part in torch.arange(len(index_C), device=device).split(chunk_size):
             best = _best_rival(image_CD[part], index_C[part], other_AD, first, last)
@@ -222,7 +221,7 @@ def _decide(
         floor_C = own_C - _tolerance(image_CD, own_C, screen) - _relative(own_C, screen)
         floor_C = floor_C.to(torch.promote_types(screen, torch.float32))
         lost_C = torch.zeros(len(index_C), dtype=torch.bool, device=image_CD.device)
-        for first, u_AD in embeddings.blocks("u"):
+        for first, u_AD in embeddings.blocks("u", _whole_blocks(chunk_size)):
             near_CA = (cheap_CD @ u_AD.to(screen).mT) >= floor_C[:, None]
             mine = torch.nonzero((index_C >= first) & (index_C < first + len(u_AD)))[:, 0]
             near_CA[mine, index_C[mine] - first] = False

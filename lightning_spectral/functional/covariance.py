@@ -223,10 +223,20 @@ def take_groups(moments: Moments, groups: Sequence[Sequence[int]]) -> Moments:
     return Moments(
         shift_D=moments.shift_D,
         **{
-            name: torch.stack([getattr(moments, name)[list(members)].sum(0) for members in groups])
+            name: torch.stack(merged) if len(merged) > 1 else merged[0].unsqueeze(0)
             for name in ("count_G", "sum_GD", "scatter_GP", "cubic_GD", "quartic_G")
+            if (merged := [_sum_of(getattr(moments, name), members) for members in groups])
         },
     )
+
+
+def _sum_of(values_G: Tensor, members: Sequence[int]) -> Tensor:
+    """Sum over some groups, always a copy; neighbours are not gathered first."""
+    if len(members) == 1:
+        return values_G[members[0]].clone()
+    if len(members) > 1 and list(members) == list(range(members[0], members[-1] + 1)):
+        return values_G[members[0] : members[-1] + 1].sum(0)
+    return values_G[list(members)].sum(0)
 
 
 def mean(moments: Moments) -> Float[Tensor, "G D"]:

@@ -14,13 +14,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_spectral.callbacks import batches, sinks
 from lightning_spectral.callbacks.background import BackgroundSolver, has_free_core
+from lightning_spectral.callbacks.evaluation import EvaluationHooks
 from lightning_spectral.callbacks.grouping import Grouping
 from lightning_spectral.callbacks.options import ProbeOptions
 from lightning_spectral.callbacks.probe import OpenWindow, SpectralProbe
@@ -35,7 +35,7 @@ STAGES = ("train", "validation", "test", "predict")
 NONFINITE_POLICIES = ("warn", "record", "raise")
 
 
-class SpectralCallback(Callback):
+class SpectralCallback(EvaluationHooks):
     """Base of :class:`SpectralRankCallback` and :class:`TailTokenProbe`; see these for the arguments."""
 
     def __init__(
@@ -173,63 +173,6 @@ class SpectralCallback(Callback):
         self._drain()
         self._pictures.draw(trainer, trainer.global_step)
 
-    # other stages
-
-    @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin_evaluation(trainer, pl_module, "validation")
-
-    @override
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin_evaluation(trainer, pl_module, "test")
-
-    @override
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin_evaluation(trainer, pl_module, "predict")
-
-    @override
-    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        self._start_evaluation_batch(trainer, "validation")
-
-    @override
-    def on_test_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        self._start_evaluation_batch(trainer, "test")
-
-    @override
-    def on_predict_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        self._start_evaluation_batch(trainer, "predict")
-
-    @override
-    def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
-    ) -> None:
-        self._end_evaluation_batch(trainer, "validation", batch)
-
-    @override
-    def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
-    ) -> None:
-        self._end_evaluation_batch(trainer, "test", batch)
-
-    @override
-    def on_predict_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
-    ) -> None:
-        self._end_evaluation_batch(trainer, "predict", batch)
-
-    @override
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        medians = self._end_evaluation(trainer, pl_module, "validation")
-        sinks.publish_medians(pl_module, medians)
-
-    @override
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end_evaluation(trainer, pl_module, "test")
-
-    @override
-    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end_evaluation(trainer, pl_module, "predict")
-
     # end, state
 
     @override
@@ -248,7 +191,8 @@ class SpectralCallback(Callback):
     @property
     def state_key(self) -> str:
         """Two callbacks of one class are told apart by what they measure."""
-        return self._generate_state_key(sites=self.options.sites, modules=self.options.modules, on=self._on)
+        grouping = {name: self._conventions.get(name) for name in ("group_by", "attribute_to")}
+        return self._generate_state_key(sites=self.options.sites, modules=self.options.modules, on=self._on, **grouping)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -355,7 +299,8 @@ class SpectralCallback(Callback):
         mask = self._mask_fn(batch) if self._mask_fn else batches.padding_mask(batch, shape)
         probe.collect(mask, batches.targets(batch, shape))
 
-    def _begin_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    @override
+    def begin_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.sanity_checking or stage not in self._on:
             return
         if self._probe is None and trainer.state.fn != "fit" and not self.stands_down(trainer):
@@ -364,15 +309,18 @@ class SpectralCallback(Callback):
             self._train_window = self._probe.begin()  # validation may come between two micro-batches of a step
             self._num_micro_batches = 0
 
-    def _start_evaluation_batch(self, trainer: pl.Trainer, stage: str) -> None:
+    @override
+    def start_evaluation_batch(self, trainer: pl.Trainer, stage: str) -> None:
         if self._probe is not None and stage in self._on and not trainer.sanity_checking:
             self._start_micro_batch(0)
 
-    def _end_evaluation_batch(self, trainer: pl.Trainer, stage: str, batch: Any) -> None:
+    @override
+    def end_evaluation_batch(self, trainer: pl.Trainer, stage: str, batch: Any) -> None:
         if self._probe is not None and stage in self._on and not trainer.sanity_checking:
             self._collect(batch)
 
-    def _end_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> dict[str, float]:
+    @override
+    def end_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> dict[str, float]:
         if self._probe is None or stage not in self._on or trainer.sanity_checking:
             return {}
         medians = self._publish(trainer, pl_module, stage, trainer.global_step, self._tokens_seen)

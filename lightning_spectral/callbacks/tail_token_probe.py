@@ -160,9 +160,14 @@ class TailTokenProbe(SpectralCallback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        others = list(trainer.callbacks)  # type: ignore[attr-defined]
+        earlier = others[: others.index(self)]  # of several probes the first reports the merge
         self._pooled_elsewhere = any(
-            isinstance(other, SpectralCallback) and other is not self and not other.stands_down(trainer)
-            for other in trainer.callbacks  # type: ignore[attr-defined]
+            isinstance(other, SpectralCallback)
+            and other is not self
+            and not other.stands_down(trainer)
+            and (other in earlier or not isinstance(other, TailTokenProbe))
+            for other in others
         )
 
     _pooled_elsewhere = False

@@ -13,6 +13,7 @@ Axes: N rows, D features.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ TOLERANCE = 1e-6
 CLEAR_WIN = 0.9
 MIN_WIDTH = 256  # narrower products take microseconds whatever the backend
 _MAX_WIDTH = 2_048  # wider ones rank the same and would take seconds to try
+_SWITCHING = threading.RLock()
 _CHECK_ROWS, _TRIAL_ROWS, _TRIAL_S = 256, 2_048, 0.05
 
 
@@ -172,7 +174,7 @@ def calibrate(
     with torch.no_grad(), full_precision(device):
         for name, backend in offered.items():
             errors[name] = relative_error(backend.run, rows_ND[:_CHECK_ROWS])
-            if errors[name] <= backend.tolerance:
+            if name == "strips" or errors[name] <= backend.tolerance:
                 seconds[name] = _best_time(backend.run, rows_ND)
     fastest = min(seconds, key=seconds.__getitem__)
     clear = seconds[fastest] < CLEAR_WIN * seconds["strips"]
@@ -221,15 +223,16 @@ def _switch(device: torch.device) -> Any:
 
 @contextlib.contextmanager
 def _precision_of(switch: Any, value: str) -> Iterator[None]:
-    before = switch.fp32_precision
-    if before == value or (value == "ieee" and before == "none"):
+    if switch.fp32_precision == value or (value == "ieee" and switch.fp32_precision == "none"):
         yield
         return
-    switch.fp32_precision = value
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
+    with _SWITCHING:  # two threads must not take each other's setting for the one to put back
+        before = switch.fp32_precision
+        switch.fp32_precision = value
+        try:
+            yield
+        finally:
+            switch.fp32_precision = before
 
 
 def _trial_rows(width: int, device: torch.device) -> Tensor:

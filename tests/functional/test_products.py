@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -132,3 +134,20 @@ def test_bf16_inputs_on_cuda():
     rows = torch.randn(512, 256, device="cuda")
     backend = products.BACKENDS["cuda_bf16"]
     assert products.relative_error(backend.run, rows) < backend.tolerance
+
+
+@pytest.mark.skipif("onednn" not in ON_CPU, reason="this torch has no oneDNN switch")
+def test_two_threads_leave_the_switch_as_it_was():
+    rows = torch.randn(64, 64)
+    before = settings_of_the_process()
+
+    def work():
+        for _ in range(50):
+            products.onednn(strip_views(torch.zeros(packed_size(64)), 64), rows)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert settings_of_the_process() == before

@@ -133,6 +133,13 @@ def test_fast_dev_run(tmp_path, batches):
     assert validated == {ROWS * int(batches)}
 
 
+def test_two_probes_that_group_differently_share_a_trainer(tmp_path):
+    callbacks = [TailTokenProbe(2, counts=tiny.counts()), TailTokenProbe(2, group_by="position", num_position_groups=2)]
+    records = fit(tmp_path, callbacks, max_steps=1)
+    buckets = ["head", "mid", "pooled", "position_00", "position_01", "tail"]
+    assert sorted(r.bucket for r in records if r.layer == 0) == buckets
+
+
 def test_limit_train_batches_and_epochs(tmp_path):
     records = fit(tmp_path, SpectralRankCallback(3), max_steps=-1, max_epochs=2, limit_train_batches=4)
     assert sorted({r.step for r in records}) == [0, 3, 6, 7]

@@ -270,7 +270,7 @@ def fit(name: str, callback: pl.Callback | None, baton: Baton, size: Size, threa
     """One policy's Trainer, in its thread."""
     torch.set_num_threads(threads)
     try:
-        steps = baton.turns[name] * baton.rounds
+        steps = baton.turns[name] * (baton.rounds + 1)  # the last step of a run is always measured: never reach it
         generator = torch.Generator().manual_seed(seed)
         shape = (steps * size.batch, size.length + 1)
         rows = torch.multinomial(counts().float(), shape[0] * shape[1], True, generator=generator).view(shape)

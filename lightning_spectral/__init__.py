@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME_OF = {
+    "FabricSpectralProbe": "lightning_spectral.callbacks",
     "read_weights": "lightning_spectral.records",
     "WeightRecord": "lightning_spectral.records",
     "WeightSpectrumCallback": "lightning_spectral.callbacks.weight_spectrum",

@@ -181,11 +181,6 @@ def read_value(text: str) -> Any:
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 takes ``1e-3`` for text and the key ``on`` for ``true``; people mean a number and a word."""
 
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
 
 def _number(loader: _Loader, node: yaml.ScalarNode) -> float | int:
     """``1e6`` is also how people write a number of tokens."""
@@ -194,7 +189,12 @@ def _number(loader: _Loader, node: yaml.ScalarNode) -> float | int:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:float", _number)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|false|True|False|TRUE|FALSE)$"), list("tTfF"))
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"(true|false|True|False|TRUE|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )

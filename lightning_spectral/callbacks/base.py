@@ -94,10 +94,6 @@ class SpectralCallback(EvaluationHooks):
         """Which bucket a row belongs to; called once, when the model exists."""
         raise NotImplementedError
 
-    def reported(self, result: WindowResult) -> WindowResult:
-        """What of a window this callback reports."""
-        return result
-
     def stands_down(self, trainer: pl.Trainer) -> bool:
         """Whether another callback of this trainer measures the same."""
         return False
@@ -346,7 +342,7 @@ class SpectralCallback(EvaluationHooks):
 
     def _publish_result(self, trainer: pl.Trainer, window: WindowId, result: WindowResult) -> dict[str, float]:
         assert self.run_folder is not None
-        result, stage, step = self.reported(result), window.stage, window.step
+        stage, step = window.stage, window.step
         records = spectral_records(result, window, self._conventions)
         losses = loss_records(result, window)
         self.run_folder.append_spectral(records)

@@ -238,7 +238,7 @@ class FabricSpectralProbe:
             # `model.training_step(batch)` goes past the module's own forward: its passes are still in the taps
             self._warn("redirected", "the loop calls a method of the model, so padding in its batches is not seen.")
             self._collect()
-        result = self.callback.reported(probe.end(self._process_group))
+        result = probe.end(self._process_group)
         self._measuring = False
         self._schedule.previous = self.step
         if self.run_folder is None:

@@ -14,9 +14,7 @@ from lightning_spectral.callbacks.base import SpectralCallback
 from lightning_spectral.callbacks.counting import count_stream
 from lightning_spectral.callbacks.grouping import Grouping, by_frequency, by_position, load_counts
 from lightning_spectral.callbacks.options import conventions_of, probe_options
-from lightning_spectral.callbacks.window import WindowResult
 from lightning_spectral.functional.rank import DEFAULT_RENYI_ORDERS
-from lightning_spectral.records import POOLED
 
 GROUP_BY = ("frequency", "position")
 
@@ -150,27 +148,6 @@ class TailTokenProbe(SpectralCallback):
         head_share, mid_share = self._shares
         counts = load_counts(self._token_counts(trainer, pl_module))
         return by_frequency(counts, head_share=head_share, mid_share=mid_share, attribute_to=self._attribute_to)
-
-    @override
-    def reported(self, result: WindowResult) -> WindowResult:
-        if not self._pooled_elsewhere:
-            return result
-        return replace(result, sites=[site for site in result.sites if site.bucket != POOLED])
-
-    @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        others = list(trainer.callbacks)  # type: ignore[attr-defined]
-        earlier = others[: others.index(self)]  # of several probes the first reports the merge
-        self._pooled_elsewhere = any(
-            isinstance(other, SpectralCallback)
-            and other is not self
-            and not other.stands_down(trainer)
-            and (other in earlier or not isinstance(other, TailTokenProbe))
-            for other in others
-        )
-
-    _pooled_elsewhere = False
 
     def measures_what(self, other: SpectralCallback) -> bool:
         """Whether this probe's merge of buckets is what ``other`` would measure."""

@@ -85,10 +85,10 @@ def _run(found, launcher_name: str, workers: int | None) -> int:  # type: ignore
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here.", file=sys.stderr)
         return 130
-    for name, digests in sweep.same_data(found).items():
+    for split, digests in sweep.same_data(found).items():
         if len(digests) > 1:
-            print(f"WARNING the {name} data differ between runs: {len(digests)} digests.", file=sys.stderr)
+            print(f"WARNING the {split} data differ between runs: {len(digests)} digests.", file=sys.stderr)
         elif digests:
-            print(f"{name} data: the same in all runs ({digests[0][:12]})")
+            print(f"{split} data: the same in all runs ({digests[0][:12]})")
     print(f"next: lightning-spectral report {found.out_dir}")
     return 1 if board.failed else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -37,10 +38,8 @@ def solving_threads(monkeypatch) -> list[str]:
 def fit(path, *, background, callbacks=(), model=None, steps=6, **options):
     callback = TailTokenProbe(every_n_steps=1, counts=counts(), dirpath=str(path), background=background, **options)
     model = model or Module()
-    try:
+    with contextlib.suppress(InterruptedError):
         trainer(path, [callback, *callbacks], max_steps=steps).fit(model, loader(), loader(16))
-    except InterruptedError:
-        pass
     return model, callback
 
 

@@ -144,7 +144,7 @@ class LitGPT(pl.LightningModule):
 
 
 def attention_kernel(input_ids: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Plain products for short sequences in bf16 on a CPU, where torch's blocked kernel is slow; else torch's choice."""
+    """Plain products for short bf16 sequences on a CPU (torch's blocked kernel is slow there), else torch's choice."""
     if torch.is_autocast_enabled("cpu") and input_ids.shape[1] <= LONGEST_PLAIN_ATTENTION:
         kernel: contextlib.AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
         return kernel

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from lightning_spectral.optim.checkpoint import (
     companion_to_saved,
     held_length,
-    pad_missing_keys,
+    make_uniform,
     saved_to_companion,
     saved_to_param_layout,
 )
@@ -177,7 +177,7 @@ class SpectralOptimizer(Optimizer):
                 for name, value in packed["state"][key].items()
             }
         if any_flat:
-            pad_missing_keys(states, params)
+            make_uniform(states, params)
         packed["state"] = states
         return packed
 

@@ -7,6 +7,7 @@ the parameter) travel as the first entries of such a tensor.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -65,14 +66,20 @@ def _held(saved: Tensor, piece: Piece) -> Tensor:
     return saved
 
 
-def pad_missing_keys(states: dict[Any, dict[str, Any]], params: dict[Any, Tensor]) -> None:
-    """Give every state the keys of all others, zeros where a rule has none.
+def make_uniform(states: dict[Any, dict[str, Any]], params: dict[Any, Tensor]) -> None:
+    """Give every state the keys of all others, zeros where a rule has none, and all its arrays the widest dtype.
 
-    FSDP1's ``optim_state_dict`` asserts that all parameters of a flat buffer have the same keys.
+    FSDP1's ``optim_state_dict`` asserts that all parameters of a flat buffer have the same keys, of one dtype (a bf16
+    momentum beside an fp32 companion is refused). Widening is exact, and loading narrows again.
     """
-    wanted = {
-        key for state in states.values() for key, value in state.items() if torch.is_tensor(value) and value.ndim > 0
-    }
+    arrays = [(name, value) for state in states.values() for name, value in state.items() if _is_array(value)]
+    dtype = reduce(torch.promote_types, (value.dtype for _, value in arrays), torch.float32)
+    wanted = {name for name, _ in arrays}
     for key, state in states.items():
         for name in wanted - state.keys():
-            state[name] = torch.zeros_like(params[key], dtype=torch.float32)
+            state[name] = torch.zeros_like(params[key], dtype=dtype)
+        state.update({name: value.to(dtype) for name, value in state.items() if _is_array(value)})
+
+
+def _is_array(value: Any) -> bool:
+    return torch.is_tensor(value) and value.ndim > 0

@@ -66,7 +66,8 @@ class DionRule(MatrixRule):
             if momentum.dtype == left_MR.dtype:
                 momentum.addmm_(left_MR, right_RN, alpha=-feedback)  # no product of the size of the matrix
             else:
-                momentum.sub_((feedback * left_MR @ right_RN).to(momentum.dtype))
+                # Rounded once, as where the momentum comes back from an owner.
+                momentum.copy_(torch.addmm(momentum.to(left_MR.dtype), left_MR, right_RN, alpha=-feedback))
         if group["orthogonal_right"]:
             new_BRN = torch.linalg.qr(right_BRN.mT)[0].mT
             # QR leaves the signs of its columns open; the update must point along B.

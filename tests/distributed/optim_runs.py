@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from litgpt import GPT, Config
-from litgpt.model import Block
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -42,6 +41,7 @@ KINDS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "normuon": lambda params: NorMuon(params, lr=1e-2, precision="fp32"),
     "dion": lambda params: Dion(params, lr=1e-2, rank_fraction=0.5),
     "adamw": lambda params: AdamW(params, lr=1e-2),
+    "normuon, no decay": lambda params: NorMuon(params, lr=1e-2, precision="fp32", weight_decay=0.0),
 }
 Weights = dict[str, torch.Tensor]
 
@@ -49,6 +49,39 @@ Weights = dict[str, torch.Tensor]
 def fresh_model(seed: int = 0) -> GPT:
     torch.manual_seed(seed)
     return GPT(CONFIG)
+
+
+def partly_frozen_model() -> GPT:
+    """A frozen matrix, a frozen vector, and a matrix and a vector that never get a gradient."""
+    model = fresh_model()
+    model.transformer.h[0].attn.qkv.weight.requires_grad_(False)
+    model.transformer.h[1].norm_1.weight.requires_grad_(False)
+    model.transformer.h[1].unused = nn.Linear(34, 17)
+    return model
+
+
+def two_dtypes_model() -> GPT:
+    """Matrices of the blocks in bf16; norms, embedding and head in fp32."""
+    model = fresh_model()
+    for layer in model.transformer.h.modules():
+        if isinstance(layer, nn.Linear):
+            layer.to(torch.bfloat16).register_forward_pre_hook(lambda own, given: (given[0].to(own.weight.dtype),))
+    return model
+
+
+MODELS: dict[str, Callable[[], GPT]] = {
+    "gpt": fresh_model,
+    "partly frozen": partly_frozen_model,
+    "two dtypes": two_dtypes_model,
+}
+
+
+def one_dtype_each(model: GPT) -> list[nn.Module]:
+    """Both FSDPs want one dtype in each module they cut: the norms come before their block, where they differ."""
+    blocks = list(model.transformer.h)
+    if len({p.dtype for p in blocks[0].parameters()}) == 1:
+        return blocks
+    return [module for module in model.transformer.h.modules() if isinstance(module, model.config.norm_class)] + blocks
 
 
 def train(
@@ -66,8 +99,8 @@ def train(
 class Single:
     """One process; also the interface that the others share."""
 
-    def __init__(self, kind: str) -> None:
-        self.model: nn.Module = self.wrap(fresh_model())
+    def __init__(self, kind: str, model: str = "gpt") -> None:
+        self.model: nn.Module = self.wrap(MODELS[model]())
         self.optimizer = KINDS[kind](self.model.parameters())
 
     def wrap(self, model: GPT) -> nn.Module:
@@ -95,7 +128,7 @@ class Single:
 
 class DDP(Single):
     def wrap(self, model: GPT) -> nn.Module:
-        return DistributedDataParallel(model)
+        return DistributedDataParallel(model, find_unused_parameters=hasattr(model.transformer.h[1], "unused"))
 
     def weights(self) -> Weights:
         return {name: p.detach().clone() for name, p in self.model.module.named_parameters()}
@@ -106,8 +139,8 @@ class DDP(Single):
 
 class FSDP2(Single):
     def wrap(self, model: GPT) -> nn.Module:
-        for block in model.transformer.h:
-            fully_shard(block)
+        for module in one_dtype_each(model):
+            fully_shard(module)
         return fully_shard(model)
 
     def weights(self) -> Weights:
@@ -127,7 +160,7 @@ class FSDP1(Single):
     def wrap(self, model: GPT) -> nn.Module:
         return FullyShardedDataParallel(
             model,
-            auto_wrap_policy=ModuleWrapPolicy({Block}),
+            auto_wrap_policy=ModuleWrapPolicy({type(module) for module in one_dtype_each(model)}),
             use_orig_params=True,
             device_id=torch.device("cpu"),
         )
@@ -148,9 +181,9 @@ class FSDP1(Single):
 STRATEGIES: dict[str, type[Single]] = {"single": Single, "ddp": DDP, "fsdp1": FSDP1, "fsdp2": FSDP2}
 
 
-def run(rank: int, world_size: int, strategy: str, kind: str, steps: int) -> Weights:
+def run(rank: int, world_size: int, strategy: str, kind: str, steps: int, model: str = "gpt") -> Weights:
     """Train from scratch."""
-    trained = STRATEGIES[strategy](kind)
+    trained = STRATEGIES[strategy](kind, model)
     train(trained.model, trained.optimizer, steps)
     return trained.weights()
 
@@ -163,25 +196,32 @@ def run_on_parts(rank: int, world_size: int, strategy: str, kind: str, steps: in
 
 
 def save_midway(
-    rank: int, world_size: int, strategy: str, kind: str
+    rank: int, world_size: int, strategy: str, kind: str, model: str = "gpt"
 ) -> tuple[Weights, dict[str, Any], Weights, Weights]:
     """Three steps, save, three more; and the same resumed in a new model: (weights, state, straight, resumed)."""
-    straight = STRATEGIES[strategy](kind)
+    straight = STRATEGIES[strategy](kind, model)
     train(straight.model, straight.optimizer, 3)
     weights, state = straight.weights(), straight.save()
     train(straight.model, straight.optimizer, 3, first=3)
-    return weights, state, straight.weights(), resume(rank, world_size, strategy, kind, weights, state)
+    return weights, state, straight.weights(), resume(rank, world_size, strategy, kind, weights, state, model)
 
 
-def resume(rank: int, world_size: int, strategy: str, kind: str, weights: Weights, state: dict[str, Any]) -> Weights:
+def resume(
+    rank: int, world_size: int, strategy: str, kind: str, weights: Weights, state: dict[str, Any], model: str = "gpt"
+) -> Weights:
     """Three more steps from a checkpoint."""
-    other = STRATEGIES[strategy](kind)
+    other = STRATEGIES[strategy](kind, model)
     other.load(weights, state)
     train(other.model, other.optimizer, 3, first=3)
     return other.weights()
 
 
 def distance(found: Weights, expected: Weights, start: Weights) -> float:
-    """Largest error of a parameter over the length of its path from ``start``."""
+    """Largest error of a parameter over the length of its path from ``start``; infinite if it should have stayed."""
     assert found.keys() == expected.keys()
-    return max(float((found[n] - expected[n]).norm() / (expected[n] - start[n]).norm()) for n in expected)
+    errors = [0.0]
+    for name in expected:
+        path = (expected[name].double() - start[name].double()).norm()
+        error = (found[name].double() - expected[name].double()).norm()
+        errors.append(0.0 if error == path == 0 else float(error / path))
+    return max(errors)

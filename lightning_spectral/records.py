@@ -28,6 +28,7 @@ RUN_FILE = "run.json"
 SPECTRAL_FILE = "spectral.jsonl"
 LOSSES_FILE = "losses.jsonl"
 WEIGHTS_FILE = "weights.jsonl"
+PROGRESS_FILE = "sweep_progress.json"  # what a sweep's monitor writes beside them
 
 POOLED = "pooled"
 BUCKETS = ("head", "mid", "tail")

@@ -24,8 +24,9 @@ class Comparison:
 
     Attributes:
         where: Column name -> value of what both sides share (site, bucket, metric, layer, ...).
-        kind: ``slope_difference``, ``slope_difference_paired``, ``level_difference``, ``crossover_width``,
-            ``asymmetry``, ``effect``, ``matched_loss`` or ``matched_loss_slope``.
+        kind: ``slope_difference``, ``slope_difference_paired``, ``slope_difference_over_seeds`` (each also with
+            ``_before_decay``), ``level_difference``, ``crossover_width``, ``asymmetry``, ``decay_change``, ``effect``,
+            ``matched_loss`` or ``matched_loss_slope``.
         a: First side.
         b: Second side; empty for a property of one side.
         estimate: ``a - b`` of slopes or of ln(value), or a width for the crossover.
@@ -103,7 +104,30 @@ def compare_pair(
     )
     note = "" if (one.x_min, one.x_max) == (two.x_min, two.x_max) else "the fits cover different widths"
     slope = _with_t(replace(base, note=note), float(difference), float(se), float(df), f"welch({one.method})")
-    return [slope, *_paired(base, points_a, points_b)]
+    return [slope, *_paired(base, points_a, points_b), *_over_seeds(base, points_a, points_b)]
+
+
+def _over_seeds(base: Comparison, points_a: list[Point], points_b: list[Point]) -> list[Comparison]:
+    """One slope difference a seed, at the widths that both have; what another seed would give."""
+    widths = {point.x for point in points_a} & {point.x for point in points_b}
+    one, two = (_slope_of_seeds(points, widths) for points in (points_a, points_b))
+    seeds = sorted(set(one) & set(two))
+    if len(seeds) < 2:
+        return []
+    gaps = np.array([one[seed] - two[seed] for seed in seeds])
+    se = float(gaps.std(ddof=1)) / math.sqrt(len(gaps))
+    own = replace(base, kind="slope_difference_over_seeds", note=f"{len(seeds)} seeds; one difference a seed")
+    return [_with_t(own, float(gaps.mean()), se, len(gaps) - 1, "t_over_seeds")]
+
+
+def _slope_of_seeds(points: list[Point], widths: set[float]) -> dict[str, float]:
+    out = {}
+    for seed in {point.seed for point in points if point.seed}:
+        own = [point for point in points if point.seed == seed and point.x in widths and point.value > 0]
+        if len(widths) > 2 and {point.x for point in own} == widths:
+            line = least_squares(np.log([point.x for point in own]), np.log([point.value for point in own]))
+            out[seed] = float(line.slope)
+    return out
 
 
 def _paired(base: Comparison, points_a: list[Point], points_b: list[Point]) -> list[Comparison]:
@@ -169,12 +193,7 @@ def asymmetries(table: PointTable, fits: Sequence[PowerLawFit]) -> list[Comparis
         if series[position] != "soft_rank" or not hard:
             continue
         where = {name: cell for name, cell in zip(table.by, series, strict=True) if name != "metric"}
-        by_run = {(p.x, p.seed, p.source): p.value for p in hard}
-        ratio = [
-            replace(p, value=p.value / by_run[key], spread=NAN, layers=())
-            for p in soft
-            if (key := (p.x, p.seed, p.source)) in by_run and by_run[key] > 0
-        ]
+        ratio = _run_ratios(soft, hard)
         base = Comparison(where, "asymmetry", "soft_rank", "hard_rank")
         if not ratio:
             out.append(replace(base, status="refused:no_common_runs"))
@@ -185,6 +204,34 @@ def asymmetries(table: PointTable, fits: Sequence[PowerLawFit]) -> list[Comparis
             _with_t(replace(base, status=status), fit.beta, fit.std_err, fit.df, f"{fit.method}_of_ln_soft_over_hard")
         )
     return out
+
+
+def decay_changes(table: PointTable, before: PointTable) -> list[Comparison]:
+    """Beta at the end minus beta just before the learning rate decays, from ln(end / before) of the same runs."""
+    earlier = before.groups()
+    out = []
+    for series, points in table.groups().items():
+        ratio = _run_ratios(points, earlier.get(series, []))
+        if not ratio:
+            continue
+        base = Comparison(dict(zip(table.by, series, strict=True)), "decay_change", "end", "before decay")
+        fit = fit_series(ratio, method=choose_method(ratio), extras=False)
+        if fit.refused:
+            out.append(replace(base, status=fit.status))
+            continue
+        own = replace(base, status=fit.status, note=f"before: step {max(p.steps[-1] for p in earlier[series])}")
+        out.append(_with_t(own, fit.beta, fit.std_err, fit.df, f"{fit.method}_of_ln_end_over_before"))
+    return out
+
+
+def _run_ratios(points_a: Sequence[Point], points_b: Sequence[Point]) -> list[Point]:
+    """Value of a over that of b, for runs that have both."""
+    by_run = {(p.x, p.seed, p.source): p.value for p in points_b}
+    return [
+        replace(p, value=p.value / by_run[key], spread=NAN, layers=())
+        for p in points_a
+        if (key := (p.x, p.seed, p.source)) in by_run and by_run[key] > 0
+    ]
 
 
 def ratio_points(points_a: Sequence[Point], points_b: Sequence[Point]) -> list[tuple[float, float]]:

@@ -11,7 +11,13 @@ from typing import Final
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from lightning_spectral.analysis import figures_scaling, figures_spectrum, figures_training
+from lightning_spectral.analysis import (
+    figures_exponents,
+    figures_layers,
+    figures_scaling,
+    figures_spectrum,
+    figures_training,
+)
 from lightning_spectral.analysis.scene import Drawing, Scene
 from lightning_spectral.analysis.style import RC
 
@@ -32,12 +38,14 @@ class FigureRow:
 # key (also the file name) -> figure, in the order of the page
 FIGURES: Final[dict[str, FigureRow]] = {
     "scaling_laws": FigureRow("Scaling laws", figures_scaling.laws),
-    "betas": FigureRow("Exponents", figures_scaling.betas),
+    "betas": FigureRow("Exponents", figures_exponents.betas),
+    "decay": FigureRow("Before and after the learning-rate decay", figures_exponents.decay),
     "bucket_grid": FigureRow("Soft and hard rank by token frequency", figures_scaling.bucket_grid),
-    "asymmetry": FigureRow("Asymmetry of soft and hard exponents", figures_scaling.asymmetry),
+    "asymmetry": FigureRow("Asymmetry of soft and hard exponents", figures_exponents.asymmetry),
     "beta_over_training": FigureRow("Exponents over training", figures_training.beta_of_t),
     "rank_curves": FigureRow("Rank curves by width", figures_training.rank_curves),
-    "layers": FigureRow("Layers", figures_scaling.layer_map),
+    "layers": FigureRow("Layers", figures_layers.layer_map),
+    "learning_rates": FigureRow("Learning-rate sensitivity", figures_exponents.learning_rates),
     "matched_loss": FigureRow("Matched loss", figures_training.matched),
     "bucket_losses": FigureRow("Loss by token frequency", figures_training.bucket_losses),
     "renyi": FigureRow("Renyi ranks", figures_spectrum.renyi),

@@ -1,4 +1,4 @@
-"""Figures of the exponent: scaling laws, bucket grid, betas side by side, asymmetry, layers."""
+"""Figures of the scaling law: rank against width, for one bucket and for all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_spectral.analysis.scene import Drawing, Scene, beta_text, joined
+from lightning_spectral.analysis.scene import Drawing, Scene, beta_text
 from lightning_spectral.analysis.style import (
     BUCKET_NAMES,
     METRIC_NAMES,
@@ -71,6 +71,8 @@ def _law(scene: Scene, ax: Axes, bucket: str, metric: str, limits: tuple[float, 
         return
     # below everything at the right edge, so that it crosses as few lines as it can
     guide = min(low_end, smallest * 4) / 1.25 * span / span[-1]
+    if (guide > low).mean() < 0.5:
+        guide = low * 1.1 * span / span[0]
     ax.plot(span[guide > low], guide[guide > low], ":", color="#777777", lw=1.2, zorder=1)
     shown = np.flatnonzero(guide > low)
     k = shown[len(shown) // 2]
@@ -100,14 +102,13 @@ def laws(scene: Scene) -> Drawing:
     metrics = [metric for metric in _RANKS if metric in scene.metrics] or scene.metrics[:2]
     figure = Figure(figsize=(11.5, 4.6))
     axes = figure.subplots(1, len(metrics), squeeze=False)[0]
-    figure.subplots_adjust(left=0.06, right=0.87, top=0.92, bottom=0.12, wspace=0.5)
+    figure.subplots_adjust(left=0.05, right=0.85, top=0.92, bottom=0.12, wspace=0.52)
     limits = _limits(scene, [(scene.focus, metric) for metric in metrics])
     for ax, metric, ends in zip(axes, metrics, limits, strict=True):
         _law(scene, ax, scene.focus, metric, ends)
         label_right(ax, [(min(y, ends[1]), text, color) for y, text, color in _ends(scene, metric)])
         ax.set_title(f"{BUCKET_NAMES.get(scene.focus, scene.focus)}: {METRIC_NAMES.get(metric, metric)}")
         ax.set_xlabel("FFN width D")
-        ax.set_ylabel(f"{METRIC_NAMES.get(metric, metric)} (eigenmodes)")
     return Drawing(
         figure,
         _steepest(scene, metrics[0]),
@@ -138,7 +139,7 @@ def _ends(scene: Scene, metric: str) -> list[tuple[float, str, str]]:
         look, fit = scene.looks[key], scene.fit(key, scene.focus, metric)
         points = scene.points(key, scene.focus, metric)
         if fit is not None and not fit.refused:
-            wide = " (wide CI)" if fit.wide else ""
+            wide = " (wide)" if fit.wide else ""
             out.append(
                 (float(fit.line(np.array([fit.x_max]))[0]), f"{look.name} {fit.beta:.2f}{wide}", look.text_color)
             )
@@ -156,7 +157,7 @@ def bucket_grid(scene: Scene) -> Drawing:
     metrics = [metric for metric in ("soft_rank", "hard_rank") if metric in scene.metrics] or scene.metrics[:2]
     figure = Figure(figsize=(11.5, 2.9 * len(metrics) + 0.5))
     axes = figure.subplots(len(metrics), len(buckets), squeeze=False)
-    figure.subplots_adjust(left=0.06, right=0.985, top=0.93, bottom=0.15, wspace=0.18, hspace=0.32)
+    figure.subplots_adjust(left=0.065, right=0.985, top=0.93, bottom=0.15, wspace=0.18, hspace=0.32)
     for row, metric in enumerate(metrics):
         own = _limits(scene, [(bucket, metric) for bucket in buckets])
         limits = (min(low for low, _ in own), max(high for _, high in own))
@@ -174,188 +175,6 @@ def bucket_grid(scene: Scene) -> Drawing:
         "The same laws for frequent (HEAD), middling (MID) and rare (TAIL) tokens.",
         "One y scale in a row: levels can be compared across buckets, slopes within and across.",
     )
-
-
-def betas(scene: Scene) -> Drawing:
-    """Every exponent with its intervals, beside the untrained one."""
-    buckets = scene.buckets
-    metrics = [metric for metric in _RANKS if metric in scene.metrics] or scene.metrics[:2]
-    rows = len(scene.series)
-    figure = Figure(figsize=(11.5, 0.9 + len(metrics) * (0.55 + 0.24 * rows)))
-    axes = figure.subplots(len(metrics), len(buckets), squeeze=False, sharex="row", sharey=True)
-    figure.subplots_adjust(
-        left=0.12,
-        right=0.985,
-        top=1 - 0.35 / figure.get_figheight(),
-        bottom=0.55 / figure.get_figheight(),
-        wspace=0.08,
-        hspace=0.4,
-    )
-    for r, metric in enumerate(metrics):
-        for c, bucket in enumerate(buckets):
-            ax = axes[r, c]
-            ax.axvline(1.0, color="#777777", lw=1, ls=":")
-            ax.axvline(0.0, color="#BBBBBB", lw=1)
-            for k, key in enumerate(scene.series):
-                look, fit = scene.looks[key], scene.fit(key, bucket, metric)
-                y = rows - 1 - k
-                if fit is None or fit.refused:
-                    ax.text(0.02, y, "no fit", color="#999999", fontsize=8, va="center")
-                    continue
-                if np.isfinite(fit.seed_low):
-                    ax.plot(
-                        [fit.seed_low, fit.seed_high],
-                        [y - 0.22] * 2,
-                        color=look.color,
-                        lw=4,
-                        alpha=0.3,
-                        solid_capstyle="butt",
-                    )
-                ax.plot([fit.ci_low, fit.ci_high], [y, y], color=look.color, lw=1.6)
-                ax.plot([fit.beta], [y], look.marker, color=look.color, mfc=look.face, ms=6)
-                if np.isfinite(fit.null_beta):
-                    ax.plot([fit.null_beta] * 2, [y - 0.35, y + 0.35], color="#555555", lw=1.6)
-            ax.set_title(f"{BUCKET_NAMES.get(bucket, bucket)}, {METRIC_NAMES.get(metric, metric)}", fontsize=9)
-            ax.set_yticks(range(rows), [scene.looks[key].name for key in reversed(scene.series)])
-            ax.set_ylim(-0.6, rows - 0.4)
-            ax.grid(axis="y", visible=False)
-        found = [f for key in scene.series for b in buckets if (f := scene.fit(key, b, metric)) and not f.refused]
-        if found:
-            ends = [v for f in found for v in (f.ci_low, f.ci_high, f.null_beta) if np.isfinite(v)] or [0, 1]
-            axes[r, 0].set_xlim(max(-1.6, min(*ends, -0.05) - 0.05), min(2.6, max(*ends, 1.05) + 0.05))
-    for ax in axes[-1]:
-        ax.set_xlabel("beta")
-    return Drawing(
-        figure,
-        "Exponents side by side: where intervals overlap, the order of two optimizers is not settled by the points.",
-        "Line: 95 % interval over widths. Pale bar below: 95 % interval over seeds (where seeds exist). Black tick: "
-        "the untrained network. Differences with their p values stand in comparisons.csv.",
-    )
-
-
-def asymmetry(scene: Scene) -> Drawing:
-    """beta_hard and beta_soft of each series as dumbbells."""
-    if not {"soft_rank", "hard_rank"} <= set(scene.metrics):
-        return Drawing(None, "No asymmetry: it needs soft and hard rank.", "Run the report without --metrics.")
-    buckets = [bucket for bucket in ("head", "mid", "tail") if bucket in scene.buckets] or scene.buckets[:3]
-    rows = len(scene.series)
-    figure = Figure(figsize=(11.5, 0.95 + 0.3 * rows))
-    axes = figure.subplots(1, len(buckets), squeeze=False, sharex=True, sharey=True)[0]
-    figure.subplots_adjust(
-        left=0.12, right=0.985, top=1 - 0.35 / figure.get_figheight(), bottom=0.55 / figure.get_figheight(), wspace=0.08
-    )
-    separated = []
-    lows: list[float] = [0.0, 1.05]
-    for ax, bucket in zip(axes, buckets, strict=True):
-        ax.axvline(1.0, color="#777777", lw=1, ls=":")
-        by_series = {
-            tuple(c.where[name] for name in scene.fitted.table.by[: len(scene.series[0])]): c
-            for c in scene.compared("asymmetry", bucket)
-        }
-        for k, key in enumerate(scene.series):
-            look, y = scene.looks[key], rows - 1 - k
-            hard, soft = scene.fit(key, bucket, "hard_rank"), scene.fit(key, bucket, "soft_rank")
-            if hard is None or soft is None or hard.refused or soft.refused:
-                continue
-            ax.plot([hard.beta, soft.beta], [y, y], color=look.color, lw=3, alpha=0.45, solid_capstyle="butt")
-            ax.plot([hard.beta], [y], "o", color=look.color, ms=6.5)
-            ax.plot([soft.beta], [y], "o", color=look.color, mfc="white", mew=1.4, ms=6.5)
-            lows += [hard.beta, soft.beta]
-            c = by_series.get(key)
-            if c is not None:
-                star = "*" if c.separated else ""
-                ax.text(
-                    0.985,
-                    (y + 0.6) / (rows + 0.2),
-                    f"{c.estimate:+.2f}{star}",
-                    transform=ax.transAxes,
-                    ha="right",
-                    va="center",
-                    color=look.text_color,
-                    fontsize=8.5,
-                )
-                if c.separated and bucket == scene.focus:
-                    separated.append(f"{look.name} ({c.estimate:+.2f} [{c.ci_low:.2f}, {c.ci_high:.2f}])")
-        ax.set_title(BUCKET_NAMES.get(bucket, bucket))
-        ax.set_yticks(range(rows), [scene.looks[key].name for key in reversed(scene.series)])
-        ax.set_ylim(-0.6, rows - 0.4)
-        ax.grid(axis="y", visible=False)
-        ax.set_xlabel("beta (filled: hard, open: soft)")
-    axes[0].set_xlim(min(lows) - 0.08, max(lows) + 0.42)
-    where = BUCKET_NAMES.get(scene.focus, scene.focus)
-    head = (
-        f"Soft rank grows faster than hard rank on {where} for {joined(separated)}."
-        if separated
-        else f"On {where} no asymmetry between soft and hard exponents is separated from zero."
-    )
-    return Drawing(
-        figure, head, "Number: beta_soft - beta_hard from the same runs; * its 95 % interval leaves zero out."
-    )
-
-
-def layer_map(scene: Scene) -> Drawing:
-    """Exponent of every layer, and ranks by layer at the widest FFN."""
-    if len(scene.layers) < 2:
-        return Drawing(None, "No layer map: the runs have one layer.")
-    metric = "hard_rank" if "hard_rank" in scene.metrics else scene.metrics[0]
-    grid = np.full((len(scene.layers), len(scene.series)), np.nan)
-    for c, key in enumerate(scene.series):
-        for r, layer in enumerate(scene.layers):
-            fit = scene.fit(key, scene.focus, metric, layer)
-            if fit is not None and not fit.refused:
-                grid[r, c] = fit.beta
-    figure = Figure(figsize=(11.5, 1.4 + 0.3 * max(len(scene.layers), 6)))
-    left, right = figure.subplots(1, 2, width_ratios=[1.1, 1])
-    h = figure.get_figheight()
-    figure.subplots_adjust(left=0.09, right=0.87, top=1 - 0.4 / h, bottom=0.75 / h, wspace=0.28)
-    limit = max(1.0, float(np.nanmax(np.abs(grid)))) if np.isfinite(grid).any() else 1.0
-    left.pcolormesh(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, edgecolors="white", linewidth=1)
-    for r in range(grid.shape[0]):
-        for c in range(grid.shape[1]):
-            if np.isfinite(grid[r, c]):
-                shade = "white" if abs(grid[r, c]) > 0.65 * limit else "#222222"
-                left.text(c + 0.5, r + 0.5, f"{grid[r, c]:.2f}", ha="center", va="center", fontsize=8, color=shade)
-    left.invert_yaxis()
-    left.grid(visible=False)
-    left.set_xticks(np.arange(len(scene.series)) + 0.5, [scene.looks[key].name for key in scene.series], fontsize=8)
-    if len(scene.series) > 5:
-        left.tick_params(axis="x", rotation=20)
-    left.set_yticks(np.arange(len(scene.layers)) + 0.5, [name.replace("_", " ") for name in scene.layers], fontsize=8)
-    where = f"{BUCKET_NAMES.get(scene.focus, scene.focus)} {METRIC_NAMES.get(metric, metric)}"
-    left.set_title(f"beta by layer, {where}")
-    _ranks_by_layer(scene, right, metric)
-    spans = [
-        f"{scene.looks[key].name} {np.nanmin(grid[:, c]):.2f} to {np.nanmax(grid[:, c]):.2f}"
-        for c, key in enumerate(scene.series)
-        if np.isfinite(grid[:, c]).any()
-    ]
-    return Drawing(
-        figure,
-        f"Layers differ: beta of {where} runs over {joined(spans[:4])}." if spans else "No layer could be fitted.",
-        "The median over layers can move because one layer joins or leaves the middle: look here before trusting it.",
-    )
-
-
-def _ranks_by_layer(scene: Scene, ax: Axes, metric: str) -> None:
-    widest = scene.widths[-1]
-    ends = []
-    for key in scene.series:
-        look = scene.looks[key]
-        own = [p for p in scene.points(key, scene.focus, metric) if p.x == widest and p.layers]
-        if not own:
-            continue
-        mean = np.exp(np.mean(np.log([p.layers for p in own]), axis=0))
-        ax.plot(range(len(mean)), mean, look.line, color=look.color, marker=look.marker, mfc=look.face, ms=5)
-        ends.append((float(mean[-1]), look.name, look.text_color))
-    if ends:
-        low, high = ax.get_ylim()
-        log2_axis(ax, "y", max(low, 0.5) if low > 0 else 1.0, high * 1.1)
-        values = [v for line in ax.lines for v in np.asarray(line.get_ydata(), dtype=float)]
-        log2_axis(ax, "y", min(values) / 1.2, max(values) * 1.2)
-        ax.set_xticks(range(len(scene.layers)), [str(k) for k in range(len(scene.layers))])
-        label_right(ax, ends)
-    ax.set_xlabel("layer")
-    ax.set_title(f"{METRIC_NAMES.get(metric, metric)} by layer at D = {widest}")
 
 
 def _legend(scene: Scene, figure: Figure) -> None:

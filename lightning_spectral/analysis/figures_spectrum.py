@@ -11,12 +11,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lightning_spectral.analysis.health import ROWS_PER_RANK
-from lightning_spectral.analysis.points import LAST_WINDOWS, nanmedian
+from lightning_spectral.analysis.points import nanmedian
 from lightning_spectral.analysis.runs import Run
 from lightning_spectral.analysis.scene import Drawing, Scene
 from lightning_spectral.analysis.style import BUCKET_NAMES, label_right, log2_axis
 
 EIGENVALUES = "eigenvalues"
+_SMALLEST_SHARE = 1e-9
 
 
 def renyi(scene: Scene) -> Drawing:
@@ -26,7 +27,7 @@ def renyi(scene: Scene) -> Drawing:
     panels.append(("post", "reinjection", "reinjection: after / before"))
     figure = Figure(figsize=(11.5, 3.5))
     axes = figure.subplots(1, 3)
-    figure.subplots_adjust(left=0.055, right=0.89, top=0.9, bottom=0.15, wspace=0.24)
+    figure.subplots_adjust(left=0.06, right=0.88, top=0.9, bottom=0.15, wspace=0.24)
     drawn = 0
     for ax, (site, name, title) in zip(axes, panels, strict=True):
         ends = []
@@ -35,7 +36,7 @@ def renyi(scene: Scene) -> Drawing:
             curves = [
                 curve
                 for run in scene.groups[key]
-                if run.width == widest and (curve := _orders(run, site, scene.focus, name))
+                if run.width == widest and (curve := _orders(run, site, scene.focus, name, scene.last))
             ]
             if not curves:
                 continue
@@ -82,11 +83,11 @@ def _measured(scene: Scene, site: str) -> bool:
     return any(site in run.sites for run in scene.runs.runs)
 
 
-def _orders(run: Run, site: str, bucket: str, name: str) -> dict[float, float]:
+def _orders(run: Run, site: str, bucket: str, name: str, last: int) -> dict[float, float]:
     if site not in run.sites or bucket not in run.buckets:
         return {}
     out = {}
-    for order, dense in run.orders(name, LAST_WINDOWS).items():
+    for order, dense in run.orders(name, last).items():
         layers = nanmedian(dense[run.sites.index(site), run.buckets.index(bucket)], axis=0)
         value = float(nanmedian(layers, axis=0))
         if np.isfinite(value) and value > 0 and np.isfinite(float(order)):
@@ -117,7 +118,8 @@ def waterfall(scene: Scene) -> Drawing:
         for step in chosen:
             p = spectra[step] / spectra[step].sum()
             modes = np.unique(np.geomspace(1, len(p), 80).astype(int))
-            ax.plot(modes, np.maximum(p[modes - 1], 1e-9), color=colors(0.9 * norm(step)), lw=1)
+            share = np.where(p[modes - 1] > _SMALLEST_SHARE, p[modes - 1], np.nan)  # below it is rounding
+            ax.plot(modes, share, color=colors(0.9 * norm(step)), lw=1)
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_xlabel("mode i")
@@ -171,7 +173,7 @@ def phase_map(scene: Scene) -> Drawing:
     buckets = [bucket for bucket in ("head", "mid", "tail") if bucket in scene.buckets] or scene.buckets[:3]
     figure = Figure(figsize=(11.5, 3.7))
     axes = figure.subplots(1, len(buckets), squeeze=False, sharex=True, sharey=True)[0]
-    figure.subplots_adjust(left=0.06, right=0.89, top=0.9, bottom=0.14, wspace=0.08)
+    figure.subplots_adjust(left=0.065, right=0.88, top=0.9, bottom=0.14, wspace=0.08)
     values: list[float] = []
     for ax, bucket in zip(axes, buckets, strict=True):
         ends = []

@@ -6,10 +6,11 @@ import math
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from lightning_spectral.analysis.matched import loss_curve
+from lightning_spectral.analysis.matched import MatchedPair, loss_curve
 from lightning_spectral.analysis.points import nanmedian
 from lightning_spectral.analysis.scene import Drawing, Scene, Series, joined
 from lightning_spectral.analysis.style import BUCKET_NAMES, METRIC_NAMES, label_right, log2_axis, width_ticks
@@ -25,7 +26,7 @@ def beta_of_t(scene: Scene) -> Drawing:
         )
     figure = Figure(figsize=(11.5, 2.5 * len(metrics) + 0.5))
     axes = figure.subplots(len(metrics), len(buckets), squeeze=False, sharex=True, sharey=True)
-    figure.subplots_adjust(left=0.055, right=0.89, top=0.93, bottom=0.1, wspace=0.07, hspace=0.25)
+    figure.subplots_adjust(left=0.07, right=0.88, top=0.93, bottom=0.1, wspace=0.07, hspace=0.25)
     everything: list[float] = []
     for r, metric in enumerate(metrics):
         for c, bucket in enumerate(buckets):
@@ -42,6 +43,7 @@ def beta_of_t(scene: Scene) -> Drawing:
                     ax.fill_between(path.steps, path.low, path.high, color=look.color, alpha=0.09, lw=0)
                 everything += path.beta[np.isfinite(path.beta)].tolist()
                 ends.append((float(path.beta[np.isfinite(path.beta)][-1]), look.name, look.text_color))
+            _decay_line(scene, ax)
             ax.set_title(f"{BUCKET_NAMES.get(bucket, bucket)}, {METRIC_NAMES.get(metric, metric)}")
             ax.margins(x=0.01)
             if c == len(buckets) - 1:
@@ -55,13 +57,21 @@ def beta_of_t(scene: Scene) -> Drawing:
     for ax in axes[:, 0]:
         ax.set_ylabel("beta")
     parts = []
-    for key in scene.series[:4]:
+    for key in scene.plain:
         path = scene.path(key, scene.focus, metrics[-1])
         if path is not None and path.null is not None:
             parts.append(f"{path.null[0]:.2f} to {path.beta[np.isfinite(path.beta)][-1]:.2f} ({scene.looks[key].name})")
     where = f"{BUCKET_NAMES.get(scene.focus, scene.focus)} {METRIC_NAMES.get(metrics[-1], metrics[-1])}"
     head = f"beta of {where} moves from {joined(parts)} over training." if parts else "beta over training."
-    return Drawing(figure, head, "Trailing median of 3 windows; band: 95 % interval over widths at that window.")
+    smoothed = f"Trailing median of {scene.smoothing} windows" if scene.smoothing > 1 else "Every window by itself"
+    note = f"{smoothed}; band: 95 % interval over widths at that window"
+    note += "; vertical line: the learning rate starts to decay." if scene.decay_steps else "."
+    return Drawing(figure, head, note)
+
+
+def _decay_line(scene: Scene, ax: Axes) -> None:
+    for step in scene.decay_steps if len(scene.decay_steps) == 1 else []:
+        ax.axvline(step, color="#AAAAAA", lw=1, ls="--", zorder=0)
 
 
 def rank_curves(scene: Scene) -> Drawing:
@@ -94,7 +104,7 @@ def rank_curves(scene: Scene) -> Drawing:
             if not shown.any():
                 continue
             place = scene.widths.index(run.width) / max(1, len(scene.widths) - 1)
-            color = map_(0.9 * (1 - place))
+            color = map_(0.8 * (1 - place))
             first = not any(text == str(run.width) for _, text, _ in ends)
             ax.plot(run.steps[shown], ranks[shown], color=color, lw=1.3, alpha=1.0 if first else 0.45)
             if first:
@@ -107,6 +117,7 @@ def rank_curves(scene: Scene) -> Drawing:
                 )
             low, high = min(low, float(ranks[shown].min())), max(high, float(ranks[shown].max()))
         labels.append((k, ends))
+        _decay_line(scene, ax)
         ax.set_title(scene.looks[key].name, color=scene.looks[key].text_color)
         ax.margins(x=0.01)
     if not high:
@@ -134,7 +145,7 @@ def bucket_losses(scene: Scene) -> Drawing:
         )
     figure = Figure(figsize=(11.5, 3.1))
     axes = figure.subplots(1, len(buckets), squeeze=False)[0]
-    figure.subplots_adjust(left=0.055, right=0.9, top=0.9, bottom=0.16, wspace=0.28)
+    figure.subplots_adjust(left=0.06, right=0.89, top=0.9, bottom=0.16, wspace=0.28)
     best = ""
     for ax, bucket in zip(axes, buckets, strict=True):
         ends = []
@@ -188,16 +199,17 @@ def matched(scene: Scene) -> Drawing:
         )
     figure = Figure(figsize=(11.5, 3.6))
     axes = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
-    figure.subplots_adjust(left=0.06, right=0.87, top=0.9, bottom=0.14, wspace=0.42)
+    figure.subplots_adjust(left=0.07, right=0.86, top=0.9, bottom=0.14, wspace=0.42)
+    ratios = [1.0, *(_ratio(pair, reference) for pair in own if pair.metric in metrics)]
+    low, high = min(ratios) / 1.15, max(ratios) * 1.15
+    ticks = [t for t in (0.0625, 0.125, 0.25, 0.5, 0.71, 1, 1.41, 2, 2.83, 4, 8, 16) if low <= t <= high]
     for ax, metric in zip(axes, metrics, strict=True):
         ends = []
-        ratios: list[float] = [1.0]
         for key in others:
             by_width: dict[int, list[float]] = {}
             for pair in own:
                 if key in (pair.a, pair.b) and pair.metric == metric:
-                    ratio = pair.rank_b / pair.rank_a if pair.b == key else pair.rank_a / pair.rank_b
-                    by_width.setdefault(pair.width, []).append(ratio)
+                    by_width.setdefault(pair.width, []).append(_ratio(pair, reference))
             if not by_width:
                 continue
             look, xs = scene.looks[key], sorted(by_width)
@@ -205,12 +217,9 @@ def matched(scene: Scene) -> Drawing:
             for x in xs:
                 if len(by_width[x]) > 1:
                     ax.plot([x] * len(by_width[x]), by_width[x], ".", color=look.color, alpha=0.45, ms=4)
-                ratios += by_width[x]
             ax.plot(xs, ys, look.line, color=look.color, marker=look.marker, mfc=look.face, ms=5.5)
             ends.append((ys[-1], f"{look.name} {ys[-1]:.2f}x", look.text_color))
         log2_axis(ax, "x", scene.widths[0] / 1.12, scene.widths[-1] * 1.12, width_ticks(scene.widths))
-        low, high = min(ratios) / 1.15, max(ratios) * 1.15
-        ticks = [t for t in (0.0625, 0.125, 0.25, 0.5, 0.71, 1, 1.41, 2, 2.83, 4, 8, 16) if low <= t <= high]
         log2_axis(ax, "y", low, high, ticks if len(ticks) < 8 else ticks[::2])
         ax.axhline(1.0, color="#777777", lw=1)
         ax.set_title(f"{BUCKET_NAMES.get(scene.focus, scene.focus)} {METRIC_NAMES.get(metric, metric)} at equal loss")
@@ -225,17 +234,24 @@ def matched(scene: Scene) -> Drawing:
     )
 
 
+def _ratio(pair: MatchedPair, reference: Series) -> float:
+    """Rank of the other run over that of the reference."""
+    return pair.rank_b / pair.rank_a if pair.a == reference else pair.rank_a / pair.rank_b
+
+
 def _matched_headline(scene: Scene, reference: Series) -> str:
     metric = "hard_rank" if "hard_rank" in scene.metrics else scene.metrics[0]
     name = " ".join(filter(None, reference))
     parts = []
-    for c in scene.compared("matched_loss_slope", scene.focus, metric):
-        if name not in (c.a, c.b) or not math.isfinite(c.ci_low):
-            continue
-        sign = 1 if c.b == name else -1
-        other = c.a if c.b == name else c.b
-        low, high = sorted((sign * c.ci_low, sign * c.ci_high))
-        parts.append(f"{other} {sign * c.estimate:+.2f} [{low:.2f}, {high:.2f}]")
+    found = scene.compared("matched_loss_slope", scene.focus, metric)
+    for key in scene.plain:
+        other = " ".join(filter(None, key))
+        for c in found:
+            if {c.a, c.b} == {name, other} and math.isfinite(c.ci_low):
+                sign = 1 if c.b == name else -1
+                low, high = sorted((sign * c.ci_low, sign * c.ci_high))
+                star = " *" if c.separated else ""
+                parts.append(f"{scene.looks[key].name} {sign * c.estimate:+.2f} [{low:.2f}, {high:.2f}]{star}")
     if not parts:
         return f"Ranks at equal validation loss, relative to {name}."
-    return f"At equal validation loss the slope still differs from {name}'s by {joined(parts[:4])}."
+    return f"At equal validation loss, slope minus {name}'s: {joined(parts)} (*: separated from zero)."

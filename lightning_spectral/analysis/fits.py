@@ -63,6 +63,12 @@ class PowerLawFit:
         boot_high: Upper end.
         null_beta: Slope of the untrained (or once updated) network, same series.
         null_step: Step of that null.
+        before_beta: Slope of the same runs just before the learning rate decays, by the same method.
+        before_low: Lower end of its interval.
+        before_high: Upper end.
+        before_step: Last step behind it (the largest over the runs).
+        layer_low: Smallest slope among the layers.
+        layer_high: Largest.
         ln_x_mean: Where the line is known best.
         level: Fitted ln(value) at ``ln_x_mean``.
         level_se: Standard error of ``level``.
@@ -94,6 +100,12 @@ class PowerLawFit:
     boot_high: float = NAN
     null_beta: float = NAN
     null_step: float = NAN
+    before_beta: float = NAN
+    before_low: float = NAN
+    before_high: float = NAN
+    before_step: float = NAN
+    layer_low: float = NAN
+    layer_high: float = NAN
     ln_x_mean: float = NAN
     level: float = NAN
     level_se: float = NAN

@@ -19,6 +19,8 @@ FLAG_TEXT: Final = {
     "few_rows": f"fewer than {ROWS_PER_RANK} rows per unit of rank: the rank is biased low, most at the widest FFN",
     "unequal_rows": "the widths were measured on different numbers of rows: their biases differ",
     "mixed_windows": "the widths were measured at different training steps",
+    "untrained_window": "a point takes in step 0, the untrained network: lower --last, or finish the run",
+    "across_decay": "the last windows lie on both sides of the start of the learning-rate decay: lower --last",
     "mixed_conventions": "the points were measured under different conventions",
     "duplicate_values": "points under different ids have bit-identical values: one was probably copied",
     "repeated_rows": "one run gives several points to this fit: a `by` column is missing",
@@ -112,6 +114,8 @@ def flags_of(points: Sequence[Point]) -> tuple[str, ...]:
         "few_rows": any(point.num_rows < ROWS_PER_RANK * point.rank for point in points),
         "unequal_rows": bool(rows) and max(rows) - min(rows) > ROWS_TOLERANCE * max(rows),
         "mixed_windows": len({point.steps for point in points}) > 1,
+        "untrained_window": any(0 in point.steps for point in points),
+        "across_decay": any(_across_decay(point) for point in points),
         "mixed_conventions": len({point.conventions for point in points}) > 1
         or any(len(point.conventions) > 1 for point in points),
         "repeated_rows": repeated_rows,
@@ -121,6 +125,12 @@ def flags_of(points: Sequence[Point]) -> tuple[str, ...]:
         "missing_values": any(point.missing > 0 or point.value != point.value for point in points),
     }
     return tuple(name for name, holds in checks.items() if holds)
+
+
+def _across_decay(point: Point) -> bool:
+    """The state at the decay's start is the last one before it."""
+    after = sum(step > point.decay_step for step in point.steps)
+    return 0 < after < len(point.steps)
 
 
 def _differing(table: PointTable, a: Point, b: Point) -> tuple[str, ...]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_spectral.analysis.recipe_facts import decay_step
 from lightning_spectral.analysis.runs import Run, RunSet
 
 FloatArray = NDArray[np.float64]
 LAST_WINDOWS: Final = 5
+NULL_STEPS: Final = (0, 1)  # windows of the untrained, or once updated, network
 LAYER_MEDIAN: Final = "median"
 DEFAULT_METRICS: Final = ("soft_rank", "hard_rank")
 
@@ -35,6 +37,7 @@ class Point:
         conventions: Convention sets of the records behind it.
         layers: Values per layer, in layer order; empty if unknown.
         missing: Number of windows without a number (status ``empty``, ``nonfinite``, ``degenerate``).
+        decay_step: Last step at the full learning rate; NaN if unknown.
     """
 
     series: tuple[str, ...]
@@ -49,6 +52,7 @@ class Point:
     conventions: tuple[str, ...] = ()
     layers: tuple[float, ...] = ()
     missing: int = 0
+    decay_step: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def points_of_runs(
     by: Sequence[str] | None = None,
     metrics: Sequence[str] = DEFAULT_METRICS,
     last: int = LAST_WINDOWS,
-    until_step: int | None = None,
+    until_step: int | Mapping[str, int] | None = None,
     sites: Sequence[str] | None = None,
 ) -> PointTable:
     """Points of every run, one for each site, bucket, metric and (if ``layer`` is in ``by``) layer.
@@ -101,7 +105,8 @@ def points_of_runs(
         by: Columns that make a series; :func:`default_by` if not given.
         metrics: Names from the records.
         last: Windows in the median.
-        until_step: Take the last windows at or before this step (e.g. before the learning rate decays).
+        until_step: Take the last windows at or before this step; with a step for each run id, runs without one are
+            left out, and so is the untrained state (see :func:`before_decay`).
         sites: Sites to use; ``post`` alone when ``site`` is not in ``by``.
 
     Raises:
@@ -124,20 +129,41 @@ def points_of_runs(
     return PointTable(names, tuple(points))
 
 
+def before_decay(runs: RunSet) -> dict[str, int]:
+    """Run id -> last step at the full learning rate, for runs that were measured both before and after it."""
+    out = {}
+    for run in runs.runs:
+        step = decay_step(run)
+        if step is not None and run.steps[-1] > step and len(_usable_steps(run, {run.run_id: step})):
+            out[run.run_id] = step
+    return out
+
+
+def _usable_steps(run: Run, until_step: int | Mapping[str, int] | None) -> NDArray[np.int64]:
+    if until_step is None:
+        return run.steps
+    if isinstance(until_step, int):
+        return run.steps[run.steps <= until_step]
+    trained = ~np.isin(run.steps, NULL_STEPS)
+    return run.steps[trained & (run.steps <= until_step.get(run.run_id, -1))]
+
+
 def _points_of_run(
     runs: RunSet,
     run: Run,
     by: tuple[str, ...],
     metrics: Sequence[str],
     last: int,
-    until_step: int | None,
+    until_step: int | Mapping[str, int] | None,
     sites: Sequence[str] | None,
 ) -> list[Point]:
-    usable = run.steps if until_step is None else run.steps[run.steps <= until_step]
+    usable = _usable_steps(run, until_step)
     if not len(usable):
         return []
-    window = slice(max(0, len(usable) - last), len(usable))
-    steps = tuple(int(step) for step in usable[window])
+    chosen = usable[-last:]
+    window = np.searchsorted(run.steps, chosen)
+    steps = tuple(int(step) for step in chosen)
+    decay = decay_step(run)
     labels = {name: runs.label_of(run, name) for name in by}
     rows = run.cube("num_rows")[:, :, window]
     num_rows = nanmedian(rows.reshape(*rows.shape[:2], -1), axis=-1)
@@ -171,6 +197,7 @@ def _points_of_run(
                     conventions=run.conventions,
                     layers=tuple(float(value) for value in layers),
                     missing=missing,
+                    decay_step=float("nan") if decay is None else float(decay),
                 )
                 out.append(median)
                 if "layer" not in by:

@@ -26,11 +26,10 @@ h2 { font-size: 13px; text-transform: uppercase; letter-spacing: .07em; color: #
 .warnings b { color: #A03D00; }
 .warnings ul { margin: 4px 0 0; padding-left: 20px; }
 .warnings li { margin: 2px 0; overflow-wrap: anywhere; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 14px 24px; margin: 20px 0 6px; }
-.card b { font-size: 17px; display: block; }
-.card .beta { font-size: 24px; font-variant-numeric: tabular-nums; }
-.card small { color: #666; display: block; }
-.card .wide, td .wide { color: #A03D00; font-weight: bold; }
+.headline { font-size: 12px; }
+.headline td, .headline th { padding-right: 9px; white-space: normal; }
+td.beta { font-size: 17px; }
+td .wide { color: #A03D00; font-weight: bold; }
 figure { margin: 10px 0 0; }
 figure svg { width: 100%; height: auto; display: block; }
 .scroll { overflow-x: auto; }
@@ -55,10 +54,13 @@ details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 {% for sentence in leads %}<p class="lead">{{ sentence }}</p>{% endfor %}
 {% if warnings %}<div class="warnings" role="alert"><b>Read this before quoting a number</b>
 <ul>{% for warning in warnings %}<li>{{ warning }}</li>{% endfor %}</ul></div>{% endif %}
-<div class="cards">{% for card in cards %}<div class="card"><b style="color:{{ card.color }}">{{ card.name }}</b>
-<span class="beta" data-csv="fits.csv" data-row="{{ card.row }}" data-column="beta">{{ card.beta }}</span>
-<small>beta of {{ card.what }}</small><small>95 % CI {{ card.ci }}{% if card.wide %} <span class="wide">wide</span>{% endif %}</small>
-<small>R2 {{ card.r2 }}, {{ card.n }}; untrained {{ card.null }}</small></div>{% endfor %}</div>
+<div class="scroll"><table class="headline"><thead><tr><th></th><th class="num">beta</th><th>95 % CI, widths</th><th>95 % CI, seeds</th><th>before decay{{ before_step }}</th><th class="num">untrained</th><th>layers</th><th>minus {{ reference }}</th><th>over seeds</th><th>before decay</th><th>over</th></tr></thead>
+<tbody>{% for row in headline %}<tr><td><b style="color:{{ row.color }}">{{ row.name }}</b></td>
+<td class="num beta" data-csv="fits.csv" data-row="{{ row.row }}" data-column="beta">{{ row.beta }}</td>
+<td>{{ row.ci_low }} to {{ row.ci_high }}{% if row.wide %} <span class="wide">wide</span>{% endif %}</td><td>{{ row.seeds }}</td><td>{{ row.before or "-" }}</td>
+<td class="num" data-csv="fits.csv" data-row="{{ row.row }}" data-column="null_beta">{{ row.null }}</td><td>{{ row.layers }}</td><td>{{ row.gap_0 }}</td><td>{{ row.gap_1 }}</td><td>{{ row.gap_2 }}</td>
+<td>{{ row.n }}{% if row.status != "ok" %} <span class="wide">{{ row.status }}</span>{% endif %}</td></tr>{% endfor %}</tbody></table></div>
+<p class="note">beta of {{ headline_what }}; last windows. Before decay: the last windows at the full learning rate. Layers: smallest and largest beta of a layer.</p>
 <nav>{% for section in sections %}<a href="#{{ section.key }}">{{ section.title }}</a>{% endfor %}<a href="#beta_table">Table of exponents</a><a href="#comparisons">Differences</a><a href="#provenance">Provenance</a></nav>
 {% for section in sections %}
 <section id="{{ section.key }}"><h2>{{ section.title }}</h2>
@@ -71,17 +73,17 @@ details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 <p class="note">{{ table_note }}</p>
 <div class="scroll"><table><thead><tr>
 {% for name in fit_names %}<th>{{ name }}</th>{% endfor %}
-<th class="num">beta</th><th>95 % CI, widths</th><th>95 % CI, seeds</th><th>one width left out</th><th class="num">untrained</th><th class="num">ln A</th><th class="num">R2</th><th class="num">n</th><th>widths</th><th>method</th><th>status</th></tr></thead>
+<th class="num">beta</th><th>95 % CI, widths</th><th>status</th><th>95 % CI, seeds</th><th>one width left out</th><th>before decay</th><th>layers</th><th class="num">untrained</th><th class="num">ln A</th><th class="num">R2</th><th class="num">n</th><th>widths</th><th>method</th></tr></thead>
 <tbody>{% for fit in fits %}<tr{% if fit.new %} class="new"{% endif %}>
 {% for cell in fit.cells %}<td>{% if loop.first %}<span class="swatch" style="background:{{ fit.color }}"></span>{% endif %}{{ cell }}</td>{% endfor %}
 <td class="num" data-csv="fits.csv" data-row="{{ fit.row }}" data-column="beta">{{ fit.beta }}</td>
 <td><span data-csv="fits.csv" data-row="{{ fit.row }}" data-column="ci_low">{{ fit.ci_low }}</span> to <span data-csv="fits.csv" data-row="{{ fit.row }}" data-column="ci_high">{{ fit.ci_high }}</span>{% if fit.wide %} <span class="wide">wide</span>{% endif %}</td>
-<td>{{ fit.seeds }}</td><td>{{ fit.loo }}</td>
+<td class="{{ '' if fit.status == 'ok' else 'flag' }}">{{ fit.status }}</td><td>{{ fit.seeds }}</td><td>{{ fit.loo }}</td><td>{{ fit.before or "-" }}</td><td>{{ fit.layers }}</td>
 <td class="num" data-csv="fits.csv" data-row="{{ fit.row }}" data-column="null_beta">{{ fit.null }}</td>
 <td class="num" data-csv="fits.csv" data-row="{{ fit.row }}" data-column="ln_a">{{ fit.ln_a }}</td>
 <td class="num" data-csv="fits.csv" data-row="{{ fit.row }}" data-column="r2">{{ fit.r2 }}</td>
 <td class="num" data-csv="fits.csv" data-row="{{ fit.row }}" data-column="n">{{ fit.n }}</td>
-<td>{{ fit.widths }}</td><td>{{ fit.method }}</td><td class="{{ '' if fit.status == 'ok' else 'flag' }}">{{ fit.status }}</td></tr>{% endfor %}</tbody></table></div>
+<td>{{ fit.widths }}</td><td>{{ fit.method }}</td></tr>{% endfor %}</tbody></table></div>
 </section>
 <section id="comparisons"><h2>Differences</h2>
 <p class="finding">{{ comparison_headline }}</p>

@@ -7,7 +7,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_spectral.analysis.scan import METRICS, SpectralColumns, scan_spectral
-from lightning_spectral.records import LOSSES_FILE, RUN_FILE, SPECTRAL_FILE, LossRecord, RunInfo, read_losses, read_run
+from lightning_spectral.records import (
+    LOSSES_FILE,
+    PROGRESS_FILE,
+    RUN_FILE,
+    SPECTRAL_FILE,
+    LossRecord,
+    RunInfo,
+    read_losses,
+    read_run,
+)
 
 FloatArray = NDArray[np.float64]
 
@@ -63,6 +72,7 @@ class Run:
         columns: Spectral records of one stage.
         losses: Loss records, any stage.
         digest: SHA-256 of ``spectral.jsonl``.
+        progress: What the sweep's monitor wrote beside it; empty outside a sweep.
     """
 
     folder: Path
@@ -71,6 +81,7 @@ class Run:
     columns: SpectralColumns
     losses: tuple[LossRecord, ...]
     digest: str
+    progress: dict[str, Any] = field(default_factory=dict)
 
     @property
     def run_id(self) -> str:
@@ -87,6 +98,12 @@ class Run:
         """Seed as text; empty if unknown."""
         value = self.info.labels.get("seed", self.info.seed)
         return "" if value is None else str(value)
+
+    @property
+    def data_digests(self) -> dict[str, str]:
+        """Digests of the training order and of the held-out tokens that it really saw, if a sweep recorded them."""
+        data = self.progress.get("data")
+        return {name: str(data[name]) for name in ("train", "validation") if data.get(name)} if data else {}
 
     @cached_property
     def steps(self) -> NDArray[np.int64]:
@@ -274,7 +291,8 @@ def read_run_folder(folder: Path, stage: str | None = None) -> tuple[Run | None,
         )
     losses, loss_problems = _losses(folder, info.run_id)
     problems += loss_problems
-    run = Run(folder, info, int(widths[0]), columns, losses, hashlib.sha256(content).hexdigest())
+    digest = hashlib.sha256(content).hexdigest()
+    run = Run(folder, info, int(widths[0]), columns, losses, digest, _progress(folder))
     if len(run.conventions) > 1:
         text = (
             f"`{folder}`: records of {len(run.conventions)} convention sets in one run: {' / '.join(run.conventions)}."
@@ -312,6 +330,14 @@ def _losses(folder: Path, run_id: str) -> tuple[tuple[LossRecord, ...], list[Pro
     return tuple(record for record in read.records if record.run_id == run_id), problems
 
 
+def _progress(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / PROGRESS_FILE).read_text())
+    except (OSError, ValueError):
+        return {}  # no sweep, or a file caught half-written: costs a digest and a duration, no number
+    return content if isinstance(content, dict) and isinstance(content.get("data", {}), dict) else {}
+
+
 def _ordered(cells: NDArray[np.bytes_], order: tuple[str, ...]) -> tuple[str, ...]:
     found = [cell.decode() for cell in set(cells.tolist())]
     return tuple(sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name)))
@@ -322,19 +348,3 @@ def _index(cells: NDArray[np.bytes_], names: tuple[str, ...]) -> NDArray[np.intp
     for position, name in enumerate(names):
         index[cells == name.encode()] = position
     return index
-
-
-def run_summary(run: Run) -> dict[str, Any]:
-    """What the provenance table says about one run."""
-    return {
-        "run_id": run.run_id,
-        "optimizer": run.optimizer,
-        "width": run.width,
-        "seed": run.seed,
-        "windows": len(run.steps),
-        "last_step": int(run.steps[-1]),
-        "layers": len(run.layers),
-        "status": "; ".join(f"{name} {count}" for name, count in sorted(run.status_counts.items())),
-        "sha256": run.digest,
-        "folder": str(run.folder),
-    }

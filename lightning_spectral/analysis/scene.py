@@ -10,12 +10,14 @@ from matplotlib.figure import Figure
 
 from lightning_spectral.analysis.compare import Comparison
 from lightning_spectral.analysis.fits import PowerLawFit
+from lightning_spectral.analysis.learning_rates import Ladder, ladders_of
 from lightning_spectral.analysis.matched import MatchedPair
-from lightning_spectral.analysis.points import LAYER_MEDIAN, Point
+from lightning_spectral.analysis.points import LAST_WINDOWS, LAYER_MEDIAN, Point
+from lightning_spectral.analysis.recipe_facts import decay_step
 from lightning_spectral.analysis.runs import Run, RunSet
 from lightning_spectral.analysis.study import Fitted
 from lightning_spectral.analysis.style import Look, looks_of
-from lightning_spectral.analysis.trajectory import Trajectory, group_runs
+from lightning_spectral.analysis.trajectory import SMOOTHING_WINDOWS, Trajectory, group_runs
 
 Series = tuple[str, ...]
 FOCUS_BUCKETS = ("tail", "pooled", "mid", "head")
@@ -47,6 +49,7 @@ class Scene:
         trajectories: beta(t).
         pairs: Runs at matched loss.
         site: Site of the headline figures.
+        last: Windows in the median of a point.
     """
 
     runs: RunSet
@@ -55,6 +58,12 @@ class Scene:
     trajectories: tuple[Trajectory, ...]
     pairs: tuple[MatchedPair, ...]
     site: str = "post"
+    last: int = LAST_WINDOWS
+
+    @property
+    def smoothing(self) -> int:
+        """Windows in the trailing median of beta(t); not more than in a point, so that it ends at the tables' beta."""
+        return min(SMOOTHING_WINDOWS, self.last)
 
     @cached_property
     def groups(self) -> dict[Series, list[Run]]:
@@ -71,6 +80,11 @@ class Scene:
             return (next((k for k, o in enumerate(order) if name.startswith(o)), len(order)), len(name), name)
 
         return sorted(self.groups, key=rank)
+
+    @cached_property
+    def plain(self) -> list[Series]:
+        """One series an optimizer, for headlines: variants (other learning rates, ...) are in the figures."""
+        return [key for key in self.series if not self.looks[key].variant]
 
     @cached_property
     def looks(self) -> dict[Series, Look]:
@@ -104,6 +118,16 @@ class Scene:
     def layers(self) -> list[str]:
         """Names of the layers of all runs."""
         return sorted({name for run in self.runs.runs for name in run.layers})
+
+    @cached_property
+    def ladders(self) -> list[Ladder]:
+        """Configurations at several learning rates."""
+        return ladders_of(self.runs)
+
+    @cached_property
+    def decay_steps(self) -> list[int]:
+        """Where the learning rate starts to fall, over the runs that record it."""
+        return sorted({step for run in self.runs.runs if (step := decay_step(run)) is not None})
 
     @cached_property
     def _fits(self) -> dict[Series, PowerLawFit]:

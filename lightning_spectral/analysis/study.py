@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lightning_spectral.analysis.compare import Comparison, asymmetries, compare_fits
+from lightning_spectral.analysis.compare import Comparison, asymmetries, compare_fits, decay_changes
 from lightning_spectral.analysis.effects import compare_effects
 from lightning_spectral.analysis.fits import PowerLawFit, fit_series
-from lightning_spectral.analysis.health import Duplicates, find_duplicates, flags_by_series
+from lightning_spectral.analysis.health import Duplicates, find_duplicates, flags_by_series, flags_of
 from lightning_spectral.analysis.points import LAYER_MEDIAN, PointTable
 from lightning_spectral.analysis.runs import Problem, RunSet
 from lightning_spectral.analysis.trajectory import beta_trajectories
@@ -24,12 +24,14 @@ class Fitted:
         fits: One for each series, in order of appearance.
         duplicates: Bit-identical values under two ids.
         problems: What was wrong with the inputs, duplicates included.
+        before: The same for the state just before the learning rate decays, where that was measured.
     """
 
     table: PointTable
     fits: tuple[PowerLawFit, ...]
     duplicates: Duplicates
     problems: tuple[Problem, ...]
+    before: Fitted | None = None
 
 
 def fit_points(
@@ -38,6 +40,7 @@ def fit_points(
     method: str = "auto",
     problems: Iterable[Problem] = (),
     nulls: dict[tuple[str, ...], tuple[float, int]] | None = None,
+    before: PointTable | None = None,
 ) -> Fitted:
     """Fit every series of a table, with flags, duplicates and nulls attached.
 
@@ -46,17 +49,48 @@ def fit_points(
         method: As in :func:`~lightning_spectral.analysis.fits.fit_series`.
         problems: What reading the points found.
         nulls: Slope and step of the untrained network by series.
+        before: The points just before the learning rate decays.
     """
     duplicates = find_duplicates(table)
     flags = flags_by_series(table, duplicates)
+    earlier = _fit_before(before, method) if before is not None and before.points else None
+    known = {fit.series: fit for fit in earlier.fits} if earlier else {}
     fits = []
     for series, points in table.groups().items():
         fit = fit_series(points, method=method, flags=flags[series])
         if nulls and series in nulls:
             fit = replace(fit, null_beta=nulls[series][0], null_step=float(nulls[series][1]))
+        if earlier and series in known:
+            was = known[series]
+            step = float(max(point.steps[-1] for point in earlier.table.groups()[series]))
+            fit = replace(fit, before_beta=was.beta, before_low=was.ci_low, before_high=was.ci_high, before_step=step)
         fits.append(fit)
     copies = [Problem(found.first, "duplicate_values", found.sentence() + ".") for found in duplicates.found]
-    return Fitted(table, tuple(fits), duplicates, (*problems, *copies))
+    return Fitted(table, _with_layer_range(table.by, fits), duplicates, (*problems, *copies), earlier)
+
+
+def _fit_before(table: PointTable, method: str) -> Fitted:
+    fits = tuple(
+        fit_series(points, method=method, flags=flags_of(points), extras=False) for points in table.groups().values()
+    )
+    return Fitted(table, fits, Duplicates((), frozenset()), ())
+
+
+def _with_layer_range(by: Sequence[str], fits: Sequence[PowerLawFit]) -> tuple[PowerLawFit, ...]:
+    """Give each fit of a layer median the smallest and largest exponent among its layers."""
+    if "layer" not in by:
+        return tuple(fits)
+    place = list(by).index("layer")
+    layers: dict[tuple[str, ...], list[float]] = {}
+    for fit in fits:
+        if fit.series[place] != LAYER_MEDIAN and not fit.refused:
+            layers.setdefault((*fit.series[:place], *fit.series[place + 1 :]), []).append(fit.beta)
+    out = []
+    for fit in fits:
+        own = layers.get((*fit.series[:place], *fit.series[place + 1 :]))
+        median = fit.series[place] == LAYER_MEDIAN and own
+        out.append(replace(fit, layer_low=min(own), layer_high=max(own)) if median and own else fit)
+    return tuple(out)
 
 
 def nulls_of_runs(runs: RunSet, by: Sequence[str], metrics: Sequence[str]) -> dict[tuple[str, ...], tuple[float, int]]:
@@ -73,12 +107,16 @@ def nulls_of_runs(runs: RunSet, by: Sequence[str], metrics: Sequence[str]) -> di
 
 
 def comparisons_of(fitted: Fitted, architecture: str | None = None) -> list[Comparison]:
-    """Pairs, asymmetries and, if ``architecture`` names a column, optimizer against architecture.
+    """Pairs, asymmetries, what the decay changed and, if ``architecture`` names a column, optimizer against it.
 
     Raises:
         ValueError: If ``architecture`` is not a ``by`` column, or ``optimizer`` is not one.
     """
     found = [*compare_fits(fitted.table, fitted.fits), *asymmetries(fitted.table, fitted.fits)]
+    if fitted.before is not None:
+        found += decay_changes(fitted.table, fitted.before.table)
+        earlier = compare_fits(fitted.before.table, fitted.before.fits)
+        found += [replace(c, kind=f"{c.kind}_before_decay") for c in earlier if c.kind.startswith("slope_difference")]
     return [*found, *effects_of(fitted, architecture)] if architecture else found
 
 

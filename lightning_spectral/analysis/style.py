@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -29,6 +30,8 @@ _SPARE: Final = (("#D55E00", "p"), ("#444444", "<"), ("#2F4B7C", ">"), ("#A05195
 _NAMES: Final = {"adamw": "AdamW", "muon": "Muon", "normuon": "NorMuon", "dion": "Dion", "lion": "Lion", "sgd": "SGD"}
 BUCKET_NAMES: Final = {"pooled": "ALL", "head": "HEAD", "mid": "MID", "tail": "TAIL"}
 METRIC_NAMES: Final = {"soft_rank": "soft rank", "hard_rank": "hard rank", "hard_rank_unbiased": "hard rank, unbiased"}
+
+_LINES: Final = ("-", "--", ":", "-.")
 
 RC: Final[Any] = {
     "font.family": "sans-serif",
@@ -61,13 +64,13 @@ class Look:
         name: What people read.
         color: Line and marker colour.
         marker: Matplotlib marker.
-        variant: Whether it is a variation of a series of the same colour: dashed, with open markers.
+        variant: 0 for the first series of a colour; its variations (1, 2, ...) are broken lines with open markers.
     """
 
     name: str
     color: str
     marker: str
-    variant: bool = False
+    variant: int = 0
 
     @property
     def text_color(self) -> str:
@@ -80,12 +83,12 @@ class Look:
     @property
     def line(self) -> str:
         """Line style."""
-        return "--" if self.variant else "-"
+        return _LINES[min(self.variant, len(_LINES) - 1)]
 
     @property
     def face(self) -> str:
         """Marker fill."""
-        return "white" if self.variant else self.color
+        return self.color if not self.variant else "white" if self.variant == 1 else "#D0D0D0"
 
 
 def family(label: str) -> tuple[str, str]:
@@ -104,7 +107,7 @@ def looks_of(series: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], Look]:
     """A look for each series (optimizer, other labels ...); the same optimizer looks the same in every report."""
     out: dict[tuple[str, ...], Look] = {}
     spare = iter(_SPARE * 4)
-    seen: set[str] = set()
+    seen: Counter[str] = Counter()
     for key in series:
         base, rest = family(key[0])
         labels = " ".join(filter(None, key[1:]))
@@ -114,8 +117,8 @@ def looks_of(series: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], Look]:
             continue
         color, marker = FIXED[base]
         first = _NAMES[base.split(" ")[0]] + (f" ({base.split(' ')[1]})" if " " in base else "")
-        out[key] = Look(" ".join(filter(None, (first, rest, labels))), color, marker, variant=base in seen)
-        seen.add(base)
+        out[key] = Look(" ".join(filter(None, (first, rest, labels))), color, marker, variant=seen[base])
+        seen[base] += 1
     return out
 
 

@@ -34,6 +34,12 @@ FIT_EXTRAS: Final = (
     "boot_high",
     "null_beta",
     "null_step",
+    "before_beta",
+    "before_low",
+    "before_high",
+    "before_step",
+    "layer_low",
+    "layer_high",
 )
 
 

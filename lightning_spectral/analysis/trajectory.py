@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_spectral.analysis.linear import least_squares, seed_means, t_quantile
-from lightning_spectral.analysis.points import DEFAULT_METRICS, nanmedian
+from lightning_spectral.analysis.points import DEFAULT_METRICS, NULL_STEPS, nanmedian
 from lightning_spectral.analysis.runs import Run, RunSet
 
 FloatArray = NDArray[np.float64]
 SMOOTHING_WINDOWS: Final = 3
-NULL_STEPS: Final = (0, 1)
 
 
 @dataclass(frozen=True)

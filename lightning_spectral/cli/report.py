@@ -54,7 +54,7 @@ def make_scene(options: argparse.Namespace):  # type: ignore[no-untyped-def]  # 
     from lightning_spectral.analysis.matched import compare_matched, matched_pairs
     from lightning_spectral.analysis.scene import Scene
     from lightning_spectral.analysis.study import comparisons_of
-    from lightning_spectral.analysis.trajectory import beta_trajectories
+    from lightning_spectral.analysis.trajectory import SMOOTHING_WINDOWS, beta_trajectories
 
     fitted, runs = inputs.fit_runs(options, None)
     if not runs.runs:
@@ -66,5 +66,6 @@ def make_scene(options: argparse.Namespace):  # type: ignore[no-untyped-def]  # 
         runs, axis=options.match_on, tolerance=options.tolerance, metrics=options.metrics, site=options.site
     )
     comparisons = (*comparisons_of(fitted), *compare_matched(pairs))
-    paths = tuple(beta_trajectories(runs, metrics=options.metrics))
-    return Scene(runs, fitted, comparisons, paths, tuple(pairs), options.site)
+    smoothing = min(SMOOTHING_WINDOWS, options.last)
+    paths = tuple(beta_trajectories(runs, metrics=options.metrics, smoothing=smoothing))
+    return Scene(runs, fitted, comparisons, paths, tuple(pairs), options.site, options.last)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from lightning_spectral.analysis.points import Point, PointTable
 from lightning_spectral.records import (
@@ -66,14 +68,48 @@ def write_study(
     noise: float = 0.02,
     labels: dict[str, str] | None = None,
     num_rows: int = 200_000,
+    recipes: bool = False,
 ) -> list[Path]:
     """A study in which hard rank = 2 * D ** (slope of the optimizer), soft rank 1.5 times as large in ln."""
     return [
-        write_one(root, name, slope, width, seed, steps, layers, sites, noise, labels or {}, num_rows)
+        write_one(
+            root,
+            name,
+            slope,
+            width,
+            seed,
+            steps,
+            layers,
+            sites,
+            noise,
+            labels or {},
+            num_rows,
+            recipe(kind=name) if recipes else None,
+        )
         for name, slope in slopes.items()
         for width in widths
         for seed in seeds
     ]
+
+
+def write_spectra(folder: Path, width: int, steps: Sequence[int] = (20, 60, 100), layer: int = 1) -> None:
+    """Eigenvalue files as `eigenvalues: true` leaves them."""
+    (folder / "eigenvalues").mkdir()
+    for step in steps:
+        spectrum = np.arange(1, width + 1, dtype=np.float32) ** -(0.5 + step / 100)
+        tensors = {f"layer_{layer:02d}.post.{bucket}": spectrum for bucket in BUCKETS}
+        save_file(tensors, folder / "eigenvalues" / f"train_{step:08d}.safetensors")
+
+
+def recipe(lr: float = 3e-3, steps: int = 100, data_seed: int | None = 0, kind: str = "adamw") -> dict[str, Any]:
+    """What a run of `pretrain` records, as far as the analysis reads it."""
+    return {
+        "train": {"max_steps": steps, "lr_warmup_steps": 2, "max_tokens": None, "epochs": None},
+        "lr_schedule": {"kind": "constant_linear_decay", "decay_fraction": 0.2},
+        "optimizer": {"class_path": kind, "init_args": {"lr": lr, "weight_decay": 0.01}},
+        "data": {"class_path": "StateOfTheUnion", "init_args": {"seed": data_seed}},
+        "architecture": {"ffn_multiplier": 4, "activation": "relu2"},
+    }
 
 
 def write_one(
@@ -88,6 +124,7 @@ def write_one(
     noise: float = 0.02,
     labels: dict[str, str] | None = None,
     num_rows: int = 200_000,
+    hparams: dict[str, Any] | None = None,
 ) -> Path:
     extra = labels or {}
     run_id = "_".join([optimizer, str(width), str(seed), *extra.values()])
@@ -104,6 +141,7 @@ def write_one(
             seed,
             versions={"torch": "2.13.0"},
             labels={"optimizer": optimizer, **extra},
+            hparams=hparams or {},
         ),
     )
     records, losses = [], []

@@ -8,15 +8,18 @@ from argparse import Namespace
 from html import unescape
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lightning_spectral.analysis import report
-from lightning_spectral.analysis.figures import FIGURES, draw_all
+from lightning_spectral.analysis.figures import FIGURES
+from lightning_spectral.analysis.figures_spectrum import read_spectra
 from lightning_spectral.analysis.report import warnings_of, write_report
+from lightning_spectral.analysis.report_rows import headline_rows
 from lightning_spectral.analysis.scene import Scene
 from lightning_spectral.analysis.style import FIXED, family, looks_of, spread_labels
 from lightning_spectral.cli.report import make_scene
-from tests.analysis.synthetic import write_one, write_study
+from tests.analysis.synthetic import recipe, write_one, write_spectra, write_study
 
 OPTIONS = {
     "by": None, "metrics": ["soft_rank", "hard_rank"], "last": 5, "until_step": None, "stage": None, "method": "auto",
@@ -35,6 +38,18 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(handle))
 
 
+def write_whole_study(root: Path) -> Path:
+    """A study that every figure finds something in."""
+    slopes = {"muon": 0.9, "adamw": 0.3}
+    folders = write_study(root, slopes, (128, 256, 512), seeds=(0, 1), sites=("pre", "post"), recipes=True)
+    for width in (128, 256, 512):
+        write_one(root, "adamw lr x3", 0.1, width, hparams=recipe(9e-3, kind="adamw"))
+    for folder in folders:
+        if "512" in folder.name:
+            write_spectra(folder, 512)
+    return root
+
+
 @pytest.fixture
 def one_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what does not depend on the figures: draw one of them."""
@@ -44,8 +59,7 @@ def one_figure(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("study")
-    write_study(root, {"muon": 0.9, "adamw": 0.3}, widths=(128, 256, 512), seeds=(0, 1), sites=("pre", "post"))
-    return root
+    return write_whole_study(root)
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +69,8 @@ def written(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_figure_but_the_spectra_is_drawn_and_is_a_file(study: Path, written: Path) -> None:
-    drawings = draw_all(scene_of(study))
-    assert set(drawings) == set(FIGURES)
-    assert [key for key, drawing in drawings.items() if drawing.figure is None] == ["waterfall"]
-    assert {path.stem for path in (written / "figures").iterdir()} == set(FIGURES) - {"waterfall"}
+def test_every_figure_is_drawn_and_is_a_file(written: Path) -> None:
+    assert {path.stem for path in (written / "figures").iterdir()} == set(FIGURES)
     for path in (written / "figures").iterdir():
         assert len(ET.parse(path).getroot().findall(".//{*}path")) > 10
 
@@ -74,6 +85,33 @@ def test_the_page_is_one_offline_file(written: Path) -> None:
     assert len(ids) == len(set(ids))
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', page))
     assert used <= set(ids)
+
+
+def test_the_headline_has_both_states_and_everything_they_must_be_read_with(study: Path) -> None:
+    scene = scene_of(study, last=1)
+    rows = {row["name"]: row for row in headline_rows(scene)}
+    assert list(rows) == ["AdamW", "AdamW lr x3", "Muon"]
+    fit = scene.fit(("muon",), "tail", "hard_rank")
+    assert fit is not None
+    assert rows["Muon"]["before"] == f"{fit.before_beta:.2f} [{fit.before_low:.2f}, {fit.before_high:.2f}]"
+    assert fit.before_step == 80
+    assert rows["Muon"]["seeds"] == f"{fit.seed_low:.3f} to {fit.seed_high:.3f}"
+    assert rows["Muon"]["layers"] == f"{fit.layer_low:.3f} to {fit.layer_high:.3f}"
+    (gap,) = (
+        c for c in scene.compared("slope_difference_over_seeds", "tail", "hard_rank") if {c.a, c.b} == {"adamw", "muon"}
+    )
+    assert rows["Muon"]["gap_1"].startswith(f"{-gap.estimate:+.2f} [{-gap.ci_high:.2f}")
+    assert rows["AdamW"]["gap_0"] == ""
+
+
+def test_the_spectra_are_those_of_the_files(study: Path) -> None:
+    run = next(run for run in scene_of(study).runs.runs if run.width == 512 and run.optimizer == "muon")
+    spectra = read_spectra(run, "post", "tail")
+    assert list(spectra) == [20, 60, 100]
+    np.testing.assert_allclose(spectra[60], np.arange(1, 513) ** -1.1, rtol=1e-6)  # fp32 in the file
+    (run.folder / "eigenvalues" / "train_00000070.safetensors").write_bytes(b"torn")
+    assert list(read_spectra(run, "post", "tail")) == [20, 60, 100]
+    assert read_spectra(run, "pre", "tail") == {}
 
 
 @pytest.mark.usefixtures("one_figure")
@@ -101,9 +139,15 @@ def test_warnings_that_cannot_be_missed(study: Path, tmp_path: Path) -> None:
     found = " ".join(warnings_of(scene_of(study)))
     assert "untrained network already has beta = 0.7" in found
     assert "Few widths: 3" in found
+    assert "seeds = initial weights; the data order is shared by all runs" in found
+    assert "The state before the learning-rate decay is another state" in found
+    assert "The learning rate alone moves adamw's beta of TAIL hard rank (D = 128, 256, 512, seed 0)" in found
+    assert "adamw lr x3 has no run at" in found.replace("AdamW", "adamw")
+    assert "across_decay" in found
     write_study(tmp_path, {"muon": 0.9, "adamw": 0.3}, widths=(128, 256, 512), steps=(20, 40), noise=0.6, num_rows=900)
     write_one(tmp_path, "muon", 0.9, 1024, steps=(20, 40))
     alone = " ".join(warnings_of(scene_of(tmp_path)))
+    assert "No state before the learning-rate decay" in alone
     for text in ("One seed a width", "Wide interval", "few_rows", "unequal_rows", "No null", "has no run at D = 1024"):
         assert text in alone
 
@@ -152,8 +196,10 @@ def test_an_optimizer_looks_the_same_in_every_report() -> None:
     assert len({(look.color, look.marker) for look in together.values()}) == 4
     variants = looks_of([("AdamW",), ("AdamW lr x3",)])
     assert variants["AdamW",].color == variants["AdamW lr x3",].color
-    assert variants["AdamW lr x3",].variant
-    assert not variants["AdamW",].variant
+    assert variants["AdamW lr x3",].variant == 1
+    assert variants["AdamW",].variant == 0
+    three = looks_of([("AdamW",), ("AdamW lr/3",), ("AdamW lr x3",)])
+    assert len({(look.line, look.face) for look in three.values()}) == 3
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ import pytest
 
 from lightning_spectral.analysis.figures import FIGURES
 from lightning_spectral.cli import main
-from tests.analysis.synthetic import write_study
-from tests.analysis.test_report import rows_of
+from tests.analysis.test_report import rows_of, write_whole_study
 
 pytestmark = pytest.mark.browser
 
@@ -60,7 +59,7 @@ def chromium() -> str:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("browser")
-    write_study(root / "runs", {"muon": 0.9, "adamw": 0.3}, widths=(128, 256, 512), seeds=(0, 1), sites=("pre", "post"))
+    write_whole_study(root / "runs")
     assert main(["report", str(root / "runs"), "--out", str(root / "out")]) == 0
     return root / "out"
 
@@ -81,7 +80,7 @@ def test_the_page_in_chromium(report: Path, tmp_path: Path) -> None:
     assert result["requests"] == 0
     assert result["overflow"] <= 0
     assert result["alert"] < 900  # the warnings stand on the first screen
-    assert set(result["figures"]) == set(FIGURES) - {"waterfall"}
+    assert set(result["figures"]) == set(FIGURES)
     for key, figure in result["figures"].items():
         assert figure["marks"] > 20, key
         assert figure["width"] > 900, key

@@ -21,6 +21,7 @@ def test_run_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert set(found) == {
         "slope_difference",
         "slope_difference_paired",
+        "slope_difference_over_seeds",
         "level_difference",
         "crossover_width",
         "asymmetry",

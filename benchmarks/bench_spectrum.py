@@ -21,8 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness, peers
 from lightning_spectral.functional.approximate import approximate_entropy
-from lightning_spectral.functional.covariance import covariance, empty_moments, invariants, update_
+from lightning_spectral.functional.covariance import covariance, empty_moments, update_
 from lightning_spectral.functional.rank import soft_rank
+from lightning_spectral.functional.sample import sample
 from lightning_spectral.metrics.measure import measure
 
 BASE = "torch eigvalsh fp64"
@@ -50,7 +51,7 @@ def contestants(width: int, device: str, seed: int) -> dict[str, Callable[[], An
         "ours, exact report": lambda: measure(moments),
         "ours, approximate report": lambda: measure(moments, soft="approx"),
         "ours, approximate entropy alone": lambda: approximate_entropy(matrix.float()),
-        "ours, hard ranks alone": lambda: invariants(moments),
+        "ours, hard ranks alone": lambda: sample(moments),
     }
     if peers.HAS_TELEMETRY:
         theirs = peers.Telemetry(width, 0, torch.float64, device)

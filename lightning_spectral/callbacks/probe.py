@@ -22,6 +22,7 @@ from lightning_spectral.functional.buckets import EXCLUDED, target_ids
 from lightning_spectral.functional.covariance import Moments, empty_moments, update_
 from lightning_spectral.functional.packed import packed_size
 from lightning_spectral.functional.products import Calibration, calibrate, strips
+from lightning_spectral.functional.sample import Gram, gram
 from lightning_spectral.metrics.losses import BucketLosses
 from lightning_spectral.metrics.streaming import sort_by_group
 from lightning_spectral.models.families import Site, resolve
@@ -35,7 +36,7 @@ FLUSH_ROWS = 2_048
 class OpenWindow:
     """What a window has taken in so far."""
 
-    states: dict[str, Moments] = field(default_factory=dict)
+    states: dict[str, Moments | Gram] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     waiting: dict[str, list[Tensor]] = field(default_factory=dict)
     waiting_groups: list[Tensor] = field(default_factory=list)
@@ -73,6 +74,7 @@ class SpectralProbe:
             follow_forward=self.follows_forward,
         )
         self.products = self._choose_products()
+        self._waiting_rows = self._rows_to_wait_for()
         self.window = OpenWindow()
         self.begin()
 
@@ -110,7 +112,7 @@ class SpectralProbe:
         with torch.inference_mode(False), torch.no_grad():
             for forward in self.taps.collect():
                 self._take(forward, mask_BT, targets_BT)
-            if sum(len(groups) for groups in self.window.waiting_groups) >= FLUSH_ROWS:
+            if sum(len(groups) for groups in self.window.waiting_groups) >= self._waiting_rows:
                 self._flush()
         self.window.busy_s += time.perf_counter() - began
 
@@ -130,9 +132,9 @@ class SpectralProbe:
         """
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
-            self._flush()
             distributed = self.options.reduce and dist.is_available() and dist.is_initialized()
             world_size = dist.get_world_size(process_group) if distributed else 1
+            self._flush(to_be_added=world_size > 1)
             num_sequences = self._sequence_counts(process_group, world_size)
             if world_size > 1:
                 self._complete_states()
@@ -208,23 +210,38 @@ class SpectralProbe:
         shard_B1 = (sequence_B % self.buckets.num_shards).unsqueeze(1)
         return torch.where(codes_BT >= 0, codes_BT * self.buckets.num_shards + shard_B1, EXCLUDED)
 
-    def _flush(self) -> None:
+    def _flush(self, to_be_added: bool = True) -> None:
+        """Multiply the rows that wait. ``to_be_added``: more rows may come, from here or from other ranks."""
         if not self.window.waiting_groups:
             return
         sizes, order_M = sort_by_group(torch.cat(self.window.waiting_groups), self.buckets.num_groups)
         for site in self.tapped.sites:
             waiting = self.window.waiting.get(site.key)
-            if waiting:
-                self._add(site, waiting[0] if len(waiting) == 1 else torch.cat(waiting), sizes, order_M)
-                waiting.clear()
+            if not waiting:
+                continue
+            rows_ND = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
+            waiting.clear()
+            if not to_be_added and site.key not in self.window.states and sum(sizes) < rows_ND.shape[1]:
+                self.window.states[site.key] = gram(rows_ND, sizes, order_M)
+            else:
+                self._add(site, rows_ND, sizes, order_M)
         self.window.waiting_groups.clear()
 
     def _add(self, site: Site, rows_ND: Tensor, sizes: list[int], order_M: Tensor | None) -> None:
         width = rows_ND.shape[1]
-        if site.key not in self.window.states:
-            self.window.states[site.key] = self._empty_state(width, rows_ND.dtype, rows_ND.device)
+        moments = self.window.states.get(site.key)
+        if moments is None:
+            moments = self._empty_state(width, rows_ND.dtype, rows_ND.device)
+            self.window.states[site.key] = moments
+        assert isinstance(moments, Moments)
         product = self.products[width].product if width in self.products else strips
-        update_(self.window.states[site.key], rows_ND, sizes, order_M, product)
+        update_(moments, rows_ND, sizes, order_M, product)
+
+    def _rows_to_wait_for(self) -> int:
+        """Rows may wait while they take no more memory than the moments would: fewer than D of them need no moments."""
+        widths = [declared_width(site) for site in self.tapped.sites]
+        groups = self.buckets.num_groups
+        return max([FLUSH_ROWS, *(min(width, groups * packed_size(width) // width) for width in widths if width)])
 
     def _choose_products(self) -> dict[int, Calibration]:
         """The fastest correct product for each width that is known before the first forward."""

@@ -17,6 +17,7 @@ from lightning_spectral.callbacks.options import ProbeOptions
 from lightning_spectral.functional.covariance import Moments, take_groups
 from lightning_spectral.functional.products import full_precision
 from lightning_spectral.functional.rank import js_divergence
+from lightning_spectral.functional.sample import Gram
 from lightning_spectral.metrics.measure import RankMeasurement, measure
 from lightning_spectral.metrics.sync import reduce_
 from lightning_spectral.models.families import Site
@@ -83,18 +84,19 @@ class Buckets:
         """The buckets, and their merge."""
         return self.names if POOLED in self.names else (*self.names, POOLED)
 
-    def select(self, moments: Moments, bucket: str) -> tuple[Moments, list[int]]:
+    def select(self, state: Moments | Gram, bucket: str) -> tuple[Moments | Gram, list[int]]:
         """State and group indices of the shards of one bucket; pooled shards are the merge of the buckets'."""
         if bucket in self.names:
             first = self.names.index(bucket) * self.num_shards
-            return moments, list(range(first, first + self.num_shards))
+            return state, list(range(first, first + self.num_shards))
         members = [list(range(shard, self.num_groups, self.num_shards)) for shard in range(self.num_shards)]
-        return take_groups(moments, members), list(range(self.num_shards))
+        pooled = take_groups(state, members) if isinstance(state, Moments) else state.take_groups(members)
+        return pooled, list(range(self.num_shards))
 
 
 def solve_window(
     sites: Sequence[Site],
-    states: Mapping[str, Moments],
+    states: Mapping[str, Moments | Gram],
     buckets: Buckets,
     *,
     num_sequences: Mapping[str, int],
@@ -107,7 +109,7 @@ def solve_window(
 
     Args:
         sites: In the same order on all ranks.
-        states: This rank's moments by site key; with several ranks every site has one.
+        states: This rank's rows by site key; with several ranks every site has moments.
         buckets: Layout of their groups.
         num_sequences: Sequences that contributed rows to each reported bucket, over all ranks.
         dtypes: Activation type by site key.
@@ -122,7 +124,9 @@ def solve_window(
         members = [site for site in sites if (site.layer, site.expert) == layer]
         if world_size > 1:
             for site in members:
-                reduce_(states[site.key], owner, process_group)
+                moments = states[site.key]
+                assert isinstance(moments, Moments)
+                reduce_(moments, owner, process_group)
         if rank != owner:
             continue
         solved: dict[tuple[str, str], SiteResult] = {}
@@ -146,11 +150,11 @@ def solve_window(
     return [result for part in shared if part for result in part]
 
 
-def _measure(moments: Moments | None, buckets: Buckets, bucket: str, options: ProbeOptions) -> RankMeasurement:
-    if moments is None:  # an expert that no token chose
+def _measure(state: Moments | Gram | None, buckets: Buckets, bucket: str, options: ProbeOptions) -> RankMeasurement:
+    if state is None:  # an expert that no token chose
         return RankMeasurement(0, 0, "empty")
-    selected, shards = buckets.select(moments, bucket)
-    with full_precision(moments.shift_D.device):
+    selected, shards = buckets.select(state, bucket)
+    with full_precision((state.shift_D if isinstance(state, Moments) else state.inner_NN).device):
         measurement = measure(
             selected,
             shards,

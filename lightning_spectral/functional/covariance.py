@@ -22,7 +22,6 @@ from torch import Tensor
 from lightning_spectral.functional.packed import (
     packed_matvec,
     packed_size,
-    packed_square_norm,
     packed_trace,
     strip_bounds,
     strip_views,
@@ -35,6 +34,8 @@ from lightning_spectral.functional.products import Product, full_precision, stri
 # the same memory again (above 32 MiB every pass would fault in fresh pages, which costs as much as the product).
 _CHUNK_ROWS = 1_024
 _CHUNK_ENTRIES = 1 << 22
+_BLOCK_ENTRIES = 1 << 17  # 512 KiB: a core's own cache
+_SHIFT_ROWS = 256
 
 
 @dataclass
@@ -120,7 +121,7 @@ def update_(
         return
     with torch.no_grad(), full_precision(rows_ND.device):
         if not bool(moments.count_G.any()):
-            moments.shift_D.copy_(_first_shift(rows_ND, order_M))
+            moments.shift_D.copy_(first_shift(rows_ND, order_M))
         chunk = max(_CHUNK_ROWS, _CHUNK_ENTRIES // moments.width)
         shift_D = moments.shift_D.to(moments.scatter_GP.dtype)
         workspace = shift_D.new_empty(min(chunk, max(sizes)), moments.width)
@@ -130,35 +131,53 @@ def update_(
             for first in range(start, end, chunk):
                 part = slice(first, min(first + chunk, end))
                 shifted_ND = workspace[: part.stop - part.start]
-                if order_M is None:
-                    torch.sub(rows_ND[part].to(shift_D.dtype), shift_D, out=shifted_ND)
-                elif rows_ND.dtype == shift_D.dtype:
-                    torch.index_select(rows_ND, 0, order_M[part], out=shifted_ND).sub_(shift_D)
-                else:
-                    torch.sub(rows_ND.index_select(0, order_M[part]).to(shift_D.dtype), shift_D, out=shifted_ND)
-                _add_rows(moments, group, shifted_ND, product)
+                _add_rows(moments, group, shifted_ND, rows_ND, part, order_M, shift_D)
+                product(strip_views(moments.scatter_GP[group], moments.width), shifted_ND)
 
 
-def _first_shift(rows_ND: Tensor, order_M: Tensor | None) -> Tensor:
+def _add_rows(
+    moments: Moments,
+    group: int,
+    shifted_ND: Tensor,
+    rows_ND: Tensor,
+    part: slice,
+    order_M: Tensor | None,
+    shift_D: Tensor,
+) -> None:
+    """Shift the rows of ``part`` into the workspace and add up all but their product."""
+    weights_2N = shifted_ND.new_ones(2, len(shifted_ND))  # of the two weighted sums over rows
+    sums_2D = shifted_ND.new_zeros(2, moments.width)
+    # a few rows at a time, so that every step after the first finds them in the processor's cache
+    block = len(shifted_ND) if rows_ND.device.type != "cpu" else max(_BLOCK_ENTRIES // moments.width, 16)
+    for first in range(0, len(shifted_ND), block):
+        y_ND, weights_2B = shifted_ND[first : first + block], weights_2N[:, first : first + block]
+        begin = part.start + first
+        if order_M is None:
+            torch.sub(rows_ND[begin : begin + len(y_ND)], shift_D, out=y_ND)
+        else:
+            own_N = order_M[begin : begin + len(y_ND)]
+            if rows_ND.dtype == y_ND.dtype:
+                torch.index_select(rows_ND, 0, own_N, out=y_ND).sub_(shift_D)
+            else:
+                torch.sub(rows_ND.index_select(0, own_N), shift_D, out=y_ND)
+        torch.linalg.vector_norm(y_ND, dim=1, out=weights_2B[1]).square_()
+        sums_2D.addmm_(weights_2B, y_ND)
+    high = moments.sum_GD.dtype
+    sums_2D = sums_2D.to(high)  # across chunks they add in fp64
+    moments.count_G[group] += len(shifted_ND)
+    moments.sum_GD[group] += sums_2D[0]
+    moments.cubic_GD[group] += sums_2D[1]
+    moments.quartic_G[group] += weights_2N[1].to(high).square().sum()
+
+
+def first_shift(rows_ND: Tensor, order_M: Tensor | None) -> Tensor:
     """A vector near the mean: the mean of some of the rows, taken evenly."""
     num_rows = rows_ND.shape[0] if order_M is None else order_M.shape[0]
-    step = -(-num_rows // _CHUNK_ROWS)
+    step = max(num_rows // _SHIFT_ROWS, 1)
     some_ND = rows_ND[::step] if order_M is None else rows_ND.index_select(0, order_M[::step])
     mean_D = some_ND.to(sum_dtype(rows_ND.device)).mean(0)
     # One bad row must spoil its own bucket, not every bucket through the shift.
     return torch.where(mean_D.isfinite(), mean_D, 0.0)
-
-
-def _add_rows(moments: Moments, group: int, shifted_ND: Tensor, product: Product) -> None:
-    high = moments.sum_GD.dtype
-    weights_2N = shifted_ND.new_ones(2, shifted_ND.shape[0])
-    weights_2N[1] = torch.linalg.vector_norm(shifted_ND, dim=1).square_()
-    sums_2D = (weights_2N @ shifted_ND).to(high)  # both sums in one pass; across chunks they add in fp64
-    moments.count_G[group] += shifted_ND.shape[0]
-    moments.sum_GD[group] += sums_2D[0]
-    moments.cubic_GD[group] += sums_2D[1]
-    moments.quartic_G[group] += weights_2N[1].to(high).square().sum()
-    product(strip_views(moments.scatter_GP[group], moments.width), shifted_ND)
 
 
 def rebase_(moments: Moments, shift_D: Float[Tensor, " D"]) -> None:
@@ -244,51 +263,12 @@ def mean(moments: Moments) -> Float[Tensor, "G D"]:
     return moments.shift_D + moments.sum_GD / moments.count_G.clamp(min=1).unsqueeze(1)
 
 
-def covariance(moments: Moments, group: int = 0, dtype: torch.dtype | None = None) -> Float[Tensor, "D D"]:
+def covariance(moments: Moments, group: int = 0) -> Float[Tensor, "D D"]:
     """Centred sample covariance ``(X - mu)^T (X - mu) / (N - 1)`` of one group (N < 2: divided by 1)."""
-    dtype = dtype or moments.shift_D.dtype
-    count = moments.count_G[group]
-    sum_D = moments.sum_GD[group].to(dtype)
-    scatter_DD = unpack(moments.scatter_GP[group], moments.width).to(dtype)
-    scatter_DD.addr_(sum_D, sum_D, alpha=-1.0 / max(float(count), 1.0))
-    return scatter_DD.div_(max(float(count) - 1.0, 1.0))
-
-
-@dataclass(frozen=True)
-class Invariants:
-    """Scalars of one group's centred covariance that need no eigensolve.
-
-    Attributes:
-        num_rows: N.
-        trace: ``tr C``.
-        frobenius_sq: ``tr C^2``.
-        quartic: ``sum |x - mean|^4``.
-        rounding: What rounding of the products may have put into the trace: equal rows far from the shift have no
-            variance but this.
-    """
-
-    num_rows: int
-    trace: float
-    frobenius_sq: float
-    quartic: float
-    rounding: float = 0.0
-
-
-def invariants(moments: Moments, group: int = 0) -> Invariants:
-    """Trace, squared Frobenius norm and fourth moment of one group about its own mean; O(D^2)."""
-    own = take_groups(moments, [[group]])
-    num_rows = int(own.count_G[0])
-    scale = max(num_rows - 1, 1)
-    rounding = torch.finfo(own.scatter_GP.dtype).eps * float(packed_trace(own.scatter_GP[0], own.width)) / scale
-    if num_rows:
-        rebase_(own, mean(own)[0])
-    return Invariants(
-        num_rows=num_rows,
-        trace=float(packed_trace(own.scatter_GP[0], own.width)) / scale,
-        frobenius_sq=float(packed_square_norm(own.scatter_GP[0], own.width)) / scale**2,
-        quartic=float(own.quartic_G[0]),
-        rounding=rounding,
-    )
+    count, sum_D = float(moments.count_G[group]), moments.sum_GD[group]
+    scatter_DD = unpack(moments.scatter_GP[group], moments.width, sum_D.dtype)
+    scatter_DD.addr_(sum_D, sum_D, alpha=-1.0 / max(count, 1.0))
+    return scatter_DD.div_(max(count - 1.0, 1.0))
 
 
 def _joint_mean(first: Moments, second: Moments) -> Tensor:

@@ -36,9 +36,9 @@ def strip_views(packed_P: Tensor, width: int) -> list[Tensor]:
     return views
 
 
-def unpack(packed_P: Tensor, width: int) -> Float[Tensor, "D D"]:
-    """The full symmetric matrix of one packed vector."""
-    matrix_DD = packed_P.new_empty(width, width)
+def unpack(packed_P: Tensor, width: int, dtype: torch.dtype | None = None) -> Float[Tensor, "D D"]:
+    """The full symmetric matrix of one packed vector, in its own or another type."""
+    matrix_DD = packed_P.new_empty(width, width, dtype=dtype)
     for (start, stop), strip in zip(strip_bounds(width), strip_views(packed_P, width), strict=True):
         matrix_DD[start:stop, start:] = strip
         matrix_DD[start:, start:stop] = strip.mT
@@ -54,16 +54,6 @@ def packed_trace(packed_P: Tensor, width: int) -> Tensor:
     """Trace of a packed symmetric matrix, in fp64 where there is fp64."""
     high = sum_dtype(packed_P.device)
     return torch.stack([strip.diagonal().sum(dtype=high) for strip in strip_views(packed_P, width)]).sum()
-
-
-def packed_square_norm(packed_P: Tensor, width: int) -> Tensor:
-    """Squared Frobenius norm of a packed symmetric matrix: off-diagonal blocks count twice."""
-    high = sum_dtype(packed_P.device)
-    total = torch.zeros((), dtype=high, device=packed_P.device)
-    for strip in strip_views(packed_P, width):
-        block = strip.shape[0]
-        total += strip[:, :block].to(high).square().sum() + 2 * strip[:, block:].to(high).square().sum()
-    return total
 
 
 def packed_matvec(strips: Sequence[Tensor], vector_D: Tensor) -> Tensor:

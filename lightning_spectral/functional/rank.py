@@ -10,7 +10,7 @@ Axes: D features; a leading ``...`` is a batch of spectra.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -49,7 +49,7 @@ def spectral_entropy(eigs: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch"]
     Raises:
         ValueError: If ``eigs`` has a negative or non-finite entry, or only zeros.
     """
-    return -torch.special.xlogy(p := _probabilities(eigs), p).sum(-1)
+    return _entropy(_probabilities(eigs))
 
 
 def soft_rank(eigs: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch"]:
@@ -83,7 +83,7 @@ def hard_rank(eigs: Float[Tensor, "*batch D"], absolute_epsilon: float = 0.0) ->
     """
     if absolute_epsilon:
         return eigs.sum(-1).square() / (eigs.square().sum(-1) + absolute_epsilon)
-    return 1.0 / _probabilities(eigs).square().sum(-1)
+    return _participation(_probabilities(eigs))
 
 
 def renyi_rank(eigs: Float[Tensor, "*batch D"], order: float) -> Float[Tensor, "*batch"]:
@@ -100,14 +100,7 @@ def renyi_rank(eigs: Float[Tensor, "*batch D"], order: float) -> Float[Tensor, "
     """
     if not order > 0:
         raise ValueError(f"A Renyi order must be > 0, got {order}.")
-    if order == 1:
-        return soft_rank(eigs)
-    p = _probabilities(eigs)
-    if math.isinf(order):
-        return 1.0 / p.amax(-1)
-    log_p = torch.where(p > 0, p, 1.0).log()
-    terms = torch.where(p > 0, order * log_p, -math.inf)
-    return (torch.logsumexp(terms, -1) / (1.0 - order)).exp()
+    return _renyi(_probabilities(eigs), order)
 
 
 def eigenvalue_early_enrichment(eigs: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch"]:
@@ -115,10 +108,7 @@ def eigenvalue_early_enrichment(eigs: Float[Tensor, "*batch D"]) -> Float[Tensor
 
     ``clamp(sum_k (C_k - k/D) / (D/2), 0, 1)`` with ``C_k`` the share of the k largest eigenvalues.
     """
-    p = _probabilities(eigs).sort(-1, descending=True).values
-    width = p.shape[-1]
-    flat = torch.arange(1, width + 1, dtype=p.dtype, device=p.device) / width
-    return ((p.cumsum(-1) - flat).sum(-1) / (width / 2)).clamp(0.0, 1.0)
+    return _early_enrichment(_probabilities(eigs).sort(-1, descending=True).values)
 
 
 def top_share(eigs: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch"]:
@@ -147,6 +137,31 @@ RANK_METRICS: dict[str, Callable[[Tensor], Tensor]] = {
     "eee": eigenvalue_early_enrichment,
     "top_share": top_share,
 }
+
+
+def rank_values(
+    eigs_D: Float[Tensor, " D"], renyi_orders: Sequence[float] = DEFAULT_RENYI_ORDERS
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Every one of :data:`RANK_METRICS` by name, and the Renyi ranks by order, of one spectrum.
+
+    The same numbers as one function after the other, at a fraction of the time for narrow layers.
+
+    Args:
+        eigs_D: Covariance eigenvalues, descending, >= 0, not all zero.
+        renyi_orders: Orders, each > 0.
+
+    Raises:
+        ValueError: If ``eigs_D`` is no spectrum.
+    """
+    p = _probabilities(eigs_D)
+    entropy = _entropy(p)
+    values = (entropy.exp(), _participation(p), entropy, _early_enrichment(p), p.amax(-1))
+    known = {1.0: values[0], 2.0: values[1]}
+    renyi = [known[order] if order in known else _renyi(p, order) for order in renyi_orders]
+    numbers = torch.stack([*values, *renyi]).tolist()
+    names = ("soft_rank", "hard_rank", "spectral_entropy", "eee", "top_share")
+    orders = [f"{order:g}" for order in renyi_orders]
+    return dict(zip(names, numbers, strict=False)), dict(zip(orders, numbers[len(names) :], strict=True))
 
 
 def unbiased_hard_rank(num_rows: int, trace: float, frobenius_sq: float, quartic: float) -> float:
@@ -205,6 +220,29 @@ def _probabilities(eigs: Tensor) -> Tensor:
         )
     scaled = _nonnegative(eigs) / top  # first: sums of squares of tiny or huge eigenvalues would under- or overflow
     return scaled / scaled.sum(-1, keepdim=True)
+
+
+def _entropy(p: Tensor) -> Tensor:
+    return -torch.special.xlogy(p, p).sum(-1)
+
+
+def _participation(p: Tensor) -> Tensor:
+    return 1.0 / p.square().sum(-1)
+
+
+def _renyi(p: Tensor, order: float) -> Tensor:
+    if order == 1:
+        return _entropy(p).exp()
+    if math.isinf(order):
+        return 1.0 / p.amax(-1)
+    # log 0 = -inf adds nothing to the sum
+    return (torch.logsumexp(order * p.log(), -1) / (1.0 - order)).exp()
+
+
+def _early_enrichment(sorted_p: Tensor) -> Tensor:
+    width = sorted_p.shape[-1]
+    flat = torch.arange(1, width + 1, dtype=sorted_p.dtype, device=sorted_p.device) / width
+    return ((sorted_p.cumsum(-1) - flat).sum(-1) / (width / 2)).clamp(0.0, 1.0)
 
 
 def _nonnegative(eigs: Tensor, rounding: float = ROUNDING) -> Tensor:

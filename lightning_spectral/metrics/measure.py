@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lightning_spectral.functional import approximate
 from lightning_spectral.functional import rank as ranks
-from lightning_spectral.functional.covariance import Invariants, Moments, covariance, invariants, take_groups
+from lightning_spectral.functional.covariance import Moments
+from lightning_spectral.functional.sample import Gram, Sample, sample
 
 UNMEASURABLE = ("empty", "nonfinite", "degenerate")
 
@@ -44,7 +45,7 @@ class RankMeasurement:
 
 
 def measure(
-    moments: Moments,
+    state: Moments | Gram,
     groups: Sequence[int] = (0,),
     *,
     renyi_orders: Sequence[float] = ranks.DEFAULT_RENYI_ORDERS,
@@ -54,37 +55,27 @@ def measure(
     """Ranks of the rows of ``groups`` together; the groups are the shards that the intervals come from.
 
     Args:
-        moments: State with any number of groups.
+        state: Rows of any number of groups.
         groups: Indices of the shards to merge.
         renyi_orders: Orders of :attr:`RankMeasurement.renyi`.
         absolute_epsilon: The paper's compatibility option of ``hard_rank``.
-        soft: ``exact``; or ``approx``, where the state is wide enough for that to be faster: then everything that needs
-            the whole spectrum stays ``None``.
+        soft: ``exact``; or ``approx``, where the matrix is wide enough for that to be faster: then everything that
+            needs the whole spectrum stays ``None``.
     """
-    own = take_groups(moments, [list(groups)])
-    numbers = invariants(own)
-    status = _status(numbers, moments.width)
+    own = sample(state, groups)
+    status = _status(own)
     if status in UNMEASURABLE:
-        return RankMeasurement(numbers.num_rows, moments.width, status)
-    exact = soft == "exact" or moments.width < approximate.MIN_WIDTH
+        return RankMeasurement(own.num_rows, own.width, status)
+    exact = soft == "exact" or len(own.matrix_MM) < approximate.MIN_WIDTH
     eigs = _spectrum(own) if exact else None
-    values = {} if eigs is None else {name: float(metric(eigs)) for name, metric in ranks.RANK_METRICS.items()}
-    soft_rank = values["soft_rank"] if exact else _approximate_soft_rank(own, numbers)
-    hard = _hard_rank(numbers, absolute_epsilon)
-    unbiased = ranks.unbiased_hard_rank(numbers.num_rows, numbers.trace, numbers.frobenius_sq, numbers.quartic)
-    several = groups if len(groups) > 1 else ()
-    leave_one_out = [take_groups(moments, [[g for g in groups if g != left]]) for left in several]
-    parts = [invariants(part) for part in leave_one_out]
-    usable = bool(parts) and not any(_status(part, moments.width) in UNMEASURABLE for part in parts)
-    hard_parts = [_hard_rank(part, absolute_epsilon) for part in parts] if usable else []
-    soft_parts = [
-        float(ranks.soft_rank(_spectrum(part))) if exact else _approximate_soft_rank(part, part_numbers)
-        for part, part_numbers in zip(leave_one_out, parts, strict=True)
-        if usable
-    ]
+    values, renyi = ({}, {}) if eigs is None else ranks.rank_values(eigs, renyi_orders)
+    soft_rank = values["soft_rank"] if exact else _approximate_soft_rank(own)
+    hard = _hard_rank(own, absolute_epsilon)
+    unbiased = ranks.unbiased_hard_rank(own.num_rows, own.trace, own.frobenius_sq, own.quartic)
+    hard_parts, soft_parts = _leave_one_out(state, groups, absolute_epsilon, exact)
     return RankMeasurement(
-        num_rows=numbers.num_rows,
-        width=moments.width,
+        num_rows=own.num_rows,
+        width=own.width,
         status=status,
         soft_rank=soft_rank,
         hard_rank=hard,
@@ -93,8 +84,8 @@ def measure(
         spectral_entropy=values.get("spectral_entropy", math.log(soft_rank)),
         eee=values.get("eee"),
         top_share=values.get("top_share"),
-        trace=numbers.trace,
-        renyi={} if eigs is None else {f"{order:g}": float(ranks.renyi_rank(eigs, order)) for order in renyi_orders},
+        trace=own.trace,
+        renyi=renyi,
         hard_rank_ci=_jackknife_interval(hard, hard_parts),
         soft_rank_ci=_jackknife_interval(soft_rank, soft_parts),
         eigenvalues=eigs,
@@ -102,25 +93,42 @@ def measure(
     )
 
 
-def _status(numbers: Invariants, width: int) -> str:
-    return ranks.sampling_status(numbers.num_rows, width, numbers.trace, numbers.rounding)
+def _leave_one_out(
+    state: Moments | Gram, groups: Sequence[int], absolute_epsilon: float, exact: bool
+) -> tuple[list[float], list[float]]:
+    """Hard and soft ranks without each of the shards in turn; nothing if one shard holds all that can be measured."""
+    hard_parts: list[float] = []
+    soft_parts: list[float] = []
+    for left in groups if len(groups) > 1 else ():
+        part = sample(state, [group for group in groups if group != left])
+        if _status(part) in UNMEASURABLE:
+            return [], []
+        hard_parts.append(_hard_rank(part, absolute_epsilon))
+        soft_parts.append(float(ranks.soft_rank(_spectrum(part))) if exact else _approximate_soft_rank(part))
+    return hard_parts, soft_parts
 
 
-def _spectrum(moments: Moments) -> Tensor:
-    # A scatter is a sum of squares: whatever is negative in its spectrum is rounding. Its trace is known to be finite,
+def _status(own: Sample) -> str:
+    return ranks.sampling_status(own.num_rows, own.width, own.trace, own.rounding)
+
+
+def _spectrum(own: Sample) -> Tensor:
+    """All D eigenvalues, descending."""
+    # The matrix is a sum of squares: whatever is negative in its spectrum is rounding. Its trace is known to be finite,
     # and so is what it bounds; `ranks.spectrum` would look at every entry again.
-    return torch.linalg.eigvalsh(covariance(moments)).flip(-1).clamp(min=0)
+    eigs = torch.linalg.eigvalsh(own.matrix_MM).flip(-1).clamp(min=0)
+    return torch.cat([eigs, eigs.new_zeros(own.width - len(eigs))])
 
 
-def _approximate_soft_rank(moments: Moments, numbers: Invariants) -> float:
-    matrix_DD = covariance(moments, dtype=moments.scatter_GP.dtype)
-    return math.exp(approximate.approximate_entropy(matrix_DD, numbers.trace, numbers.frobenius_sq))
+def _approximate_soft_rank(own: Sample) -> float:
+    matrix_MM = own.matrix_MM.to(own.product_dtype)
+    return math.exp(approximate.approximate_entropy(matrix_MM, own.trace, own.frobenius_sq))
 
 
-def _hard_rank(numbers: Invariants, absolute_epsilon: float) -> float:
-    if numbers.frobenius_sq <= 0:
+def _hard_rank(own: Sample, absolute_epsilon: float) -> float:
+    if own.frobenius_sq <= 0:
         return math.nan
-    return numbers.trace**2 / (numbers.frobenius_sq + absolute_epsilon)
+    return own.trace**2 / (own.frobenius_sq + absolute_epsilon)
 
 
 def _jackknife_estimate(value: float, parts: Sequence[float]) -> float | None:

@@ -10,18 +10,19 @@ from lightning_spectral.functional.approximate import MIN_WIDTH
 from lightning_spectral.functional.covariance import empty_moments, update_
 from lightning_spectral.metrics.measure import measure
 from lightning_spectral.records import read_spectral
-from tests.callbacks.tiny import Module, counts, loader, trainer
+from tests.callbacks.tiny import LENGTH, Module, counts, loader, trainer
 
 
-def run(path, width: int, **options):
+def run(path, width: int, num_rows: int, **options):
     callback = SpectralRankCallback(every_n_steps=100, dirpath=str(path), **options)
-    trainer(path, [callback], max_steps=1).fit(Module(intermediate_size=width), loader())
+    batches = loader(num_rows // LENGTH, num_rows // LENGTH)
+    trainer(path, [callback], max_steps=1).fit(Module(intermediate_size=width), batches)
     return read_spectral(path).records
 
 
 def test_records_say_which_method_and_agree(tmp_path):
-    exact = run(tmp_path / "exact", MIN_WIDTH)
-    approx = run(tmp_path / "approx", MIN_WIDTH, soft="approx")
+    exact = run(tmp_path / "exact", MIN_WIDTH, MIN_WIDTH)
+    approx = run(tmp_path / "approx", MIN_WIDTH, MIN_WIDTH, soft="approx")
     assert [r.key for r in approx] == [r.key for r in exact]
     for ours, oracle in zip(approx, exact, strict=True):
         assert (ours.soft_method, oracle.soft_method) == ("approx", "exact")
@@ -32,8 +33,9 @@ def test_records_say_which_method_and_agree(tmp_path):
         assert ours.status == oracle.status
 
 
-def test_narrow_layers_are_solved_exactly_and_say_so(tmp_path):
-    record = run(tmp_path, 64, soft="approx")[0]
+@pytest.mark.parametrize(("width", "num_rows"), [(64, 128), (MIN_WIDTH, 128)])
+def test_narrow_layers_and_few_rows_are_solved_exactly_and_say_so(tmp_path, width, num_rows):
+    record = run(tmp_path, width, num_rows, soft="approx")[0]
     assert record.soft_method == "exact"
     assert record.renyi
 

@@ -97,6 +97,19 @@ def test_ddp(tmp_path, single, world_size):
             assert losses[record.key].loss == pytest.approx(record.loss, rel=1e-6)
 
 
+class Wide(tiny.Module):
+    """More features than a window has rows: one process needs no covariance, several do."""
+
+    def __init__(self) -> None:
+        super().__init__(intermediate_size=192)
+
+
+def test_ddp_of_fewer_rows_than_features(tmp_path):
+    measure_strategy(0, 1, str(tmp_path / "single"), "auto", Wide)
+    run_ranks(measure_strategy, 2, str(tmp_path / "ddp"), "ddp", Wide, init=False)
+    check(by_key(tmp_path / "single"), tmp_path / "ddp", rel=1e-5, world_size=2)
+
+
 def test_fsdp2(tmp_path, single):
     run_ranks(measure_strategy, 2, str(tmp_path / "fsdp2"), lambda: model_parallel(2, 1), Fsdp2, init=False)
     check(single, tmp_path / "fsdp2", rel=1e-5, world_size=2)

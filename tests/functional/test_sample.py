@@ -1,0 +1,88 @@
+"""A Gram matrix says of few rows what their covariance says."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_spectral.functional.covariance import empty_moments, take_groups, update_
+from lightning_spectral.functional.sample import gram, sample
+from lightning_spectral.metrics.measure import measure
+
+WIDTH = 40
+
+
+def rows_of(num_rows: int, *, far: float = 3.0, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.arange(1, WIDTH + 1) ** -0.5
+    return ((torch.randn(num_rows, WIDTH, generator=generator, dtype=torch.float64) + far) * scale).to(dtype)
+
+
+def both(rows, sizes, order=None):
+    moments = empty_moments(len(sizes), rows.shape[1], dtype=rows.dtype)
+    update_(moments, rows, sizes, order)
+    return gram(rows, sizes, order), moments
+
+
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-8), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("groups", [[0], [1], [2], [0, 1, 2]])
+def test_every_number_is_that_of_the_covariance(dtype, rel, groups):
+    rows = rows_of(35, dtype=dtype)
+    order = torch.randperm(35, generator=torch.Generator().manual_seed(1))[:30]
+    few, many = (measure(state, groups) for state in both(rows, [7, 3, 20], order))
+    assert (few.num_rows, few.width, few.status) == (many.num_rows, many.width, many.status)
+    for name in ("soft_rank", "hard_rank", "hard_rank_unbiased", "spectral_entropy", "eee", "top_share", "trace"):
+        ours, theirs = getattr(few, name), getattr(many, name)
+        # the correction of the hard rank needs four rows
+        assert ours is theirs is None or ours == pytest.approx(theirs, rel=rel), name
+    # orders below 1 weigh the null modes, which are zeros here and rounding there
+    above = [order for order in few.renyi if float(order) >= 1]
+    assert [few.renyi[order] for order in above] == pytest.approx([many.renyi[order] for order in above], rel=rel)
+    largest = float(many.eigenvalues[0])
+    torch.testing.assert_close(few.eigenvalues, many.eigenvalues, rtol=rel, atol=rel * largest)
+    for name in ("soft_rank_ci", "hard_rank_ci", "soft_rank_unbiased"):
+        ours, theirs = getattr(few, name), getattr(many, name)
+        # an interval reaches from differences of the ranks: a digit less
+        assert ours is theirs is None or ours == pytest.approx(theirs, rel=10 * rel), name
+
+
+@given(seed=st.integers(0, 10**6), sizes=st.tuples(*[st.integers(0, 9)] * 3), far=st.sampled_from([0.0, 30.0]))
+@settings(max_examples=60, deadline=None)
+def test_merged_groups_are_their_rows_together(seed, sizes, far):
+    few, many = both(rows_of(sum(sizes), far=far, seed=seed), list(sizes))
+    merges = [[0, 2], [1]]
+    few, many = few.take_groups(merges), take_groups(many, merges)
+    for group in range(2):
+        ours, theirs = sample(few, [group]), sample(many, [group])
+        assert ours.num_rows == theirs.num_rows
+        for name in ("trace", "frobenius_sq", "quartic"):
+            # fp64 with a mean 30 times the spread: 1e-16 * 30^4 is lost in the fourth moment about the shift
+            assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=1e-8, abs=1e-8), name
+
+
+def test_a_bad_row_spoils_only_its_own_group():
+    rows = rows_of(30)
+    rows[4, 2] = math.inf
+    state, clean = gram(rows, [10, 20]), gram(rows[10:], [20])
+    assert measure(state, [0]).status == "nonfinite"
+    assert measure(state, [1]).soft_rank == pytest.approx(measure(clean).soft_rank, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("rows", "status"),
+    [(torch.zeros(0, 4), "empty"), (torch.randn(1, 4), "degenerate"), (torch.full((3, 4), 1e3), "degenerate")],
+)
+def test_bad_data_is_a_status(rows, status):
+    assert measure(gram(rows, [len(rows)])).status == status
+
+
+def test_products_keep_fp32_inside_autocast():
+    rows = rows_of(30, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        state = gram(rows, [30])
+    exact = gram(rows.double(), [30])
+    assert sample(state).frobenius_sq == pytest.approx(sample(exact).frobenius_sq, rel=1e-6)  # bf16 errs by 1e-3

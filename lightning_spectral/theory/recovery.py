@@ -26,6 +26,7 @@ from lightning_spectral.theory.gradient import check_map
 # that. fp32 errs by 1e-6.
 _TOLERANCE = {torch.bfloat16: (0.06, 2**-5), torch.float32: (1e-4, 1e-5), torch.float64: (1e-10, 1e-11)}
 _STAGES = (512, 4096)  # outputs met before the last stage, which meets all the others
+_WORTH_DROPPING = 32  # a thirty-second of the candidates: then the products saved outweigh the copy
 CURVE_POINTS = 64
 
 
@@ -169,14 +170,18 @@ def _screen(embeddings: Embeddings, map_DD: Tensor, dtype: torch.dtype, chunk_si
                 part[alive] for part in (index_C, image_CD, own_C, tolerance_C, rival_C)
             )
         kept.append((index_C, image_CD, own_C, tolerance_C, rival_C))
-    index_C, image_CD, own_C, tolerance_C, rival_C = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    left = tuple(torch.cat(parts) for parts in zip(*kept, strict=True))
     del kept
-    for first in range(bounds[-1], problem.n_items if len(index_C) else 0, rows):
+    for first in range(bounds[-1], problem.n_items, rows):
         last = min(first + rows, problem.n_items)
         other_AD = embeddings.rows("u", first, last).to(dtype)
-        for part in torch.arange(len(index_C), device=device).split(chunk_size):
-            best = _best_rival(image_CD[part], index_C[part], other_AD, first, last)
-            rival_C[part] = torch.maximum(rival_C[part], best)
+        for part in (slice(a, a + chunk_size) for a in range(0, len(left[0]), chunk_size)):
+            index_C, image_CD, _, _, rival_C = (each[part] for each in left)
+            torch.maximum(rival_C, _best_rival(image_CD, index_C, other_AD, first, last), out=rival_C)
+        lost = left[4] - left[2] > left[3] + _relative(left[4], dtype)
+        if int(lost.sum()) * _WORTH_DROPPING > len(lost):  # dropping copies the images of those that stay
+            left = tuple(each[~lost] for each in left)
+    index_C, _, own_C, tolerance_C, rival_C = left
     won_N = torch.zeros(problem.n_items, dtype=torch.bool, device=device)
     unsure_N = won_N.clone()
     margin_C = own_C - rival_C
@@ -217,15 +222,20 @@ def _decide(
         image_CD = embeddings.select("v", index_C).double() @ map_DD.mT
         own_C = _pair_scores(embeddings.select("u", index_C), image_CD)
         cheap_CD = image_CD.to(screen)
-        # the most a cheap score of a winning rival can lie below the own one
-        floor_C = own_C - _tolerance(image_CD, own_C, screen) - _relative(own_C, screen)
-        floor_C = floor_C.to(torch.promote_types(screen, torch.float32))
+        slack_C, share = _tolerance(image_CD, own_C, screen), _TOLERANCE[screen][1]
+        wide = torch.promote_types(screen, torch.float32)
+        # a cheap score below the floor belongs to a rival that loses, one above the ceiling to a rival that wins
+        floor_C = (own_C - slack_C - share * own_C.abs()).to(wide)
+        ceiling_C = own_C + slack_C + share * own_C.abs()
+        ceiling_C = torch.maximum(ceiling_C, ceiling_C / (1 - share)).to(wide)
         lost_C = torch.zeros(len(index_C), dtype=torch.bool, device=image_CD.device)
         for first, u_AD in embeddings.blocks("u", _whole_blocks(chunk_size)):
-            near_CA = (cheap_CD @ u_AD.to(screen).mT) >= floor_C[:, None]
+            score_CA = cheap_CD @ u_AD.to(screen).mT
             mine = torch.nonzero((index_C >= first) & (index_C < first + len(u_AD)))[:, 0]
-            near_CA[mine, index_C[mine] - first] = False
-            for pair_P2 in torch.nonzero(near_CA & ~lost_C[:, None]).split(BLOCK_ROWS):
+            score_CA[mine, index_C[mine] - first] = -torch.inf
+            lost_C |= score_CA.amax(1) > ceiling_C
+            near_CA = (score_CA >= floor_C[:, None]) & ~lost_C[:, None]
+            for pair_P2 in torch.nonzero(near_CA).split(BLOCK_ROWS):
                 item_P, rival_P = pair_P2.unbind(1)
                 beaten_P = _pair_scores(u_AD[rival_P], image_CD[item_P]) >= own_C[item_P]
                 lost_C[item_P[beaten_P]] = True

@@ -112,6 +112,20 @@ def test_recovery_does_not_depend_on_chunks_cache_or_scale():
     assert np.array_equal(recovered_mask(Embeddings(problem), update * 1e30), whole)
 
 
+@pytest.mark.parametrize(
+    ("d", "n_items", "alpha", "seed"),
+    [(33, 1500, 1.2, 0), (64, 4500, 1.35, 1), (96, 3000, 2.0, 2), (300, 2100, 1.5, 3)],
+)
+def test_muon_stores_exactly_what_the_naive_fp64_computation_stores(d, n_items, alpha, seed):
+    # fp32 gradient, BLAS-3 polar factor with fp32 corrections, bf16 screening: none of it may show in a single item
+    problem = MemoryProblem(d=d, n_items=n_items, alpha=alpha, seed=seed)
+    _, u, v = everything(problem)
+    weights = torch.from_numpy(problem.frequencies())
+    gradient = ((u - u.mean(0)) * weights[:, None]).T @ v
+    left, _, right = torch.linalg.svd(gradient)
+    assert np.array_equal(OneStep(problem).run("muon").recovered, brute_force(problem, left @ right))
+
+
 def test_zero_map_and_ties_recover_nothing():
     embeddings = Embeddings(SMALL)
     assert not recovered_mask(embeddings, torch.zeros(24, 24)).any()

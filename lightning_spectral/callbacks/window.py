@@ -18,6 +18,7 @@ from lightning_spectral.functional.covariance import Moments, take_groups
 from lightning_spectral.functional.products import full_precision
 from lightning_spectral.functional.rank import js_divergence
 from lightning_spectral.functional.sample import Gram
+from lightning_spectral.metrics.eigensolve import Eigensolver
 from lightning_spectral.metrics.measure import RankMeasurement, measure
 from lightning_spectral.metrics.sync import reduce_
 from lightning_spectral.models.families import Site
@@ -119,6 +120,7 @@ def solve_window(
     """
     rank = dist.get_rank(process_group) if world_size > 1 else 0
     owned: list[SiteResult] = []
+    eigensolver = Eigensolver()
     for index, layer in enumerate(dict.fromkeys((site.layer, site.expert) for site in sites)):
         owner = index % world_size
         members = [site for site in sites if (site.layer, site.expert) == layer]
@@ -140,7 +142,7 @@ def solve_window(
                     bucket,
                     num_sequences.get(bucket, 0),
                     dtypes.get(site.key, ""),
-                    _measure(states.get(site.key), buckets, bucket, options),
+                    _measure(states.get(site.key), buckets, bucket, options, eigensolver),
                 )
         owned += [_with_reinjection(result, solved.get(("pre", result.bucket))) for result in solved.values()]
     if world_size == 1:
@@ -150,7 +152,9 @@ def solve_window(
     return [result for part in shared if part for result in part]
 
 
-def _measure(state: Moments | Gram | None, buckets: Buckets, bucket: str, options: ProbeOptions) -> RankMeasurement:
+def _measure(
+    state: Moments | Gram | None, buckets: Buckets, bucket: str, options: ProbeOptions, eigensolver: Eigensolver
+) -> RankMeasurement:
     if state is None:  # an expert that no token chose
         return RankMeasurement(0, 0, "empty")
     selected, shards = buckets.select(state, bucket)
@@ -161,6 +165,7 @@ def _measure(state: Moments | Gram | None, buckets: Buckets, bucket: str, option
             renyi_orders=options.renyi_orders,
             absolute_epsilon=options.absolute_epsilon,
             soft=options.soft,
+            eigensolver=eigensolver,
         )
     eigenvalues = measurement.eigenvalues
     return replace(measurement, eigenvalues=None if eigenvalues is None else eigenvalues.cpu())

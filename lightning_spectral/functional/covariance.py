@@ -28,7 +28,7 @@ from lightning_spectral.functional.packed import (
     sum_dtype,
     unpack,
 )
-from lightning_spectral.functional.products import Product, full_precision, strips
+from lightning_spectral.functional.products import Product, full_precision, row_buffer, strips
 
 # Rows are shifted through a workspace of this size: large enough for the product, small enough that the allocator gives
 # the same memory again (above 32 MiB every pass would fault in fresh pages, which costs as much as the product).
@@ -124,7 +124,7 @@ def update_(
             moments.shift_D.copy_(first_shift(rows_ND, order_M))
         chunk = max(_CHUNK_ROWS, _CHUNK_ENTRIES // moments.width)
         shift_D = moments.shift_D.to(moments.scatter_GP.dtype)
-        workspace = shift_D.new_empty(min(chunk, max(sizes)), moments.width)
+        workspace = row_buffer(shift_D, min(chunk, max(sizes)), moments.width)
         end = 0
         for group, size in enumerate(sizes):
             start, end = end, end + size

@@ -82,6 +82,15 @@ def cuda_bf16(uppers: Sequence[Tensor], rows_ND: Float[Tensor, "N D"]) -> None:
         start += upper.shape[0]
 
 
+def row_buffer(like: Tensor, num_rows: int, width: int) -> Tensor:
+    """Memory for rows that are about to be multiplied, of the type and on the device of ``like``.
+
+    A cache line longer than they need: rows 2^k bytes apart all fall into the same few lines of a cache, which costs up
+    to a quarter of the product (D = 1,024 on an Intel Sapphire Rapids).
+    """
+    return like.new_empty(num_rows, width + 64 // like.element_size())[:, :width]
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to compute the product.
@@ -236,8 +245,8 @@ def _precision_of(switch: Any, value: str) -> Iterator[None]:
 
 
 def _trial_rows(width: int, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(_TRIAL_ROWS, width, generator=generator).to(device)
+    rows_ND = row_buffer(torch.empty(0, device=device), _TRIAL_ROWS, width)
+    return rows_ND.copy_(torch.randn(rows_ND.shape, generator=torch.Generator().manual_seed(0)))
 
 
 def _empty_strips(rows_ND: Tensor) -> list[Tensor]:

@@ -18,6 +18,7 @@ from lightning_spectral.functional import approximate
 from lightning_spectral.functional import rank as ranks
 from lightning_spectral.functional.covariance import Moments
 from lightning_spectral.functional.sample import Gram, Sample, sample
+from lightning_spectral.metrics.eigensolve import Eigensolver
 
 UNMEASURABLE = ("empty", "nonfinite", "degenerate")
 
@@ -51,6 +52,7 @@ def measure(
     renyi_orders: Sequence[float] = ranks.DEFAULT_RENYI_ORDERS,
     absolute_epsilon: float = 0.0,
     soft: str = "exact",
+    eigensolver: Eigensolver | None = None,
 ) -> RankMeasurement:
     """Ranks of the rows of ``groups`` together; the groups are the shards that the intervals come from.
 
@@ -61,18 +63,20 @@ def measure(
         absolute_epsilon: The paper's compatibility option of ``hard_rank``.
         soft: ``exact``; or ``approx``, where the matrix is wide enough for that to be faster: then everything that
             needs the whole spectrum stays ``None``.
+        eigensolver: One for all spectra of a window; default one of its own.
     """
+    solve = eigensolver or Eigensolver()
     own = sample(state, groups)
     status = _status(own)
     if status in UNMEASURABLE:
         return RankMeasurement(own.num_rows, own.width, status)
     exact = soft == "exact" or len(own.matrix_MM) < approximate.MIN_WIDTH
-    eigs = _spectrum(own) if exact else None
+    eigs = solve(own) if exact else None
     values, renyi = ({}, {}) if eigs is None else ranks.rank_values(eigs, renyi_orders)
     soft_rank = values["soft_rank"] if exact else _approximate_soft_rank(own)
     hard = _hard_rank(own, absolute_epsilon)
     unbiased = ranks.unbiased_hard_rank(own.num_rows, own.trace, own.frobenius_sq, own.quartic)
-    hard_parts, soft_parts = _leave_one_out(state, groups, absolute_epsilon, exact)
+    hard_parts, soft_parts = _leave_one_out(state, groups, absolute_epsilon, solve if exact else None)
     return RankMeasurement(
         num_rows=own.num_rows,
         width=own.width,
@@ -94,7 +98,7 @@ def measure(
 
 
 def _leave_one_out(
-    state: Moments | Gram, groups: Sequence[int], absolute_epsilon: float, exact: bool
+    state: Moments | Gram, groups: Sequence[int], absolute_epsilon: float, solve: Eigensolver | None
 ) -> tuple[list[float], list[float]]:
     """Hard and soft ranks without each of the shards in turn; nothing if one shard holds all that can be measured."""
     hard_parts: list[float] = []
@@ -104,20 +108,12 @@ def _leave_one_out(
         if _status(part) in UNMEASURABLE:
             return [], []
         hard_parts.append(_hard_rank(part, absolute_epsilon))
-        soft_parts.append(float(ranks.soft_rank(_spectrum(part))) if exact else _approximate_soft_rank(part))
+        soft_parts.append(float(ranks.soft_rank(solve(part))) if solve else _approximate_soft_rank(part))
     return hard_parts, soft_parts
 
 
 def _status(own: Sample) -> str:
     return ranks.sampling_status(own.num_rows, own.width, own.trace, own.rounding)
-
-
-def _spectrum(own: Sample) -> Tensor:
-    """All D eigenvalues, descending."""
-    # The matrix is a sum of squares: whatever is negative in its spectrum is rounding. Its trace is known to be finite,
-    # and so is what it bounds; `ranks.spectrum` would look at every entry again.
-    eigs = torch.linalg.eigvalsh(own.matrix_MM).flip(-1).clamp(min=0)
-    return torch.cat([eigs, eigs.new_zeros(own.width - len(eigs))])
 
 
 def _approximate_soft_rank(own: Sample) -> float:

@@ -1,140 +1,209 @@
-"""Time and memory of one Muon step of the associative memory, all N items tested, against d and N.
+"""What does one Muon step of the associative memory cost, all N items tested, and how does the cost grow with d and N?
 
-Per phase the share of this machine's own GEMM rate (measured in the same process) is given, counted in the operations
-that the phase cannot do without: gradient 2 N d^2 (fp32), polar factor 20 d^3 (fp64), recovery 2 N d^2 + 2 count N d
-(screening type). One fresh process per size, so that the peak memory is its own.
+Per phase: wall seconds, and the time that the very products it made (counted as they ran, by type) would take at this
+machine's own GEMM rate, as a share of those seconds. An inversion counts 8/3 d^3: LU, then two triangular solves.
+One fresh process per size, so that the peak memory is its own. A size is repeated while its share of time lasts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+from harness import arguments, machine, prepare, timed
+from torch.utils._python_dispatch import TorchDispatchMode
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--d", type=int, nargs="+", default=[512, 1024, 2048, 4096])
-    parser.add_argument("--n-items", type=int, nargs="+", default=[30000])
+PHASES = ("embeddings", "gradient", "polar", "recovery")
+SIZES = [*((d, 30_000) for d in (256, 512, 1024, 2048, 4096)), *((64, n) for n in (10_000, 100_000, 1_000_000))]
+QUICK = [(64, 5_000), (128, 5_000)]
+SECONDS_PER_SIZE = 30.0  # repeats stop after it; the largest size runs once
+LIMITS_S = {1024: 2.5, 2048: 10.0, 4096: 60.0}  # issue 6, N = 30000, two idle cores
+
+
+class Operations(TorchDispatchMode):
+    """Floating-point operations of the matrix products and inversions made inside, by type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            left, right = args[-2:]
+            self.count[str(left.dtype)] += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        elif name == "linalg_inv_ex":
+            self.count[str(args[0].dtype)] += 8 * args[0].shape[0] ** 3 // 3
+        return result
+
+
+def step(d: int, n_items: int, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """One step, phase by phase: wall and CPU seconds, operations."""
+    from lightning_spectral.theory.embeddings import Embeddings
+    from lightning_spectral.theory.gradient import negative_gradient_at_zero
+    from lightning_spectral.theory.problem import MemoryProblem
+    from lightning_spectral.theory.recovery import recovered_mask
+    from lightning_spectral.theory.rules import Gradient, direction
+
+    problem = MemoryProblem(d=d, n_items=n_items, alpha=options.alpha, seed=seed)
+    embeddings, weights = Embeddings(problem, options.device), problem.gradient_weights()
+    made: dict[str, Any] = {}
+
+    def draw() -> None:
+        for side in ("u", "v"):
+            embeddings.rows(side, 0, 1)  # type: ignore[arg-type]
+
+    def gradient() -> None:
+        made["gradient"] = Gradient(negative_gradient_at_zero(embeddings, weights), weights, embeddings)
+
+    def polar() -> None:
+        made["update"] = direction("muon", made["gradient"])
+
+    def recovery() -> None:
+        made["count"] = int(recovered_mask(embeddings, made["update"]).sum())
+
+    row: dict[str, Any] = {}
+    for phase, run in zip(PHASES, (draw, gradient, polar, recovery), strict=True):
+        with Operations() as operations:
+            cpu, wall = timed(run, options.device)
+        row[phase] = {"wall_s": wall, "cpu_s": cpu, "operations": dict(operations.count)}
+    return {**row, "count": made["count"]}
+
+
+def measure(d: int, n_items: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Repeats of one size, summarised; called in a process of its own."""
+    torch.set_num_threads(options.threads)
+    step(48, 1_500, options, 0)  # libraries awake, imports done
+    runs: list[dict[str, Any]] = []
+    begun = time.perf_counter()
+    while len(runs) < options.rounds and (not runs or time.perf_counter() - begun < SECONDS_PER_SIZE):
+        runs.append(step(d, n_items, options, options.seed + len(runs)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if options.device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    rates = gemm_rates(options.device)
+    totals = [sum(run[phase]["wall_s"] for phase in PHASES) for run in runs]
+    phases = {phase: _phase([run[phase] for run in runs], rates) for phase in PHASES}
+    return {
+        "d": d,
+        "n_items": n_items,
+        "repeats": len(runs),
+        "total_s": statistics.median(totals),
+        "total_s_all": totals,
+        "cpu_s": statistics.median(sum(run[phase]["cpu_s"] for phase in PHASES) for run in runs),
+        "phases": phases,
+        "peak_mib": peak,
+        "embeddings_mib": 8 * n_items * d / 2**20,
+        "count": statistics.median(run["count"] for run in runs),
+        "gemm_gflops": {name.removeprefix("torch."): rate / 1e9 for name, rate in rates.items()},
+    }
+
+
+def _phase(runs: list[dict[str, Any]], rates: dict[str, float]) -> dict[str, Any]:
+    wall = statistics.median(run["wall_s"] for run in runs)
+    operations = runs[-1]["operations"]
+    ideal = sum(count / rates[dtype] for dtype, count in operations.items())
+    share = ideal / wall if operations else None
+    return {"wall_s": wall, "gemm_share": share, "gigaops": {k: v / 1e9 for k, v in operations.items()}}
+
+
+def gemm_rates(device: str) -> dict[str, float]:
+    """Operations per second of a 2048 x 2048 product, best of four after one warm-up, by type."""
+    rates = {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        a = torch.randn(2048, 2048, device=device).to(dtype)
+        best = min(timed(lambda a=a: a @ a, device)[1] for _ in range(5))  # type: ignore[misc]
+        rates[str(dtype)] = 2 * 2048**3 / best
+    return rates
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: seconds of each phase, with the share of GEMM peak in brackets."""
+    lines = [
+        "| d | N | total s | range s | CPU s | " + " | ".join(f"{phase} s" for phase in PHASES) + " | polar ops / d^3 "
+        "| peak MiB | embeddings MiB | items stored |",
+        "|---:" * (9 + len(PHASES)) + "|",
+    ]
+    for row in rows:
+        cells = []
+        for phase in PHASES:
+            found = row["phases"][phase]
+            share = "" if found["gemm_share"] is None else f" ({100 * found['gemm_share']:.0f} %)"
+            cells.append(f"{found['wall_s']:.3f}{share}")
+        polar = sum(row["phases"]["polar"]["gigaops"].values()) * 1e9 / row["d"] ** 3
+        low, high = min(row["total_s_all"]), max(row["total_s_all"])
+        lines.append(
+            f"| {row['d']} | {row['n_items']} | {row['total_s']:.2f} | {low:.2f}-{high:.2f} ({row['repeats']}) | "
+            f"{row['cpu_s']:.2f} | {' | '.join(cells)} | {polar:.1f} | {row['peak_mib']:.0f} | "
+            f"{row['embeddings_mib']:.0f} | {row['count']:.0f} |"
+        )
+    return lines
+
+
+def findings(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Growth with d at one N and with N at one d, and the share of issue 6's limits that is used."""
+    found: dict[str, float] = {}
+    for key, other in (("d", "n_items"), ("n_items", "d")):
+        for fixed in dict.fromkeys(row[other] for row in rows):
+            same = sorted((row for row in rows if row[other] == fixed), key=lambda row: row[key])
+            for a, b in pairwise(same):
+                slope = math.log(b["total_s"] / a["total_s"]) / math.log(b[key] / a[key])
+                found[f"time ~ {key}^e, {key} {a[key]} to {b[key]}, {other} {fixed}"] = slope
+    for row in rows:
+        if row["n_items"] == 30_000 and row["d"] in LIMITS_S:
+            found[f"share of the limit, d {row['d']}"] = row["total_s"] / LIMITS_S[row["d"]]
+    return found
+
+
+def main() -> None:
+    parser = arguments(__doc__, rounds=5)
+    parser.set_defaults(threads=os.cpu_count())
     parser.add_argument("--alpha", type=float, default=1.5)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="d = 128 and 256, two repeats: does the script work?")
-    parser.add_argument("--out", default="benchmarks/results", help="folder for JSON and Markdown")
     parser.add_argument("--one", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(*options.one, options)))
-        return 0
-    if options.quick:
-        options.d, options.repeats = [128, 256], 2
-    rates = gemm_rates()
-    rows = []
-    for n_items in options.n_items:
-        for d in options.d:
-            command = [sys.executable, __file__, "--one", str(d), str(n_items)]
-            command += ["--alpha", str(options.alpha), "--repeats", str(options.repeats), "--seed", str(options.seed)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-            print(line(rows[-1], rates), flush=True)
-    write(options, rates, rows)
-    return 0
+        return
+    about = prepare(options)
+    rows: list[dict[str, Any]] = []
+    passed = ["--threads", str(options.threads), "--rounds", str(2 if options.quick else options.rounds)]
+    passed += ["--seed", str(options.seed), "--device", options.device, "--alpha", str(options.alpha)]
+    for d, n_items in QUICK if options.quick else SIZES:
+        command = [sys.executable, __file__, "--one", str(d), str(n_items), *passed]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(table(rows)[-1], flush=True)
+    write(options, {**about, "alpha": options.alpha}, rows)
 
 
-def measure(d: int, n_items: int, options: argparse.Namespace) -> dict[str, Any]:
-    from lightning_spectral.theory.one_step import OneStep
-    from lightning_spectral.theory.problem import MemoryProblem
-
-    runs = []
-    OneStep(MemoryProblem(d=64, n_items=2000, alpha=1.5)).run("muon")  # libraries awake
-    for repeat in range(options.repeats):
-        problem = MemoryProblem(d=d, n_items=n_items, alpha=options.alpha, seed=options.seed + repeat)
-        start = time.perf_counter()
-        result = OneStep(problem).run("muon")
-        runs.append({**result.seconds, "total": time.perf_counter() - start, "count": result.stats.count})
-    median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-    totals = sorted(run["total"] for run in runs)
-    quarter = len(totals) // 4
-    return {
-        "d": d,
-        "n_items": n_items,
-        "median": median,
-        "iqr_s": totals[-1 - quarter] - totals[quarter],
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "embeddings_mib": 8 * n_items * d / 2**20,
-    }
-
-
-def gemm_rates() -> dict[str, float]:
-    """Operations per second of a 2048 x 2048 product, best of five after one warm-up, by type."""
-    import torch
-
-    rates = {}
-    for name in ("float64", "float32", "bfloat16"):
-        a = torch.randn(2048, 2048).to(getattr(torch, name))
-        times = []
-        for _ in range(6):
-            start = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - start)
-        rates[name] = 2 * 2048**3 / min(times[1:])
-    return rates
-
-
-def shares(row: dict[str, Any], rates: dict[str, float]) -> dict[str, float]:
-    d, n_items, median = row["d"], row["n_items"], row["median"]
-    screen = rates["bfloat16"] if rates["bfloat16"] > rates["float32"] else rates["float32"]
-    return {
-        "gradient": 2 * n_items * d**2 / rates["float32"] / median["gradient"],
-        "direction": 20 * d**3 / rates["float64"] / median["direction"],
-        "recovery": (2 * n_items * d**2 + 2 * median["count"] * n_items * d) / screen / median["recovery"],
-    }
-
-
-def line(row: dict[str, Any], rates: dict[str, float]) -> str:
-    median = row["median"]
-    phases = " | ".join(f"{median[phase]:.2f} ({100 * share:.0f} %)" for phase, share in shares(row, rates).items())
-    return (
-        f"| {row['d']} | {row['n_items']} | {median['total']:.2f} | {row['iqr_s']:.2f} | {median['embeddings']:.2f} | "
-        f"{phases} | {row['peak_mib']:.0f} | {row['embeddings_mib']:.0f} | {median['count']:.0f} |"
-    )
-
-
-def write(options: argparse.Namespace, rates: dict[str, float], rows: list[dict[str, Any]]) -> None:
-    import torch
-
-    about = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads",
-        "load": os.getloadavg(),
-        "gemm_gflops": {name: round(rate / 1e9, 1) for name, rate in rates.items()},
-        "alpha": options.alpha,
-        "repeats": options.repeats,
-    }
+def write(options: argparse.Namespace, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """JSON and Markdown side by side; a quick run never overwrites a full one."""
+    about = {**about, "load_average_after": machine()["load_average"], "seed": options.seed, "rounds": options.rounds}
+    found = findings(rows)
+    stem = f"memory_{options.threads}t_{options.device}{'_quick' if options.quick else ''}"
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench_memory.json").write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
-    header = (
-        "| d | N | total s | IQR s | embeddings s | gradient s (of fp32 GEMM) | polar s (of fp64) | recovery s (of "
-        "screening type) | peak MiB | embeddings MiB | count |\n|---|---|---|---|---|---|---|---|---|---|---|"
-    )
-    text = "\n".join([header, *(line(row, rates) for row in rows)])
-    notes = "\n".join(f"- {key}: {value}" for key, value in about.items())
-    (folder / "bench_memory.md").write_text(f"# One Muon step, all items tested\n\n{notes}\n\n{text}\n")
+    (folder / f"{stem}.json").write_text(json.dumps({"about": about, "rows": rows, "findings": found}, indent=1) + "\n")
+    lines = ["# Associative memory: one Muon step from W = 0, all items tested", "", *table(rows), ""]
+    lines += ["In brackets: the share of this process's own GEMM rate, over all products of the phase.", ""]
+    lines += [f"- {name}: {value:.2f}" for name, value in found.items()]
+    lines += [f"- {name}: {value}" for name, value in about.items()]
+    (folder / f"{stem}.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

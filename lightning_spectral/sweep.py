@@ -32,10 +32,10 @@ from typing import Any, Final
 
 from lightning_spectral import recipe as recipes
 from lightning_spectral.recipe import Recipe, RecipeError
+from lightning_spectral.records import PROGRESS_FILE
 
 JOB_FILE: Final = "sweep_job.json"
 STATE_FILE: Final = "sweep_state.json"
-PROGRESS_FILE: Final = "sweep_progress.json"
 SWEEP_FILE: Final = "sweep.json"
 MONITOR: Final = "lightning_spectral.sweep_monitor.SweepMonitor"
 _LABELLED: Final = ("SpectralRankCallback", "TailTokenProbe")
@@ -279,14 +279,27 @@ def write_state(job: Job, state: str, detail: str = "") -> None:
     write_json(Path(job.folder) / STATE_FILE, {"state": state, "fingerprint": job.fingerprint, "detail": detail})
 
 
-def write_summary(found: Plan) -> Path:
-    """``sweep.json``: runs, labels, states, and whether all saw the same data."""
+def write_summary(found: Plan, wall_s: float = 0.0) -> Path:
+    """``sweep.json``: runs, labels, states, whether all saw the same data, and what it cost.
+
+    Args:
+        found: The sweep.
+        wall_s: Wall time of this start; earlier starts' is added.
+    """
+    file = found.out_dir / SWEEP_FILE
     runs = []
     for job in found.jobs:
         progress = read_json(Path(job.folder) / PROGRESS_FILE)
-        runs.append({**asdict(job), "state": state_of(job).name, "data": progress.get("data")})
-    content = {"source": found.source, "runs": runs, "same_data": same_data(found)}
-    return write_json(found.out_dir / SWEEP_FILE, content)
+        cost = {name: progress.get(name) for name in ("cpu_s", "wall_s")}
+        runs.append({**asdict(job), "state": state_of(job).name, "data": progress.get("data"), **cost})
+    content = {
+        "source": found.source,
+        "runs": runs,
+        "same_data": same_data(found),
+        "cpu_s": round(sum(run["cpu_s"] or 0.0 for run in runs), 2),
+        "wall_s": round(float(read_json(file).get("wall_s") or 0.0) + wall_s, 2),
+    }
+    return write_json(file, content)
 
 
 def same_data(found: Plan) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""What a run of a sweep says while it goes: step, losses, and a digest of the data it really saw."""
+"""What a run of a sweep says while it goes: step, losses, cost, and a digest of the data it really saw."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_spectral.sweep import write_json
+from lightning_spectral.sweep import read_json, write_json
+from lightning_spectral.sweep_cost import with_cost
 
 _EVERY_S = 1.0
 _BITS = 2**128
@@ -101,7 +102,7 @@ class SweepMonitor(pl.Callback):
             "losses": self._losses,
             "data": {"train": f"{self._train:032x}", "batches": self._batches, "validation": self._validation_done},
         }
-        write_json(self.path, content)
+        write_json(self.path, {**content, **with_cost(read_json(self.path))})
 
 
 def _digest(batch: Any, place: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_spectral import sweep_cost  # first: it takes the time  # isort: skip
 import sys
 import traceback
 from pathlib import Path
@@ -28,6 +29,10 @@ def main(argv: list[str]) -> int:
         sweep.write_state(job, "failed", f"{type(error).__name__}: {error}".splitlines()[0])
         traceback.print_exc()
         return 1
+    finally:
+        path = Path(job.folder) / sweep.PROGRESS_FILE
+        progress = sweep.read_json(path)
+        sweep.write_json(path, {**progress, **sweep_cost.with_cost(progress)})
     sweep.write_state(job, "finished")
     return 0
 

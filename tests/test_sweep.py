@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_spectral import sweep, sweep_launchers, sweep_run
+from lightning_spectral import sweep, sweep_launchers, sweep_run, sweep_screen
 from lightning_spectral.recipe import RecipeError
 from lightning_spectral.sweep import Job, Plan, State
 from lightning_spectral.sweep_monitor import SweepMonitor, _digest
@@ -186,7 +187,13 @@ class PretendLauncher:
             (Path(handle.folder)).mkdir(parents=True, exist_ok=True)
             (Path(handle.folder) / sweep_launchers.LOG_FILE).write_text("Traceback\nKilled by the kernel\n")
             return 137
-        progress = {"step": 2, "num_steps": 2, "losses": {"train": 1.5}, "data": {"train": "aa", "validation": "bb"}}
+        progress = {
+            "cpu_s": 10.0,
+            "step": 2,
+            "num_steps": 2,
+            "losses": {"train": 1.5},
+            "data": {"train": "aa", "validation": "bb"},
+        }
         sweep.write_json(Path(handle.folder) / sweep.PROGRESS_FILE, progress)
         sweep.write_state(handle, "finished")
         return 0
@@ -204,7 +211,7 @@ def found(file: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch) -> Plan:
 def test_failures_are_reported_and_do_not_stop_the_rest(found: Plan, file: Path) -> None:
     screen = io.StringIO()
     launcher = PretendLauncher(2)
-    board = sweep_run.run_all(found, launcher, sweep_run.Screen(screen), poll_s=0)
+    board = sweep_run.run_all(found, launcher, sweep_screen.Screen(screen), poll_s=0)
     assert launcher.most == 2
     assert len(board.done) == 5
     assert len(board.failed) == 4
@@ -213,6 +220,7 @@ def test_failures_are_reported_and_do_not_stop_the_rest(found: Plan, file: Path)
     assert sweep.same_data(found) == {"train": ["aa"], "validation": ["bb"]}
     summary = json.loads((found.out_dir / sweep.SWEEP_FILE).read_text())
     assert [run["state"] for run in summary["runs"]].count("finished") == 5
+    assert summary["cpu_s"] == 50.0
     # again: only what failed is tried
     again = sweep.plan(file)
     assert {job.run_id for job in again.to_do()} == set(board.failed)
@@ -223,7 +231,8 @@ def test_an_interrupt_stops_the_workers(found: Plan) -> None:
     launcher = PretendLauncher(2)
 
     def show(board: sweep_run.Board) -> None:
-        raise KeyboardInterrupt
+        if board.running:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         sweep_run.run_all(found, launcher, show, poll_s=0)
@@ -241,15 +250,15 @@ def test_the_table_counts_down(found: Plan) -> None:
     job = found.jobs[0]
     run = sweep_run.Running(job, "s0", None, time.monotonic() - 10.0, 0)
     board = sweep_run.Board(9, 1, {"x": 40.0}, {}, [run], list(found.jobs[1:3]))
-    assert sweep_run.left_of(run) is None
+    assert sweep_screen.left_of(run) is None
     sweep.write_json(Path(job.folder) / sweep.PROGRESS_FILE, {"step": 25, "num_steps": 100, "losses": {"train": 2.0}})
-    assert sweep_run.left_of(run) == pytest.approx(30.0, rel=0.05)  # 10 s for a quarter
-    assert sweep_run.remaining(board) == pytest.approx(30.0 + 2 * 40.0, rel=0.05)
-    lines = sweep_run.table(board)
+    assert sweep_screen.left_of(run) == pytest.approx(30.0, rel=0.05)  # 10 s for a quarter
+    assert sweep_screen.remaining(board) == pytest.approx(30.0 + 2 * 40.0, rel=0.05)
+    lines = sweep_screen.table(board)
     assert "2 of 9 runs finished (1 before), 1 running, 2 waiting, 0 failed" in lines[0]
     assert "25/100" in lines[1]
     assert "train 2.000" in lines[1]
-    assert [sweep_run.duration(s) for s in (75, 3675, None)] == ["1:15", "1:01:15", "?"]
+    assert [sweep_screen.duration(s) for s in (75, 3675, None)] == ["1:15", "1:01:15", "?"]
 
 
 def test_local_workers_have_one_thread_or_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,6 +334,7 @@ def test_a_real_sweep_runs_resumes_and_is_reported(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stdout + first.stderr
     assert "3 of 3 runs finished (0 before)" in first.stdout
     assert "train data: the same in all runs" in first.stdout
+    assert re.search(r"cost: \d+ CPU-seconds in 3 runs", first.stdout)
     again = subprocess.run([*command, "sweep", "pocket_demo", *options], capture_output=True, text=True, check=True)
     assert "3 of 3 runs finished (3 before)" in again.stdout
     report = [*command, "report", str(tmp_path / "out"), "--out", str(tmp_path / "report"), "--last", "1"]

@@ -9,13 +9,16 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from lightning_spectral.analysis.learning_rates import level
 from lightning_spectral.analysis.scene import Drawing, Scene, joined
-from lightning_spectral.analysis.style import BUCKET_NAMES, METRIC_NAMES, label_right, log2_axis
+from lightning_spectral.analysis.style import BUCKET_NAMES, METRIC_NAMES, label_right, log2_axis, tall
 
 _RANKS = ("hard_rank", "soft_rank")
+_NO_FIT = "A slope needs at least 3 FFN widths with positive ranks."
 
 
 def betas(scene: Scene) -> Drawing:
     """Every exponent with its intervals, beside the untrained one."""
+    if not scene.any_fit:
+        return Drawing(None, "No exponent could be fitted.", _NO_FIT)
     buckets = scene.buckets
     metrics = [metric for metric in _RANKS if metric in scene.metrics] or scene.metrics[:2]
     rows = len(scene.series)
@@ -66,6 +69,8 @@ def asymmetry(scene: Scene) -> Drawing:
     """beta_hard and beta_soft of each series as dumbbells."""
     if not {"soft_rank", "hard_rank"} <= set(scene.metrics):
         return Drawing(None, "No asymmetry: it needs soft and hard rank.", "Run the report without --metrics.")
+    if not scene.any_fit:
+        return Drawing(None, "No asymmetry: no exponent could be fitted.", _NO_FIT)
     buckets = [bucket for bucket in ("head", "mid", "tail") if bucket in scene.buckets] or scene.buckets[:3]
     rows = len(scene.series)
     figure = Figure(figsize=(11.5, 0.95 + 0.3 * rows))
@@ -193,52 +198,56 @@ def learning_rates(scene: Scene) -> Drawing:
         )
     groups = scene.fitted.table.groups()
     rest = (scene.site, scene.focus, metric, "median")
-    figure = Figure(figsize=(11.5, 3.6))
-    slopes, levels, losses = figure.subplots(1, 3)
-    figure.subplots_adjust(left=0.055, right=0.9, top=0.9, bottom=0.14, wspace=0.5)
-    ends: dict[str, list[tuple[float, str, str]]] = {"slopes": [], "levels": [], "losses": []}
+    fits = {
+        ladder.name: [(rung.rate, fit) for rung in ladder.rungs if (fit := rung.fit(groups, rest)) and not fit.refused]
+        for ladder in scene.ladders
+    }
+    panels = ["slopes", "levels", "losses"] if any(fits.values()) else ["levels", "losses"]
+    figure = Figure(figsize=(11.5, tall(3.6, 2 * len(scene.ladders))))
+    axes = dict(zip(panels, figure.subplots(1, len(panels)), strict=True))
+    figure.subplots_adjust(left=0.06, right=0.88, top=0.9, bottom=0.14, wspace=0.55)
+    ends: dict[str, list[tuple[float, str, str]]] = {name: [] for name in panels}
     sentences = []
     for ladder in scene.ladders:
         look = scene.looks[max((rung.series for rung in ladder.rungs), key=lambda key: len(scene.groups[key]))]
         rates = [rung.rate for rung in ladder.rungs]
-        fits = [rung.fit(groups, rest) for rung in ladder.rungs]
-        known = [(rate, fit) for rate, fit in zip(rates, fits, strict=True) if fit is not None and not fit.refused]
-        if known:
-            for rate, fit in known:
-                slopes.plot([rate] * 2, [fit.ci_low, fit.ci_high], color=look.color, lw=1, alpha=0.4)
-            betas = [fit.beta for _, fit in known]
-            slopes.plot([rate for rate, _ in known], betas, "-", color=look.color, marker=look.marker, ms=5)
-            ends["slopes"].append((betas[-1], look.name, look.text_color))
-            sentences.append(f"{look.name} {min(betas):.2f} to {max(betas):.2f} ({ladder.where})")
-        for width, style in dict.fromkeys([(ladder.widths[-1], "-"), (ladder.widths[0], ":")]):
-            ranks = [level(rung.points(groups, rest), width) for rung in ladder.rungs]
-            levels.plot(rates, ranks, style, color=look.color, marker=look.marker, ms=5)
-            ends["levels"].append((ranks[-1], f"{look.name}, {width}", look.text_color))
-            lost = [rung.loss(width) for rung in ladder.rungs]
-            losses.plot(rates, lost, style, color=look.color, marker=look.marker, ms=5)
-            ends["losses"].append((lost[-1], f"{look.name}, {width}", look.text_color))
+        if fits[ladder.name]:
+            for rate, fit in fits[ladder.name]:
+                axes["slopes"].plot([rate] * 2, [fit.ci_low, fit.ci_high], color=look.color, lw=1, alpha=0.4)
+            betas = [fit.beta for _, fit in fits[ladder.name]]
+            at = [rate for rate, _ in fits[ladder.name]]
+            axes["slopes"].plot(at, betas, "-", color=look.color, marker=look.marker, ms=5)
+            ends["slopes"].append((betas[-1], ladder.name, look.text_color))
+            sentences.append(f"{ladder.name} {min(betas):.2f} to {max(betas):.2f} ({ladder.where})")
+        for width in {ladder.widths[0], ladder.widths[-1]}:
+            style = "-" if width == ladder.widths[-1] else ":"
+            name = f"{ladder.name}, {width}" if len(ladder.widths) > 1 else ladder.name
+            curves = {
+                "levels": [level(rung.points(groups, rest), width) for rung in ladder.rungs],
+                "losses": [rung.loss(width) for rung in ladder.rungs],
+            }
+            for panel, values in curves.items():
+                axes[panel].plot(rates, values, style, color=look.color, marker=look.marker, ms=5)
+                ends[panel].append((values[-1], name, look.text_color))
     where = f"{BUCKET_NAMES.get(scene.focus, scene.focus)} {METRIC_NAMES.get(metric, metric)}"
-    panels = ((slopes, f"beta, {where}", "slopes"), (levels, where, "levels"), (losses, "last loss, nats", "losses"))
+    titles = {"slopes": f"beta, {where}", "levels": where, "losses": "last loss, nats"}
     every = [rung.rate for ladder in scene.ladders for rung in ladder.rungs]
-    for ax, title, name in panels:
+    for panel, ax in axes.items():
         ax.set_xscale("log")
         ax.set_xlim(min(every) / 1.3, max(every) * 1.3)
         ax.xaxis.set_major_locator(FixedLocator(_rate_ticks(every)))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_title(title)
+        ax.set_title(titles[panel])
         ax.set_xlabel("learning rate")
-        values = [v for line in ax.lines for v in np.asarray(line.get_ydata(), dtype=float) if np.isfinite(v)]
-        if name == "levels" and values:
-            log2_axis(ax, "y", min(values) / 1.2, max(values) * 1.2)
-        if not values:
-            ax.text(0.5, 0.5, "needs 3 widths\nat every rate", transform=ax.transAxes, ha="center", color="#888888")
-            ax.set_yticks([])
-        label_right(ax, [end for end in ends[name] if np.isfinite(end[0])], size=7.5)
+        found = [v for line in ax.lines for v in np.asarray(line.get_ydata(), dtype=float) if np.isfinite(v)]
+        if panel == "levels" and found:
+            log2_axis(ax, "y", min(found) / 1.2, max(found) * 1.2)
+        label_right(ax, [end for end in ends[panel] if np.isfinite(end[0])], size=8)
     head = (
         f"With the learning rate alone, beta of {where} runs over {joined(sentences)}."
         if sentences
-        else f"{where} and loss at each learning rate, {joined([f'{x.name} at {x.where}' for x in scene.ladders[:3]])}."
+        else f"{where} and loss at each learning rate ({scene.ladders[0].where}); no slope below 3 widths."
     )
     return Drawing(
         figure,
@@ -249,8 +258,8 @@ def learning_rates(scene: Scene) -> Drawing:
 
 
 def _rate_ticks(rates: list[float]) -> list[float]:
-    """Learning rates to write at an axis, none closer than a seventh of its length to another."""
-    gap = np.log(max(rates) / min(rates)) / 7
+    """Learning rates to write at an axis, none closer than a fifth of its length to another."""
+    gap = np.log(max(rates) / min(rates)) / 5
     out: list[float] = []
     for rate in sorted(set(rates)):
         if not out or np.log(rate / out[-1]) > gap:

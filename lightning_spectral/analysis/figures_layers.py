@@ -1,4 +1,4 @@
-"""Figures by layer: the exponent of each, and ranks at the widest FFN before and after the decay."""
+"""Figures by layer: the exponent of each, and the ranks at the widest FFN."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_spectral.analysis.scene import Drawing, Scene, joined
-from lightning_spectral.analysis.style import BUCKET_NAMES, METRIC_NAMES, label_right, log2_axis
+from lightning_spectral.analysis.style import BUCKET_NAMES, METRIC_NAMES, label_right, log2_axis, tall
 
 
 def layer_map(scene: Scene) -> Drawing:
@@ -21,11 +21,13 @@ def layer_map(scene: Scene) -> Drawing:
             fit = scene.fit(key, scene.focus, metric, layer)
             if fit is not None and not fit.refused:
                 grid[r, c] = fit.beta
-    figure = Figure(figsize=(11.5, 1.4 + 0.3 * max(len(scene.layers), 6)))
+    if not np.isfinite(grid).any():
+        return _only_ranks(scene, metric)
+    figure = Figure(figsize=(11.5, tall(1.4 + 0.3 * max(len(scene.layers), 6), len(scene.series))))
     left, right = figure.subplots(1, 2, width_ratios=[1.1, 1])
     h = figure.get_figheight()
     figure.subplots_adjust(left=0.09, right=0.87, top=1 - 0.4 / h, bottom=0.75 / h, wspace=0.28)
-    limit = max(1.0, float(np.nanmax(np.abs(grid)))) if np.isfinite(grid).any() else 1.0
+    limit = max(1.0, float(np.nanmax(np.abs(grid))))
     left.pcolormesh(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, edgecolors="white", linewidth=1)
     for r in range(grid.shape[0]):
         for c in range(grid.shape[1]):
@@ -36,7 +38,7 @@ def layer_map(scene: Scene) -> Drawing:
     left.grid(visible=False)
     left.set_xticks(np.arange(len(scene.series)) + 0.5, [scene.looks[key].name for key in scene.series], fontsize=8)
     if len(scene.series) > 5:
-        left.tick_params(axis="x", rotation=20)
+        left.tick_params(axis="x", rotation=20 if len(scene.series) < 10 else 60)
     left.set_yticks(np.arange(len(scene.layers)) + 0.5, [name.replace("_", " ") for name in scene.layers], fontsize=8)
     where = f"{BUCKET_NAMES.get(scene.focus, scene.focus)} {METRIC_NAMES.get(metric, metric)}"
     left.set_title(f"beta by layer, {where}")
@@ -48,9 +50,17 @@ def layer_map(scene: Scene) -> Drawing:
     ]
     return Drawing(
         figure,
-        f"Layers differ: beta of {where} runs over {joined(spans)}." if spans else "No layer could be fitted.",
+        f"Layers differ: beta of {where} runs over {joined(spans)}.",
         "The median over layers can move because one layer joins or leaves the middle: look here before trusting it.",
     )
+
+
+def _only_ranks(scene: Scene, metric: str) -> Drawing:
+    figure = Figure(figsize=(11.5, tall(3.4, len(scene.series))))
+    ax = figure.subplots()
+    figure.subplots_adjust(left=0.065, right=0.6, top=0.9, bottom=0.14)
+    _ranks_by_layer(scene, ax, metric)
+    return Drawing(figure, "Ranks by layer; no exponent of a layer could be fitted.", "Mean over seeds.")
 
 
 def _ranks_by_layer(scene: Scene, ax: Axes, metric: str) -> None:

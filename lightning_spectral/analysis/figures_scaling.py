@@ -7,6 +7,7 @@ import math
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from lightning_spectral.analysis.scene import Drawing, Scene, beta_text
 from lightning_spectral.analysis.style import (
@@ -14,10 +15,12 @@ from lightning_spectral.analysis.style import (
     METRIC_NAMES,
     label_right,
     log2_axis,
+    tall,
     width_ticks,
 )
 
 _RANKS = ("hard_rank", "soft_rank")
+_LEGEND_COLUMNS = 6
 
 
 def _limits(scene: Scene, panels: list[tuple[str, str]]) -> list[tuple[float, float]]:
@@ -69,18 +72,22 @@ def _law(scene: Scene, ax: Axes, bucket: str, metric: str, limits: tuple[float, 
     if smallest == float("inf"):
         ax.text(0.5, 0.5, "no numbers", transform=ax.transAxes, ha="center", color="#888888")
         return
-    # below everything at the right edge, so that it crosses as few lines as it can
-    guide = min(low_end, smallest * 4) / 1.25 * span / span[-1]
-    if (guide > low).mean() < 0.5:
-        guide = low * 1.1 * span / span[0]
-    ax.plot(span[guide > low], guide[guide > low], ":", color="#777777", lw=1.2, zorder=1)
-    shown = np.flatnonzero(guide > low)
-    k = shown[len(shown) // 2]
-    at = (span[k], guide[k])
-    ax.annotate("slope 1", at, xytext=(-5, 1), textcoords="offset points", color="#777777", fontsize=8, ha="right")
+    if len(widths) > 1:
+        _guide(ax, span, min(low_end, smallest * 4), low)
     null = _null(scene, bucket, metric)
     if null is not None:
         ax.plot(span, null[0] * (span / span[0]) ** null[1], "--", color="#999999", lw=1.1, zorder=1)
+
+
+def _guide(ax: Axes, span: NDArray[np.float64], below: float, low: float) -> None:
+    """A line of slope 1 under everything at the right edge, so that it crosses few lines; else from the corner."""
+    guide = below / 1.25 * span / span[-1]
+    if (guide > low).mean() < 0.5:
+        guide = low * 1.1 * span / span[0]
+    shown = np.flatnonzero(guide > low)
+    ax.plot(span[shown], guide[shown], ":", color="#777777", lw=1.2, zorder=1)
+    at = (span[shown[len(shown) // 2]], guide[shown[len(shown) // 2]])
+    ax.annotate("slope 1", at, xytext=(-5, 1), textcoords="offset points", color="#777777", fontsize=8, ha="right")
 
 
 def _null(scene: Scene, bucket: str, metric: str) -> tuple[float, float] | None:
@@ -100,7 +107,7 @@ def _null(scene: Scene, bucket: str, metric: str) -> tuple[float, float] | None:
 def laws(scene: Scene) -> Drawing:
     """Rank against width for the headline bucket."""
     metrics = [metric for metric in _RANKS if metric in scene.metrics] or scene.metrics[:2]
-    figure = Figure(figsize=(11.5, 4.6))
+    figure = Figure(figsize=(11.5, tall(4.6, len(scene.series) + 1)))
     axes = figure.subplots(1, len(metrics), squeeze=False)[0]
     figure.subplots_adjust(left=0.05, right=0.85, top=0.92, bottom=0.12, wspace=0.52)
     limits = _limits(scene, [(scene.focus, metric) for metric in metrics])
@@ -155,9 +162,13 @@ def bucket_grid(scene: Scene) -> Drawing:
     """Soft and hard rank against width, for HEAD, MID and TAIL."""
     buckets = [bucket for bucket in ("head", "mid", "tail") if bucket in scene.buckets] or scene.buckets[:3]
     metrics = [metric for metric in ("soft_rank", "hard_rank") if metric in scene.metrics] or scene.metrics[:2]
-    figure = Figure(figsize=(11.5, 2.9 * len(metrics) + 0.5))
+    legend = 0.25 * math.ceil((len(scene.series) + 1) / _LEGEND_COLUMNS)
+    height = 2.9 * len(metrics) + 0.25 + legend
+    figure = Figure(figsize=(11.5, height))
     axes = figure.subplots(len(metrics), len(buckets), squeeze=False)
-    figure.subplots_adjust(left=0.065, right=0.985, top=0.93, bottom=0.15, wspace=0.18, hspace=0.32)
+    figure.subplots_adjust(
+        left=0.065, right=0.985, top=1 - 0.4 / height, bottom=(0.7 + legend) / height, wspace=0.18, hspace=0.32
+    )
     for row, metric in enumerate(metrics):
         own = _limits(scene, [(bucket, metric) for bucket in buckets])
         limits = (min(low for low, _ in own), max(high for _, high in own))
@@ -185,4 +196,6 @@ def _legend(scene: Scene, figure: Figure) -> None:
         for look in (scene.looks[key] for key in scene.series)
     ]
     handles.append(Line2D([], [], color="#999999", ls="--", label="untrained"))
-    figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 8), frameon=False, fontsize=8.5)
+    figure.legend(
+        handles=handles, loc="lower center", ncols=min(len(handles), _LEGEND_COLUMNS), frameon=False, fontsize=8.5
+    )

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from lightning_spectral.analysis.health import ROWS_PER_RANK
 from lightning_spectral.analysis.points import nanmedian
 from lightning_spectral.analysis.runs import Run
-from lightning_spectral.analysis.scene import Drawing, Scene
-from lightning_spectral.analysis.style import BUCKET_NAMES, label_right, log2_axis
+from lightning_spectral.analysis.scene import Drawing, Scene, Series
+from lightning_spectral.analysis.style import BUCKET_NAMES, label_right, log2_axis, tall
 
 EIGENVALUES = "eigenvalues"
 _SMALLEST_SHARE = 1e-9
@@ -22,65 +22,54 @@ _SMALLEST_SHARE = 1e-9
 
 def renyi(scene: Scene) -> Drawing:
     """Renyi rank against its order before and after the nonlinearity, and their ratio."""
-    widest = scene.widths[-1]
-    panels = [("pre", "renyi", "before the nonlinearity"), ("post", "renyi", "after it")]
+    panels = [("pre", "renyi", "before the nonlinearity"), ("post", "renyi", "after the nonlinearity")]
     panels.append(("post", "reinjection", "reinjection: after / before"))
-    figure = Figure(figsize=(11.5, 3.5))
-    axes = figure.subplots(1, 3)
-    figure.subplots_adjust(left=0.06, right=0.88, top=0.9, bottom=0.15, wspace=0.24)
-    drawn = 0
-    for ax, (site, name, title) in zip(axes, panels, strict=True):
-        ends = []
-        for key in scene.series:
+    curves = {
+        title: {key: found for key in scene.series if (found := _mean_orders(scene, key, site, name))}
+        for site, name, title in panels
+    }
+    shown = [title for title, found in curves.items() if found]
+    if not shown:
+        return Drawing(None, "No Renyi ranks in the records.")
+    figure = Figure(figsize=(11.5, tall(3.5, len(scene.series))))
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    figure.subplots_adjust(left=0.065, right=0.86 if len(shown) > 1 else 0.55, top=0.9, bottom=0.15, wspace=0.24)
+    for ax, title in zip(axes, shown, strict=True):
+        for key, found in curves[title].items():
             look = scene.looks[key]
-            curves = [
-                curve
-                for run in scene.groups[key]
-                if run.width == widest and (curve := _orders(run, site, scene.focus, name, scene.last))
-            ]
-            if not curves:
-                continue
-            orders = sorted(set.intersection(*(set(curve) for curve in curves)))
-            ys = [float(np.exp(np.mean([np.log(curve[order]) for curve in curves]))) for order in orders]
-            ax.plot(orders, ys, look.line, color=look.color, marker=look.marker, mfc=look.face, ms=4.5)
-            if ys:
-                ends.append((ys[-1], look.name, look.text_color))
-            drawn += 1
+            orders = list(found)
+            ax.plot(
+                orders, list(found.values()), look.line, color=look.color, marker=look.marker, mfc=look.face, ms=4.5
+            )
         ax.set_title(title)
         ax.set_xlabel("order of the Renyi rank")
-        values = [v for line in ax.lines for v in np.asarray(line.get_ydata(), dtype=float)]
-        if values:
-            ax.set_xticks([0.5, 1, 2, 3, 5])
-            log2_axis(ax, "y", min(values) / 1.2, max(values) * 1.2)
-            if name == "reinjection":
-                ax.axhline(1.0, color="#777777", lw=1)
-        else:
-            ax.text(
-                0.5,
-                0.5,
-                "not measured:\nadd `pre` to the callback's sites",
-                transform=ax.transAxes,
-                ha="center",
-                va="center",
-                color="#888888",
-            )
-            ax.set_xticks([])
-            ax.set_yticks([])
-        if ax is axes[-1] or (ends and ax is axes[1] and not _measured(scene, "pre")):
-            label_right(ax, ends)
-    if not drawn:
-        return Drawing(None, "No Renyi ranks in the records.")
+        ax.set_xticks([0.5, 1, 2, 3, 5])
+        values = [value for found in curves[title].values() for value in found.values()]
+        log2_axis(ax, "y", min(values) / 1.2, max(values) * 1.2)
+        if title == panels[-1][2]:
+            ax.axhline(1.0, color="#777777", lw=1)
+    last = [(list(found.values())[-1], key) for key, found in curves[shown[-1]].items()]
+    label_right(axes[-1], [(value, scene.looks[key].name, scene.looks[key].text_color) for value, key in last])
     axes[0].set_ylabel("effective rank")
+    note = "Low orders count weak directions, high orders only the strongest. Mean over seeds of the layer median."
+    if panels[0][2] not in shown:
+        note += " The ranks before the nonlinearity were not measured: add `pre` to the callback's sites."
     return Drawing(
         figure,
-        f"Renyi ranks on {BUCKET_NAMES.get(scene.focus, scene.focus)} at D = {widest}: "
+        f"Renyi ranks on {BUCKET_NAMES.get(scene.focus, scene.focus)} at D = {scene.widths[-1]}: "
         "order 1 is the soft, order 2 the hard rank.",
-        "Low orders count weak directions, high orders only the strongest. Mean over seeds of the layer median.",
+        note,
     )
 
 
-def _measured(scene: Scene, site: str) -> bool:
-    return any(site in run.sites for run in scene.runs.runs)
+def _mean_orders(scene: Scene, key: Series, site: str, name: str) -> dict[float, float]:
+    """Order -> geometric mean over the seeds at the widest FFN; empty if it was not measured."""
+    runs = [run for run in scene.groups[key] if run.width == scene.widths[-1]]
+    curves = [curve for run in runs if (curve := _orders(run, site, scene.focus, name, scene.last))]
+    if not curves:
+        return {}
+    orders = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return {order: float(np.exp(np.mean([np.log(curve[order]) for curve in curves]))) for order in orders}
 
 
 def _orders(run: Run, site: str, bucket: str, name: str, last: int) -> dict[float, float]:
@@ -171,7 +160,7 @@ def phase_map(scene: Scene) -> Drawing:
     if not {"soft_rank", "hard_rank"} <= set(scene.metrics):
         return Drawing(None, "No phase map: it needs soft and hard rank.", "Run the report without --metrics.")
     buckets = [bucket for bucket in ("head", "mid", "tail") if bucket in scene.buckets] or scene.buckets[:3]
-    figure = Figure(figsize=(11.5, 3.7))
+    figure = Figure(figsize=(11.5, tall(3.7, len(scene.series))))
     axes = figure.subplots(1, len(buckets), squeeze=False, sharex=True, sharey=True)[0]
     figure.subplots_adjust(left=0.065, right=0.88, top=0.9, bottom=0.14, wspace=0.08)
     values: list[float] = []

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from lightning_spectral.analysis.matched import MatchedPair, loss_curve
 from lightning_spectral.analysis.points import nanmedian
 from lightning_spectral.analysis.scene import Drawing, Scene, Series, joined
-from lightning_spectral.analysis.style import BUCKET_NAMES, METRIC_NAMES, label_right, log2_axis, width_ticks
+from lightning_spectral.analysis.style import BUCKET_NAMES, METRIC_NAMES, label_right, log2_axis, tall, width_ticks
 
 
 def beta_of_t(scene: Scene) -> Drawing:
@@ -143,7 +143,7 @@ def bucket_losses(scene: Scene) -> Drawing:
         return Drawing(
             None, "No losses: the runs have no losses.jsonl.", "TailTokenProbe and SpectralRankCallback write it."
         )
-    figure = Figure(figsize=(11.5, 3.1))
+    figure = Figure(figsize=(11.5, tall(3.1, len(scene.series))))
     axes = figure.subplots(1, len(buckets), squeeze=False)[0]
     figure.subplots_adjust(left=0.06, right=0.89, top=0.9, bottom=0.16, wspace=0.28)
     best = ""
@@ -197,7 +197,7 @@ def matched(scene: Scene) -> Drawing:
             "No runs of two series could be matched on loss.",
             "It needs losses.jsonl and two series with common widths and seeds.",
         )
-    figure = Figure(figsize=(11.5, 3.6))
+    figure = Figure(figsize=(11.5, tall(3.6, len(scene.series))))
     axes = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
     figure.subplots_adjust(left=0.07, right=0.86, top=0.9, bottom=0.14, wspace=0.42)
     ratios = [1.0, *(_ratio(pair, reference) for pair in own if pair.metric in metrics)]

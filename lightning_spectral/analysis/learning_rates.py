@@ -6,6 +6,7 @@ widths and seeds that ALL of them have, so that a rung with three widths is not 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ class Ladder:
     """One configuration at several learning rates.
 
     Attributes:
-        name: Label of its largest series.
+        name: What the labels of its series have in common.
         rungs: By learning rate, at least two.
         widths: Widths that every rung has.
         seeds: Seeds that every rung has there.
@@ -95,9 +96,14 @@ def ladders_of(runs: RunSet) -> list[Ladder]:
             for (rate, series), group in sorted(family.items(), key=lambda item: item[0])
         )
         largest = max(family, key=lambda key: (len(family[key]), -len(" ".join(key[1]))))
-        name = " ".join(filter(None, largest[1]))
+        name = _common_name([" ".join(filter(None, series)) for _, series in family]) or " ".join(largest[1]).strip()
         out.append(Ladder(name, rungs, tuple(sorted({w for w, _ in cells})), tuple(sorted({s for _, s in cells}))))
     return out
+
+
+def _common_name(names: Sequence[str]) -> str:
+    """``Muon lr=0.006``, ``Muon lr=0.02`` -> ``Muon``."""
+    return min((re.sub(r"\s*\b(?:lr|learning.?rate)\b.*$", "", name).strip() for name in names), key=len)
 
 
 def ladder_table(ladders: Sequence[Ladder], table: PointTable) -> tuple[list[str], list[list[Any]]]:

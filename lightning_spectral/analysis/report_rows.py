@@ -66,6 +66,8 @@ def headline_rows(scene: Scene) -> list[dict[str, Any]]:
     Differences are against the first series (AdamW, if there is one): no choice among pairs, nothing is the best of
     many.
     """
+    if not scene.any_fit:
+        return []
     metric = "hard_rank" if "hard_rank" in scene.metrics else scene.metrics[0]
     rows = {fit.series: row for row, fit in enumerate(scene.fitted.fits)}
     gaps = {kind: _gaps(scene, metric, kind) for kind in _GAPS}
@@ -135,6 +137,7 @@ def fit_rows(scene: Scene) -> list[dict[str, Any]]:
 def _numbers(fit: PowerLawFit) -> dict[str, Any]:
     return {
         "beta": _text(fit.beta),
+        "ci": f"{_text(fit.ci_low)} to {_text(fit.ci_high)}" if math.isfinite(fit.ci_low) else "-",
         "ci_low": _text(fit.ci_low),
         "ci_high": _text(fit.ci_high),
         "ln_a": _text(fit.ln_a),

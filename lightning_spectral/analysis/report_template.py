@@ -54,13 +54,13 @@ details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 {% for sentence in leads %}<p class="lead">{{ sentence }}</p>{% endfor %}
 {% if warnings %}<div class="warnings" role="alert"><b>Read this before quoting a number</b>
 <ul>{% for warning in warnings %}<li>{{ warning }}</li>{% endfor %}</ul></div>{% endif %}
-<div class="scroll"><table class="headline"><thead><tr><th></th><th class="num">beta</th><th>95 % CI, widths</th><th>95 % CI, seeds</th><th>before decay{{ before_step }}</th><th class="num">untrained</th><th>layers</th><th>minus {{ reference }}</th><th>over seeds</th><th>before decay</th><th>over</th></tr></thead>
+{% if headline %}<div class="scroll"><table class="headline"><thead><tr><th></th><th class="num">beta</th><th>95 % CI, widths</th><th>95 % CI, seeds</th><th>before decay{{ before_step }}</th><th class="num">untrained</th><th>layers</th><th>minus {{ reference }}</th><th>over seeds</th><th>before decay</th><th>over</th></tr></thead>
 <tbody>{% for row in headline %}<tr><td><b style="color:{{ row.color }}">{{ row.name }}</b></td>
 <td class="num beta" data-csv="fits.csv" data-row="{{ row.row }}" data-column="beta">{{ row.beta }}</td>
-<td>{{ row.ci_low }} to {{ row.ci_high }}{% if row.wide %} <span class="wide">wide</span>{% endif %}</td><td>{{ row.seeds }}</td><td>{{ row.before or "-" }}</td>
+<td>{{ row.ci }}{% if row.wide %} <span class="wide">wide</span>{% endif %}</td><td>{{ row.seeds }}</td><td>{{ row.before or "-" }}</td>
 <td class="num" data-csv="fits.csv" data-row="{{ row.row }}" data-column="null_beta">{{ row.null }}</td><td>{{ row.layers }}</td><td>{{ row.gap_0 }}</td><td>{{ row.gap_1 }}</td><td>{{ row.gap_2 }}</td>
 <td>{{ row.n }}{% if row.status != "ok" %} <span class="wide">{{ row.status }}</span>{% endif %}</td></tr>{% endfor %}</tbody></table></div>
-<p class="note">beta of {{ headline_what }}; last windows. Before decay: the last windows at the full learning rate. Layers: smallest and largest beta of a layer.</p>
+<p class="note">beta of {{ headline_what }}; last windows. Before decay: the last windows at the full learning rate. Layers: smallest and largest beta of a layer.</p>{% endif %}
 <nav>{% for section in sections %}<a href="#{{ section.key }}">{{ section.title }}</a>{% endfor %}<a href="#beta_table">Table of exponents</a><a href="#comparisons">Differences</a><a href="#provenance">Provenance</a></nav>
 {% for section in sections %}
 <section id="{{ section.key }}"><h2>{{ section.title }}</h2>

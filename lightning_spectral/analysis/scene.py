@@ -13,10 +13,10 @@ from lightning_spectral.analysis.fits import PowerLawFit
 from lightning_spectral.analysis.learning_rates import Ladder, ladders_of
 from lightning_spectral.analysis.matched import MatchedPair
 from lightning_spectral.analysis.points import LAST_WINDOWS, LAYER_MEDIAN, Point
-from lightning_spectral.analysis.recipe_facts import decay_step
+from lightning_spectral.analysis.recipe_facts import decay_step, learning_rate
 from lightning_spectral.analysis.runs import Run, RunSet
 from lightning_spectral.analysis.study import Fitted
-from lightning_spectral.analysis.style import Look, looks_of
+from lightning_spectral.analysis.style import FIXED, Look, family, looks_of
 from lightning_spectral.analysis.trajectory import SMOOTHING_WINDOWS, Trajectory, group_runs
 
 Series = tuple[str, ...]
@@ -72,14 +72,21 @@ class Scene:
 
     @cached_property
     def series(self) -> list[Series]:
-        """All series; plain optimizers before their variants, AdamW first."""
-        order = ["adamw", "muon", "normuon", "dion"]
+        """AdamW first, then in the palette's order; an optimizer before its variants, those by learning rate."""
 
-        def rank(key: Series) -> tuple[int, int, str]:
-            name = key[0].lower()
-            return (next((k for k, o in enumerate(order) if name.startswith(o)), len(order)), len(name), name)
+        def rank(key: Series) -> tuple[int, bool, float, str]:
+            base, rest = family(key[0])
+            known = list(FIXED)
+            place = known.index(base) if base in known else len(known)
+            rates = [rate for run in self.groups[key] if (rate := learning_rate(run)) is not None]
+            return place, bool(rest), min(rates, default=0.0), " ".join(key)
 
         return sorted(self.groups, key=rank)
+
+    @property
+    def any_fit(self) -> bool:
+        """Whether any exponent could be fitted."""
+        return not all(fit.refused for fit in self.fitted.fits)
 
     @cached_property
     def plain(self) -> list[Series]:

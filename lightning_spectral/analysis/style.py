@@ -168,6 +168,11 @@ def spread_labels(positions: Sequence[float], gap: float, low: float, high: floa
     return out.tolist()
 
 
+def tall(height: float, labels: int) -> float:
+    """Height of a figure, in inches, with room for so many labels one above the other."""
+    return max(height, 0.165 * labels + 0.9)
+
+
 def label_right(ax: Axes, entries: Sequence[tuple[float, str, str]], size: float = 8.5) -> None:
     """Write (y, text, colour) just right of the axes, moved apart where they would overlap."""
     if not entries:

@@ -5,6 +5,7 @@ One row a verb; its module is imported only when the verb is called, so that ``f
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"lightning-spectral {verb}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _usage() -> str:

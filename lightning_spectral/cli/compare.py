@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from lightning_spectral.cli import inputs
+
+if TYPE_CHECKING:
+    from lightning_spectral.analysis.compare import Comparison
 
 _EPILOG = """\
 kinds of comparison:
   slope_difference         beta of a minus beta of b, independent fits (Welch)
   slope_difference_paired  slope of ln(a/b): what a width has in common cancels
+  slope_difference_over_seeds  one difference a seed: what another seed would give
+  ..._before_decay         the same just before the learning rate decays (where the recipe is recorded)
+  decay_change             beta at the end minus beta before the decay, same runs
   level_difference         ln(a/b) in the middle of the common widths
   crossover_width          where the two lines meet (Fieller interval)
   asymmetry                beta_soft - beta_hard of one series
   effect                   optimizer against --architecture COLUMN: mean squared shift over all pairs
   matched_loss[_slope]     ln(a/b) at equal loss, step or tokens (--match-on), per width and as a slope"""
+
+_SHOWN = 60  # comparisons that a person still reads
 
 
 def main(argv: list[str]) -> int:
@@ -29,11 +38,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--architecture", metavar="COLUMN", help="weigh the optimizer's effect against this column's")
     parser.add_argument("--match-on", choices=["loss", "step", "tokens"], default="loss")
     parser.add_argument("--tolerance", type=float, default=0.02, help="nats within which a loss counts as reached")
+    parser.add_argument("--all", action="store_true", help=f"print all comparisons, even if more than {_SHOWN}")
     parser.add_argument("--out", metavar="DIR", help="write comparisons.csv (and matched_loss.csv) there")
     options = parser.parse_args(argv)
     folder = inputs.out_folder(options.out)
     fitted, runs = inputs.load(options)
 
+    from lightning_spectral.analysis.caveats import caveats_of
     from lightning_spectral.analysis.compare import comparison_table
     from lightning_spectral.analysis.matched import MatchedPair, compare_matched, matched_pairs, matched_table
     from lightning_spectral.analysis.points import LAYER_MEDIAN
@@ -49,23 +60,27 @@ def main(argv: list[str]) -> int:
         found += compare_matched(pairs)
         if unmatched:
             print(f"note: {unmatched} pair(s) of runs could not be matched on {options.match_on}.")
-    shown = [c for c in found if c.where.get("layer", LAYER_MEDIAN) == LAYER_MEDIAN]
+    medians = [c for c in found if c.where.get("layer", LAYER_MEDIAN) == LAYER_MEDIAN]
+    shown = medians if options.all or len(medians) <= _SHOWN else headline(medians)
     rows = [
         [
             c.kind,
             " ".join(cell for name, cell in c.where.items() if cell and name != "layer"),
             f"{c.a} - {c.b}" if c.kind != "effect" else f"{c.a} vs {c.b}",
             inputs.number(c.estimate),
-            f"[{inputs.number(c.ci_low)}, {inputs.number(c.ci_high)}]",
-            inputs.number(c.p),
+            inputs.interval(c.ci_low, c.ci_high),
+            "-" if c.p != c.p else f"{c.p:.2g}",
             c.status,
             c.note,
         ]
         for c in shown
     ]
     inputs.print_table(["kind", "where", "what", "estimate", "95% CI", "p", "status", "note"], rows)
-    if len(shown) > 1:
-        print(f"{len(shown)} comparisons; p values are not corrected for their number.")
+    if len(shown) < len(medians):
+        print(f"{len(medians) - len(shown)} more comparisons (other buckets and metrics): --all, or --out DIR.")
+    if len(medians) > 1:
+        print(f"{len(medians)} comparisons; p values are not corrected for their number.")
+    inputs.print_notes(caveats_of(fitted, runs))
     inputs.print_problems(fitted.problems)
     inputs.print_flags(c.status for c in found)
     if folder is not None:
@@ -73,3 +88,11 @@ def main(argv: list[str]) -> int:
         if pairs:
             print(f"wrote {write_csv(folder / 'matched_loss.csv', *matched_table(pairs))}")
     return 0 if any(not c.status.startswith("refused") for c in found) else 1
+
+
+def headline(found: list[Comparison]) -> list[Comparison]:
+    """Those of TAIL hard rank (where they were measured), without single widths."""
+    for name, wanted in (("bucket", "tail"), ("metric", "hard_rank")):
+        if any(c.where.get(name) == wanted for c in found):
+            found = [c for c in found if c.where.get(name, wanted) == wanted]
+    return [c for c in found if c.kind != "matched_loss"]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from lightning_spectral.cli import inputs
+
+if TYPE_CHECKING:
+    from lightning_spectral.analysis.fits import PowerLawFit
 
 _EPILOG = """\
 examples:
@@ -12,7 +16,8 @@ examples:
   lightning-spectral fit points.csv --x ffn_hidden_dim --y value --by optimizer,bucket,metric --out out/fits
 
 The interval is Student's t over WIDTHS. With one run a width it says nothing about seeds; with several seeds the runs
-of one width are averaged first (ols_seed_means), and seed_low/seed_high give the interval over seeds."""
+of one width are averaged first (ols_seed_means), and seed_low/seed_high give the interval over seeds. What else must
+be read with a slope stands below the table: the state before the learning-rate decay, learning rates, the null."""
 
 
 def main(argv: list[str]) -> int:
@@ -27,32 +32,40 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", metavar="DIR", help="write fits.csv and points.csv there")
     options = parser.parse_args(argv)
     folder = inputs.out_folder(options.out)
-    fitted, _ = inputs.load(options)
+    fitted, runs = inputs.load(options)
 
-    from lightning_spectral.analysis.points import LAYER_MEDIAN
+    from lightning_spectral.analysis.caveats import caveats_of, median_fits
     from lightning_spectral.analysis.tidy import fit_table, points_table, write_csv
 
     by = fitted.table.by
-    shown = [f for f in fitted.fits if "layer" not in by or f.series[by.index("layer")] == LAYER_MEDIAN]
-    header = [*(name for name in by if name != "layer"), "beta", "95% CI", "ln A", "R2", "n", "widths", "method"]
-    header += ["left-one-out", "null", "status"]
+    shown = median_fits(fitted)
+    # columns that would be empty all the way down are left out
+    before = any(fit.before_beta == fit.before_beta for fit in shown)
+    seeds = any(fit.seed_low == fit.seed_low for fit in shown)
+    header = [*(name for name in by if name != "layer"), "beta", "95% CI, widths"]
+    header += [*(["95% CI, seeds"] if seeds else []), *(["before decay"] if before else []), "untrained"]
+    header += ["layers", "one width left out", "ln A", "R2", "n", "widths", "method", "status"]
     rows = [
         [
             *(cell for name, cell in zip(by, fit.series, strict=True) if name != "layer"),
             inputs.number(fit.beta),
-            f"[{inputs.number(fit.ci_low)}, {inputs.number(fit.ci_high)}]" + (" wide" if fit.wide else ""),
+            inputs.interval(fit.ci_low, fit.ci_high) + (" wide" if fit.wide and not fit.refused else ""),
+            *([inputs.interval(fit.seed_low, fit.seed_high)] if seeds else []),
+            *([before_text(fit)] if before else []),
+            inputs.number(fit.null_beta),
+            inputs.interval(fit.layer_low, fit.layer_high),
+            inputs.interval(fit.loo_low, fit.loo_high),
             inputs.number(fit.ln_a),
             inputs.number(fit.r2),
             str(fit.n),
             f"{fit.x_min:g}-{fit.x_max:g}",
             fit.method,
-            f"[{inputs.number(fit.loo_low)}, {inputs.number(fit.loo_high)}]",
-            inputs.number(fit.null_beta),
             fit.status,
         ]
         for fit in shown
     ]
     inputs.print_table(header, rows)
+    inputs.print_notes(caveats_of(fitted, runs))
     inputs.print_problems(fitted.problems)
     inputs.print_flags(fit.status for fit in fitted.fits)
     if folder is not None:
@@ -60,3 +73,10 @@ def main(argv: list[str]) -> int:
         points_file = write_csv(folder / "points.csv", *points_table(fitted.table))
         print(f"wrote {fits_file} and {points_file}")
     return 0 if any(not fit.refused for fit in fitted.fits) else 1
+
+
+def before_text(fit: PowerLawFit) -> str:
+    """``0.27 [0.19, 0.34]``."""
+    if fit.before_beta != fit.before_beta:
+        return "-"
+    return f"{fit.before_beta:.2f} [{inputs.number(fit.before_low, 2)}, {inputs.number(fit.before_high, 2)}]"

@@ -113,6 +113,17 @@ def print_flags(statuses: Iterable[str]) -> None:
             print(f"WARNING {flag}: {FLAG_TEXT[flag]}.", file=sys.stderr)
 
 
+def print_notes(sentences: Iterable[str]) -> None:
+    """What must be read with the numbers, under their table."""
+    for sentence in sentences:
+        print(f"note: {sentence}")
+
+
+def interval(low: float, high: float) -> str:
+    """``[0.19, 0.34]``; a dash when there is none."""
+    return "-" if low != low else f"[{number(low)}, {number(high)}]"
+
+
 def print_table(header: list[str], rows: list[list[str]]) -> None:
     """A plain aligned table."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
@@ -122,7 +133,9 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 
 def number(value: float, digits: int = 3) -> str:
     """A number for a table; a dash when there is none."""
-    return "-" if value != value else f"{value:.{digits}f}"
+    if value != value:
+        return "-"
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 def out_folder(text: str | None) -> Path | None:

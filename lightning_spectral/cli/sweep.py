@@ -71,7 +71,8 @@ def main(argv: list[str]) -> int:
 def _run(found, launcher_name: str, workers: int | None) -> int:  # type: ignore[no-untyped-def]
     from lightning_spectral import sweep
     from lightning_spectral.sweep_launchers import LAUNCHERS
-    from lightning_spectral.sweep_run import Screen, run_all
+    from lightning_spectral.sweep_run import run_all
+    from lightning_spectral.sweep_screen import Screen, cost_line
 
     try:
         launcher = LAUNCHERS[launcher_name](workers)
@@ -90,5 +91,7 @@ def _run(found, launcher_name: str, workers: int | None) -> int:  # type: ignore
             print(f"WARNING the {split} data differ between runs: {len(digests)} digests.", file=sys.stderr)
         elif digests:
             print(f"{split} data: the same in all runs ({digests[0][:12]})")
+    if cost := cost_line(found.out_dir):
+        print(cost)
     print(f"next: lightning-spectral report {found.out_dir}")
     return 1 if board.failed else 0

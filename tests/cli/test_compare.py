@@ -33,7 +33,12 @@ def test_run_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert float(slope["estimate"]) == pytest.approx(-0.36, abs=0.03)
     assert float(slope["p"]) < 0.01
     assert len(rows_of(tmp_path / "matched_loss.csv")) == 4 * 2 * 4 * 2
-    assert "p values are not corrected" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "p values are not corrected" in shown
+    assert "more comparisons (other buckets and metrics)" in shown
+    assert "tail hard_rank" in shown
+    assert "head" not in shown
+    assert "note: Intervals are over widths" in shown
 
 
 def test_architecture_effect(tmp_path: Path) -> None:

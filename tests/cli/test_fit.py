@@ -70,7 +70,14 @@ def test_run_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert muon["status"] == "ok"
     assert len(rows_of(tmp_path / "out/points.csv")) == 2 * 4 * 4 * 2 * 4
     shown = capsys.readouterr().out
-    assert "left-one-out" in shown
+    assert "one width left out" in shown
+    for text in (
+        "untrained",
+        "layers",
+        "over widths (Student's t), not over seeds",
+        "No state before the learning-rate decay",
+    ):
+        assert text in shown
     assert "layer_00" not in shown
 
 

@@ -1,0 +1,34 @@
+"""What a run costs: CPU and wall seconds of every process that worked on it, lost work included."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+STARTED: Final = time.monotonic()  # the worker imports this first
+
+
+def with_cost(old: Mapping[str, Any]) -> dict[str, Any]:
+    """The cost fields of a progress file, with this process's entry made up to date.
+
+    Args:
+        old: What the file holds: earlier starts of the same run keep their entries.
+
+    Returns:
+        ``starts`` (one entry a process), ``cpu_s`` and ``wall_s`` (their sums). CPU is that of the process and of its
+        ended children; other ranks of a run on several devices are not in it.
+    """
+    mine = {"process": f"{os.getpid()}@{STARTED:.3f}", "cpu_s": cpu_seconds(), "wall_s": time.monotonic() - STARTED}
+    others = [start for start in old.get("starts", []) if start.get("process") != mine["process"]]
+    starts = [*others, {name: round(value, 2) if name != "process" else value for name, value in mine.items()}]
+    totals = {name: round(sum(float(start[name]) for start in starts), 2) for name in ("cpu_s", "wall_s")}
+    return {"starts": starts, **totals}
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and its ended children."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(own.ru_utime + own.ru_stime for own in used)

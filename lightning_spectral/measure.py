@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_spectral.architecture import Architecture, adapt_config, build_gpt
-from lightning_spectral.callbacks.grouping import Grouping, by_frequency, load_counts
+from lightning_spectral.callbacks.grouping import Grouping, by_frequency, check_vocabulary, load_counts
 from lightning_spectral.callbacks.options import ProbeOptions, conventions_of
 from lightning_spectral.callbacks.probe import SpectralProbe
 from lightning_spectral.callbacks.run_folder import RunFolder, _new_id, _versions
@@ -320,13 +320,7 @@ def _grouping(
         notes = [f"HEAD, MID and TAIL are those of the {len(tokens):,} measured tokens themselves (no counts given)."]
     else:
         counts, notes = load_counts(source), [f"HEAD, MID and TAIL by `{source}`."]
-        if num_known <= len(counts) < vocab:  # models pad their vocabulary; nothing has those ids
-            counts = torch.cat([counts, counts.new_zeros(vocab - len(counts))])
-        if len(counts) != vocab:
-            raise ValueError(
-                f"`{source}` counts {len(counts)} ids, the model embeds {vocab} and its tokenizer knows {num_known}: "
-                "count with the model's own tokenizer (`lightning-spectral count-tokens --tokenizer_dir DIR`)."
-            )
+        check_vocabulary(len(counts), vocab, num_known)
     return by_frequency(counts, head_share=SHARES[0], mid_share=SHARES[1], attribute_to="input"), notes
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from lightning_spectral.functional.buckets import EXCLUDED, frequency_buckets, look_up, position_groups
 from lightning_spectral.records import BUCKETS
 
+_PADDING = 512  # litgpt rounds a vocabulary up to a multiple of this, others to 64 or 128
+
 
 @dataclass(frozen=True)
 class Grouping:
@@ -67,6 +69,32 @@ def by_position(num_groups: int) -> Grouping:
         return position_groups(ids_BT.shape[1], num_groups).to(ids_BT.device).expand_as(ids_BT)
 
     return Grouping(tuple(f"position_{group:02d}" for group in range(num_groups)), code_fn)
+
+
+def check_vocabulary(num_counts: int, num_embedded: int, num_known: int | None = None) -> None:
+    """Refuse token counts of another tokenizer. A model may embed more ids than there are: padding that never occurs.
+
+    Padding is what ``num_known`` leaves over, or what fills the vocabulary up to a multiple of 64. An id without a
+    count is refused when it occurs, so what passes here by chance is still no wrong number.
+
+    Args:
+        num_counts: Ids that have a count.
+        num_embedded: Ids that the model embeds.
+        num_known: Ids that its tokenizer has, if known (litgpt: ``vocab_size`` beside ``padded_vocab_size``).
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    missing = num_embedded - num_counts
+    padded = num_embedded % 64 == 0 and missing <= min(_PADDING, num_counts // 8)
+    if missing <= 0 or padded or (num_known is not None and num_known <= num_counts):
+        return
+    known = "" if num_known in (None, num_embedded) else f" (its tokenizer has {num_known})"
+    raise ValueError(
+        f"The model embeds {num_embedded} token ids{known} but the token counts have {num_counts}: count with "
+        f"`np.bincount(ids, minlength={num_known or num_embedded})`, or use the counts of this model's own tokenizer "
+        "(`lightning-spectral count-tokens --tokenizer_dir DIR`)."
+    )
 
 
 def load_counts(source: Any) -> Tensor:

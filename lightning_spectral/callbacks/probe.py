@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_spectral.callbacks.grouping import Grouping
+from lightning_spectral.callbacks.grouping import Grouping, check_vocabulary
 from lightning_spectral.callbacks.options import ProbeOptions
 from lightning_spectral.callbacks.window import BucketLoss, Buckets, SiteResult, WindowResult, solve_window
 from lightning_spectral.functional.buckets import EXCLUDED, target_ids
@@ -56,14 +56,20 @@ class SpectralProbe:
         options: What to measure.
 
     Raises:
-        ValueError: If no site is found, or the model embeds more token ids than the grouping knows.
+        ValueError: If no site is found, or the token counts are of another tokenizer.
     """
 
     def __init__(self, model: nn.Module, grouping: Grouping, options: ProbeOptions) -> None:
         self.grouping, self.options = grouping, options
         self.buckets = Buckets(grouping.names, options.num_shards)
         self.tapped = resolve(model, sites=options.sites, modules=options.modules, embedding=options.embedding)
-        _check_vocabulary(self.tapped.embedding, grouping)
+        vocab, config = (
+            getattr(self.tapped.embedding, "num_embeddings", None),
+            getattr(self.tapped.root, "config", None),
+        )
+        if grouping.vocab_size is not None and vocab is not None:
+            num_known = getattr(config, "vocab_size", None) if hasattr(config, "padded_vocab_size") else None
+            check_vocabulary(grouping.vocab_size, vocab, num_known)
         _forget_compiled_code(model)
         # Blocks that a LightningModule runs one by one inside `training_step` have no forward to follow.
         self.follows_forward = not (self.tapped.root is model and hasattr(model, "training_step"))
@@ -314,15 +320,6 @@ def _real_positions(ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
             f"{tuple(ids_BT.shape)}: pass a `mask_fn(batch)` that returns one value per id."
         )
     return mask_BT.to(device=ids_BT.device, dtype=torch.bool)
-
-
-def _check_vocabulary(embedding: nn.Module, grouping: Grouping) -> None:
-    vocab = getattr(embedding, "num_embeddings", None)
-    if grouping.vocab_size is not None and vocab is not None and vocab > grouping.vocab_size:
-        raise ValueError(
-            f"The model embeds {vocab} token ids but the token counts have {grouping.vocab_size}: count with "
-            f"`np.bincount(ids, minlength={vocab})`, or use the counts of this model's own tokenizer."
-        )
 
 
 def _forget_compiled_code(model: nn.Module) -> None:

@@ -69,7 +69,8 @@ def look_up(ids: Int[Tensor, "*shape"], table_V: Int[Tensor, " V"]) -> Int[Tenso
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= table_V.numel()):
         raise ValueError(
             f"Token ids span [{int(ids.min())}, {int(ids.max())}] but the table has ids 0 to {table_V.numel() - 1}: "
-            "was it made with another tokenizer?"
+            "was it made with another tokenizer? Count this one's ids (`lightning-spectral count-tokens "
+            "--tokenizer_dir DIR`)."
         )
     return table_V.to(ids.device)[ids]
 

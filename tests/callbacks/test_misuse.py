@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralRankCallback, TailTokenProbe, read_spectral
+from lightning_spectral.callbacks.grouping import check_vocabulary
 from tests.callbacks import tiny
 
 
@@ -79,6 +81,44 @@ def test_counts_of_every_kind_give_the_same_buckets(tmp_path):
         tiny.trainer(folder, [TailTokenProbe(counts=source)], max_steps=1).fit(module, tiny.loader())
         rows.append([(r.bucket, r.num_rows) for r in read_spectral(folder).records])
     assert all(found == rows[0] for found in rows)
+
+
+@pytest.mark.parametrize(
+    ("num_counts", "num_embedded", "num_known"),
+    [
+        (50_257, 50_304, None),  # GPT-2's tokenizer, padded to 64
+        (151_643, 151_936, None),  # Qwen's
+        (1_100, 1_536, 1_100),  # litgpt pads to 512 and says how many are real
+        (50_277, 50_304, 50_254),  # counts with special tokens
+        (400, 300, None),
+    ],
+)
+def test_a_padded_vocabulary_needs_no_counts_for_its_padding(num_counts, num_embedded, num_known):
+    check_vocabulary(num_counts, num_embedded, num_known)
+
+
+@pytest.mark.parametrize(
+    ("num_counts", "num_embedded", "num_known"),
+    [(50_257, 151_936, None), (1_100, 1_536, None), (1_000, 1_536, 1_100), (280, 300, None)],
+)
+def test_counts_of_another_tokenizer_are_refused(num_counts, num_embedded, num_known):
+    remedy = f"minlength={num_known or num_embedded}.*count-tokens --tokenizer_dir"
+    with pytest.raises(ValueError, match=remedy):
+        check_vocabulary(num_counts, num_embedded, num_known)
+
+
+def test_a_litgpt_model_with_padding_trains_and_an_id_from_the_padding_is_refused(tmp_path):
+    counts = torch.ones(40, dtype=torch.int64)
+
+    def fit(name, batch):
+        module = tiny.Module(vocab_size=40, padded_vocab_size=64)
+        callback = TailTokenProbe(1, counts=counts, dirpath=str(tmp_path / name))
+        tiny.trainer(tmp_path, [callback], max_steps=1).fit(module, DataLoader(batch, batch_size=8))
+        return read_spectral(tmp_path / name).records
+
+    assert {r.bucket for r in fit("padded", tiny.data()[:8] % 40)} == {"head", "mid", "tail", "pooled"}
+    with pytest.raises(ValueError, match=r"but the table has ids 0 to 39.*count-tokens"):
+        fit("beyond", tiny.data()[:8])
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def broken(name: str, trained: Path, hugging_face: Path, folder: Path) -> list[s
         ("ckpt without tokenizer", "no `tokenizer.json` or `tokenizer.model` in"),
         ("small vocabulary", "embeds 300: use the tokenizer that it was trained with"),
         ("no counts", "no file `"),
-        ("other counts", "counts 280 ids, the model embeds 300"),
+        ("other counts", "embeds 300 token ids but the token counts have 280"),
         ("hf torn", "cannot be read ("),
         ("hf without weights", "holds no `*.safetensors`"),
         ("hf lacks a layer", "lacks 1 weights of its model, the first is `model.layers.1.mlp.down_proj.weight`"),

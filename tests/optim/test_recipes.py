@@ -5,6 +5,7 @@ import torch
 
 from lightning_spectral.module import build_optimizer
 from lightning_spectral.optim import SpectralOptimizer
+from lightning_spectral.pretrain import pretrain
 from lightning_spectral.recipe import RecipeError, load
 from tests.optim.models import TinyLM
 
@@ -28,6 +29,17 @@ def test_only_the_optimizer_differs_from_the_quickstart(name):
     assert {group["lr"] * group["lr_ratio"] for group in optimizer.param_groups} == {3e-3}
     if name.startswith("dion"):
         assert groups["matrix"]["rank_fraction"] == 1 / int(name.removeprefix("dion_"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice on loaders and loggers
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_learns_more_than_token_frequencies_in_a_third_of_its_steps(name, tmp_path):
+    changes = {"train.max_steps": 60, "out_dir": str(tmp_path), "callbacks": [], "logger_name": "csv"}
+    outcome = pretrain(load(f"optimizers/{name}", changes), progress_bar=False)
+    assert outcome.step == 60
+    assert outcome.val_loss < outcome.unigram_entropy
 
 
 def test_the_paper_can_be_said_in_yaml():

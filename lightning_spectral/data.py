@@ -192,15 +192,6 @@ class StateOfTheUnion(TextBlocks):
         cache_dir: Where tokenizer, tokens and counts are kept.
     """
 
-    def __init__(
-        self,
-        vocab_size: int = 2048,
-        seed: int | None = None,
-        num_workers: int = 0,
-        cache_dir: Path | None = None,
-    ) -> None:
-        super().__init__(vocab_size, seed, num_workers, cache_dir)
-
     def corpus(self) -> Corpus:
         """The address files."""
         return Corpus(state_of_the_union_files())

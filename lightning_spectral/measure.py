@@ -25,15 +25,15 @@ from lightning_spectral.architecture import Architecture, adapt_config, build_gp
 from lightning_spectral.callbacks.grouping import Grouping, by_frequency, check_vocabulary, load_counts
 from lightning_spectral.callbacks.options import ProbeOptions, conventions_of
 from lightning_spectral.callbacks.probe import SpectralProbe
-from lightning_spectral.callbacks.run_folder import RunFolder, _new_id, _versions
+from lightning_spectral.callbacks.run_folder import RunFolder, new_run_id, package_versions
 from lightning_spectral.callbacks.to_records import WindowId, loss_records, spectral_records
 from lightning_spectral.checkpoints import step_of
 from lightning_spectral.corpus import Corpus, documents
 from lightning_spectral.export import load_final
 from lightning_spectral.models.families import resolve
-from lightning_spectral.recipe import _named_config
+from lightning_spectral.recipe import named_config
 from lightning_spectral.records import LossRecord, RunInfo, SpectralRecord
-from lightning_spectral.tokens import _Encoder
+from lightning_spectral.tokens import Encoder
 
 DEFAULT_NUM_TOKENS = 65_536
 DEFAULT_SEQ_LENGTH = 512
@@ -146,7 +146,7 @@ def measure_checkpoint(
     )
     result = _run(loaded.model, grouping, options, tokens, length, batch_size, _device(device))
     info = RunInfo(
-        run_id=_new_id(),
+        run_id=new_run_id(),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         optimizer=loaded.optimizer,
         hparams={
@@ -156,7 +156,7 @@ def measure_checkpoint(
             "num_tokens": num_sequences * length,
             "seq_length": length,
         },
-        versions=_versions(),
+        versions=package_versions(),
         labels={"checkpoint": checkpoint.name},
         conventions=conventions,
     )
@@ -211,7 +211,7 @@ def _load_lightning(file: Path) -> LoadedModel:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         weights: dict[str, Tensor] = content["state_dict"]
         recipe: dict[str, Any] = content["hyper_parameters"]
-        given = dict(recipe["model_config"] or _named_config(recipe["model_name"]))
+        given = dict(recipe["model_config"] or named_config(recipe["model_name"]))
         architecture = Architecture(**recipe["architecture"])
         names = {name.removeprefix("model."): value for name, value in weights.items()}
         given["padded_vocab_size"] = names["lm_head.weight"].shape[0]
@@ -282,19 +282,19 @@ def _with_tokenizer(folder: Path) -> Path | None:
     return folder if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")) else None
 
 
-def _encoder(checkpoint: Path, tokenizer_dir: Path | None) -> _Encoder:
+def _encoder(checkpoint: Path, tokenizer_dir: Path | None) -> Encoder:
     if tokenizer_dir is None or _with_tokenizer(tokenizer_dir) is None:
         raise FileNotFoundError(
             f"no `tokenizer.json` or `tokenizer.model` in `{tokenizer_dir or checkpoint}`: name the folder of the "
             "tokenizer that the model was trained with (`tokenizer_dir`)."
         )
     try:
-        return _Encoder(tokenizer_dir)
+        return Encoder(tokenizer_dir)
     except Exception as error:  # whatever the tokenizer's own readers raise
         raise ValueError(f"the tokenizer in `{tokenizer_dir}` cannot be read: {_one_line(error)}.") from error
 
 
-def _tokens(corpus: Corpus, encoder: _Encoder, enough: int) -> NDArray[np.int64]:
+def _tokens(corpus: Corpus, encoder: Encoder, enough: int) -> NDArray[np.int64]:
     parts: list[NDArray[Any]] = []
     found = 0
     for text in documents(corpus):

@@ -28,7 +28,7 @@ from lightning_spectral.data import TextBlocks
 from lightning_spectral.export import save_final
 from lightning_spectral.learning_rate import LRPlan
 from lightning_spectral.module import LitGPT
-from lightning_spectral.recipe import Recipe, RecipeError, _named_config
+from lightning_spectral.recipe import Recipe, RecipeError, named_config
 from lightning_spectral.recipe_schema import instantiate, one_line
 from lightning_spectral.tokens import unigram_entropy
 from lightning_spectral.trainer_parts import make_logger, make_strategy
@@ -165,7 +165,7 @@ def pretrain(recipe: Recipe, *, progress_bar: bool = True) -> Outcome:
 
 def _model_config(recipe: Recipe, data: DataModule, tokenizer_dir: Path | None) -> Config:
     given = recipe.content["model_config"]
-    given = dict(given) if given is not None else _named_config(recipe.content["model_name"])
+    given = dict(given) if given is not None else named_config(recipe.content["model_name"])
     architecture = recipe.architecture
     width = given.get("intermediate_size")
     if isinstance(data, TextBlocks):

@@ -91,7 +91,7 @@ def load(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
     from lightning_spectral.recipe_schema import check
 
     file = find(path)
-    tree = _on_its_base(_read_yaml(file))
+    tree = read_tree(file)
     tree.pop("sweep", None)  # axes of `lightning-spectral sweep`; alone, the recipe is one run
     pairs = list(overrides.items()) if isinstance(overrides, Mapping) else parse_words(overrides)
     for key, value in pairs:
@@ -207,6 +207,15 @@ def text_data(value: str) -> dict[str, Any] | None:
     return None
 
 
+def read_tree(file: Path) -> dict[str, Any]:
+    """Keys and values of a recipe as they are written, laid over its ``base``; ``sweep:`` included.
+
+    Raises:
+        RecipeError: If it, or its base, is no YAML mapping.
+    """
+    return _on_its_base(_read_yaml(file))
+
+
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
@@ -233,7 +242,7 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     append = key.endswith("+")
     steps = key.removesuffix("+").split(".")
     if steps[0] == "model_config" and len(steps) > 1 and tree.get("model_config") is None and tree.get("model_name"):
-        tree["model_config"] = _named_config(tree["model_name"])
+        tree["model_config"] = named_config(tree["model_name"])
     node: Any = tree
     for depth, step in enumerate(steps[:-1]):
         here = ".".join(steps[: depth + 1])
@@ -266,7 +275,7 @@ def _place(node: Any, step: str, here: str) -> Any:
     raise RecipeError(f"`{here}` names no item of the list; it has {', '.join(classes) or 'none'} (or 0, 1, ...).")
 
 
-def _named_config(name: str) -> dict[str, Any]:
+def named_config(name: str) -> dict[str, Any]:
     """The fields that litgpt sets for a named model, so that one of them can be overridden."""
     from litgpt.config import configs, name_to_config
 

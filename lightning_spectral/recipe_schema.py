@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
+import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
@@ -26,6 +28,8 @@ from lightning_spectral.architecture import Architecture
 from lightning_spectral.learning_rate import LRSchedule
 from lightning_spectral.module import optimizer_class
 from lightning_spectral.recipe import OUR_DATA, RecipeError, text_data
+
+_APART = ("model_config", "data", "callbacks", "optimizer")  # what takes jsonargparse most of its time
 
 GROUPS = {
     "model_config": Config,
@@ -148,9 +152,20 @@ def one_line(error: BaseException) -> str:
 
 
 def _parsed(tree: dict[str, Any]) -> dict[str, Any]:
+    """Each part parsed alone and remembered: checking the runs of a sweep costs what differs between them."""
+    rest = {key: value for key, value in tree.items() if key not in _APART}
+    content = _parsed_part(pickle.dumps(rest))
+    for key in _APART:
+        if key in tree:
+            content = {**content, key: _parsed_part(pickle.dumps({"model_name": "any", key: tree[key]}))[key]}
+    return copy.deepcopy(content)
+
+
+@lru_cache(maxsize=256)
+def _parsed_part(pickled: bytes) -> dict[str, Any]:
     made = parser()
     try:
-        values = made.parse_object(tree)
+        values = made.parse_object(pickle.loads(pickled))
         content: dict[str, Any] = yaml.safe_load(made.dump(values, skip_none=False, skip_validation=True))
     except Exception as error:  # jsonargparse raises its own, argparse's, and whatever a class_path's import raises
         raise RecipeError(_what_does_not_fit(str(error))) from error

@@ -128,7 +128,8 @@ def plan(
     """
     file = recipes.find(source)
     common = dict(recipes.parse_words(overrides))
-    grids = read_grids(file)
+    tree = recipes.read_tree(file)
+    grids = read_grids(tree, file)
     given = [parse_axis(text) for text in axes]
     if given:
         grids = [_with_axes(grids[0] if grids else [], given)]
@@ -138,7 +139,7 @@ def plan(
     _check_values(file, common, grids)
     folder = Path(out_dir) if out_dir is not None else base.out_dir
     jobs = [
-        _job(file, folder, common, base.content, zip([axis.name for axis in grid], chosen, strict=True))
+        _job(file, tree, folder, common, base.content, zip([axis.name for axis in grid], chosen, strict=True))
         for grid in grids
         for chosen in itertools.product(*(axis.values for axis in grid))
     ]
@@ -152,13 +153,13 @@ def plan(
     return Plan(folder, tuple(jobs), str(file), states)
 
 
-def read_grids(file: Path) -> list[list[Axis]]:
+def read_grids(tree: Mapping[str, Any], file: Path) -> list[list[Axis]]:
     """Grids of a recipe's ``sweep:`` block: ``axes`` first, then each of ``also``.
 
     Raises:
         RecipeError: If the block is not understood.
     """
-    block = recipes._read_yaml(file).get("sweep")
+    block = tree.get("sweep")
     if block is None:
         return []
     if not isinstance(block, dict) or not set(block) <= {"axes", "also"}:
@@ -226,6 +227,7 @@ def _check_values(file: Path, common: dict[str, Any], grids: list[list[Axis]]) -
 
 def _job(
     file: Path,
+    tree: Mapping[str, Any],
     folder: Path,
     common: dict[str, Any],
     content: Mapping[str, Any],
@@ -236,7 +238,6 @@ def _job(
         overrides |= own
         labels[name.rpartition(".")[2]] = label
     run_id = run_id_of(labels)
-    tree = recipes._read_yaml(file)
     what = {key: value for key, value in tree.items() if key not in _NOT_PART_OF_A_RUN}
     what["overrides"] = {key: value for key, value in overrides.items() if key not in _NOT_PART_OF_A_RUN}
     fingerprint = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()

@@ -156,7 +156,7 @@ def _build(folder: Path, corpus: Corpus, vocab_size: int, tokenizer_dir: Path | 
         for name in TOKENIZER_FILES:
             if (tokenizer_dir / name).is_file():
                 shutil.copy(tokenizer_dir / name, folder)
-    encode = _Encoder(folder)
+    encode = Encoder(folder)
     split = split_blocks(texts, encode.separator)
     train, validation = encode(split.train), encode(split.validation)
     known = max(encode.vocab_size, 1 + int(max(train.max(initial=0), validation.max(initial=0))))
@@ -193,7 +193,7 @@ def _train_tokenizer(folder: Path, split: Split, vocab_size: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({**about, "add_bos_token": False}, indent=2) + "\n")
 
 
-class _Encoder:
+class Encoder:
     """Text blocks to ids with whatever backend litgpt finds in a tokenizer folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -212,6 +212,7 @@ class _Encoder:
         self.separator = end or "\n\n"
 
     def __call__(self, blocks: list[str]) -> NDArray[Any]:
+        """Ids of the blocks, one after the other."""
         kind = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
         parts = [np.zeros(0, dtype=kind)]
         for first in range(0, len(blocks), _ENCODE_BLOCKS):

@@ -25,8 +25,8 @@ from torch.utils.hooks import RemovableHandle
 from lightning_spectral.callbacks import batches, sinks
 from lightning_spectral.callbacks.base import SpectralCallback
 from lightning_spectral.callbacks.probe import SpectralProbe
-from lightning_spectral.callbacks.run_folder import RunFolder, _new_id, _seed, _versions
-from lightning_spectral.callbacks.tail_token_probe import TailTokenProbe, _is_stream
+from lightning_spectral.callbacks.run_folder import RunFolder, global_seed, new_run_id, package_versions
+from lightning_spectral.callbacks.tail_token_probe import TailTokenProbe, is_stream
 from lightning_spectral.callbacks.to_records import WindowId, loss_records, save_eigenvalues, spectral_records
 from lightning_spectral.records import RunInfo
 
@@ -61,7 +61,7 @@ class FabricSpectralProbe:
                 f"FabricSpectralProbe drives SpectralRankCallback and TailTokenProbe, not {type(callback).__name__}: "
                 "that one needs a Trainer."
             )
-        if isinstance(callback, TailTokenProbe) and _is_stream(callback._counts):
+        if isinstance(callback, TailTokenProbe) and is_stream(callback._counts):
             raise ValueError(
                 "`counts='stream'` reads a Trainer's dataloader, which a Fabric loop does not have: give a file, made "
                 "with `lightning-spectral count-tokens --data TEXT --out counts.npy`."
@@ -278,7 +278,7 @@ class FabricSpectralProbe:
             getattr(fabric.loggers[0], "experiment", None)  # a CSVLogger wants to be the first in its folder
             log_dir = getattr(fabric.loggers[0], "log_dir", None)
         path = str(Path(self.callback.dirpath or log_dir or "spectral").absolute())
-        path, run_id = fabric.broadcast((path, self.callback.run_id or _new_id()))
+        path, run_id = fabric.broadcast((path, self.callback.run_id or new_run_id()))
         for other in fabric._callbacks:
             opened = getattr(other, "run_folder", None)
             if isinstance(opened, RunFolder) and str(opened.path) == path:
@@ -287,9 +287,9 @@ class FabricSpectralProbe:
             run_id=run_id,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             optimizer=type(optimizer).__name__,
-            seed=_seed(),
+            seed=global_seed(),
             hparams=_model_config(self._module),
-            versions=_versions(),
+            versions=package_versions(),
             labels=dict(self.callback.labels or {}),
             conventions=dict(self.callback._conventions),
         )

@@ -103,7 +103,7 @@ def open_run_folder(
     Every rank must call it: the folder and the id are rank 0's.
     """
     path = str(Path(dirpath or trainer.log_dir or trainer.default_root_dir).absolute())
-    path, fresh_id = trainer.strategy.broadcast((path, run_id or _new_id()))
+    path, fresh_id = trainer.strategy.broadcast((path, run_id or new_run_id()))
     for callback in [*trainer.callbacks]:  # type: ignore[attr-defined]
         opened = getattr(callback, "run_folder", None)
         if isinstance(opened, RunFolder) and str(opened.path) == path:
@@ -113,9 +113,9 @@ def open_run_folder(
         run_id=fresh_id,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         optimizer=type(getattr(optimizers[0], "_optimizer", optimizers[0])).__name__ if optimizers else "none",
-        seed=_seed(),
+        seed=global_seed(),
         hparams=dict(pl_module.hparams),
-        versions=_versions(),
+        versions=package_versions(),
         labels=dict(labels or {}),
         conventions=dict(conventions or {}),
     )
@@ -127,16 +127,19 @@ def open_run_folder(
     return folder
 
 
-def _new_id() -> str:
+def new_run_id() -> str:
+    """Time and chance."""
     return f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
-def _seed() -> int | None:
+def global_seed() -> int | None:
+    """What `seed_everything` was called with, if it was."""
     seed = os.environ.get("PL_GLOBAL_SEED", "")
     return int(seed) if seed.isdigit() else None
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Versions of what a record depends on."""
     found = {}
     for package in _PACKAGES:
         try:

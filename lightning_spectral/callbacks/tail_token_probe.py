@@ -134,7 +134,7 @@ class TailTokenProbe(SpectralCallback):
             seed=seed,
         )
         # A file is read now, so that a wrong path fails before any training.
-        self._counts = counts if counts is None or _is_stream(counts) else load_counts(counts)
+        self._counts = counts if counts is None or is_stream(counts) else load_counts(counts)
         self._count_batches = count_batches
         self._shares = (head_share, mid_share)
         self._attribute_to = attribute_to
@@ -160,7 +160,7 @@ class TailTokenProbe(SpectralCallback):
         )
 
     def _token_counts(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
-        if _is_stream(self._counts):
+        if is_stream(self._counts):
             return count_stream(trainer, pl_module, self.options, self._count_batches)
         if self._counts is not None:
             return self._counts
@@ -174,5 +174,6 @@ class TailTokenProbe(SpectralCallback):
         return counts
 
 
-def _is_stream(counts: Any) -> bool:
+def is_stream(counts: Any) -> bool:
+    """Whether the counts are to be taken from the training data."""
     return isinstance(counts, str) and counts == "stream"

@@ -17,7 +17,7 @@ from lightning_spectral.export import load_final
 from lightning_spectral.measure import load_checkpoint, measure_checkpoint
 from lightning_spectral.recipe import load, run
 from lightning_spectral.records import read_losses, read_run
-from lightning_spectral.tokens import _Encoder
+from lightning_spectral.tokens import Encoder
 from tests.callbacks.test_measuring import oracle_ranks
 from tests.tiny import LIGHTNING_WARNINGS, tiny_text, tiny_tree, write_recipe
 
@@ -63,7 +63,7 @@ def words(text: Path, out: Path, *more: str) -> list[str]:
 
 
 def first_ids(trained: Path, text: Path) -> torch.Tensor:
-    tokens = _Encoder(trained / "final")([text.read_text()])[: NUM + 1]
+    tokens = Encoder(trained / "final")([text.read_text()])[: NUM + 1]
     return torch.from_numpy(tokens.astype(np.int64))
 
 

@@ -23,9 +23,9 @@ FLAG_TEXT: Final = {
     "across_decay": "the last windows lie on both sides of the start of the learning-rate decay: lower --last",
     "mixed_conventions": "the points were measured under different conventions",
     "duplicate_values": "points under different ids have bit-identical values: one was probably copied",
-    "repeated_rows": "one run gives several points to this fit: a `by` column is missing",
+    "repeated_rows": "one run gives several points to this fit: a `by` column is missing, or a row is there twice",
     "repeated_runs": "several runs have the same series, width and seed",
-    "repeated_x": "several points share an x but no seed tells them apart; they count as independent",
+    "repeated_x": "several points share an x but no seed tells them apart; they count as independent (--seed COLUMN)",
     "unbalanced_seeds": "not every seed covers every width",
     "missing_values": "some windows or points have no number",
 }

@@ -30,15 +30,7 @@ from lightning_spectral.records import (
 FloatArray = NDArray[np.float64]
 
 # labels that name the x axis or a repetition: never a series of their own
-_NOT_A_SERIES: Final = {
-    "optimizer",
-    "seed",
-    "width",
-    "ffn_multiplier",
-    "intermediate_size",
-    "data_order",
-    "run_id",
-}
+_NOT_A_SERIES: Final = {"optimizer", "seed", "width", "ffn_multiplier", "intermediate_size", "data_order", "run_id"}
 _STAGE_ORDER: Final = (b"train", b"validation", b"measure", b"test", b"predict")
 _SITE_ORDER: Final = ("post", "pre")
 _BUCKET_ORDER: Final = ("pooled", "head", "mid", "tail")
@@ -221,7 +213,7 @@ def load_runs(paths: Iterable[str | Path], stage: str | None = None) -> RunSet:
     """Read every run folder at or below ``paths``.
 
     Args:
-        paths: Run folders, or folders that hold them at any depth.
+        paths: Run folders, or folders that hold them at any depth; runs moved to ``previous/`` are not looked for.
         stage: Stage of the records to use; by default ``train`` if a run has it, else the first it has.
 
     Raises:
@@ -239,7 +231,10 @@ def load_runs(paths: Iterable[str | Path], stage: str | None = None) -> RunSet:
             f"no run folder (one with a `{RUN_FILE}`) under {where}. Give the `out_dir` of a run or sweep."
         )
     runs: dict[str, Run] = {}
-    problems: list[Problem] = []
+    problems = [
+        Problem(str(folder), "no_run_file", f"`{folder}` was left out: it has records, but no `{RUN_FILE}`.", True)
+        for folder in sorted({file.parent for root in roots for file in _below(root, SPECTRAL_FILE)} - set(folders))
+    ]
     for folder in folders:
         run, found = read_run_folder(folder, stage)
         problems += found
@@ -304,7 +299,12 @@ def read_run_folder(folder: Path, stage: str | None = None) -> tuple[Run | None,
 def _run_files(root: Path) -> Sequence[Path]:
     if root.is_file():
         return [root] if root.name == RUN_FILE else [root.parent / RUN_FILE]
-    return list(root.rglob(RUN_FILE))
+    return _below(root, RUN_FILE)
+
+
+def _below(root: Path, name: str) -> list[Path]:
+    """Files of that name, without those of earlier runs that a fresh run moved to ``previous/``."""
+    return [file for file in root.rglob(name) if "previous" not in file.relative_to(root).parts]
 
 
 def _one_stage(columns: SpectralColumns, stage: str | None) -> tuple[SpectralColumns, str]:

@@ -7,14 +7,15 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from lightning_spectral.analysis.fits import PowerLawFit
 from lightning_spectral.analysis.points import Point, PointTable
 from lightning_spectral.analysis.runs import Problem
 
+T = TypeVar("T")
 _ID_NAMES: Final = ("run_id", "id")
 FIT_COLUMNS: Final = ("beta", "ln_a", "ci_low", "ci_high", "r2", "n", "status", "method")
 FIT_EXTRAS: Final = (
@@ -54,7 +55,7 @@ def read_points_csv(
     spread: str | None = None,
     rows: str | None = None,
 ) -> tuple[PointTable, list[Problem]]:
-    """Read points from any tidy CSV: one row a value.
+    """Read points from any tidy table: one row a value; cells parted by commas, semicolons or tabs.
 
     Args:
         path: The file.
@@ -67,15 +68,19 @@ def read_points_csv(
         rows: Column of the number of rows N behind the value.
 
     Raises:
-        ValueError: If a column is missing, there is no row, or an x is not a number.
+        ValueError: If it is no whole table, a column is missing, or no row holds numbers.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"`{path}` is not a text file in UTF-8: {error}.") from error
-    reader = csv.DictReader(io.StringIO(text))
-    names = list(reader.fieldnames or [])
+    # what stands between the cells is what stands between the names
+    first_line = text.partition("\n")[0]
+    delimiter = next((sign for sign in ",;\t" if sign in first_line), ",")
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    names = [name.strip() for name in _guarded(path, lambda: reader.fieldnames) or []]
+    reader.fieldnames = names
     for role, name in (("--x", x), ("--y", y), *(("--by", name) for name in by)):
         if name not in names:
             raise ValueError(f"`{path}` has no column `{name}` ({role}); it has: {', '.join(names) or 'none'}.")
@@ -86,16 +91,16 @@ def read_points_csv(
     points: list[Point] = []
     problems: list[Problem] = []
     is_rank = "rank" in y
-    for number, row in enumerate(reader, start=2):
+    for number, row in enumerate(_guarded(path, lambda: list(reader)), start=2):
         if None in row or None in row.values():
-            text = f"`{path}` line {number} has another number of cells than the header; it was left out."
-            problems.append(Problem(str(path), "skipped_lines", text))
+            why = f"`{path}` line {number} has another number of cells than the header; it was left out."
+            problems.append(Problem(str(path), "skipped_lines", why))
             continue
         at, value = _number(row[x]), _number(row[y])
         if at is None or value is None:
             bad = x if at is None else y
-            text = f"`{path}` line {number}: `{row[bad]}` in column `{bad}` is not a number; the line was left out."
-            problems.append(Problem(str(path), "skipped_lines", text))
+            why = f"`{path}` line {number}: `{row[bad]}` in column `{bad}` is not a number; the line was left out."
+            problems.append(Problem(str(path), "skipped_lines", why))
             continue
         num_rows = _optional(row, rows)
         points.append(
@@ -111,8 +116,19 @@ def read_points_csv(
             )
         )
     if not points:
-        raise ValueError(f"`{path}` holds no usable row of numbers in `{x}` and `{y}`.")
+        why = f" The first problem: {problems[0].message}" if problems else ""
+        raise ValueError(f"`{path}` holds no usable row of numbers in `{x}` and `{y}`.{why}")
+    if not text.endswith(("\n", "\r")):
+        cut = f"`{path}` ends without a line break: if it was cut off, its last row is wrong."
+        problems.append(Problem(str(path), "no_line_break", cut))
     return PointTable(tuple(by), tuple(points), x), problems
+
+
+def _guarded(path: Path, read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except csv.Error as error:
+        raise ValueError(f"`{path}` is no whole table: {error} (is a quotation mark left open?).") from error
 
 
 def _number(cell: str) -> float | None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_spectral.analysis.study import Fitted
 
 T = TypeVar("T")
+_SHOWN_OF_A_KIND = 6
 
 
 def names(text: str) -> list[str]:
@@ -99,9 +100,19 @@ def fit_runs(options: argparse.Namespace, by: list[str] | None) -> tuple[Fitted,
 
 
 def print_problems(problems: Iterable[Problem]) -> None:
-    """Warnings on stderr, worst first."""
-    for problem in sorted(problems, key=lambda problem: not problem.refused):
-        print(f"{'REFUSED' if problem.refused else 'WARNING'} {problem.message}", file=sys.stderr)
+    """Warnings on stderr, worst first, a few of each kind and the number of the rest."""
+    kinds: dict[tuple[bool, str], list[str]] = {}
+    for problem in problems:
+        kinds.setdefault((not problem.refused, problem.kind), []).append(problem.message)
+    for (harmless, kind), messages in sorted(kinds.items()):
+        word = "WARNING" if harmless else "REFUSED"
+        for message in messages[:_SHOWN_OF_A_KIND]:
+            print(f"{word} {message}", file=sys.stderr)
+        if len(messages) > _SHOWN_OF_A_KIND:
+            more = len(messages) - _SHOWN_OF_A_KIND
+            print(
+                f"{word} {more} more of this kind ({kind.replace('_', ' ')}), {len(messages)} in all.", file=sys.stderr
+            )
 
 
 def print_flags(statuses: Iterable[str]) -> None:

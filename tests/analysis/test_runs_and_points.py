@@ -135,3 +135,18 @@ def test_beta_of_t_starts_at_the_null_and_ends_at_the_truth(tmp_path: Path) -> N
     np.testing.assert_allclose(path.beta, 0.7 + 0.25 * path.steps / 100, rtol=1e-9)
     assert (path.num_widths, path.num_seeds) == (4, 2)
     assert paths["adamw", "post", "tail", "hard_rank"].beta[-1] == pytest.approx(0.3)
+
+
+def test_a_folder_without_its_run_file_is_named_and_earlier_runs_are_left_alone(tmp_path: Path) -> None:
+    folders = write_study(tmp_path, {"muon": 0.9}, (128, 256))
+    (folders[0] / "run.json").unlink()
+    earlier = folders[1] / "previous" / "001"
+    earlier.mkdir(parents=True)
+    for name in ("run.json", "spectral.jsonl"):
+        (earlier / name).write_bytes((folders[1] / name).read_bytes().replace(b"muon_256_0", b"an_old_run"))
+    found = load_runs([tmp_path])
+    assert [run.run_id for run in found.runs] == ["muon_256_0"]
+    (problem,) = found.problems
+    assert problem.refused
+    assert f"`{folders[0]}` was left out: it has records, but no `run.json`" in problem.message
+    assert [run.run_id for run in load_runs([earlier]).runs] == ["an_old_run"]

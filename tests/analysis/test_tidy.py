@@ -62,6 +62,44 @@ def test_empty_foreign_and_binary_files(tmp_path: Path, content: bytes) -> None:
         read_points_csv(path, x="x", y="value", by=[])
 
 
+PLAIN = "run_id,o,width,value\n" + "".join(f"a{w},a,{w},{w}\n" for w in (128, 256, 512))
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (PLAIN, ""),
+        ("\ufeff" + PLAIN, ""),
+        (PLAIN.replace("\n", "\r\n"), ""),
+        (PLAIN.replace(",", ";"), ""),
+        (PLAIN.replace(",", "\t"), ""),
+        (PLAIN.replace(",", ", "), ""),
+        (PLAIN.replace("a,", '"a",'), ""),
+        (PLAIN.replace("\n", ",extra\n"), ""),
+        (PLAIN[:-1], "ends without a line break"),
+        (PLAIN + "a9,a\n", "line 5 has another number of cells"),
+        (PLAIN + "a9,a,9,8,7\n", "line 5 has another number of cells"),
+        (PLAIN + "a9,a,9,eight\n", "line 5: `eight` in column `value` is not a number"),
+    ],
+)
+def test_tables_of_other_programs(tmp_path: Path, content: str, problem: str) -> None:
+    path = tmp_path / "points.csv"
+    path.write_bytes(content.encode())
+    table, problems = read_points_csv(path, x="width", y="value", by=["o"])
+    assert [(p.series, p.x, p.value, p.source) for p in table.points] == [
+        (("a",), w, w, f"a{w}") for w in (128, 256, 512)
+    ]
+    assert len(problems) == (1 if problem else 0)
+    assert all(problem in found.message for found in problems)
+
+
+def test_an_open_quotation_mark_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "points.csv"
+    path.write_text(PLAIN.replace("a256,", '"a256,'))
+    with pytest.raises(ValueError, match="no whole table"):
+        read_points_csv(path, x="width", y="value", by=["o"])
+
+
 def test_the_table_of_fits_has_the_promised_columns(file: Path, tmp_path: Path) -> None:
     table, problems = read_points_csv(file, x="ffn_hidden_dim", y="value", by=BY)
     header, rows = fit_table(BY, fit_points(table, problems=problems).fits)

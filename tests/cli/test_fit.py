@@ -130,3 +130,12 @@ def test_neither_torch_nor_lightning_is_imported(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_many_problems_of_a_kind_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "points.csv"
+    path.write_text("width,value\n" + "".join(f"{w},{w}\n" for w in (1, 2, 4)) + "8,?\n" * 40)
+    assert main(["fit", str(path)]) == 0
+    shown = capsys.readouterr().err
+    assert shown.count("is not a number") == 6
+    assert "34 more of this kind (skipped lines), 40 in all" in shown

@@ -21,9 +21,9 @@ def with_cost(old: Mapping[str, Any]) -> dict[str, Any]:
         ``starts`` (one entry a process), ``cpu_s`` and ``wall_s`` (their sums). CPU is that of the process and of its
         ended children; other ranks of a run on several devices are not in it.
     """
-    mine = {"process": f"{os.getpid()}@{STARTED:.3f}", "cpu_s": cpu_seconds(), "wall_s": time.monotonic() - STARTED}
-    others = [start for start in old.get("starts", []) if start.get("process") != mine["process"]]
-    starts = [*others, {name: round(value, 2) if name != "process" else value for name, value in mine.items()}]
+    process = f"{os.getpid()}@{STARTED:.3f}"
+    mine = {"process": process, "cpu_s": round(cpu_seconds(), 2), "wall_s": round(time.monotonic() - STARTED, 2)}
+    starts = [*(start for start in old.get("starts", []) if start.get("process") != process), mine]
     totals = {name: round(sum(float(start[name]) for start in starts), 2) for name in ("cpu_s", "wall_s")}
     return {"starts": starts, **totals}
 

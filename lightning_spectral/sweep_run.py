@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lightning_spectral import sweep
+from lightning_spectral.records import PROGRESS_FILE
 from lightning_spectral.sweep import Job, Plan
 from lightning_spectral.sweep_launchers import LOG_FILE, Launcher, LocalLauncher, command_of
 
@@ -72,7 +73,7 @@ def run_all(found: Plan, launcher: Launcher, show: Callable[[Board], None], *, p
     started = time.monotonic()
     for job in to_do:
         if found.states[job.run_id].name == "new":  # perhaps again, under another recipe: that cost is not this run's
-            (Path(job.folder) / sweep.PROGRESS_FILE).unlink(missing_ok=True)
+            (Path(job.folder) / PROGRESS_FILE).unlink(missing_ok=True)
     try:
         if to_do:
             board.note = "preparing tokenizer and tokens, once for all runs"
@@ -106,7 +107,7 @@ def run_all(found: Plan, launcher: Launcher, show: Callable[[Board], None], *, p
 
 def _start(launcher: Launcher, job: Job, slot: str) -> Running:
     (Path(job.folder) / sweep.STATE_FILE).unlink(missing_ok=True)
-    before = sweep.read_json(Path(job.folder) / sweep.PROGRESS_FILE)
+    before = sweep.read_json(Path(job.folder) / PROGRESS_FILE)
     handle = launcher.start(job, slot)
     return Running(job, slot, handle, time.monotonic(), int(before.get("step", 0)))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lightning_spectral import sweep
+from lightning_spectral.records import PROGRESS_FILE
 from lightning_spectral.sweep import Job
 from lightning_spectral.sweep_run import Board, Running
 
@@ -106,7 +107,7 @@ def _endings(board: Board) -> list[tuple[str, str]]:
 
 def progress_of(job: Job) -> tuple[int, int, dict[str, float]]:
     """(step, steps of the run, losses) as the run itself says."""
-    content = sweep.read_json(Path(job.folder) / sweep.PROGRESS_FILE)
+    content = sweep.read_json(Path(job.folder) / PROGRESS_FILE)
     return int(content.get("step", 0)), int(content.get("num_steps", 0)), dict(content.get("losses", {}))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lightning_spectral import sweep
 from lightning_spectral.recipe import Recipe, RecipeError
+from lightning_spectral.records import PROGRESS_FILE
 
 
 def main(argv: list[str]) -> int:
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
         traceback.print_exc()
         return 1
     finally:
-        path = Path(job.folder) / sweep.PROGRESS_FILE
+        path = Path(job.folder) / PROGRESS_FILE
         progress = sweep.read_json(path)
         sweep.write_json(path, {**progress, **sweep_cost.with_cost(progress)})
     sweep.write_state(job, "finished")

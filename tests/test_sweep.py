@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from lightning_spectral import sweep, sweep_launchers, sweep_run, sweep_screen
 from lightning_spectral.recipe import RecipeError
+from lightning_spectral.records import PROGRESS_FILE
 from lightning_spectral.sweep import Job, Plan, State
 from lightning_spectral.sweep_monitor import SweepMonitor, _digest
 
@@ -194,7 +195,7 @@ class PretendLauncher:
             "losses": {"train": 1.5},
             "data": {"train": "aa", "validation": "bb"},
         }
-        sweep.write_json(Path(handle.folder) / sweep.PROGRESS_FILE, progress)
+        sweep.write_json(Path(handle.folder) / PROGRESS_FILE, progress)
         sweep.write_state(handle, "finished")
         return 0
 
@@ -241,7 +242,7 @@ def test_an_interrupt_stops_the_workers(found: Plan) -> None:
 
 def test_different_data_show(found: Plan) -> None:
     for k, job in enumerate(found.jobs[:2]):
-        sweep.write_json(Path(job.folder) / sweep.PROGRESS_FILE, {"data": {"train": f"d{k}", "validation": "v"}})
+        sweep.write_json(Path(job.folder) / PROGRESS_FILE, {"data": {"train": f"d{k}", "validation": "v"}})
         sweep.write_state(job, "finished")
     assert sweep.same_data(found) == {"train": ["d0", "d1"], "validation": ["v"]}
 
@@ -251,7 +252,7 @@ def test_the_table_counts_down(found: Plan) -> None:
     run = sweep_run.Running(job, "s0", None, time.monotonic() - 10.0, 0)
     board = sweep_run.Board(9, 1, {"x": 40.0}, {}, [run], list(found.jobs[1:3]))
     assert sweep_screen.left_of(run) is None
-    sweep.write_json(Path(job.folder) / sweep.PROGRESS_FILE, {"step": 25, "num_steps": 100, "losses": {"train": 2.0}})
+    sweep.write_json(Path(job.folder) / PROGRESS_FILE, {"step": 25, "num_steps": 100, "losses": {"train": 2.0}})
     assert sweep_screen.left_of(run) == pytest.approx(30.0, rel=0.05)  # 10 s for a quarter
     assert sweep_screen.remaining(board) == pytest.approx(30.0 + 2 * 40.0, rel=0.05)
     lines = sweep_screen.table(board)

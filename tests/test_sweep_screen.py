@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lightning_spectral import sweep, sweep_cost, sweep_screen
+from lightning_spectral.records import PROGRESS_FILE
 from lightning_spectral.sweep import Job
 from lightning_spectral.sweep_run import Board, Running
 from lightning_spectral.sweep_screen import Screen
@@ -23,7 +24,7 @@ class Terminal(io.StringIO):
 
 def job_of(folder: Path, name: str = "run", **progress: Any) -> Job:
     if progress:
-        sweep.write_json(folder / name / sweep.PROGRESS_FILE, progress)
+        sweep.write_json(folder / name / PROGRESS_FILE, progress)
     return Job(name, str(folder / name), "", {}, {}, "")
 
 
@@ -53,7 +54,7 @@ def test_a_log_gets_a_line_a_run_and_one_every_half_minute(tmp_path: Path, monke
     now[0] = 115.0
     screen(board)
     assert said() == []
-    sweep.write_json(tmp_path / "run" / sweep.PROGRESS_FILE, {"step": 5, "num_steps": 9, "losses": {"train": 2.5}})
+    sweep.write_json(tmp_path / "run" / PROGRESS_FILE, {"step": 5, "num_steps": 9, "losses": {"train": 2.5}})
     now[0] = 131.0
     screen(board)
     lines = said()

@@ -87,7 +87,7 @@ def _orders(run: Run, site: str, bucket: str, name: str, last: int) -> dict[floa
 def waterfall(scene: Scene) -> Drawing:
     """Normalised eigenvalues over training for the widest run of each series."""
     found = []
-    for key in scene.series:
+    for key in scene.plain:
         run = max(scene.groups[key], key=lambda run: (run.width, -len(run.seed)))
         spectra = read_spectra(run, scene.site, scene.focus)
         if len(spectra) > 1:

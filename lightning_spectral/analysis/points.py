@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -70,7 +71,11 @@ class PointTable:
     x_name: str = "width"
 
     def groups(self) -> dict[tuple[str, ...], list[Point]]:
-        """Points of each series, in order of appearance."""
+        """Points of each series, in order of appearance; the same dictionary at every call, not to be changed."""
+        return self._groups
+
+    @cached_property
+    def _groups(self) -> dict[tuple[str, ...], list[Point]]:
         out: dict[tuple[str, ...], list[Point]] = {}
         for point in self.points:
             out.setdefault(point.series, []).append(point)

@@ -88,9 +88,11 @@ def fit_runs(options: argparse.Namespace, by: list[str] | None) -> tuple[Fitted,
     """Points and fits of run folders, nulls included."""
     from lightning_spectral.analysis.points import before_decay, default_by, points_of_runs
     from lightning_spectral.analysis.runs import load_runs
-    from lightning_spectral.analysis.study import fit_points, nulls_of_runs
+    from lightning_spectral.analysis.study import finished_only, fit_points, nulls_of_runs
 
     runs = load_runs(options.inputs, options.stage)
+    if options.until_step is None:
+        runs = finished_only(runs)
     columns = by or list(default_by(runs))
     table = points_of_runs(runs, by=columns, metrics=options.metrics, last=options.last, until_step=options.until_step)
     nulls = nulls_of_runs(runs, columns, options.metrics)

@@ -10,7 +10,7 @@ from lightning_spectral.analysis.caveats import caveats_of, decay_sentences
 from lightning_spectral.analysis.health import flags_of
 from lightning_spectral.analysis.points import before_decay, default_by, points_of_runs
 from lightning_spectral.analysis.runs import RunSet, load_runs
-from lightning_spectral.analysis.study import Fitted, comparisons_of, fit_points
+from lightning_spectral.analysis.study import Fitted, comparisons_of, finished_only, fit_points
 from tests.analysis.synthetic import recipe, write_one, write_study
 
 TAIL = ("post", "tail", "hard_rank", "median")
@@ -75,3 +75,15 @@ def test_windows_that_mix_states_are_flagged(tmp_path: Path) -> None:
     assert flags(1) == ()
     assert flags(2) == ("across_decay",)
     assert flags(6) == ("untrained_window", "across_decay")
+
+
+def test_runs_on_their_way_are_left_out_where_others_have_arrived(tmp_path: Path) -> None:
+    write_study(tmp_path, {"muon": 0.9}, (128, 256), recipes=True)
+    write_one(tmp_path, "muon", 0.9, 512, steps=(0, 40), hparams=recipe(kind="muon"))
+    write_one(tmp_path, "muon", 0.9, 1024, steps=(0, 40))  # says not how long it is
+    runs = finished_only(load_runs([tmp_path]))
+    assert [run.width for run in runs.runs] == [128, 256, 1024]
+    (problem,) = runs.problems
+    assert "`muon_512_0` was left out: its last window is at step 40 of 100" in problem.message
+    alone = load_runs([tmp_path / "muon_512_0"])
+    assert finished_only(alone) == alone

@@ -4,11 +4,17 @@ from pathlib import Path
 
 import pytest
 
+from lightning_spectral.analysis import report
+from lightning_spectral.analysis.figures import FIGURES
 from lightning_spectral.cli import main
 from tests.analysis.synthetic import write_study
 
 
-def test_a_report_with_pictures_and_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_with_pictures_and_events(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # all figures are drawn in tests/analysis/test_report.py; here one stands for them
+    monkeypatch.setattr(report, "draw_all", lambda scene: {"scaling_laws": FIGURES["scaling_laws"].draw(scene)})
     write_study(tmp_path / "runs", {"muon": 0.9, "adamw": 0.3}, widths=(128, 256, 512))
     out = tmp_path / "out"
     argv = ["report", str(tmp_path / "runs"), "--out", str(out), "--png", "--to-tensorboard", str(tmp_path / "tb")]

@@ -114,10 +114,7 @@ def machine() -> dict[str, Any]:
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=folder)
     versions = {"python": platform.python_version()}
     for name in ("torch", "numpy", "scipy", "lightning", "litgpt", "spectral-telemetry"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
+        versions[name] = version(name)
     return {
         "cpu": cpu,
         "amx_bf16": any("amx_bf16" in line for line in lines),
@@ -129,6 +126,14 @@ def machine() -> dict[str, Any]:
         "commit": git.stdout.strip(),
         "versions": versions,
     }
+
+
+def version(name: str) -> str:
+    """Of a package, as its metadata says."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "importable, no version" if importable(name) else "not installed"
 
 
 def table(timings: list[Timing], base: str) -> list[str]:

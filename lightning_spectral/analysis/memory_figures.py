@@ -24,8 +24,8 @@ from lightning_spectral.analysis.memory_scene import (
     by_rule,
     finish,
     log_log,
+    make_panels,
     name_ends,
-    panels,
     span,
     ticks,
 )
@@ -37,7 +37,7 @@ def counts_figure(rows: Sequence[Row]) -> Figure | None:
     panels = by_alpha(of_kind(rows, "one-step"))
     if not panels or max(len({row["d"] for row in members}) for members in panels.values()) < 2:
         return None
-    figure, axes = panels(len(panels))
+    figure, axes = make_panels(len(panels))
     for axis, (alpha, members) in zip(axes, panels.items(), strict=True):
         ends: list[tuple[float, float, str, str]] = []
         for mine, (color, marker, name) in by_rule(members):
@@ -66,7 +66,7 @@ def slopes_figure(rows: Sequence[Row]) -> Figure | None:
     panels = {alpha: members for alpha, members in panels.items() if len({row["d"] for row in members}) >= 3}
     if not panels:
         return None
-    figure, axes = panels(len(panels))
+    figure, axes = make_panels(len(panels))
     for axis, (alpha, members) in zip(axes, panels.items(), strict=True):
         ends = []
         for mine, (color, marker, name) in by_rule(members):
@@ -93,7 +93,7 @@ def curve_figure(rows: Sequence[Row]) -> Figure | None:
         return None
     largest = max(row["d"] for row in members)
     panels = by_alpha([row for row in members if row["d"] == largest])
-    figure, axes = panels(len(panels))
+    figure, axes = make_panels(len(panels))
     for axis, (alpha, mine) in zip(axes, panels.items(), strict=True):
         ends = []
         for same, (color, marker, name) in by_rule(mine):
@@ -119,7 +119,7 @@ def batch_figure(rows: Sequence[Row]) -> Figure | None:
     if not sampled:
         return None
     panels = group(members, "alpha", "d")
-    figure, axes = panels(len(panels))
+    figure, axes = make_panels(len(panels))
     for axis, ((alpha, d), mine) in zip(axes, panels.items(), strict=True):
         ends = []
         ceiling, distinct = by_size(mine, "batch_size", "distinct")
@@ -158,7 +158,7 @@ def steps_figure(rows: Sequence[Row]) -> Figure | None:
     if not members:
         return None
     panels = group(members, "mode", "alpha", "d")
-    figure, axes = panels(len(panels))
+    figure, axes = make_panels(len(panels))
     for axis, ((mode, alpha, d), mine) in zip(axes, sorted(panels.items(), key=lambda item: item[0]), strict=True):
         ends = []
         for same, (color, marker, name) in by_rule(mine):
@@ -183,7 +183,7 @@ def step_exponents_figure(rows: Sequence[Row]) -> Figure | None:
     panels = {a: mine for a, mine in by_alpha(members).items() if len({row["d"] for row in mine}) >= 2}
     if not panels:
         return None
-    figure, axes = panels(len(panels))
+    figure, axes = make_panels(len(panels))
     for axis, (alpha, mine) in zip(axes, panels.items(), strict=True):
         ends = []
         for same, (color, marker, name) in by_rule(mine):
@@ -219,7 +219,7 @@ def newton_schulz_figure(rows: Sequence[Row]) -> Figure | None:
     if not members:
         return None
     panels = group(members, "alpha", "d")
-    figure, axes = panels(len(panels))
+    figure, axes = make_panels(len(panels))
     for axis, ((alpha, d), mine) in zip(axes, panels.items(), strict=True):
         for position, ((name,), same) in enumerate(group(_with_set(mine), "set").items()):
             color = ("#E69F00", *SPARE_COLORS)[position % (1 + len(SPARE_COLORS))]
@@ -256,7 +256,7 @@ def update_spectrum_figure(rows: Sequence[Row]) -> Figure | None:
         "effective_rank": "eRank (energy)", "stable_rank": "stable rank", "normalized_entropy": "normalised entropy",
         "top10_energy": "TopE_10", "quartile_ratio": "Q75/25",
     }  # fmt: skip
-    figure, axes = panels(len(measures))
+    figure, axes = make_panels(len(measures))
     for axis, (measure, title) in zip(axes, measures.items(), strict=True):
         ends = []
         for mine, (color, marker, name) in by_rule(members):

@@ -49,7 +49,8 @@ def by_alpha(rows: Sequence[Row]) -> dict[float, list[Row]]:
     return dict(sorted((key[0], members) for key, members in group(plain, "alpha").items()))
 
 
-def panels(number: int) -> tuple[Figure, list[Axes]]:
+def make_panels(number: int) -> tuple[Figure, list[Axes]]:
+    """A figure with ``number`` panels, three in a line."""
     columns = min(number, 3)
     lines = math.ceil(number / columns)
     figure = Figure(figsize=(4.3 * columns + 0.6, 3.5 * lines + 0.9), layout="constrained")
@@ -58,6 +59,7 @@ def panels(number: int) -> tuple[Figure, list[Axes]]:
 
 
 def finish(figure: Figure, title: str, handles: list[Line2D]) -> Figure:
+    """Title on the left, one legend for all panels below them."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     if handles:
         columns = len(handles) if figure.get_figwidth() > 7 else 1
@@ -66,6 +68,7 @@ def finish(figure: Figure, title: str, handles: list[Line2D]) -> Figure:
 
 
 def log_log(axis: Axes, xs: Sequence[float]) -> None:
+    """Log scales with a tick at each measured size."""
     axis.set_xscale("log")
     axis.set_yscale("log")
     ticks(axis, xs)
@@ -100,5 +103,6 @@ def name_ends(axis: Axes, ends: Sequence[tuple[float, float, str, str]], log: bo
 
 
 def span(rows: Sequence[Row], field: str) -> str:
+    """The value of ``field``, or its range."""
     values = sorted({row[field] for row in rows})
     return str(values[0]) if len(values) == 1 else f"{values[0]}..{values[-1]}"

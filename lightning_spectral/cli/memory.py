@@ -22,6 +22,7 @@ Every command writes ``DIR/results.jsonl``, one JSON object per run (``kind`` sa
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -192,11 +193,13 @@ def _flattening(options: argparse.Namespace) -> int:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
+    begun = time.perf_counter()  # imports count
     from lightning_spectral.cli.memory_reproduce import parse_budget, reproduce_rows
 
     seconds = parse_budget(options.budget)
     machine = memory_options.machine(options)
-    return _write(options, reproduce_rows(seconds, options.n_items, options.first_seed, machine), verdicts=True)
+    rows = reproduce_rows(seconds, options.n_items, options.first_seed, machine, begun)
+    return _write(options, rows, verdicts=True)
 
 
 def _write(options: argparse.Namespace, rows: Iterator[Row], verdicts: bool = False) -> int:

@@ -1,7 +1,8 @@
 """The plan behind ``memory reproduce``: every law, as far as the time goes.
 
-Each part has a share of the budget and a ladder of sizes. A part climbs until its next rung, whose cost is
-extrapolated from the last one, would not fit: a longer budget therefore reaches larger d by itself.
+Each part has a share of the budget and a ladder of sizes. First every part takes the two rungs that a slope needs; then
+each climbs until its next rung, whose cost is extrapolated from the last one, would not fit: a longer budget therefore
+reaches larger d by itself. Past the budget nothing new begins, whatever is still missing is named.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from lightning_spectral.theory.rules import RuleSettings
 Row = dict[str, Any]
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 _RULES = ("sgd", "sign", "muon", "ns5", "newton")
-_RESERVE = 0.9  # of the budget; the rest is for fits and figures
+_RESERVE = 0.1  # of the budget, for fits and figures
+_RESERVE_AT_LEAST_S = 8.0
+_RUNGS_OF_A_SLOPE = 2
 
 
 def parse_budget(text: str) -> float:
@@ -35,31 +38,61 @@ class Part:
     """One part of the plan.
 
     Attributes:
+        name: What it measures.
         share: Of the budget.
         growth: Cost of a rung over the cost of the one before.
-        rungs: Calls that make the rows of each rung; the first two are always made.
+        rungs: Calls that make the rows of each rung.
     """
 
+    name: str
     share: float
     growth: float
     rungs: list[Callable[[], Iterator[Row]]]
 
 
-def reproduce_rows(budget: float, n_items: int, first_seed: int, machine: Row) -> Iterator[Row]:
-    """Rows of all parts; what a part does not use, the later ones may."""
-    usable, begun = _RESERVE * budget, time.perf_counter()
+def reproduce_rows(
+    budget: float, n_items: int, first_seed: int, machine: Row, begun: float, say: Callable[[str], None] = print
+) -> Iterator[Row]:
+    """Rows of all parts, none begun past the budget; what a part does not use, the later ones may.
+
+    Args:
+        budget: Seconds, for everything.
+        n_items: Items of the one-step runs.
+        first_seed: Of every part.
+        machine: Arguments for the solvers.
+        begun: ``time.perf_counter()`` when the command began.
+        say: Told once what the budget had no room for.
+    """
     parts = plan(n_items, first_seed, machine)
-    for position, part in enumerate(parts):
-        left = usable - (time.perf_counter() - begun)
-        mine = left * part.share / sum(other.share for other in parts[position:])
+    end = begun + budget - max(_RESERVE * budget, _RESERVE_AT_LEAST_S)
+    costs = [[0.0] for _ in parts]
+    cut: list[str] = []
+
+    def climb(position: int, number: int) -> Iterator[Row]:
         start = time.perf_counter()
-        last = 0.0
-        for number, rung in enumerate(part.rungs):
-            spent = time.perf_counter() - start
-            if number >= 2 and spent + last * part.growth > mine:
+        for row in parts[position].rungs[number]():
+            yield row
+            if time.perf_counter() > end:
+                cut.append(f"{parts[position].name} (size {number + 1})")
                 break
-            yield from rung()
-            last = time.perf_counter() - start - spent
+        costs[position].append(time.perf_counter() - start)
+
+    for number in range(_RUNGS_OF_A_SLOPE):
+        for position, part in enumerate(parts):
+            if time.perf_counter() > end:
+                cut.append(f"{part.name} (size {number + 1})")
+            else:
+                yield from climb(position, number)
+    for position, part in enumerate(parts):
+        share = part.share / sum(other.share for other in parts[position:])
+        until = time.perf_counter() + share * (end - time.perf_counter())
+        for number in range(_RUNGS_OF_A_SLOPE, len(part.rungs)):
+            if time.perf_counter() + costs[position][-1] * part.growth > until:
+                break
+            yield from climb(position, number)
+    if cut:
+        missing = ", ".join(dict.fromkeys(cut))
+        say(f"\nThe budget of {budget:g} s ended within: {missing}. Give it more time for the rest.")
 
 
 def plan(n_items: int, first_seed: int, machine: Row) -> list[Part]:
@@ -71,8 +104,8 @@ def plan(n_items: int, first_seed: int, machine: Row) -> list[Part]:
 
     def one_step(d: int, seeds: int) -> Callable[[], Iterator[Row]]:
         def rows() -> Iterator[Row]:
-            for alpha in (1.5, 1.2, 2.0):
-                for seed in range(seeds):
+            for seed in range(seeds):
+                for alpha in (1.5, 1.2, 2.0):
                     yield from memory_runs.one_step_rows(
                         problem(d, alpha, seed, max(n_items, d * 15)), _RULES, settings, machine
                     )
@@ -115,9 +148,9 @@ def plan(n_items: int, first_seed: int, machine: Row) -> list[Part]:
         )
 
     return [
-        Part(0.45, 3.5, [one_step(d, 3) for d in (128, 256, 512, 1024, 2048, 4096)]),
-        Part(0.15, 4.0, [batch(d) for d in (64, 128, 256, 512)]),
-        Part(0.15, 4.0, [deflation(d) for d in (64, 128, 256, 512)]),
-        Part(0.15, 20.0, [exact(32, 2048), exact(64, 4096), exact(128, 16384), exact(256, 65536)]),
-        Part(0.10, 3.5, [newton_schulz(d) for d in (128, 256, 512, 1024)]),
+        Part("one step", 0.45, 4.0, [one_step(d, 3) for d in (128, 256, 512, 1024, 2048, 4096)]),
+        Part("batch size", 0.15, 4.0, [batch(d) for d in (64, 128, 256, 512)]),
+        Part("deflation steps", 0.15, 4.0, [deflation(d) for d in (64, 128, 256, 512)]),
+        Part("exact steps", 0.15, 20.0, [exact(32, 2048), exact(64, 4096), exact(128, 16384), exact(256, 65536)]),
+        Part("Newton-Schulz", 0.10, 4.0, [newton_schulz(d) for d in (128, 256, 512, 1024)]),
     ]

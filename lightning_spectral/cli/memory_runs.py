@@ -17,7 +17,7 @@ from lightning_spectral.theory.problem import MemoryProblem
 from lightning_spectral.theory.rules import RuleSettings, parse_rule, settings_dict
 
 SCHEMA_VERSION = 1
-SPECTRUM_AT_MOST = 2048  # an SVD of the update above this size would take longer than the run itself
+SPECTRUM_AT_MOST = 512  # from d = 1024 on the SVD of the update takes as long as the step itself
 Row = dict[str, Any]
 
 

@@ -5,8 +5,8 @@ import pytest
 
 from lightning_spectral.analysis import memory_fit
 from lightning_spectral.analysis.memory_figures import draw_all
-from lightning_spectral.cli import main
-from lightning_spectral.cli.memory_reproduce import parse_budget, reproduce_rows
+from lightning_spectral.cli import main, memory_reproduce
+from lightning_spectral.cli.memory_reproduce import parse_budget
 from lightning_spectral.theory.rules import steps_for_capacity
 
 SMALL = ["--n-items", "400", "--seeds", "2", "--device", "cpu"]
@@ -177,17 +177,54 @@ def test_budget_is_read_and_refused():
     assert main(["memory", "reproduce", "--budget", "soon"]) == 2
 
 
-def test_reproduce_speaks_to_every_law(tmp_path, monkeypatch):
-    from lightning_spectral.cli import memory_reproduce
+def clock_of(monkeypatch, plan):
+    """Run ``reproduce_rows`` on a clock that each row advances by its own cost."""
+    now = [100.0]
+    said = []
+    monkeypatch.setattr(memory_reproduce.time, "perf_counter", lambda: now[0])
 
-    # the plan itself, two rungs a part, at toy sizes
-    machine = {"device": "cpu", "chunk_size": 4096, "cache_bytes": 2**30}
-    parts = memory_reproduce.plan(300, 0, machine)
-    assert len(parts) == 5
+    def rung(name, cost, rows):
+        def made():
+            for _ in range(rows):
+                now[0] += cost / rows
+                yield {"part": name, "cost": cost}
+
+        return made
+
+    parts = [memory_reproduce.Part(n, share, growth, [rung(n, *r) for r in rungs]) for n, share, growth, rungs in plan]
+    monkeypatch.setattr(memory_reproduce, "plan", lambda *_: parts)
+
+    def run(budget):
+        start = now[0]
+        rows = list(memory_reproduce.reproduce_rows(budget, 300, 0, {}, start, said.append))
+        return rows, now[0] - start, said
+
+    return run
+
+
+LADDERS = [("a", 0.7, 4.0, [(c, 4) for c in (1, 4, 16, 64, 256)]), ("b", 0.3, 4.0, [(c, 4) for c in (1, 4, 16, 64)])]
+
+
+@pytest.mark.parametrize("budget", [12, 30, 60, 180, 600])
+def test_reproduce_keeps_its_budget_and_uses_it(budget, monkeypatch):
+    rows, spent, _ = clock_of(monkeypatch, LADDERS)(budget)
+    # nothing begins past the budget less its reserve: one row of the rung that was cut may run over
+    assert spent <= budget - max(0.1 * budget, 8) + max(row["cost"] for row in rows) / 4
+    assert spent > 0.3 * budget  # each rung costs four times the last, so a good part may stay unused
+    if budget >= 30:
+        assert {name: sum(row["part"] == name for row in rows) >= 8 for name in "ab"} == {"a": True, "b": True}
+
+
+def test_reproduce_names_what_it_had_no_time_for(monkeypatch):
+    _, _, said = clock_of(monkeypatch, LADDERS)(12)
+    assert "a (size 2)" in said[0]
+    assert "b (size 2)" in said[0]
+
+
+def test_the_plan_of_reproduce_is_a_whole():
+    parts = memory_reproduce.plan(300, 0, {"device": "cpu", "chunk_size": 4096, "cache_bytes": 2**30})
     assert sum(part.share for part in parts) == pytest.approx(1)
-    small = [memory_reproduce.Part(p.share, p.growth, [lambda: iter([{"kind": "x"}])] * 4) for p in parts]
-    monkeypatch.setattr(memory_reproduce, "plan", lambda *_: small)
-    assert len(list(reproduce_rows(60.0, 300, 0, machine))) == 20  # every rung of every part fits
+    assert all(len(part.rungs) > 2 for part in parts)
 
 
 def rows_of_a_law(exponent):

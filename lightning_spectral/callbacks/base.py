@@ -28,7 +28,7 @@ from lightning_spectral.callbacks.run_folder import RunFolder, open_run_folder
 from lightning_spectral.callbacks.schedule import Schedule
 from lightning_spectral.callbacks.tensorboard import Pictures
 from lightning_spectral.callbacks.to_records import WindowId, loss_records, save_eigenvalues, spectral_records
-from lightning_spectral.callbacks.window import WindowResult
+from lightning_spectral.callbacks.window import ClosedWindow, SiteResult
 from lightning_spectral.functional.products import is_full_precision
 
 STAGES = ("train", "validation", "test", "predict")
@@ -156,7 +156,7 @@ class SpectralCallback(EvaluationHooks):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._drain()
-        self._log_medians(pl_module)
+        self._log_medians(pl_module, at_epoch_end=True)
 
     @override
     def on_save_checkpoint(
@@ -179,7 +179,8 @@ class SpectralCallback(EvaluationHooks):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         try:
-            self._drain()
+            if self._solver is not None and not self._solver.rescue():
+                rank_zero_warn(f"{type(self).__name__}: the window that was being solved is lost: it needs all ranks.")
         except Exception as error:  # the error that stopped the run is the one to be seen
             rank_zero_warn(f"{type(self).__name__}: the last window could not be solved: {error}")
         self._detach()
@@ -214,7 +215,10 @@ class SpectralCallback(EvaluationHooks):
         except ValueError as error:
             raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
         self._probe = probe
-        self._solver = BackgroundSolver() if self._solves_beside(trainer, probe) else None
+        beside = self._solves_beside(trainer, probe)
+        if trainer.world_size > 1:  # all ranks must take the same way
+            beside = trainer.strategy.reduce_boolean_decision(beside, all=True)
+        self._solver = BackgroundSolver(alone=trainer.world_size == 1) if beside else None
         self._check_memory(probe)
         self.run_folder = open_run_folder(
             trainer,
@@ -236,17 +240,13 @@ class SpectralCallback(EvaluationHooks):
         """Whether training windows are solved in another thread."""
         if self._background is False or self._on_nonfinite == "raise" or trainer.state.fn != "fit":
             return False
-        if trainer.world_size > 1:
-            if self._background:
-                rank_zero_warn(f"{type(self).__name__}: `background=True` is for one process; solving in the fit loop.")
-            return False
         if self._background:
             return True
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         monitored = any(str(getattr(other, "monitor", None)).startswith("spectral") for other in callbacks)
         limit, state = self._memory_limit_mib, probe.state_mib
         fits = limit is None or (state is not None and 2 * state <= limit)
-        return has_free_core(probe.device) and fits and not monitored
+        return has_free_core(probe.device, trainer.num_devices) and fits and not monitored
 
     def _check_memory(self, probe: SpectralProbe) -> None:
         limit, needed = self._memory_limit_mib, probe.state_mib
@@ -263,8 +263,8 @@ class SpectralCallback(EvaluationHooks):
         if self._solver is not None:
             self._unlogged |= self._solver.drain()
 
-    def _log_medians(self, pl_module: pl.LightningModule) -> None:
-        sinks.publish_medians(pl_module, self._unlogged)
+    def _log_medians(self, pl_module: pl.LightningModule, *, at_epoch_end: bool = False) -> None:
+        sinks.publish_medians(pl_module, self._unlogged, at_epoch_end=at_epoch_end)
         self._unlogged = {}
 
     def _detach(self) -> None:
@@ -331,17 +331,20 @@ class SpectralCallback(EvaluationHooks):
         assert self._probe is not None
         assert self.run_folder is not None
         window = WindowId(self.run_folder.run_id, stage, step, tokens_seen)
-        solve = self._probe.close(data_parallel_group(pl_module))
-        publish = partial(self._publish_result, trainer, window)
+        closed = self._probe.close(data_parallel_group(pl_module))
+        publish = partial(self._publish_result, trainer, window, closed)
         if self._solver is None:
-            return publish(solve())
+            return publish(closed.solve())
         if stage == "train" and is_full_precision(self._probe.device):
-            return self._solver.submit(solve, publish)
+            return self._solver.submit(closed.solve, publish)
         self._drain()  # records stay in the order of the windows
-        return publish(solve())
+        return publish(closed.solve())
 
-    def _publish_result(self, trainer: pl.Trainer, window: WindowId, result: WindowResult) -> dict[str, float]:
+    def _publish_result(
+        self, trainer: pl.Trainer, window: WindowId, closed: ClosedWindow, owned: list[SiteResult]
+    ) -> dict[str, float]:
         assert self.run_folder is not None
+        result = closed.share(owned)
         stage, step = window.stage, window.step
         records = spectral_records(result, window, self._conventions)
         losses = loss_records(result, window)

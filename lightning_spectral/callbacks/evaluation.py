@@ -75,7 +75,7 @@ class EvaluationHooks(Callback):
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         medians = self.end_evaluation(trainer, pl_module, "validation")
-        sinks.publish_medians(pl_module, medians)
+        sinks.publish_medians(pl_module, medians, at_epoch_end=True)
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -8,7 +8,6 @@ Axes: B sequences, T positions, N rows, D features, K buckets.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_spectral.callbacks.grouping import Grouping, check_vocabulary
 from lightning_spectral.callbacks.options import ProbeOptions
-from lightning_spectral.callbacks.window import BucketLoss, Buckets, SiteResult, WindowResult, solve_window
+from lightning_spectral.callbacks.window import BucketLoss, Buckets, ClosedWindow, WindowResult
 from lightning_spectral.functional.buckets import EXCLUDED, target_ids
 from lightning_spectral.functional.covariance import Moments, empty_moments, update_
 from lightning_spectral.functional.packed import packed_size
@@ -128,10 +127,11 @@ class SpectralProbe:
         Raises:
             RuntimeError: On every rank, if the model did not run at all in this window.
         """
-        return self.close(process_group)()
+        closed = self.close(process_group)
+        return closed.share(closed.solve())
 
-    def close(self, process_group: dist.ProcessGroup | None = None) -> Callable[[], WindowResult]:
-        """Close the window; the function returned solves it, and may run in another thread if there is one process.
+    def close(self, process_group: dist.ProcessGroup | None = None) -> ClosedWindow:
+        """Close the window and add the states of all ranks; what is left is to solve it and to share the results.
 
         Raises:
             RuntimeError: On every rank, if the model did not run at all in this window.
@@ -145,26 +145,21 @@ class SpectralProbe:
             if world_size > 1:
                 self._complete_states()
             losses = self._bucket_losses(process_group, world_size)
-        window = self.begin()
-        spent_s = window.busy_s + time.perf_counter() - began
-
-        def solve() -> WindowResult:
-            began = time.perf_counter()
-            with torch.inference_mode(False), torch.no_grad():
-                sites = solve_window(
-                    self.tapped.sites,
-                    window.states,
-                    self.buckets,
-                    num_sequences=num_sequences,
-                    dtypes=window.dtypes,
-                    options=self.options,
-                    process_group=process_group,
-                    world_size=world_size,
-                )
-                sites = sites if self.options.reduce else _from_first_rank(sites)
-            return WindowResult(sites, losses, world_size, spent_s + time.perf_counter() - began)
-
-        return solve
+            window = self.begin()
+            closed = ClosedWindow(
+                sites=self.tapped.sites,
+                states=window.states,
+                buckets=self.buckets,
+                num_sequences=num_sequences,
+                dtypes=window.dtypes,
+                losses=losses,
+                options=self.options,
+                process_group=process_group,
+                world_size=world_size,
+            )
+            closed.reduce()
+        closed.busy_s = window.busy_s + time.perf_counter() - began
+        return closed
 
     def remove(self) -> None:
         """Take the hooks off and free the state."""
@@ -293,15 +288,6 @@ class SpectralProbe:
             self.window.losses.reduce_(self.device, process_group)
         sums = self.window.losses.result()
         return [BucketLoss(name, *values) for name, values in zip(self.buckets.reported, sums, strict=False)]
-
-
-def _from_first_rank(sites: list[SiteResult]) -> list[SiteResult]:
-    """Rank 0's own numbers on every rank: a monitor that differs between ranks would pull them apart."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return sites
-    shared: list[list[SiteResult]] = [sites]
-    dist.broadcast_object_list(shared, src=0)
-    return shared[0]
 
 
 def declared_width(site: Site) -> int | None:

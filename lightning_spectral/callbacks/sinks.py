@@ -77,10 +77,13 @@ def log_scalars(trainer: pl.Trainer | Fabric, scalars: dict[str, float], step: i
             logger.log_metrics(finite, step=step)
 
 
-def publish_medians(pl_module: pl.LightningModule, scalars: dict[str, float]) -> None:
-    """To ``callback_metrics``, so that ``ModelCheckpoint(monitor="spectral/hard_rank.tail")`` works."""
+def publish_medians(pl_module: pl.LightningModule, scalars: dict[str, float], *, at_epoch_end: bool = False) -> None:
+    """To ``callback_metrics``, so that ``ModelCheckpoint(monitor="spectral/hard_rank.tail")`` works.
+
+    They are equal on all ranks; at an epoch's end Lightning warns all the same unless it may average them.
+    """
     for tag, value in scalars.items():
-        pl_module.log(tag, value, logger=False, rank_zero_only=False, sync_dist=False)
+        pl_module.log(tag, value, logger=False, rank_zero_only=False, sync_dist=at_epoch_end)
 
 
 def _median(values: Iterable[float | None]) -> float | None:

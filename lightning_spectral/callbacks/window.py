@@ -1,11 +1,13 @@
 """The end of a window: states of all ranks added, layers solved by their owners, results shared.
 
 A layer's owner is rank ``layer index mod world size``: the matrices travel once, to one rank, and the eigensolves are
-spread. Every rank of the group enters every function here, whatever it has seen.
+spread. Every rank of the group reduces and shares, whatever it has seen; solving needs no other rank, so that it may
+happen in another thread.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -95,61 +97,105 @@ class Buckets:
         return pooled, list(range(self.num_shards))
 
 
-def solve_window(
-    sites: Sequence[Site],
-    states: Mapping[str, Moments | Gram],
-    buckets: Buckets,
-    *,
-    num_sequences: Mapping[str, int],
-    dtypes: Mapping[str, str],
-    options: ProbeOptions,
-    process_group: dist.ProcessGroup | None,
-    world_size: int,
-) -> list[SiteResult]:
-    """Results of all sites on every rank.
+@dataclass
+class ClosedWindow:
+    """A window that takes no more rows.
 
-    Args:
+    Attributes:
         sites: In the same order on all ranks.
         states: This rank's rows by site key; with several ranks every site has moments.
         buckets: Layout of their groups.
         num_sequences: Sequences that contributed rows to each reported bucket, over all ranks.
         dtypes: Activation type by site key.
+        losses: Already of all ranks.
         options: What to report.
         process_group: Ranks to reduce over.
-        world_size: Its size; 1 for no reduction.
+        world_size: How many; 1 for no reduction.
+        busy_s: Time that this rank has spent on the window so far.
     """
-    rank = dist.get_rank(process_group) if world_size > 1 else 0
-    owned: list[SiteResult] = []
-    eigensolver = Eigensolver()
-    for index, layer in enumerate(dict.fromkeys((site.layer, site.expert) for site in sites)):
-        owner = index % world_size
-        members = [site for site in sites if (site.layer, site.expert) == layer]
-        if world_size > 1:
+
+    sites: Sequence[Site]
+    states: dict[str, Moments | Gram]
+    buckets: Buckets
+    num_sequences: Mapping[str, int]
+    dtypes: Mapping[str, str]
+    losses: list[BucketLoss]
+    options: ProbeOptions
+    process_group: dist.ProcessGroup | None
+    world_size: int
+    busy_s: float = 0.0
+
+    def reduce(self) -> None:
+        """Add the states of all ranks at each layer's owner; what a rank does not own it frees."""
+        if self.world_size == 1:
+            return
+        for owner, members in self._layers():
             for site in members:
-                moments = states[site.key]
+                moments = self.states[site.key] if owner == self._rank else self.states.pop(site.key)
                 assert isinstance(moments, Moments)
-                reduce_(moments, owner, process_group)
-        if rank != owner:
-            continue
-        solved: dict[tuple[str, str], SiteResult] = {}
-        for site in members:
-            for bucket in buckets.reported:
-                solved[site.site, bucket] = SiteResult(
-                    site.layer,
-                    site.name,
-                    site.expert,
-                    site.site,
-                    bucket,
-                    num_sequences.get(bucket, 0),
-                    dtypes.get(site.key, ""),
-                    _measure(states.get(site.key), buckets, bucket, options, eigensolver),
-                )
-        owned += [_with_reinjection(result, solved.get(("pre", result.bucket))) for result in solved.values()]
-    if world_size == 1:
+                reduce_(moments, owner, self.process_group)
+
+    def solve(self) -> list[SiteResult]:
+        """Results of the layers that this rank owns. No collective: may run in another thread."""
+        began = time.perf_counter()
+        owned: list[SiteResult] = []
+        eigensolver = Eigensolver()
+        with torch.inference_mode(False), torch.no_grad():
+            for owner, members in self._layers():
+                if owner == self._rank:
+                    owned += self._solve_layer(members, eigensolver)
+        self.busy_s += time.perf_counter() - began
         return owned
-    shared: list[list[SiteResult] | None] = [None] * world_size
-    dist.all_gather_object(shared, owned, group=process_group)
-    return [result for part in shared if part for result in part]
+
+    def share(self, owned: list[SiteResult]) -> WindowResult:
+        """The results of all ranks on every rank."""
+        began = time.perf_counter()
+        results = owned
+        if not self.options.reduce:
+            results = _from_first_rank(owned)
+        elif self.world_size > 1:
+            shared: list[list[SiteResult] | None] = [None] * self.world_size
+            dist.all_gather_object(shared, owned, group=self.process_group)
+            results = [result for part in shared if part for result in part]
+        self.busy_s += time.perf_counter() - began
+        return WindowResult(results, self.losses, self.world_size, self.busy_s)
+
+    @property
+    def _rank(self) -> int:
+        return dist.get_rank(self.process_group) if self.world_size > 1 else 0
+
+    def _layers(self) -> list[tuple[int, list[Site]]]:
+        """The owner and the sites of each layer or expert."""
+        layers: dict[tuple[int, int | None], list[Site]] = {}
+        for site in self.sites:
+            layers.setdefault((site.layer, site.expert), []).append(site)
+        return [(index % self.world_size, members) for index, members in enumerate(layers.values())]
+
+    def _solve_layer(self, members: Sequence[Site], eigensolver: Eigensolver) -> list[SiteResult]:
+        solved = {
+            (site.site, bucket): SiteResult(
+                site.layer,
+                site.name,
+                site.expert,
+                site.site,
+                bucket,
+                self.num_sequences.get(bucket, 0),
+                self.dtypes.get(site.key, ""),
+                _measure(self.states.get(site.key), self.buckets, bucket, self.options, eigensolver),
+            )
+            for site in members
+            for bucket in self.buckets.reported
+        }
+        return [_with_reinjection(result, solved.get(("pre", result.bucket))) for result in solved.values()]
+
+
+def _from_first_rank(sites: list[SiteResult]) -> list[SiteResult]:
+    """Rank 0's own numbers on every rank: a monitor that differs between ranks would pull them apart."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return sites
+    shared: list[list[SiteResult]] = [sites]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def _measure(

@@ -13,9 +13,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_spectral.callbacks import SpectralRankCallback, TailTokenProbe, probe
+from lightning_spectral.callbacks import SpectralRankCallback, TailTokenProbe
 from lightning_spectral.callbacks.background import BackgroundSolver
-from lightning_spectral.callbacks.window import WindowResult
+from lightning_spectral.callbacks.window import ClosedWindow
 from lightning_spectral.functional.packed import packed_size
 from lightning_spectral.records import read_spectral
 from tests.callbacks.tiny import Module, counts, loader, trainer
@@ -25,13 +25,13 @@ from tests.callbacks.tiny import Module, counts, loader, trainer
 def solving_threads(monkeypatch) -> list[str]:
     """Names of the threads in which windows were solved."""
     names: list[str] = []
-    solve = probe.solve_window
+    solve = ClosedWindow.solve
 
-    def noted(*args, **kwargs):
+    def noted(closed):
         names.append(threading.current_thread().name)
-        return solve(*args, **kwargs)
+        return solve(closed)
 
-    monkeypatch.setattr(probe, "solve_window", noted)
+    monkeypatch.setattr(ClosedWindow, "solve", noted)
     return names
 
 
@@ -114,12 +114,12 @@ def test_at_most_one_window_waits():
     def solve(name):
         def run():
             release.wait(10)
-            return WindowResult([], [], name, 0.0)
+            return [name]
 
         return run
 
-    def publish(result):
-        order.append(result.world_size)
+    def publish(owned):
+        order.extend(owned)
         return {}
 
     solver.submit(solve(1), publish)
@@ -136,14 +136,14 @@ def test_an_error_of_the_solve_stops_the_run(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise ArithmeticError("no convergence")
 
-    monkeypatch.setattr(probe, "solve_window", broken)
+    monkeypatch.setattr(ClosedWindow, "solve", broken)
     with pytest.raises(ArithmeticError, match="no convergence"):
         fit(tmp_path, background=True)
 
 
-def decision(path, *, cores=8, world_size=1, callbacks=(), state_mib=1.0, **options) -> bool:
+def decision(path, *, cores=8, num_devices=1, callbacks=(), state_mib=1.0, **options) -> bool:
     callback = SpectralRankCallback(dirpath=str(path), **options)
-    run = SimpleNamespace(world_size=world_size, callbacks=[callback, *callbacks], state=SimpleNamespace(fn="fit"))
+    run = SimpleNamespace(num_devices=num_devices, callbacks=[callback, *callbacks], state=SimpleNamespace(fn="fit"))
     stand_in = SimpleNamespace(device=torch.device("cpu"), state_mib=state_mib)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.sched_getaffinity", lambda pid: range(cores), raising=False)
@@ -160,12 +160,33 @@ def test_the_default_needs_a_free_core_memory_and_nobody_who_waits(tmp_path):
     assert not decision(tmp_path, callbacks=[ModelCheckpoint(monitor="spectral/hard_rank.pooled")])
     assert not decision(tmp_path, memory_limit_mib=1.5)
     assert decision(tmp_path, memory_limit_mib=2.5)
-    assert not decision(tmp_path, world_size=2)
+    assert not decision(tmp_path, num_devices=2)
+    assert decision(tmp_path, cores=16, num_devices=2)
 
 
-def test_several_processes_say_that_they_solve_in_the_loop(tmp_path):
-    with pytest.warns(UserWarning, match="is for one process"):
-        assert not decision(tmp_path, world_size=2, background=True)
+def test_with_other_ranks_results_wait_for_all_of_them_and_an_error_waits_for_none():
+    published, solver = [], BackgroundSolver(alone=False)
+    done = threading.Event()
+
+    def solve():
+        done.set()
+        return [1]
+
+    def publish(owned):
+        published.extend(owned)
+        return {}
+
+    solver.submit(solve, publish)
+    assert done.wait(10)
+    assert solver.poll() == {}
+    assert published == []
+    solver.drain()
+    assert published == [1]
+    assert solver.rescue()
+    solver.submit(solve, publish)
+    assert not solver.rescue()
+    solver.close()
+    assert published == [1]
 
 
 @pytest.mark.parametrize("background", [True, False])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,8 +27,12 @@ def loader(rank: int, world_size: int) -> DataLoader:
     return DataLoader(Subset(data, mine), batch_size=8 // world_size)
 
 
-def measure_strategy(rank: int, world_size: int, path: str, strategy: object, module_class: type) -> None:
-    callback = TailTokenProbe(2, counts=tiny.counts(), sites=["pre", "post"], dirpath=path, num_shards=2)
+def measure_strategy(
+    rank: int, world_size: int, path: str, strategy: object, module_class: type, background: bool | None = None
+) -> None:
+    callback = TailTokenProbe(
+        2, counts=tiny.counts(), sites=["pre", "post"], dirpath=path, num_shards=2, background=background
+    )
     trainer = tiny.trainer(
         path, [callback], strategy=strategy() if callable(strategy) else strategy, devices=world_size,
         use_distributed_sampler=False,
@@ -95,6 +102,38 @@ def test_ddp(tmp_path, single, world_size):
         assert losses[record.key].num_rows == record.num_rows
         if record.step == 0:
             assert losses[record.key].loss == pytest.approx(record.loss, rel=1e-6)
+
+
+def test_ddp_solves_beside_training(tmp_path):
+    """The windows of steps 0, 2 and 3, on two ranks that finish when they finish."""
+    run_ranks(measure_strategy, 2, str(tmp_path / "beside"), "ddp", tiny.Module, True, init=False)
+    run_ranks(measure_strategy, 2, str(tmp_path / "within"), "ddp", tiny.Module, False, init=False)
+    beside, within = by_key(tmp_path / "beside"), by_key(tmp_path / "within")
+    assert {key[1] for key in beside} == {0, 2, 3}
+    assert beside.keys() == within.keys()
+    for key, record in beside.items():
+        assert replace(record, run_id="", window_s=None) == replace(within[key], run_id="", window_s=None)
+
+
+def stopped(rank: int, world_size: int, path: str) -> list[str]:
+    class Failing(tiny.Module):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 1:
+                raise InterruptedError
+
+    callback = TailTokenProbe(1, counts=tiny.counts(), dirpath=path, background=True)
+    trainer = tiny.trainer(path, [callback], strategy="ddp", devices=world_size, use_distributed_sampler=False)
+    with warnings.catch_warnings(record=True) as caught, contextlib.suppress(InterruptedError):
+        warnings.simplefilter("always")
+        trainer.fit(Failing(), loader(rank, world_size))
+    return [str(warning.message) for warning in caught]
+
+
+def test_after_an_error_no_rank_waits_for_another(tmp_path):
+    """The window being solved is given up: an error on one rank alone must not become a deadlock."""
+    messages = run_ranks(stopped, 2, str(tmp_path), init=False)[0]
+    assert any("the window that was being solved is lost" in message for message in messages)
+    assert {record.step for record in read_spectral(tmp_path).records} == {0}
 
 
 class Wide(tiny.Module):

@@ -13,10 +13,12 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from lightning_spectral.analysis.memory_fit import Row, by_size, group, local_slopes, of_kind
 from lightning_spectral.analysis.memory_scene import (
     ASYMPTOTE,
+    MEAN,
     MEASURED,
     PREDICTED,
     SPARE_COLORS,
@@ -83,7 +85,7 @@ def slopes_figure(rows: Sequence[Row]) -> Figure | None:
         ticks(axis, [row["d"] for row in members])
         name_ends(axis, ends, log=False)
         axis.set(title=f"alpha = {alpha:g}", xlabel="d", ylabel="local slope of ln count")
-    return finish(figure, "Local slope of the count", [MEASURED, PREDICTED, ASYMPTOTE])
+    return finish(figure, "Local slope of the count", [MEAN, PREDICTED, ASYMPTOTE])
 
 
 def curve_figure(rows: Sequence[Row]) -> Figure | None:
@@ -94,8 +96,8 @@ def curve_figure(rows: Sequence[Row]) -> Figure | None:
     largest = max(row["d"] for row in members)
     panels = by_alpha([row for row in members if row["d"] == largest])
     figure, axes = make_panels(len(panels))
+    named: dict[str, Line2D] = {}
     for axis, (alpha, mine) in zip(axes, panels.items(), strict=True):
-        ends = []
         for same, (color, marker, name) in by_rule(mine):
             recall = np.mean([row["curve_recall"] for row in same], axis=0)
             ranks = np.array(same[0]["curve_rank"])
@@ -103,13 +105,10 @@ def curve_figure(rows: Sequence[Row]) -> Figure | None:
             if same[0]["predicted_curve_recall"]:
                 predicted = np.mean([row["predicted_curve_recall"] for row in same], axis=0)
                 axis.plot(same[0]["predicted_curve_rank"], predicted, color=color)
-            half = np.flatnonzero(recall >= 0.5)
-            ends.append((float(ranks[half[-1]]) if len(half) else 1.0, name, color))
-        for (rank, name, color), height in zip(sorted(ends), np.linspace(0.25, 0.75, len(ends)), strict=True):
-            axis.annotate(name, (rank, height), xytext=(7, 0), textcoords="offset points", color=color, fontsize=8)
+            named[name] = Line2D([], [], color=color, marker=marker, markersize=4, linestyle="none", label=name)
         axis.set_xscale("log")
         axis.set(title=f"alpha = {alpha:g}, d = {largest}", xlabel="rank of the item", ylabel="share recovered")
-    return finish(figure, "Recovery over rank, one step", [MEASURED, PREDICTED])
+    return finish(figure, "Recovery over rank, one step", [*named.values(), MEAN, PREDICTED])
 
 
 def batch_figure(rows: Sequence[Row]) -> Figure | None:
@@ -145,11 +144,12 @@ def batch_figure(rows: Sequence[Row]) -> Figure | None:
         axis.set_ylim(1, 4 * max(tops))
         middle = int(np.searchsorted([float(np.mean(values)) for values in distinct], 2.2 * max(tops)))
         middle = min(middle, len(ceiling) - 1)
-        axis.annotate("distinct items", (ceiling[middle], 2.6 * max(tops)), color="#777777", fontsize=8)
+        axis.annotate("distinct items", (ceiling[middle], 2.6 * max(tops)), xytext=(12, -4), textcoords="offset points",
+                      color="#777777", fontsize=8)  # fmt: skip
         name_ends(axis, ends)
         axis.set(title=f"alpha = {alpha:g}, d = {d}", xlabel="batch size B", ylabel="items recovered")
     dotted = Line2D([], [], color="#555555", linestyle=":", label="predicted critical batch (90 %)")
-    return finish(figure, "Items recovered by one sampled step", [MEASURED, PREDICTED, dotted])
+    return finish(figure, "Items recovered by one sampled step", [MEAN, PREDICTED, dotted])
 
 
 def steps_figure(rows: Sequence[Row]) -> Figure | None:
@@ -174,7 +174,7 @@ def steps_figure(rows: Sequence[Row]) -> Figure | None:
         axis.set_xticks(sorted({row["step"] for row in mine})[:: max(1, mine[0]["steps"] // 8)])
         name_ends(axis, ends)
         axis.set(title=f"{mode}, alpha = {alpha:g}, d = {d}", xlabel="step t", ylabel="items recovered, d_t")
-    return finish(figure, "Many steps", [MEASURED, PREDICTED])
+    return finish(figure, "Many steps", [MEAN, PREDICTED])
 
 
 def step_exponents_figure(rows: Sequence[Row]) -> Figure | None:
@@ -210,7 +210,7 @@ def step_exponents_figure(rows: Sequence[Row]) -> Figure | None:
         sizes = ", ".join(str(d) for d in sorted({row["d"] for row in mine}))
         axis.set(title=f"alpha = {alpha:g}, d = {sizes}", xlabel="step t", ylabel="exponent of d_t in d")
     law = Line2D([], [], color="#555555", linestyle=":", label="asymptotic e_t")
-    return finish(figure, "Exponent of d_t, deflation", [MEASURED, PREDICTED, law])
+    return finish(figure, "Exponent of d_t, deflation", [MEAN, PREDICTED, law])
 
 
 def newton_schulz_figure(rows: Sequence[Row]) -> Figure | None:
@@ -235,14 +235,15 @@ def newton_schulz_figure(rows: Sequence[Row]) -> Figure | None:
                 axis.axvline(needed, color=color, linestyle=":", linewidth=1)
         axis.axhline(1, color="#0072B2", linewidth=1)
         axis.annotate("exact polar factor", (1, 1), xytext=(2, 4), textcoords="offset points", color="#0072B2",
-                      fontsize=8,                       xycoords=("axes fraction", "data"), ha="right")  # fmt: skip
+                      fontsize=8, xycoords=("axes fraction", "data"), ha="right")  # fmt: skip
         axis.set_ylim(0, 1.15)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set(
             title=f"alpha = {alpha:g}, d = {d}", xlabel="Newton-Schulz steps", ylabel="share of the exact capacity"
         )
-    axes[0].legend(frameon=False, fontsize=7, loc="lower right")
+    axes[0].legend(frameon=True, framealpha=1, edgecolor="none", fontsize=7, loc="lower right")
     dotted = Line2D([], [], color="#555555", linestyle=":", label="steps that steps_for_capacity asks for")
-    return finish(figure, "What truncated Newton-Schulz keeps of the capacity", [dotted])
+    return finish(figure, "Capacity kept by k Newton-Schulz steps", [dotted])
 
 
 def update_spectrum_figure(rows: Sequence[Row]) -> Figure | None:

@@ -23,6 +23,7 @@ RULE_LOOKS = {
 }
 SPARE_COLORS = ("#D55E00", "#56B4E9", "#7A5195", "#8B6F3E", "#666666", "#CC79A7", "#2F4B7C")
 MEASURED = Line2D([], [], color="#555555", marker="o", linestyle="none", label="measured, mean and sd over seeds")
+MEAN = Line2D([], [], color="#555555", marker="o", linestyle="none", label="measured, mean over seeds")
 PREDICTED = Line2D([], [], color="#555555", label="predicted, no fitted number")
 ASYMPTOTE = Line2D([], [], color="#555555", linestyle=":", label="asymptotic slope")
 
@@ -62,7 +63,7 @@ def finish(figure: Figure, title: str, handles: list[Line2D]) -> Figure:
     """Title on the left, one legend for all panels below them."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     if handles:
-        columns = len(handles) if figure.get_figwidth() > 7 else 1
+        columns = min(len(handles), 7) if figure.get_figwidth() > 7 else 2
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     return figure
 

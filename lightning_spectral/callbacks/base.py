@@ -27,7 +27,7 @@ from lightning_spectral.callbacks.probe import OpenWindow, SpectralProbe
 from lightning_spectral.callbacks.run_folder import RunFolder, open_run_folder
 from lightning_spectral.callbacks.schedule import Schedule
 from lightning_spectral.callbacks.tensorboard import Pictures
-from lightning_spectral.callbacks.to_records import WindowId, loss_records, save_eigenvalues, spectral_records
+from lightning_spectral.callbacks.to_records import WindowId
 from lightning_spectral.callbacks.window import ClosedWindow, SiteResult
 from lightning_spectral.functional.products import is_full_precision
 
@@ -345,21 +345,13 @@ class SpectralCallback(EvaluationHooks):
     ) -> dict[str, float]:
         assert self.run_folder is not None
         result = closed.share(owned)
-        stage, step = window.stage, window.step
-        records = spectral_records(result, window, self._conventions)
-        losses = loss_records(result, window)
-        self.run_folder.append_spectral(records)
-        self.run_folder.append_losses(losses)
-        if self._eigenvalues and trainer.is_global_zero:
-            save_eigenvalues(self.run_folder.path, stage, step, result)
-        medians = sinks.front_page(records, stage)
-        sinks.log_scalars(
-            trainer, {**medians, **sinks.detail(records, stage), **sinks.loss_scalars(losses, stage)}, step
+        records, scalars = sinks.publish(
+            trainer, self.run_folder, result, window, self._conventions, with_eigenvalues=self._eigenvalues
         )
-        if stage == "train":
+        if window.stage == "train":
             self._pictures.add(trainer, records, result)
         self._react_to_nonfinite(records)
-        return {**medians, **sinks.loss_scalars(losses, stage)}
+        return scalars
 
     def _react_to_nonfinite(self, records: Sequence[Any]) -> None:
         bad = [record for record in records if record.status == "nonfinite"]

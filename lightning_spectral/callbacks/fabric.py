@@ -27,7 +27,7 @@ from lightning_spectral.callbacks.base import SpectralCallback
 from lightning_spectral.callbacks.probe import SpectralProbe
 from lightning_spectral.callbacks.run_folder import RunFolder, global_seed, new_run_id, package_versions
 from lightning_spectral.callbacks.tail_token_probe import TailTokenProbe, is_stream
-from lightning_spectral.callbacks.to_records import WindowId, loss_records, save_eigenvalues, spectral_records
+from lightning_spectral.callbacks.to_records import WindowId
 from lightning_spectral.records import RunInfo
 
 
@@ -244,14 +244,14 @@ class FabricSpectralProbe:
         if self.run_folder is None:
             self.run_folder = self._open_folder(fabric, optimizer)
         window = WindowId(self.run_folder.run_id, "train", self.step, self._window_tokens)
-        records = spectral_records(result, window, self.callback._conventions)
-        losses = loss_records(result, window)
-        self.run_folder.append_spectral(records)
-        self.run_folder.append_losses(losses)
-        if self.callback._eigenvalues and fabric.is_global_zero:
-            save_eigenvalues(self.run_folder.path, "train", self.step, result)
-        self.latest = {**sinks.front_page(records, "train"), **sinks.loss_scalars(losses, "train")}
-        sinks.log_scalars(fabric, {**self.latest, **sinks.detail(records, "train")}, self.step)
+        records, self.latest = sinks.publish(
+            fabric,
+            self.run_folder,
+            result,
+            window,
+            self.callback._conventions,
+            with_eigenvalues=self.callback._eigenvalues,
+        )
         self.callback._react_to_nonfinite(records)
 
     @property

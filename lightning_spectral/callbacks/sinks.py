@@ -12,10 +12,33 @@ from statistics import median
 import lightning.pytorch as pl
 from lightning.fabric import Fabric
 
+from lightning_spectral.callbacks.run_folder import RunFolder
+from lightning_spectral.callbacks.to_records import WindowId, loss_records, save_eigenvalues, spectral_records
+from lightning_spectral.callbacks.window import WindowResult
 from lightning_spectral.records import LossRecord, SpectralRecord
 
 FRONT_PAGE = ("hard_rank", "soft_rank")
 DETAIL = ("hard_rank", "soft_rank", "hard_rank_unbiased", "eee", "top_share")
+
+
+def publish(
+    trainer: pl.Trainer | Fabric,
+    folder: RunFolder,
+    result: WindowResult,
+    window: WindowId,
+    conventions: dict[str, str],
+    *,
+    with_eigenvalues: bool,
+) -> tuple[list[SpectralRecord], dict[str, float]]:
+    """Write and log one window; returns its records, and the scalars worth a monitor."""
+    records, losses = spectral_records(result, window, conventions), loss_records(result, window)
+    folder.append_spectral(records)
+    folder.append_losses(losses)
+    if with_eigenvalues and trainer.is_global_zero:
+        save_eigenvalues(folder.path, window.stage, window.step, result)
+    scalars = {**front_page(records, window.stage), **loss_scalars(losses, window.stage)}
+    log_scalars(trainer, {**scalars, **detail(records, window.stage)}, window.step)
+    return records, scalars
 
 
 def front_page(records: Sequence[SpectralRecord], stage: str) -> dict[str, float]:

@@ -14,7 +14,8 @@ from lightning_spectral import cli, read_spectral
 from lightning_spectral.checkpoints import checkpoint_path
 from lightning_spectral.corpus import Corpus
 from lightning_spectral.export import load_final
-from lightning_spectral.measure import load_checkpoint, measure_checkpoint
+from lightning_spectral.load_checkpoint import load_checkpoint
+from lightning_spectral.measure import measure_checkpoint
 from lightning_spectral.recipe import load, run
 from lightning_spectral.records import read_losses, read_run
 from lightning_spectral.tokens import Encoder

@@ -111,6 +111,7 @@ def pretrain(recipe: Recipe, *, progress_bar: bool = True) -> Outcome:
             recipe=content,
         )
         pl.seed_everything(content["seed"], verbose=False)
+        edges = EdgeValidation(first=evaluation.initial_validation, last=evaluation.final_validation)
         trainer = pl.Trainer(
             accelerator=content["accelerator"],
             devices=lengths.devices,
@@ -120,7 +121,7 @@ def pretrain(recipe: Recipe, *, progress_bar: bool = True) -> Outcome:
             logger=make_logger(content, out_dir, resuming=resume is not None),
             callbacks=[
                 *objects.callbacks,
-                EdgeValidation(first=evaluation.initial_validation, last=evaluation.final_validation),
+                edges,
                 checkpoints.StepCheckpoint(out_dir, train.save_interval),
             ],
             default_root_dir=out_dir,
@@ -152,6 +153,8 @@ def pretrain(recipe: Recipe, *, progress_bar: bool = True) -> Outcome:
     with _as_recipe_error(trainer):
         # the checkpoint is our own; it holds the recipe and the callbacks' states beside tensors
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
+        if edges.missed:  # killed between the last checkpoint and the last validation
+            trainer.validate(module, datamodule=data, verbose=False)
     save_final(trainer, module, data, tokenizer_dir, out_dir / "final", recipe.text())
     val_loss = trainer.callback_metrics.get("val_loss")
     return Outcome(

@@ -18,6 +18,8 @@ class EdgeValidation(Callback):
         self._first = first
         self._last = last
         self._validated_step: int | None = None
+        self.missed = last
+        """Whether the last validation is still to be done: a run that resumes at its last step trains no step."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate the untrained model."""
@@ -33,6 +35,7 @@ class EdgeValidation(Callback):
         """Validate the trained model."""
         if self._last and self._validated_step != trainer.global_step:
             _validate(trainer)
+        self.missed = False
 
 
 def _validate(trainer: pl.Trainer) -> None:

@@ -119,7 +119,8 @@ def open_run_folder(
         labels=dict(labels or {}),
         conventions=dict(conventions or {}),
     )
-    resume = trainer.ckpt_path is not None and trainer.state.fn == "fit"
+    # after steps of its own a Trainer goes on: `fit` again, or `validate` after it, adds to the run
+    resume = (trainer.ckpt_path is not None and trainer.state.fn == "fit") or trainer.global_step > 0
     folder = RunFolder(path, info, resume=resume, writes=trainer.is_global_zero)
     run_id = trainer.strategy.broadcast(folder.run_id)
     if folder.run_id != run_id:

@@ -120,6 +120,29 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     assert set(keys) == {(r.step, r.layer, r.site, r.bucket) for r in records.read_spectral(whole.run_folder).records}
 
 
+def test_a_run_killed_in_its_last_validation_still_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = {**PROBES[1], "init_args": {**PROBES[1]["init_args"], "on": ["validation"]}}
+    whole = _run(tmp_path, "whole", callbacks=[probe])
+    validation_step = LitGPT.validation_step
+
+    def stop(self: LitGPT, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == 12:
+            raise _Stop
+        validation_step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitGPT, "validation_step", stop)
+        with pytest.raises(_Stop):
+            _run(tmp_path, "cut", callbacks=[probe])
+    resumed = _run(tmp_path, "cut", resume="auto", callbacks=[probe])
+    assert resumed.val_loss == whole.val_loss
+    steps = [(r.stage, r.step, r.bucket, r.hard_rank) for r in records.read_spectral(whole.run_folder).records]
+    assert steps[-1][:2] == ("validation", 12)
+    assert steps == [
+        (r.stage, r.step, r.bucket, r.hard_rank) for r in records.read_spectral(resumed.run_folder).records
+    ]
+
+
 def test_an_interruption_saves_the_last_whole_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _interrupt_at(monkeypatch, 12)  # the 2nd of 2 micro-batches of the 6th step
     with pytest.raises(_Stop):

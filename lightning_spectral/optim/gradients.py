@@ -66,8 +66,11 @@ def global_norm(params: Sequence[Tensor], pieces: Sequence[Piece], grads: dict[i
     for group, members in _by_group(params, pieces).items():
         held = [grads[id(p)] for p, _ in members if id(p) in grads and grads[id(p)].numel()]
         square = torch.zeros((), dtype=torch.float64, device=local(members[0][0]).device)
-        for norm in torch._foreach_norm(held) if held else []:
-            square += norm.double().square()
+        # A norm in bf16 is rounded to 8 bits, and differently for every way to cut the gradient.
+        for narrow in (False, True):
+            alike = [grad for grad in held if (grad.dtype.itemsize < 4) == narrow]
+            for norm in torch._foreach_norm(alike, dtype=torch.float32 if narrow else None) if alike else []:
+                square += norm.double().square()
         process_group = members[0][1].group
         if process_group is not None:
             square = square.float() if square.device.type == "mps" else square

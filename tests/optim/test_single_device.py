@@ -10,6 +10,8 @@ from torch import nn
 
 from lightning_spectral.functional.orthogonalize import polar_svd
 from lightning_spectral.optim import AdamW, Dion, Muon, NorMuon
+from lightning_spectral.optim.gradients import global_norm
+from lightning_spectral.optim.shards import piece_of
 from tests.optim.models import TinyLM, train
 
 ALL = {"muon": Muon, "normuon": NorMuon, "dion": Dion, "adamw": AdamW}
@@ -267,6 +269,16 @@ def test_max_grad_norm_is_clip_grad_norm_without_touching_gradients(kind):
         assert all(torch.equal(a, p.grad) for a, p in zip(before, models[0].parameters(), strict=True))
     for one, other in zip(weights(models[0]), weights(models[1]), strict=True):
         torch.testing.assert_close(one, other, atol=5e-4, rtol=0)  # lr 1e-2; bf16 products of rounded-alike momenta
+
+
+def test_the_global_norm_of_mixed_gradients_is_not_rounded_to_bf16():
+    model = TinyLM()
+    model.blocks.to(torch.bfloat16)
+    model.loss(0).backward()
+    params = list(model.parameters())
+    found = global_norm(params, [piece_of(p) for p in params], {id(p): p.grad for p in params})
+    expected = sum(float(p.grad.double().square().sum()) for p in params) ** 0.5
+    assert float(found) == pytest.approx(expected, rel=1e-6)  # fp32 norms
 
 
 def test_closure_is_called_and_its_value_returned():

@@ -12,7 +12,8 @@ Every command writes ``DIR/results.jsonl``, one JSON object per run (``kind`` sa
 * ``batch``: ``expected_distinct``, ``predicted_critical_batch`` (population rows),
   ``asymptotic_critical_batch_exponent``;
 * ``steps``: one row per ``step`` with ``mode``, ``steps``, ``step_scale``, ``schedule``; exact: ``loss``,
-  ``loss_over_tail_mass``; deflation: ``count`` is d_t and ``new`` its growth;
+  ``loss_over_tail_mass``, ``best_probability`` and ``worst_probability`` of an item's own output, ``imbalance`` their
+  difference; deflation: ``count`` is d_t and ``new`` its growth;
 * ``newton-schulz``: ``exact_count``, ``capacity_share``, ``flattened_share``, ``smallest_singular_value`` (over the
   Frobenius norm), ``steps_for_capacity``;
 * ``newton-schulz --checkpoint`` (kind ``flattening``): ``matrix``, ``flattened_share``, ``steps_needed``;

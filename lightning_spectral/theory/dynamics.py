@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from lightning_spectral.theory.embeddings import DEFAULT_CACHE_BYTES, Embeddings
 from lightning_spectral.theory.exponents import deflated
-from lightning_spectral.theory.gradient import negative_gradient, negative_gradient_at_zero, population_loss
+from lightning_spectral.theory.gradient import log_probabilities, negative_gradient, negative_gradient_at_zero
+from lightning_spectral.theory.imbalance import imbalance
 from lightning_spectral.theory.problem import MemoryProblem, require_integer, require_real
 from lightning_spectral.theory.recovery import recovered_mask, recovery_stats
 from lightning_spectral.theory.rules import Gradient, RuleSettings, direction
@@ -134,10 +135,15 @@ def _descend(
         weight_DD = weight_DD + update_DD * (scale * problem.d / torch.linalg.matrix_norm(update_DD))
         mask = recovered_mask(embeddings, weight_DD, max(chunk_size, 4096))
         stats = recovery_stats(mask, frequencies)
-        loss = population_loss(embeddings, weight_DD, chunk_size)
+        log_probability_N = log_probabilities(embeddings, weight_DD, chunk_size)
+        loss = -float(torch.from_numpy(frequencies).to(log_probability_N) @ log_probability_N)
+        known = imbalance(log_probability_N)
         outputs = {
             **{key: value for key, value in stats.as_dict().items() if key != "count"},
             "loss": loss,
+            "imbalance": known.delta,
+            "best_probability": known.best,
+            "worst_probability": known.worst,
             "loss_over_tail_mass": loss_over_tail_mass(loss, frequencies, mask),
             "seconds": round(time.perf_counter() - start, 4),
         }

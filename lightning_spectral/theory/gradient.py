@@ -99,21 +99,25 @@ def negative_gradient(
 
 def population_loss(embeddings: Embeddings, weight_DD: Tensor, chunk_size: int = 1024) -> float:
     """Cross-entropy of all items under their frequencies, in nats; ``log N`` at W = 0."""
+    frequency_N = torch.from_numpy(embeddings.problem.frequencies()).to(embeddings.device)
+    return -float(frequency_N @ log_probabilities(embeddings, weight_DD, chunk_size))
+
+
+def log_probabilities(embeddings: Embeddings, weight_DD: Tensor, chunk_size: int = 1024) -> Tensor:
+    """Log of the softmax probability of each item's own output, shape (N,), fp64; ``-log N`` at W = 0."""
     problem = embeddings.problem
     dtype = getattr(torch, problem.dtype)
     check_map(weight_DD, problem.d)
     map_DD = weight_DD.to(embeddings.device, dtype)
-    frequency_N = torch.from_numpy(problem.frequencies()).to(embeddings.device)
-    loss = 0.0
+    parts: list[Tensor] = []
     for start, v_CD in embeddings.blocks("v", chunk_size):
         image_CD = v_CD.to(dtype) @ map_DD.mT
         u_CD = embeddings.rows("u", start, start + len(v_CD)).to(dtype)
         log_sum_C = torch.full((len(v_CD),), -torch.inf, dtype=dtype, device=embeddings.device)
         for _, other_CD in embeddings.blocks("u", _score_columns(chunk_size)):
             log_sum_C = torch.logaddexp(log_sum_C, torch.logsumexp(image_CD @ other_CD.to(dtype).mT, 1))
-        own_C = (u_CD * image_CD).sum(1)
-        loss += float(frequency_N[start : start + len(v_CD)] @ (log_sum_C - own_C).double())
-    return loss
+        parts.append(((u_CD * image_CD).sum(1) - log_sum_C).double())
+    return torch.cat(parts)
 
 
 def check_map(weight_DD: Tensor, d: int) -> None:

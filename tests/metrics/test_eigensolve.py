@@ -30,7 +30,7 @@ def sample_of(
 def test_flat_spectra_are_solved_in_fp32_and_keep_their_ranks(alpha):
     own, solve = sample_of(alpha), Eigensolver()
     fast, exact = solve(own), torch.linalg.eigvalsh(own.matrix_MM).flip(-1)
-    assert solve.fp32
+    assert solve.fp64_up_to == 0
     assert not torch.equal(fast, exact)
     for metric in (ranks.soft_rank, ranks.hard_rank, ranks.eigenvalue_early_enrichment):
         assert float(metric(fast)) == pytest.approx(float(metric(exact)), rel=1e-6)
@@ -39,13 +39,15 @@ def test_flat_spectra_are_solved_in_fp32_and_keep_their_ranks(alpha):
 
 
 @pytest.mark.parametrize(("alpha", "num_rows"), [(3.0, 3 * WIDTH), (0.5, WIDTH // 2)])  # steep; null modes
-def test_what_fp32_cannot_resolve_is_solved_in_fp64_and_so_is_what_follows(alpha, num_rows):
+def test_what_fp32_cannot_resolve_is_solved_in_fp64_and_so_is_what_has_as_few_rows(alpha, num_rows):
     own = sample_of(alpha, num_rows)
     solve, exact = Eigensolver(), torch.linalg.eigvalsh(own.matrix_MM).flip(-1).clamp(min=0)
     assert torch.equal(solve(own), exact)
-    assert not solve.fp32
-    flat = sample_of(0.5)
-    assert torch.equal(solve(flat), torch.linalg.eigvalsh(flat.matrix_MM).flip(-1))
+    assert solve.fp64_up_to == num_rows
+    for rows_of_flat, same in ((num_rows, True), (num_rows + 3 * WIDTH, False)):
+        flat = sample_of(0.0, rows_of_flat)
+        exact = torch.linalg.eigvalsh(flat.matrix_MM).flip(-1).clamp(min=0)
+        assert torch.equal(solve(flat), exact) is same
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.float64}, {"width": 64}])

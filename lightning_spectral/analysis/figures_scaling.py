@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from lightning_spectral.analysis.caveats import FEW_WIDTHS
 from lightning_spectral.analysis.scene import Drawing, Scene, beta_text
 from lightning_spectral.analysis.style import (
     BUCKET_NAMES,
@@ -64,7 +65,7 @@ def _law(scene: Scene, ax: Axes, bucket: str, metric: str, limits: tuple[float, 
             continue
         own = span[(span >= fit.x_min * 0.999) & (span <= fit.x_max * 1.001)]
         ax.plot(own, fit.line(own), look.line, color=look.color, zorder=3)
-        if np.isfinite(fit.level_se) and fit.df > 0:
+        if np.isfinite(fit.level_se) and fit.num_widths >= FEW_WIDTHS:
             lower, upper = fit.band(own)
             lower, upper = np.clip(lower, low / 2, high * 2), np.clip(upper, low / 2, high * 2)
             ax.fill_between(own, lower, upper, color=look.color, alpha=0.13, lw=0)
@@ -120,8 +121,8 @@ def laws(scene: Scene) -> Drawing:
         figure,
         _steepest(scene, metrics[0]),
         "Point: median of the last windows in each layer, then of the layers; thin bar: one SD over layers; small "
-        "dots: single seeds. Line and band: fit with its 95 % interval over widths. Dotted: slope 1. Grey dashed: the "
-        "untrained network, whose slope training must be judged against.",
+        "dots: single seeds. Line and band: fit with its 95 % interval over widths (no band over fewer than 4). "
+        "Dotted: slope 1. Grey dashed: the untrained network, whose slope training must be judged against.",
     )
 
 
@@ -132,6 +133,7 @@ def _steepest(scene: Scene, metric: str) -> str:
     ]
     if not fits:
         return f"No law of {name} could be fitted."
+    fits = [known for known in fits if known[2].num_widths >= FEW_WIDTHS] or fits
     steep, flat = max(fits), min(fits)
     text = f"{name} rises most steeply under {scene.looks[steep[1]].name}, {beta_text(steep[2])}"
     if steep is not flat:

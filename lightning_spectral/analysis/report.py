@@ -38,7 +38,6 @@ from lightning_spectral.analysis.tidy import fit_table, points_table, write_atom
 
 REPORT: Final = "report.html"
 _SHOWN_KINDS: Final = ("slope_difference", "slope_difference_paired", "level_difference", "crossover_width")
-_FEW_WIDTHS: Final = 4
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ rule:
 
 * ``muon``: from the spectrum of the gradient (:mod:`spectrum`);
 * ``newton``: from the resolvent of the input covariance;
-* ``sgd``: the binding rivals are a few head items, which do not average out: a Monte-Carlo over their overlaps.
+* ``sgd``: the binding rivals are a few head items, which do not average out: an average over their overlaps.
 
 ``sign`` and truncated Newton-Schulz have no prediction here.
 """
 
-# N items, B bins of items, Z quadrature nodes, S Monte-Carlo samples, H head rivals
+# N items, B bins of items, Z quadrature nodes, S samples, H head rivals
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.special import log_ndtr
+from scipy.special import log_ndtr, ndtri
+from scipy.stats import qmc
 
 from lightning_spectral.theory.problem import MemoryProblem, check_weights
 from lightning_spectral.theory.recovery import recovery_curve
@@ -33,9 +34,12 @@ Array = NDArray[np.float64]
 PREDICTED_RULES = ("sgd", "muon", "newton")
 _NODES, _NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(41)
 _NODE_WEIGHTS = _NODE_WEIGHTS / _NODE_WEIGHTS.sum()
-_MUON_SAMPLES = 200
-_SGD_SAMPLES = 1500
+_MUON_SAMPLES = 200  # of v, anisotropic inputs only
+_MUON_PROBES = 200  # bins at which anisotropic recovery is evaluated; between them it is interpolated
+_RIVAL_GROUPS = 60  # rivals of like weight share one variance
+_SGD_SAMPLES = 1024
 _SGD_HEADS = 64
+_OWN_SPREAD = 1.8  # of the sampled own noise: tail items need 4 standard deviations of it
 _SGD_PROBES = 120  # weights at which the probability is evaluated; between them it is interpolated
 
 
@@ -113,21 +117,41 @@ def win_probability(signal_to_noise: Array, spread: Array, rivals: int) -> Array
 
 
 def _muon(problem: MemoryProblem, bins: WeightBins, lam: float) -> Array:
-    scales = problem.input_scales()
-    signal, norm, _, directions = GradientSpectrum(bins, scales).smoothed(lam)
-    ratio = signal * np.sqrt(problem.d / norm)
+    spectrum = GradientSpectrum(bins, problem.input_scales())
+    signal, norm, _ = spectrum.smoothed(lam)
+    chance = 1.0 / problem.n_items
     if problem.anisotropy == 0:
-        per_bin = win_probability(ratio, np.sqrt(1 + ratio**2 * 2.5 / problem.d), problem.n_items - 1)
-        return bins.spread(per_bin, 1.0 / problem.n_items)
-    # few directions carry |v|, so its law is far from Gaussian: average over sampled items
-    rng = np.random.default_rng(0)
-    square_SK = rng.standard_normal((_MUON_SAMPLES, problem.d)) ** 2
-    length_S = (square_SK @ directions) / np.sqrt(square_SK @ scales / problem.d)
-    total = np.zeros_like(ratio)
-    for length in length_S:
-        own = ratio * length
-        total += win_probability(own, np.sqrt(1 + own**2 * 2 / problem.d), problem.n_items - 1)
-    return bins.spread(total / _MUON_SAMPLES, 1.0 / problem.n_items)
+        ratio = signal * np.sqrt(problem.d / norm)
+        return bins.spread(win_probability(ratio, np.sqrt(1 + ratio**2 * 2.5 / problem.d), problem.n_items - 1), chance)
+    probe = np.unique(np.round(np.geomspace(1, len(bins.value), _MUON_PROBES)).astype(int)) - 1
+    found = _anisotropic(problem, spectrum, signal, norm, probe, lam)
+    return bins.spread(np.interp(np.arange(len(bins.value)), probe, found), chance)
+
+
+def _anisotropic(
+    problem: MemoryProblem, spectrum: GradientSpectrum, signal: Array, norm: Array, probe: NDArray[np.int64], lam: float
+) -> Array:
+    """Recovery of the probed bins when few directions carry v, shape (P,): an average over sampled v_i.
+
+    Its length is far from Gaussian, and stored rivals answer to it along the directions they share with it.
+    """
+    d, bins = problem.d, spectrum.bins
+    square_SK = np.random.default_rng(0).standard_normal((_MUON_SAMPLES, d)) ** 2
+    energy_S = square_SK @ problem.input_scales() / d
+    own_SP = np.sqrt(d / energy_S)[:, None] * (square_SK @ spectrum.responses(bins.value[probe], lam).T) / d
+    # rival j's score, squared, over |v_i|^2 / d: what it answers, and the share of noise that being stored leaves it
+    rival, count = _coarsen(bins.value, bins.multiplicity, _RIVAL_GROUPS)
+    answer_SJ = (square_SK @ (spectrum.responses(rival, lam) ** 2).T) / d / energy_S[:, None]
+    stored_J = np.interp(-rival, -bins.value, signal)
+    variance_SJ = answer_SJ + np.interp(-rival, -bins.value, norm) - stored_J**2
+    threshold = np.linspace(-2.0, 12.0, 160)
+    total = np.zeros(len(probe))
+    for own_P, variance_J in zip(own_SP, variance_SJ, strict=True):
+        log_win = log_ndtr(threshold[:, None] / np.sqrt(np.maximum(variance_J, 1e-6))) @ count
+        log_win += (problem.n_items - 1 - count.sum()) * log_ndtr(threshold)
+        spread_P = np.sqrt(norm[probe] + own_P**2 * 2 / d)
+        total += np.exp(np.interp(own_P[:, None] + spread_P[:, None] * _NODES, threshold, log_win)) @ _NODE_WEIGHTS
+    return total / _MUON_SAMPLES
 
 
 def _newton(problem: MemoryProblem, bins: WeightBins, ridge: float) -> Array:
@@ -171,24 +195,28 @@ def _coarsen(value: Array, multiplicity: Array, groups: int) -> tuple[Array, Arr
 
 
 def _sgd(problem: MemoryProblem, weights: Array) -> Array:
-    """Monte-Carlo over the overlaps of v_i with the heads; seeded by nothing but the problem's size."""
-    d, rng = problem.d, np.random.default_rng(0)
+    """Average over v_i's overlaps with the heads and its own noise: a Sobol sequence, scrambled with a fixed seed."""
+    d = problem.d
     order = np.argsort(-weights, kind="stable")
     sorted_weights = weights[order]
     heads = sorted_weights[:_SGD_HEADS]
     tail_energy = float(np.sum(sorted_weights[_SGD_HEADS:] ** 2))
     # |v|^2 and v^T Sigma v of a fresh item, sampled exactly
-    scales = problem.input_scales()
+    rng, scales = np.random.default_rng(0), problem.input_scales()
     length, overlap = np.empty(_SGD_SAMPLES), np.empty(_SGD_SAMPLES)
     for sample in range(_SGD_SAMPLES):
         square = rng.standard_normal(d) ** 2 * scales
         length[sample], overlap[sample] = square.mean(), (square * scales).mean()
-    head_overlap = rng.standard_normal((_SGD_SAMPLES, len(heads))) * np.sqrt(overlap / d)[:, None]
-    own_length = length * (1 + np.sqrt(2 / d) * rng.standard_normal(_SGD_SAMPLES))
+    normal = ndtri(qmc.Sobol(2 + len(heads), rng=np.random.default_rng(0)).random(_SGD_SAMPLES))
+    own_z, length_z, head_z = _OWN_SPREAD * normal[:, 0], normal[:, 1], normal[:, 2:]
+    # a tail item needs rare own noise: it is drawn too wide, and each draw weighed by what that overdoes
+    draw_weight = _OWN_SPREAD * np.exp((normal[:, 0] ** 2 - own_z**2) / 2) / _SGD_SAMPLES
+    head_overlap = head_z * np.sqrt(overlap / d)[:, None]
+    own_length = length * (1 + np.sqrt(2 / d) * length_z)
     energy = (heads * head_overlap) ** 2
     tail_S = tail_energy * overlap / d
     noise = np.sqrt((energy.sum(1) + tail_S) / d)  # of u_j . W v_i for an output that is no head
-    own_noise = noise * rng.standard_normal(_SGD_SAMPLES)
+    own_noise = noise * own_z
     coarse, coarse_count = (
         _coarsen(sorted_weights[_SGD_HEADS:], np.ones(len(weights) - len(heads)), 24)
         if len(weights) > len(heads)
@@ -212,7 +240,7 @@ def _sgd(problem: MemoryProblem, weights: Array) -> Array:
         if rank < len(heads):
             log_win[:, rank] = 0.0
         total = log_win.sum(1) + log_ndtr(own[:, None] / np.sqrt(coarse_sd**2 + itself[:, None])) @ coarse_count
-        found.append(float(np.exp(total).mean()))
+        found.append(float(np.exp(total) @ draw_weight))
         if found[-1] < lucky:
             break
     known = np.interp(np.log(first_rank + 1.0), np.log(first_rank[probe][: len(found)] + 1.0), found, right=lucky)

@@ -112,14 +112,38 @@ class GradientSpectrum:
         wanted = np.clip(occupied, share[0], 1 - 1e-15)
         return np.exp(np.interp(np.log(wanted) - np.log1p(-wanted), logit, np.log(table[rising])))
 
-    def smoothed(self, lam: float) -> tuple[Array, Array, float, Array]:
+    def smoothed(self, lam: float) -> tuple[Array, Array, float]:
         """What ``h_lambda(G)`` does to an item of each bin.
 
         Returns:
             Mean of ``u_i^T h(G) v_i``, shape (B,); mean of ``|h(G) v_i|^2``, shape (B,); the same norm for an item
-            that has no weight; how a unit signal spreads over the directions of v: the energy ``v^T M v`` of an item
-            is its expectation under weights of sum 1, shape (K,).
+            that has no weight.
         """
+        c, step = self._grid_of(lam)
+        share = c[:, None] / (1 + self.bins.value**2 * c[:, None])
+        signal = (2 / np.pi) * self.bins.value * (step @ share)
+        lost = float(np.interp(-lam, -self.y, self.yb)) if lam > 0 else float(self.yb[-1])
+        norm = 1 - lost / (1 + self.bins.value**2 * c[-1])
+        return signal, norm, 1 - lost
+
+    def responses(self, weights: Array, lam: float) -> Array:
+        """How ``u_j^T h(G) v`` answers along each direction of v, for items of the given weights, shape (J, K).
+
+        With ``g`` that answer and z the standardised coordinates of v, item j's own score has the mean
+        ``mean_k g_jk z_k^2``, and what j answers to another item's v has the variance ``mean_k g_jk^2 z_k^2 / d``.
+        """
+        c, step = self._grid_of(lam)
+        occupied = np.minimum(self.occupied(c), 1.0)
+        if self._isotropic:
+            shape_CK = np.ones((len(c), self.d))
+        else:
+            shape_CK = self.scales / (1 + self._invert(occupied)[:, None] * self.scales)
+            shape_CK /= shape_CK.mean(1, keepdims=True)
+        strength_JC = weights[:, None] * c / (1 + weights[:, None] ** 2 * c)
+        return np.asarray((2 / np.pi) * (strength_JC * step) @ shape_CK)
+
+    def _grid_of(self, lam: float) -> tuple[Array, Array]:
+        """C down to ``y = lambda``, and the trapezoid weights of ``x = sqrt(y^2 - lambda^2)`` there."""
         c, y = self.c, self.y
         if lam > 0:
             log_end = np.interp(np.log(lam), np.log(np.maximum(y[::-1], 1e-300)), np.log(c[::-1]))
@@ -133,17 +157,4 @@ class GradientSpectrum:
         step = np.empty_like(x)  # trapezoid weights of x, which falls along the grid
         step[1:-1] = (x[:-2] - x[2:]) / 2
         step[0], step[-1] = (x[0] - x[1]) / 2, (x[-2] - x[-1]) / 2
-        share = c[:, None] / (1 + self.bins.value**2 * c[:, None])
-        signal = (2 / np.pi) * self.bins.value * (step @ share)
-        lost = float(np.interp(-lam, -self.y, self.yb)) if lam > 0 else float(self.yb[-1])
-        norm = 1 - lost / (1 + self.bins.value**2 * c[-1])
-        return signal, norm, 1 - lost, self._signal_directions(c, step)
-
-    def _signal_directions(self, c: Array, step: Array) -> Array:
-        if self._isotropic:
-            return np.full(self.d, 1.0 / self.d)
-        t = self._invert(np.minimum(self.occupied(c), 1.0))
-        # a R_v, integrated over y, carries a tail item's signal: R_v = 1 / (y (1 + t s)) and a = c / b
-        shape_CK = self.scales / (1 + t[:, None] * self.scales)
-        carried = (step * c) @ (shape_CK / shape_CK.mean(1, keepdims=True))
-        return np.asarray(carried / carried.sum())
+        return c, step

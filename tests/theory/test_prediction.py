@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
-from lightning_spectral.theory import exponents
+from lightning_spectral.theory import capacity, exponents
 from lightning_spectral.theory.capacity import predict, win_probability
 from lightning_spectral.theory.one_step import OneStep
 from lightning_spectral.theory.problem import MemoryProblem
@@ -69,6 +69,34 @@ def test_prediction_meets_simulation(rule):
     error = np.std(counts, ddof=1) / math.sqrt(seeds)
     # three standard errors of the measured mean, plus the 1 % that terms of order 1 / d leave
     assert abs(np.mean(counts) - predict(problem, rule).count) < 3 * error + 0.01 * np.mean(counts)
+
+
+@pytest.mark.parametrize(("anisotropy", "alpha", "d"), [(1.0, 1.5, 128), (1.0, 1.2, 160), (0.75, 2.0, 128)])
+def test_anisotropic_prediction_meets_simulation(anisotropy, alpha, d):
+    problem = MemoryProblem(d=d, n_items=5000, alpha=alpha, anisotropy=anisotropy)
+    mean = np.mean([OneStep(problem.with_(seed=20 + seed)).run("muon").stats.count for seed in range(4)])
+    predicted = predict(problem, "muon")
+    # three standard errors (four seeds do not know their own spread), plus the 2 % of terms that d leaves out
+    assert abs(mean - predicted.count) < 3 * predicted.spread / math.sqrt(4) + 0.02 * mean
+
+
+def test_answers_of_an_item_average_to_its_signal():
+    problem = MemoryProblem(d=64, n_items=4000, alpha=1.5, anisotropy=1.0)
+    spectrum = GradientSpectrum(bin_weights(problem.frequencies()), problem.input_scales())
+    for lam in (0.0, 1e-3):
+        signal, _, _ = spectrum.smoothed(lam)
+        answers = spectrum.responses(spectrum.bins.value, lam)
+        assert np.allclose(answers.mean(1), signal, rtol=1e-9)
+        assert (np.diff(answers[0]) <= 1e-12).all()  # a head answers mostly along the directions that carry v
+
+
+@pytest.mark.parametrize("alpha", [1.15, 1.5])
+def test_sgd_prediction_has_converged(alpha, monkeypatch):
+    problem = MemoryProblem(d=128, n_items=3000, alpha=alpha)
+    count = predict(problem, "sgd").count
+    monkeypatch.setattr(capacity, "_SGD_SAMPLES", 4096)
+    # means of counts are measured to a standard error of 1 % with some hundred seeds: sampling must stay below that
+    assert count == pytest.approx(predict(problem, "sgd").count, rel=0.01)
 
 
 def test_small_batches_are_stored_whole():

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 _RULES = ("sgd", "sign", "muon", "ns5", "newton")
 _RESERVE = 0.1  # of the budget, for fits and figures
-_RESERVE_AT_LEAST_S = 8.0
+_RESERVE_AT_LEAST_S = 10.0
 _RUNGS_OF_A_SLOPE = 2
 
 

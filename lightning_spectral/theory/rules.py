@@ -239,8 +239,9 @@ def _newton(gradient: Gradient, settings: RuleSettings) -> Tensor:
     num_active = int((gradient.weights > 0).sum())
     if num_active < problem.d and settings.ridge == 0:
         raise ValueError(
-            f"`ridge` must be > 0 for `newton` here: the batch holds {num_active} distinct items, fewer than d="
-            f"{problem.d}, so the input covariance is singular. Pass --ridge 1e-3, or enlarge `batch_size`."
+            f"`ridge` must be > 0 for `newton` here: the gradient holds {num_active} distinct items, fewer than d="
+            f"{problem.d}, so the input covariance is singular. Pass --ridge 1e-3, enlarge `batch_size` or `n_items`, "
+            "or take fewer steps."
         )
     cov_u_DD, cov_v_DD = _covariances(gradient)
     diagonal_D = cov_v_DD.diagonal()

@@ -102,7 +102,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     """Set threads and seed; what the result says about the machine, as it is before the run."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    return machine()
+    return {**machine(), "cpu_seconds": cpu_seconds()}
 
 
 def machine() -> dict[str, Any]:
@@ -126,6 +126,25 @@ def machine() -> dict[str, Any]:
         "commit": git.stdout.strip(),
         "versions": versions,
     }
+
+
+def cpu_seconds() -> tuple[float, float] | None:
+    """(busy, stolen) seconds of this machine's cores since it started; stolen ones the host gave to other guests."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    user, nice, system, _, _, irq, softirq, stolen = map(int, stat.read_text().split()[1:9])
+    tick = os.sysconf("SC_CLK_TCK")
+    return (user + nice + system + irq + softirq) / tick, stolen / tick
+
+
+def stolen_share(before: tuple[float, float] | None) -> float | None:
+    """Of the time that programs wanted to run since ``before``, the share that the host did not give them."""
+    now = cpu_seconds()
+    if before is None or now is None:
+        return None
+    busy, stolen = (after - start for after, start in zip(now, before, strict=True))
+    return round(stolen / max(busy + stolen, 1e-9), 3)
 
 
 def version(name: str) -> str:
@@ -154,7 +173,8 @@ def table(timings: list[Timing], base: str) -> list[str]:
 def write(options: argparse.Namespace, stem: str, about: dict[str, Any], report: dict[str, Any], text: str) -> None:
     """JSON and Markdown side by side; a quick run never overwrites a full one."""
     stem = f"{stem}_{options.device}{'_quick' if options.quick else ''}"
-    about = {**about, "load_average_after": os.getloadavg(), "seed": options.seed, "rounds": options.rounds}
+    ran = {"load_average_after": os.getloadavg(), "cpu_stolen_by_host": stolen_share(about.pop("cpu_seconds"))}
+    about = {**about, **ran, "seed": options.seed, "rounds": options.rounds}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{stem}.json").write_text(json.dumps({"about": about, **report}, indent=1) + "\n")
     notes = "\n".join(f"- {key}: {value}" for key, value in about.items())

@@ -6,9 +6,14 @@ import os
 import resource
 import time
 from collections.abc import Mapping
-from typing import Any, Final
+from functools import cache
+from typing import Any
 
-STARTED: Final = time.monotonic()  # the worker imports this first
+
+@cache
+def started() -> float:
+    """Monotonic time of this process's first call, with which a worker begins."""
+    return time.monotonic()
 
 
 def with_cost(old: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,8 +26,8 @@ def with_cost(old: Mapping[str, Any]) -> dict[str, Any]:
         ``starts`` (one entry a process), ``cpu_s`` and ``wall_s`` (their sums). CPU is that of the process and of its
         ended children; other ranks of a run on several devices are not in it.
     """
-    process = f"{os.getpid()}@{STARTED:.3f}"
-    mine = {"process": process, "cpu_s": round(cpu_seconds(), 2), "wall_s": round(time.monotonic() - STARTED, 2)}
+    process = f"{os.getpid()}@{started():.3f}"
+    mine = {"process": process, "cpu_s": round(cpu_seconds(), 2), "wall_s": round(time.monotonic() - started(), 2)}
     starts = [*(start for start in old.get("starts", []) if start.get("process") != process), mine]
     totals = {name: round(sum(float(start[name]) for start in starts), 2) for name in ("cpu_s", "wall_s")}
     return {"starts": starts, **totals}

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from lightning_spectral.sweep import JOB_FILE, Job, write_json
 
 LOG_FILE: Final = "sweep_worker.log"
+_WORKER: Final = "lightning_spectral.sweep_worker"
 _THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# What a run imports, torch and Lightning with it: 5 to 10 seconds, which workers forked from one process share.
+_PRELOADED: Final = [_WORKER, *(f"lightning_spectral.{name}" for name in ("pretrain", "data", "callbacks", "optim"))]
 
 
 class Launcher(Protocol):
@@ -32,54 +41,108 @@ class Launcher(Protocol):
         """End a job; it resumes at the next start of the sweep."""
 
 
-def command_of(job: Job, *more: str) -> list[str]:
+def command_of(job: Job) -> list[str]:
     """Command line of a worker; writes its job file."""
-    from dataclasses import asdict
+    return [sys.executable, "-m", _WORKER, _write_job(job)]
 
-    path = write_json(Path(job.folder) / JOB_FILE, asdict(job))
-    return [sys.executable, "-m", "lightning_spectral.sweep_worker", str(path), *more]
+
+def _write_job(job: Job) -> str:
+    return str(write_json(Path(job.folder) / JOB_FILE, asdict(job)))
+
+
+def run_worker(argv: Sequence[str], log: str, environment: Mapping[str, str]) -> None:
+    """In a process of its own: one run of a sweep, its output in ``log``."""
+    os.setsid()  # stopped with all its children
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    os.environ.update(environment)
+    # a strategy with several processes starts this command line again
+    sys.argv, sys.modules["__main__"].__spec__ = [_WORKER, *argv], find_spec(_WORKER)
+    from lightning_spectral import sweep_worker
+
+    sys.exit(sweep_worker.main(list(argv)))
 
 
 class LocalLauncher:
     """Processes on this machine: one a GPU if there are any, else one-thread workers.
 
+    On a CPU under Linux they are forked from one process that has imported everything; a process that may have looked
+    at a GPU must not be forked, there each starts anew.
+
     Args:
         workers: Processes at a time; by default one a GPU, or one a CPU core.
         gpus: Names for ``CUDA_VISIBLE_DEVICES``; ``None`` asks ``nvidia-smi``.
+        work: What a process does with (arguments, log file, environment).
     """
 
-    def __init__(self, workers: int | None = None, gpus: list[str] | None = None) -> None:
+    def __init__(
+        self, workers: int | None = None, gpus: list[str] | None = None, work: Callable[..., None] = run_worker
+    ) -> None:
+        self._work = work
         self.gpus = visible_gpus() if gpus is None else gpus
+        self._context = self._start_context()
         count = workers or len(self.gpus) or len(os.sched_getaffinity(0))
         self.slots = [self.gpus[k % len(self.gpus)] + f"#{k}" if self.gpus else f"cpu#{k}" for k in range(count)]
 
-    def start(self, job: Job, slot: str) -> subprocess.Popen[bytes]:
-        """See :class:`Launcher`."""
-        command = command_of(job)
-        with (Path(job.folder) / LOG_FILE).open("ab") as log:
-            return subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=self.environment(slot), start_new_session=True
-            )
+    def start(self, job: Job, slot: str, *more: str) -> BaseProcess:
+        """See :class:`Launcher`; ``more`` are arguments of the worker."""
+        process: BaseProcess = self._context.Process(  # type: ignore[attr-defined]
+            target=self._work,
+            args=([_write_job(job), *more], str(Path(job.folder) / LOG_FILE), self.environment(slot)),
+            name=job.run_id,
+        )
+        process.start()
+        return process
 
-    def poll(self, handle: subprocess.Popen[bytes]) -> int | None:
+    def poll(self, handle: BaseProcess) -> int | None:
         """See :class:`Launcher`."""
-        return handle.poll()
+        return handle.exitcode
 
-    def stop(self, handle: subprocess.Popen[bytes]) -> None:
+    def stop(self, handle: BaseProcess) -> None:
         """See :class:`Launcher`."""
-        if handle.poll() is None:
-            os.killpg(handle.pid, signal.SIGTERM)
-            try:
-                handle.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                os.killpg(handle.pid, signal.SIGKILL)
-                handle.wait()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if handle.exitcode is None:
+                _signal_group(handle, number)
+                handle.join(timeout=20)
 
     def environment(self, slot: str) -> dict[str, str]:
-        """One GPU, or one thread."""
+        """What a worker has besides our own environment: one GPU, or one thread."""
         if self.gpus:
-            return {**os.environ, "CUDA_VISIBLE_DEVICES": slot.partition("#")[0]}
-        return {**os.environ, **dict.fromkeys(_THREADS, "1")}
+            return {"CUDA_VISIBLE_DEVICES": slot.partition("#")[0]}
+        return dict.fromkeys(_THREADS, "1")
+
+    def _start_context(self) -> multiprocessing.context.BaseContext:
+        if self.gpus or sys.platform != "linux":
+            return multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        with _environment(self.environment("")):
+            forkserver.ensure_running()
+        return context
+
+
+def _signal_group(handle: BaseProcess, number: int) -> None:
+    assert handle.pid is not None
+    try:
+        os.killpg(handle.pid, number)
+    except ProcessLookupError:  # it has no group of its own yet, or has just ended
+        os.kill(handle.pid, number)
+
+
+@contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class RayLauncher:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any, Final
 from lightning_spectral import sweep
 from lightning_spectral.records import PROGRESS_FILE
 from lightning_spectral.sweep import Job, Plan
-from lightning_spectral.sweep_launchers import LOG_FILE, Launcher, LocalLauncher, command_of
+from lightning_spectral.sweep_launchers import LOG_FILE, Launcher, LocalLauncher
 
 _POLL_S: Final = 0.5
 
@@ -115,9 +114,9 @@ def _start(launcher: Launcher, job: Job, slot: str) -> Running:
 def prepare(job: Job) -> None:
     """Build what all runs share, once; what goes wrong here shows again, with its reason, in the first run."""
     Path(job.folder).mkdir(parents=True, exist_ok=True)
-    environment = LocalLauncher(1, gpus=[]).environment("cpu#0")
-    with (Path(job.folder) / LOG_FILE).open("ab") as log:
-        subprocess.run(command_of(job, "--prepare"), stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
+    launcher = LocalLauncher(1, gpus=[])
+    process = launcher.start(job, launcher.slots[0], "--prepare")
+    process.join()
 
 
 def reason_of(job: Job, code: int) -> str:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from lightning_spectral import sweep_cost  # first: it takes the time  # isort: skip
 import sys
 import traceback
 from pathlib import Path
 
-from lightning_spectral import sweep
+from lightning_spectral import sweep, sweep_cost
 from lightning_spectral.recipe import Recipe, RecipeError
 from lightning_spectral.records import PROGRESS_FILE
 
 
 def main(argv: list[str]) -> int:
     """Run a job and record how it ended; 0 finished, 2 bad recipe, 1 failed."""
+    sweep_cost.started()
     job, recipe = sweep.load_job(Path(argv[0]))
     try:
         if argv[1:] == ["--prepare"]:

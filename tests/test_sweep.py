@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -274,24 +275,44 @@ def test_local_workers_have_one_thread_or_one_gpu(monkeypatch: pytest.MonkeyPatc
     assert sweep_launchers.visible_gpus() == []
 
 
-def test_a_local_worker_is_a_process_with_a_log(found: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        sweep_launchers, "command_of", lambda job: [sys.executable, "-c", "print('hello'); raise SystemExit(3)"]
-    )
+def say_and_end(argv: list[str], log: str, environment: dict[str, str]) -> None:
+    Path(log).write_text(f"{Path(argv[0]).name} {argv[1:]} {environment}")
+    raise SystemExit(3)
+
+
+def hang_with_a_child(argv: list[str], log: str, environment: dict[str, str]) -> None:
+    os.setsid()
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    Path(log).write_text(str(child.pid))
+    child.wait()
+
+
+@pytest.mark.parametrize("gpus", [[], ["1"]], ids=["forked", "spawned"])
+def test_a_local_worker_is_a_process_with_a_log(found: Plan, gpus: list[str]) -> None:
     job = found.jobs[0]
     Path(job.folder).mkdir(parents=True)
-    launcher = sweep_launchers.LocalLauncher(1, gpus=[])
-    handle = launcher.start(job, launcher.slots[0])
-    handle.wait(timeout=30)
+    launcher = sweep_launchers.LocalLauncher(1, gpus=gpus, work=say_and_end)
+    handle = launcher.start(job, launcher.slots[0], "--prepare")
+    handle.join(timeout=60)
     assert launcher.poll(handle) == 3
-    assert (Path(job.folder) / sweep_launchers.LOG_FILE).read_text() == "hello\n"
-    monkeypatch.setattr(
-        sweep_launchers, "command_of", lambda job: [sys.executable, "-c", "import time; time.sleep(60)"]
-    )
+    said = (Path(job.folder) / sweep_launchers.LOG_FILE).read_text()
+    assert said == f"{sweep.JOB_FILE} ['--prepare'] {launcher.environment(launcher.slots[0])}"
+
+
+def test_a_stopped_worker_takes_its_children_along(found: Plan) -> None:
+    job = found.jobs[0]
+    Path(job.folder).mkdir(parents=True)
+    launcher = sweep_launchers.LocalLauncher(1, gpus=[], work=hang_with_a_child)
     endless = launcher.start(job, launcher.slots[0])
+    log = Path(job.folder) / sweep_launchers.LOG_FILE
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert launcher.poll(endless) is None
     launcher.stop(endless)
     assert launcher.poll(endless) == -15
+    stat = Path(f"/proc/{log.read_text()}/stat")
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
 
 
 def test_ray_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:

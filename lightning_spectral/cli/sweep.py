@@ -43,7 +43,13 @@ def main(argv: list[str]) -> int:
 
     from lightning_spectral import sweep
     from lightning_spectral.recipe import RecipeError
+    from lightning_spectral.sweep_launchers import LAUNCHERS
 
+    try:
+        # before the plan is made: workers import torch meanwhile
+        launcher = None if options.dry_run else LAUNCHERS[options.launcher](options.workers)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     try:
         found = sweep.plan(
             options.recipe,
@@ -54,7 +60,7 @@ def main(argv: list[str]) -> int:
         )
     except RecipeError as error:
         raise CommandError(str(error)) from error
-    if options.dry_run:
+    if launcher is None:
         for job in found.jobs:
             print(f"{found.states[job.run_id].name:<12}{job.run_id}")
         print(f"{len(found.jobs)} runs, {len(found.to_do())} to do, in {found.out_dir}")
@@ -65,19 +71,14 @@ def main(argv: list[str]) -> int:
             f"{len(changed)} run(s) in `{found.out_dir}` finished under another recipe, first `{changed[0]}`: give "
             "another --out, or --rerun-changed to run them again."
         )
-    return _run(found, options.launcher, options.workers)
+    return _run(found, launcher)
 
 
-def _run(found, launcher_name: str, workers: int | None) -> int:  # type: ignore[no-untyped-def]
+def _run(found, launcher) -> int:  # type: ignore[no-untyped-def]
     from lightning_spectral import sweep
-    from lightning_spectral.sweep_launchers import LAUNCHERS
     from lightning_spectral.sweep_run import run_all
     from lightning_spectral.sweep_screen import Screen, cost_line
 
-    try:
-        launcher = LAUNCHERS[launcher_name](workers)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
     # a batch system asks with SIGTERM, and a background job of a shell script has SIGINT switched off
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.default_int_handler)

@@ -38,9 +38,27 @@ def test_flat_spectra_are_solved_in_fp32_and_keep_their_ranks(alpha):
         assert float(ranks.renyi_rank(fast, order)) == pytest.approx(float(ranks.renyi_rank(exact, order)), rel=3e-6)
 
 
-@pytest.mark.parametrize(("alpha", "num_rows"), [(3.0, 3 * WIDTH), (0.5, WIDTH // 2)])  # steep; null modes
-def test_what_fp32_cannot_resolve_is_solved_in_fp64_and_so_is_what_has_as_few_rows(alpha, num_rows):
-    own = sample_of(alpha, num_rows)
+@pytest.mark.parametrize("width", [WIDTH, 2 * WIDTH])
+@pytest.mark.parametrize("distinct", [20, 200])
+def test_null_modes_cost_the_soft_rank_less_than_the_products_of_the_matrix_do_to_lower_orders(distinct, width):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.relu(torch.randn(distinct, width, generator=generator)).square()
+    rows = tokens[torch.randint(0, distinct, (width + 256,), generator=generator)]
+    moments = empty_moments(1, width)
+    update_(moments, rows, [len(rows)])
+    own, solve = sample(moments), Eigensolver()
+    fast, exact = solve(own), torch.linalg.eigvalsh(own.matrix_MM).flip(-1).clamp(min=0)
+    assert solve.fp64_up_to == 0
+    for metric in (ranks.soft_rank, ranks.hard_rank):
+        assert float(metric(fast)) == pytest.approx(float(metric(exact)), rel=1e-5)
+    truth = torch.linalg.eigvalsh(torch.cov(rows.double().T, correction=0)).clamp(min=0)
+    half = [float(ranks.renyi_rank(eigs, 0.5)) for eigs in (fast, exact, truth)]
+    assert abs(half[0] / half[1] - 1) < abs(half[1] / half[2] - 1)
+
+
+def test_what_fp32_cannot_resolve_is_solved_in_fp64_and_so_is_what_has_as_few_rows():
+    num_rows = 3 * WIDTH
+    own = sample_of(3.0, num_rows)  # steep
     solve, exact = Eigensolver(), torch.linalg.eigvalsh(own.matrix_MM).flip(-1).clamp(min=0)
     assert torch.equal(solve(own), exact)
     assert solve.fp64_up_to == num_rows

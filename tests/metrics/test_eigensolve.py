@@ -57,12 +57,12 @@ def test_null_modes_cost_the_soft_rank_less_than_the_products_of_the_matrix_do_t
 
 
 def test_what_fp32_cannot_resolve_is_solved_in_fp64_and_so_is_what_has_as_few_rows():
-    num_rows = 3 * WIDTH
-    own = sample_of(3.0, num_rows)  # steep
+    num_rows = 6 * WIDTH
+    own = sample_of(5.0, num_rows, width=2 * WIDTH)  # steep
     solve, exact = Eigensolver(), torch.linalg.eigvalsh(own.matrix_MM).flip(-1).clamp(min=0)
     assert torch.equal(solve(own), exact)
     assert solve.fp64_up_to == num_rows
-    for rows_of_flat, same in ((num_rows, True), (num_rows + 3 * WIDTH, False)):
+    for rows_of_flat, same in ((num_rows, True), (num_rows + WIDTH, False)):
         flat = sample_of(0.0, rows_of_flat)
         exact = torch.linalg.eigvalsh(flat.matrix_MM).flip(-1).clamp(min=0)
         assert torch.equal(solve(flat), exact) is same
@@ -78,4 +78,4 @@ def test_a_solve_that_went_wrong_is_noticed_by_its_trace():
     own = sample_of(0.5)
     eigs = torch.linalg.eigvalsh(own.matrix_MM)
     assert eigensolve.is_accurate(eigs, own)
-    assert not eigensolve.is_accurate(eigs * (1 + 1e-4), own)
+    assert not eigensolve.is_accurate(eigs * (1 + 2e-4), own)

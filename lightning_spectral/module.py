@@ -6,7 +6,6 @@ depend only on config, architecture and seed. Nothing here knows about probes: t
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Mapping
 from importlib import import_module
@@ -20,7 +19,6 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from litgpt.config import Config
 from litgpt.model import GPT
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -28,9 +26,6 @@ from lightning_spectral.architecture import Architecture, adapt_config, build_gp
 from lightning_spectral.learning_rate import LRPlan
 
 OptimizerSpec = str | Mapping[str, Any]
-
-# Tokens. Plain bf16 products took 0.3 to 0.5 of the blocked kernel's time at 128, as long at 256 (Intel, torch 2.13).
-LONGEST_PLAIN_ATTENTION = 128
 
 
 class LitGPT(pl.LightningModule):
@@ -101,8 +96,7 @@ class LitGPT(pl.LightningModule):
     def forward(self, input_ids: Tensor) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V)."""
         assert self.model is not None, "configure_model builds the model; Trainer calls it"
-        with attention_kernel(input_ids):
-            logits: Tensor = self.model(input_ids)
+        logits: Tensor = self.model(input_ids)
         return logits
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -141,14 +135,6 @@ class LitGPT(pl.LightningModule):
         logits = self(batch[:, :length].contiguous().long())
         targets = batch[:, 1 : length + 1].contiguous().long()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-def attention_kernel(input_ids: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Plain products for short bf16 sequences on a CPU (torch's blocked kernel is slow there), else torch's choice."""
-    if torch.is_autocast_enabled("cpu") and input_ids.shape[1] <= LONGEST_PLAIN_ATTENTION:
-        kernel: contextlib.AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
-        return kernel
-    return contextlib.nullcontext()
 
 
 def optimizer_class(spec: OptimizerSpec) -> type[Optimizer]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from litgpt.config import Config
-from litgpt.model import GPT
+from litgpt.model import GPT, CausalSelfAttention
 from litgpt.pretrain import initialize_weights
 from torch import Tensor, nn
 
@@ -45,7 +45,7 @@ def test_without_changes_it_is_litgpts_own_with_litgpts_weights() -> None:
     initialize_weights(SimpleNamespace(strategy=None), expected, n_layer=4, n_embd=16)
     built = _build(Architecture())
     assert type(built) is GPT
-    assert str(built) == str(expected)
+    assert str(built).replace("CpuAttention", "CausalSelfAttention") == str(expected)
     for name, value in expected.state_dict().items():
         assert torch.equal(built.state_dict()[name], value), name
 
@@ -153,3 +153,20 @@ def test_plain_means_that_litgpt_can_load_it() -> None:
     assert not Architecture(activation="relu2").is_plain()
     assert Architecture(activation="relu2").changes() == {"activation": "relu2"}
     assert isinstance(_build(Architecture()).lm_head, nn.Linear)
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_bf16_attention_on_a_cpu_is_the_fp32_one(with_mask: bool) -> None:
+    config = Config(
+        block_size=16, n_layer=1, n_head=2, n_embd=16, padded_vocab_size=32, norm_class_name="RMSNorm", bias=False
+    )
+    attention = build_gpt(config, Architecture(), seed=0).transformer.h[0].attn
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 16, 8, generator=generator).bfloat16() for _ in range(3))
+    mask = torch.zeros(16, 16, dtype=torch.bfloat16).masked_fill_(torch.ones(16, 16).triu(1).bool(), -torch.inf)
+    attended = attention.scaled_dot_product_attention(q, k, v, mask if with_mask else None)
+    exact = CausalSelfAttention.scaled_dot_product_attention(attention, q.float(), k.float(), v.float())
+    assert attended.dtype == torch.bfloat16
+    assert torch.equal(attended, exact.bfloat16())
+    in_fp32 = attention.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    assert torch.equal(in_fp32, exact)

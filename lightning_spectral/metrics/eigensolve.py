@@ -15,8 +15,8 @@ from torch import Tensor
 from lightning_spectral.functional.sample import Sample
 
 MIN_WIDTH = 512  # below, fp64 takes milliseconds
-# Of the soft rank, by the estimate below. At this estimate it was off by 8e-6 (2,048 modes, 20 distinct rows): errors of
-# null modes are smaller than that of the largest, and half of them are negative and cut off.
+# Of the soft rank, by the estimate below. At this estimate it was off by 8e-6 (2,048 modes, 20 distinct rows): null
+# modes err less than the largest, and half of their errors are negative and cut off.
 TOLERANCE = 1e-4
 _ERROR = torch.finfo(torch.float32).eps / 8  # of an eigenvalue, over the largest; typical, not the bound
 

@@ -1,9 +1,9 @@
-"""litgpt's GPT with the few changes that the paper's experiments need; without any of them it is litgpt's own (but for
-the precision of attention on a CPU).
+"""litgpt's GPT with the few changes that the paper's experiments need; without any of them it is litgpt's own.
 
 Everything that litgpt's ``Config`` can say is said there (QK-norm, no positions, FFN width), so that such a model stays
 a plain litgpt model. Only the activation, norms without parameters and PostLN change modules, and they keep litgpt's
-names (``fc``, ``proj``, ``norm_1`` ...), so that checkpoints and probes find what they know.
+names (``fc``, ``proj``, ``norm_1`` ...), so that checkpoints and probes find what they know. Attention computes in fp32
+on a CPU, whatever the precision.
 """
 
 from __future__ import annotations

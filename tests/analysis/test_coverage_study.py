@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lightning_spectral.analysis.compare import Comparison, _over_seeds
 from lightning_spectral.analysis.fits import fit_series
 from lightning_spectral.analysis.linear import least_squares, seed_means, t_quantile, two_sided_p, welch
 from lightning_spectral.analysis.points import Point
@@ -63,6 +64,33 @@ def test_paired_slope_difference_false_positives() -> None:
     b = seed_means(*sweeps(7, seeds=3))[1]
     line = least_squares(x, (a + common) - (b + common))
     assert 0.03 <= float((two_sided_p(line.slope / line.slope_se, line.df) < 0.05).mean()) <= 0.07
+
+
+def over_seeds(x: np.ndarray, a: np.ndarray, b: np.ndarray, seeds: int) -> np.ndarray:
+    """p value of the mean over seeds of one slope difference a seed, a sweep each."""
+    widths = x.reshape(-1, seeds)[:, 0]
+    gaps = np.stack([least_squares(widths, (a - b)[:, k::seeds]).slope for k in range(seeds)])
+    return two_sided_p(gaps.mean(axis=0) / (gaps.std(axis=0, ddof=1) / np.sqrt(seeds)), seeds - 1)
+
+
+def test_over_seeds_slope_difference_false_positives() -> None:
+    """The interval over seeds is about other seeds at these widths: what seeds share (a width's own bend) is not in it."""
+    x, a = sweeps(10, seeds=3)
+    b = sweeps(11, seeds=3)[1]
+    assert 0.03 <= float((over_seeds(x, a, b, 3) < 0.05).mean()) <= 0.07
+    bent = sweeps(10, seeds=3, shared=0.3)[1]
+    assert float((over_seeds(x, bent, b, 3) < 0.05).mean()) > 0.2
+
+
+def test_over_seeds_is_what_compare_reports() -> None:
+    x, a = sweeps(10, seeds=3)
+    b = sweeps(11, seeds=3)[1]
+    tables = [
+        [Point((name,), float(np.exp(x[k])), float(np.exp(y[0, k])), seed=str(k % 3)) for k in range(len(x))]
+        for name, y in (("a", a), ("b", b))
+    ]
+    (found,) = _over_seeds(Comparison({}, "slope_difference", "a", "b"), *tables)
+    np.testing.assert_allclose(found.p, over_seeds(x, a, b, 3)[0], rtol=1e-9)
 
 
 def test_a_true_difference_is_found() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.plugins import FSDPPrecision, MixedPrecision
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Lightning's advice on loaders, workers and loggers
 ]
 SCALE = 1024.0
+SHARDING = (FSDPStrategy, ModelParallelStrategy)
 
 
 def by_hand(
@@ -85,12 +86,13 @@ class Overflows(LM):
         self.after: list[tuple[list[Tensor], list[Tensor], float]] = []
 
     def on_train_start(self) -> None:
-        if not isinstance(self.trainer.strategy, FSDPStrategy):  # before DDP averages, as an overflow would
+        if not isinstance(self.trainer.strategy, SHARDING):  # before DDP averages, as an overflow would
             list(self.parameters())[-1].register_hook(lambda grad: self.overflowed(grad.clone()))
 
     def on_after_backward(self) -> None:
-        if isinstance(self.trainer.strategy, FSDPStrategy):  # in one rank's shard
-            self.overflowed(next(p.grad for p in self.parameters() if p.grad is not None and p.grad.numel()))
+        if isinstance(self.trainer.strategy, SHARDING):  # in one rank's shard
+            grads = (local(p.grad) for p in self.parameters() if p.grad is not None)
+            self.overflowed(next(grad for grad in grads if grad.numel()))
 
     def overflowed(self, grad: Tensor) -> Tensor:
         if self.trainer.global_step == 1 and self.trainer.global_rank == self.trainer.world_size - 1:
@@ -129,7 +131,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(kind):
     check_overflow(overflow(0, 1, "single", kind))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp1"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2"])
 def test_an_overflow_on_one_rank_skips_the_step_of_all(strategy):
     for after in run_ranks(overflow, 2, strategy, "normuon", init=False):
         check_overflow(after)

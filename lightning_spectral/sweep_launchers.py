@@ -57,6 +57,7 @@ def run_worker(argv: Sequence[str], log: str, environment: Mapping[str, str]) ->
     for stream in (1, 2):
         os.dup2(file, stream)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    os.environ.clear()  # of the process that this one was forked from, which is older than the command
     os.environ.update(environment)
     # a strategy with several processes starts this command line again
     sys.argv, sys.modules["__main__"].__spec__ = [_WORKER, *argv], find_spec(_WORKER)
@@ -108,17 +109,16 @@ class LocalLauncher:
                 handle.join(timeout=20)
 
     def environment(self, slot: str) -> dict[str, str]:
-        """What a worker has besides our own environment: one GPU, or one thread."""
-        if self.gpus:
-            return {"CUDA_VISIBLE_DEVICES": slot.partition("#")[0]}
-        return dict.fromkeys(_THREADS, "1")
+        """Ours, with one GPU or one thread."""
+        limit = {"CUDA_VISIBLE_DEVICES": slot.partition("#")[0]} if self.gpus else dict.fromkeys(_THREADS, "1")
+        return {**os.environ, **limit}
 
     def _start_context(self) -> multiprocessing.context.BaseContext:
         if self.gpus or sys.platform != "linux":
             return multiprocessing.get_context("spawn")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
-        with _environment(self.environment("")):
+        with _one_thread():
             forkserver.ensure_running()
         return context
 
@@ -132,17 +132,15 @@ def _signal_group(handle: BaseProcess, number: int) -> None:
 
 
 @contextmanager
-def _environment(changes: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
+def _one_thread() -> Iterator[None]:
+    """What is started inside has one thread: a process with more must not be forked."""
+    before = dict(os.environ)
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(before)
 
 
 class RayLauncher:

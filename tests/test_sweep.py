@@ -276,7 +276,8 @@ def test_local_workers_have_one_thread_or_one_gpu(monkeypatch: pytest.MonkeyPatc
 
 
 def say_and_end(argv: list[str], log: str, environment: dict[str, str]) -> None:
-    Path(log).write_text(f"{Path(argv[0]).name} {argv[1:]} {environment}")
+    limits = {name: environment.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OF_THE_COMMAND")}
+    Path(log).write_text(f"{Path(argv[0]).name} {argv[1:]} {limits}")
     raise SystemExit(3)
 
 
@@ -288,7 +289,12 @@ def hang_with_a_child(argv: list[str], log: str, environment: dict[str, str]) ->
 
 
 @pytest.mark.parametrize("gpus", [[], ["1"]], ids=["forked", "spawned"])
-def test_a_local_worker_is_a_process_with_a_log(found: Plan, gpus: list[str]) -> None:
+def test_a_local_worker_is_a_process_with_a_log(
+    found: Plan, gpus: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OF_THE_COMMAND", "x")
     job = found.jobs[0]
     Path(job.folder).mkdir(parents=True)
     launcher = sweep_launchers.LocalLauncher(1, gpus=gpus, work=say_and_end)
@@ -296,7 +302,9 @@ def test_a_local_worker_is_a_process_with_a_log(found: Plan, gpus: list[str]) ->
     handle.join(timeout=60)
     assert launcher.poll(handle) == 3
     said = (Path(job.folder) / sweep_launchers.LOG_FILE).read_text()
-    assert said == f"{sweep.JOB_FILE} ['--prepare'] {launcher.environment(launcher.slots[0])}"
+    one_gpu, one_thread = ("1", None) if gpus else (None, "1")
+    limits = {"CUDA_VISIBLE_DEVICES": one_gpu, "OMP_NUM_THREADS": one_thread, "OF_THE_COMMAND": "x"}
+    assert said == f"{sweep.JOB_FILE} ['--prepare'] {limits}"
 
 
 def test_a_stopped_worker_takes_its_children_along(found: Plan) -> None:

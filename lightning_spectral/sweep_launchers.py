@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -50,8 +51,16 @@ def _write_job(job: Job) -> str:
     return str(write_json(Path(job.folder) / JOB_FILE, asdict(job)))
 
 
-def run_worker(argv: Sequence[str], log: str, environment: Mapping[str, str]) -> None:
-    """In a process of its own: one run of a sweep, its output in ``log``."""
+def run_worker(argv: Sequence[str]) -> int:
+    """One run of a sweep, in a process of its own; its exit code."""
+    # a strategy with several processes starts this command line again
+    sys.argv, sys.modules["__main__"].__spec__ = [_WORKER, *argv], find_spec(_WORKER)
+    from lightning_spectral import sweep_worker
+
+    return sweep_worker.main(list(argv))
+
+
+def _begin(work: Callable[[Sequence[str]], int], argv: Sequence[str], log: str, environment: Mapping[str, str]) -> None:
     os.setsid()  # stopped with all its children
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     for stream in (1, 2):
@@ -59,11 +68,16 @@ def run_worker(argv: Sequence[str], log: str, environment: Mapping[str, str]) ->
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     os.environ.clear()  # of the process that this one was forked from, which is older than the command
     os.environ.update(environment)
-    # a strategy with several processes starts this command line again
-    sys.argv, sys.modules["__main__"].__spec__ = [_WORKER, *argv], find_spec(_WORKER)
-    from lightning_spectral import sweep_worker
+    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
+    sys.exit(work(argv))
 
-    sys.exit(sweep_worker.main(list(argv)))
+
+def _end_with_the_sweep() -> None:
+    """A run that outlived its sweep would be started a second time by the next one."""
+    sweep = multiprocessing.parent_process()
+    assert sweep is not None
+    sweep.join()
+    os.killpg(os.getpgrp(), signal.SIGTERM)
 
 
 class LocalLauncher:
@@ -75,11 +89,14 @@ class LocalLauncher:
     Args:
         workers: Processes at a time; by default one a GPU, or one a CPU core.
         gpus: Names for ``CUDA_VISIBLE_DEVICES``; ``None`` asks ``nvidia-smi``.
-        work: What a process does with (arguments, log file, environment).
+        work: What a process does with its arguments; returns the exit code.
     """
 
     def __init__(
-        self, workers: int | None = None, gpus: list[str] | None = None, work: Callable[..., None] = run_worker
+        self,
+        workers: int | None = None,
+        gpus: list[str] | None = None,
+        work: Callable[[Sequence[str]], int] = run_worker,
     ) -> None:
         self._work = work
         self.gpus = visible_gpus() if gpus is None else gpus
@@ -90,8 +107,8 @@ class LocalLauncher:
     def start(self, job: Job, slot: str, *more: str) -> BaseProcess:
         """See :class:`Launcher`; ``more`` are arguments of the worker."""
         process: BaseProcess = self._context.Process(  # type: ignore[attr-defined]
-            target=self._work,
-            args=([_write_job(job), *more], str(Path(job.folder) / LOG_FILE), self.environment(slot)),
+            target=_begin,
+            args=(self._work, [_write_job(job), *more], str(Path(job.folder) / LOG_FILE), self.environment(slot)),
             name=job.run_id,
         )
         process.start()

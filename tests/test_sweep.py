@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -275,23 +276,14 @@ def test_local_workers_have_one_thread_or_one_gpu(monkeypatch: pytest.MonkeyPatc
     assert sweep_launchers.visible_gpus() == []
 
 
-def say_and_end(argv: list[str], log: str, environment: dict[str, str]) -> None:
-    limits = {name: environment.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OF_THE_COMMAND")}
-    Path(log).write_text(f"{Path(argv[0]).name} {argv[1:]} {limits}")
-    raise SystemExit(3)
-
-
-def hang_with_a_child(argv: list[str], log: str, environment: dict[str, str]) -> None:
-    os.setsid()
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    Path(log).write_text(str(child.pid))
-    child.wait()
+def say_and_end(argv: Sequence[str]) -> int:
+    print(Path(argv[0]).name, argv[1:])
+    print({name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OF_THE_COMMAND")})
+    return 3
 
 
 @pytest.mark.parametrize("gpus", [[], ["1"]], ids=["forked", "spawned"])
-def test_a_local_worker_is_a_process_with_a_log(
-    found: Plan, gpus: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_local_worker_is_a_process_with_a_log(found: Plan, gpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OF_THE_COMMAND", "x")
@@ -301,10 +293,28 @@ def test_a_local_worker_is_a_process_with_a_log(
     handle = launcher.start(job, launcher.slots[0], "--prepare")
     handle.join(timeout=60)
     assert launcher.poll(handle) == 3
-    said = (Path(job.folder) / sweep_launchers.LOG_FILE).read_text()
     one_gpu, one_thread = ("1", None) if gpus else (None, "1")
     limits = {"CUDA_VISIBLE_DEVICES": one_gpu, "OMP_NUM_THREADS": one_thread, "OF_THE_COMMAND": "x"}
-    assert said == f"{sweep.JOB_FILE} ['--prepare'] {limits}"
+    said = (Path(job.folder) / sweep_launchers.LOG_FILE).read_text()
+    assert said == f"{sweep.JOB_FILE} ['--prepare']\n{limits}\n"
+
+
+def hang_with_a_child(argv: Sequence[str]) -> int:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    print(child.pid, flush=True)
+    return child.wait()
+
+
+def pid_in(log: Path) -> int:
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text().endswith("\n")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return int(log.read_text())
+
+
+def is_running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().split()[2] != "Z"
 
 
 def test_a_stopped_worker_takes_its_children_along(found: Plan) -> None:
@@ -312,15 +322,30 @@ def test_a_stopped_worker_takes_its_children_along(found: Plan) -> None:
     Path(job.folder).mkdir(parents=True)
     launcher = sweep_launchers.LocalLauncher(1, gpus=[], work=hang_with_a_child)
     endless = launcher.start(job, launcher.slots[0])
-    log = Path(job.folder) / sweep_launchers.LOG_FILE
-    deadline = time.monotonic() + 60
-    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    child = pid_in(Path(job.folder) / sweep_launchers.LOG_FILE)
     assert launcher.poll(endless) is None
+    assert is_running(child)
     launcher.stop(endless)
     assert launcher.poll(endless) == -15
-    stat = Path(f"/proc/{log.read_text()}/stat")
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+    assert not is_running(child)
+
+
+def start_and_be_killed(job: Job) -> None:
+    launcher = sweep_launchers.LocalLauncher(1, gpus=[], work=hang_with_a_child)
+    launcher.start(job, launcher.slots[0]).join()
+
+
+def test_no_worker_outlives_its_sweep(found: Plan) -> None:
+    job = found.jobs[0]
+    Path(job.folder).mkdir(parents=True)
+    killed = multiprocessing.get_context("spawn").Process(target=start_and_be_killed, args=(job,))
+    killed.start()
+    child = pid_in(Path(job.folder) / sweep_launchers.LOG_FILE)
+    killed.kill()
+    deadline = time.monotonic() + 20
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(child)
 
 
 def test_ray_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def over_seeds(x: np.ndarray, a: np.ndarray, b: np.ndarray, seeds: int) -> np.nd
 
 
 def test_over_seeds_slope_difference_false_positives() -> None:
-    """The interval over seeds is about other seeds at these widths: what seeds share (a width's own bend) is not in it."""
+    """The interval over seeds is about other seeds at these widths: a bend that all seeds share is not in it."""
     x, a = sweeps(10, seeds=3)
     b = sweeps(11, seeds=3)[1]
     assert 0.03 <= float((over_seeds(x, a, b, 3) < 0.05).mean()) <= 0.07

@@ -229,10 +229,9 @@ class SpectralCallback(EvaluationHooks):
             conventions=self._conventions,
         )
         sites = probe.tapped.sites
-        state = "unknown before the first forward" if probe.state_mib is None else f"{probe.state_mib:.1f} MiB"
         rank_zero_info(
-            f"{type(self).__name__}: {len(sites)} sites ({sites[0].name} ... {sites[-1].name}), state in a window "
-            f"{state}, every {self._schedule.every_n_steps} steps on {', '.join(self._on)}; {_products(probe)}"
+            f"{type(self).__name__}: {len(sites)} sites ({sites[0].name} ... {sites[-1].name}), {_memory(probe)}, "
+            f"every {self._schedule.every_n_steps} steps on {', '.join(self._on)}; {_products(probe)}"
             f"{'solved in the background; ' if self._solver else ''}records in `{self.run_folder.path}`."
         )
 
@@ -374,6 +373,11 @@ class SpectralCallback(EvaluationHooks):
             self._tokens_seen = None
             return
         self._tokens_seen += ids_BT.shape[0] * (ids_BT.shape[1] - self._extra_columns) * _data_parallel_size(trainer)
+
+
+def _memory(probe: SpectralProbe) -> str:
+    state = "unknown before the first forward" if probe.state_mib is None else f"{probe.state_mib:.1f} MiB"
+    return f"state in a window {state} and up to {probe.waiting_mib:.1f} MiB of rows"
 
 
 def _products(probe: SpectralProbe) -> str:

@@ -91,6 +91,12 @@ class SpectralProbe:
             return None
         return sum(4 * self.buckets.num_groups * packed_size(width) for width in widths if width) / 2**20
 
+    @property
+    def waiting_mib(self) -> float:
+        """Rows that may wait for a product, as fp32, MiB: a model in bf16 keeps half of it."""
+        widths = sum(declared_width(site) or 0 for site in self.tapped.sites if site.router is None)
+        return 4 * self._waiting_rows * widths / 2**20
+
     def begin(self) -> OpenWindow:
         """Start a window with nothing in it; the one open before is returned, to be put back as ``window``."""
         self.taps.discard()

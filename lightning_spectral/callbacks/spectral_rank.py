@@ -48,12 +48,12 @@ class SpectralRankCallback(SpectralCallback):
         mask_fn: ``batch -> (B, T)`` mask, False at padding, where the batch's format is not understood.
         on_nonfinite: NaN or Inf activations are recorded with a status and ``warn`` once, only ``record``, or
             ``raise``.
-        memory_limit_mib: Refuse to start if the state of a window needs more.
+        memory_limit_mib: Refuse to start if the state of a window needs more; rows that wait for a product come on top
+            (the line at fit start states both).
         convention: ``default``, or ``paper`` for comparisons with the paper's numbers: an absolute epsilon in the hard
             rank.
         background: Solve windows in a thread beside training; default where a core is free, nothing monitors a
-            ``spectral`` metric and twice the state fits. For one process; records are the same, medians come a few
-            steps later.
+            ``spectral`` metric and twice the state fits. Records are the same, medians come a few steps later.
         seed: Of the positions drawn where ``keep_share < 1``.
 
     Raises:

@@ -106,6 +106,8 @@ def test_the_pace_is_taken_from_where_a_run_began_to_move(tmp_path: Path) -> Non
 
 def test_cost_adds_up_over_starts(tmp_path: Path) -> None:
     earlier = {"process": "1@2", "cpu_s": 30.0, "wall_s": 40.0}
+    sweep_cost.started()
+    time.sleep(0.02)  # they are kept to the hundredth
     first = sweep_cost.with_cost({"starts": [earlier]})
     again = sweep_cost.with_cost(first)
     assert [start["process"].split("@")[0] for start in again["starts"]] == ["1", str(os.getpid())]

@@ -65,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         report["rows"][name] = {"cpu_s": cpu, "wall_s": statistics.median(wall), "slowest_wall_s": max(wall)}
         limit = f"{LIMITS_S[name]:g}" if name in LIMITS_S else ""
         text.append(f"| {name} | {statistics.median(wall):.2f} | {max(wall):.2f} | {cpu:.2f} | {limit} |")
-    harness.write(options, "analysis", about, report, "\n".join(text))
+    how = "Seconds of one command from its start to its end; the commands take turns."
+    harness.write(options, "analysis", about, report, "\n".join(text), how)
     return 0
 
 

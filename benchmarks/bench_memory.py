@@ -18,11 +18,10 @@ import sys
 import time
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-from harness import arguments, machine, prepare, timed
+from harness import arguments, prepare, timed, write
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PHASES = ("embeddings", "gradient", "polar", "recovery")
@@ -186,23 +185,12 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(table(rows)[-1], flush=True)
-    write(options, {**about, "alpha": options.alpha}, rows)
-
-
-def write(options: argparse.Namespace, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """JSON and Markdown side by side; a quick run never overwrites a full one."""
-    about = {**about, "load_average_after": machine()["load_average"], "seed": options.seed, "rounds": options.rounds}
     found = findings(rows)
-    stem = f"memory_{options.threads}t_{options.device}{'_quick' if options.quick else ''}"
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{stem}.json").write_text(json.dumps({"about": about, "rows": rows, "findings": found}, indent=1) + "\n")
-    lines = ["# Associative memory: one Muon step from W = 0, all items tested", "", *table(rows), ""]
-    lines += ["In brackets: the share of this process's own GEMM rate, over all products of the phase.", ""]
-    lines += [f"- {name}: {value:.2f}" for name, value in found.items()]
-    lines += [f"- {name}: {value}" for name, value in about.items()]
-    (folder / f"{stem}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    text = ["# Associative memory: one Muon step from W = 0, all items tested", "", *table(rows), ""]
+    text += [f"- {name}: {value:.2f}" for name, value in found.items()]
+    how = "In brackets: the share of this process's own GEMM rate, over all products of the phase."
+    report = {"rows": rows, "findings": found}
+    write(options, f"memory_{options.threads}t", {**about, "alpha": options.alpha}, report, "\n".join(text), how)
 
 
 if __name__ == "__main__":

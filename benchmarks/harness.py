@@ -170,15 +170,22 @@ def table(timings: list[Timing], base: str) -> list[str]:
     return lines
 
 
-def write(options: argparse.Namespace, stem: str, about: dict[str, Any], report: dict[str, Any], text: str) -> None:
-    """JSON and Markdown side by side; a quick run never overwrites a full one."""
+def write(
+    options: argparse.Namespace,
+    stem: str,
+    about: dict[str, Any],
+    report: dict[str, Any],
+    text: str,
+    how: str = "Median [quartiles] of paired ratios over interleaved rounds.",
+) -> None:
+    """JSON and Markdown side by side, ``how`` to read the numbers below; a quick run never overwrites a full one."""
     stem = f"{stem}_{options.device}{'_quick' if options.quick else ''}"
     ran = {"load_average_after": os.getloadavg(), "cpu_stolen_by_host": stolen_share(about.pop("cpu_seconds"))}
     about = {**about, **ran, "seed": options.seed, "rounds": options.rounds}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{stem}.json").write_text(json.dumps({"about": about, **report}, indent=1) + "\n")
     notes = "\n".join(f"- {key}: {value}" for key, value in about.items())
-    whole = f"{text}\n\nMedian [quartiles] of paired ratios over interleaved rounds.\n\n{notes}\n"
+    whole = f"{text}\n\n{how}\n\n{notes}\n"
     (options.out / f"{stem}.md").write_text(whole)
     print(whole)
 

@@ -55,8 +55,8 @@ class Eigensolver:
 
 def is_accurate(eigs: Tensor, own: Sample) -> bool:
     """Whether the soft rank of an fp32 solve's eigenvalues, ascending, is good to :data:`TOLERANCE`."""
-    trace, square = (eigs.sum() / own.trace - 1).abs(), (eigs.square().sum() / own.frobenius_sq - 1).abs()
     floor, total = _ERROR * eigs[-1], eigs.sum()
+    trace, square = (total / own.trace - 1).abs(), (eigs.square().sum() / own.frobenius_sq - 1).abs()
     # of ln R_1 = -sum p ln p: errors of eigenvalues cancel, except in modes of rounding alone, which all add
     feels = (eigs.clamp(min=floor).div(total).log() + 1).abs() * (floor / total)
     rounding = eigs < 8 * floor

@@ -19,10 +19,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness, peers
+from lightning_spectral.functional.buckets import sort_by_group
 from lightning_spectral.functional.covariance import Moments, empty_moments, update_
 from lightning_spectral.functional.packed import packed_size, strip_views
 from lightning_spectral.functional.products import BACKENDS, calibrate
-from lightning_spectral.metrics.streaming import sort_by_group
 
 BASE = "GEMM fp32, shifted"
 BUCKETS, SHARES = 3, (0.33, 0.34, 0.33)

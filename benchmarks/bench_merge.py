@@ -22,9 +22,9 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness, peers
+from lightning_spectral.functional.buckets import sort_by_group
 from lightning_spectral.functional.covariance import Moments, empty_moments, update_
-from lightning_spectral.metrics.streaming import sort_by_group
-from lightning_spectral.metrics.sync import reduce_
+from lightning_spectral.probe.sync import reduce_
 from tests.distributed.harness import run_ranks
 
 BASE = "ours, to one owner"

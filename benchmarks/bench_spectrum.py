@@ -24,7 +24,7 @@ from lightning_spectral.functional.approximate import approximate_entropy
 from lightning_spectral.functional.covariance import covariance, empty_moments, update_
 from lightning_spectral.functional.rank import soft_rank
 from lightning_spectral.functional.sample import sample
-from lightning_spectral.metrics.measure import measure
+from lightning_spectral.probe.ranks_of import measure
 
 BASE = "torch eigvalsh fp64"
 ALPHAS, SEEDS = (0.6, 0.8, 1.0, 1.2, 1.5, 2.0), 3

@@ -6,32 +6,58 @@ Names load on first use, so that reading records or starting TensorBoard needs n
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_spectral.callbacks import FabricSpectralProbe, SpectralRankCallback, TailTokenProbe
+    from lightning_spectral.callbacks.weight_spectrum import WeightSpectrumCallback
+    from lightning_spectral.memory.module import AssociativeMemory, AssociativeMemoryDataModule
+    from lightning_spectral.optim import AdamW, Dion, Muon, NorMuon
+    from lightning_spectral.records import SpectralRecord, WeightRecord, read_spectral, read_weights
+
+__version__ = "0.1.0.dev0"
 
 _HOME_OF = {
+    "AdamW": "lightning_spectral.optim",
+    "AssociativeMemory": "lightning_spectral.memory.module",
+    "AssociativeMemoryDataModule": "lightning_spectral.memory.module",
+    "Dion": "lightning_spectral.optim",
     "FabricSpectralProbe": "lightning_spectral.callbacks",
-    "read_weights": "lightning_spectral.records",
+    "Muon": "lightning_spectral.optim",
+    "NorMuon": "lightning_spectral.optim",
+    "SpectralRankCallback": "lightning_spectral.callbacks",
+    "SpectralRecord": "lightning_spectral.records",
+    "TailTokenProbe": "lightning_spectral.callbacks",
     "WeightRecord": "lightning_spectral.records",
     "WeightSpectrumCallback": "lightning_spectral.callbacks.weight_spectrum",
-    "AssociativeMemoryDataModule": "lightning_spectral.associative_memory",
-    "AssociativeMemory": "lightning_spectral.associative_memory",
-    "NorMuon": "lightning_spectral.optim",
-    "Muon": "lightning_spectral.optim",
-    "Dion": "lightning_spectral.optim",
-    "AdamW": "lightning_spectral.optim",
-    "SpectralRankCallback": "lightning_spectral.callbacks",
-    "TailTokenProbe": "lightning_spectral.callbacks",
-    "SpectralRecord": "lightning_spectral.records",
     "read_spectral": "lightning_spectral.records",
+    "read_weights": "lightning_spectral.records",
 }
 
-__all__ = sorted(_HOME_OF)
+__all__ = [
+    "AdamW",
+    "AssociativeMemory",
+    "AssociativeMemoryDataModule",
+    "Dion",
+    "FabricSpectralProbe",
+    "Muon",
+    "NorMuon",
+    "SpectralRankCallback",
+    "SpectralRecord",
+    "TailTokenProbe",
+    "WeightRecord",
+    "WeightSpectrumCallback",
+    "__version__",
+    "read_spectral",
+    "read_weights",
+]
 
+if not TYPE_CHECKING:  # a type checker knows the names above, and must not believe in any other
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'lightning_spectral' has no attribute {name!r}")
-    return getattr(import_module(_HOME_OF[name]), name)
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME_OF:
+            raise AttributeError(f"module 'lightning_spectral' has no attribute {name!r}")
+        return getattr(import_module(_HOME_OF[name]), name)
 
 
 def __dir__() -> list[str]:

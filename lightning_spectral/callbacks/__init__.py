@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from lightning_spectral.callbacks.tail_token_probe import TailTokenProbe
     from lightning_spectral.callbacks.weight_spectrum import WeightSpectrumCallback
 
+VARIABLE = "LIGHTNING_SPECTRAL"
+"""Environment variable that names a ``probe.yaml``, whose callbacks every Trainer and Fabric then gets."""
+
 _HOME_OF = {
     "FabricSpectralProbe": "lightning_spectral.callbacks.fabric",
     "SpectralRankCallback": "lightning_spectral.callbacks.spectral_rank",

@@ -18,18 +18,20 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_spectral.callbacks import batches, sinks
-from lightning_spectral.callbacks.background import BackgroundSolver, has_free_core
+from lightning_spectral.callbacks import sinks
 from lightning_spectral.callbacks.evaluation import EvaluationHooks
-from lightning_spectral.callbacks.grouping import Grouping
-from lightning_spectral.callbacks.options import ProbeOptions
-from lightning_spectral.callbacks.probe import OpenWindow, SpectralProbe
-from lightning_spectral.callbacks.run_folder import RunFolder, open_run_folder
-from lightning_spectral.callbacks.schedule import Schedule
+from lightning_spectral.callbacks.run_folder import open_run_folder
 from lightning_spectral.callbacks.tensorboard import Pictures
-from lightning_spectral.callbacks.to_records import WindowId
-from lightning_spectral.callbacks.window import ClosedWindow, SiteResult
 from lightning_spectral.functional.products import is_full_precision
+from lightning_spectral.probe import batch_formats as batches
+from lightning_spectral.probe.background import BackgroundSolver, has_free_core
+from lightning_spectral.probe.grouping import Grouping
+from lightning_spectral.probe.options import ProbeOptions
+from lightning_spectral.probe.probe import OpenWindow, SpectralProbe
+from lightning_spectral.probe.records_of import WindowId
+from lightning_spectral.probe.run_folder import RunFolder
+from lightning_spectral.probe.schedule import Schedule
+from lightning_spectral.probe.window import ClosedWindow, SiteResult
 
 STAGES = ("train", "validation", "test", "predict")
 NONFINITE_POLICIES = ("warn", "record", "raise")

@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_spectral.callbacks import batches
-from lightning_spectral.callbacks.options import ProbeOptions
 from lightning_spectral.models.families import resolve
+from lightning_spectral.probe import batch_formats as batches
+from lightning_spectral.probe.options import ProbeOptions
 
 
 def count_stream(

@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_spectral.callbacks import batches, sinks
+from lightning_spectral.callbacks import sinks
 from lightning_spectral.callbacks.base import SpectralCallback
-from lightning_spectral.callbacks.probe import SpectralProbe
-from lightning_spectral.callbacks.run_folder import RunFolder, global_seed, new_run_id, package_versions
+from lightning_spectral.callbacks.run_folder import global_seed
 from lightning_spectral.callbacks.tail_token_probe import TailTokenProbe, is_stream
-from lightning_spectral.callbacks.to_records import WindowId
+from lightning_spectral.probe import batch_formats as batches
+from lightning_spectral.probe.probe import SpectralProbe
+from lightning_spectral.probe.records_of import WindowId
+from lightning_spectral.probe.run_folder import RunFolder, new_run_id, package_versions
 from lightning_spectral.records import RunInfo
 
 

@@ -11,7 +11,7 @@ import os
 from importlib.metadata import version
 from typing import Any
 
-VARIABLE = "LIGHTNING_SPECTRAL"
+from lightning_spectral.callbacks import VARIABLE
 
 # Older ones refuse callbacks of `lightning.pytorch` with "Expected a parent".
 _OLDEST_PYTORCH_LIGHTNING = (2, 6)

@@ -9,11 +9,8 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import re
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,9 +21,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-import lightning_spectral.callbacks as ours
+from lightning_spectral.callbacks import VARIABLE
 from lightning_spectral.callbacks.fabric import FabricSpectralProbe
-from lightning_spectral.callbacks.factory import VARIABLE
+from lightning_spectral.text import did_you_mean, import_class, one_line, read_yaml
 
 _OURS = ("SpectralRankCallback", "TailTokenProbe", "WeightSpectrumCallback")
 
@@ -39,14 +36,14 @@ def load_callbacks(path: str | Path) -> list[Callback]:
     """
     where = f"{VARIABLE}={path}"
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        content = read_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise MisconfigurationException(
-            f"{where}: cannot read that file ({_one_line(error)}); give the path of a YAML file with `callbacks:`, or "
+            f"{where}: cannot read that file ({one_line(error)}); give the path of a YAML file with `callbacks:`, or "
             "unset the variable."
         ) from error
     except yaml.YAMLError as error:
-        raise MisconfigurationException(f"{where}: not YAML: {_one_line(error)}") from error
+        raise MisconfigurationException(f"{where}: not YAML: {one_line(error)}") from error
     if not isinstance(content, dict) or set(content) != {"callbacks"} or not isinstance(content["callbacks"], list):
         keys = f"the keys {list(content)}" if isinstance(content, dict) else type(content).__name__
         raise MisconfigurationException(
@@ -122,34 +119,20 @@ def _build(spec: Any, where: str) -> Callback:
             f"{where}: must be a class name or have `class_path` and `init_args`, got {spec!r}."
         )
     path, init_args = spec["class_path"], spec.get("init_args") or {}
-    module_name, _, name = path.rpartition(".")
+    name = path.rpartition(".")[2]
     try:
-        kind = getattr(import_module(module_name) if module_name else ours, name)
-    except (ImportError, AttributeError) as error:
+        kind = import_class(path, bare_names_in="lightning_spectral.callbacks")
+    except ImportError as error:
         raise MisconfigurationException(
-            f"{where}: no class `{path}` ({_one_line(error)}); give a full class path or one of {', '.join(_OURS)}."
+            f"{where}: no class `{path}` ({error}); give a full class path or one of {', '.join(_OURS)}."
         ) from error
     if not (isinstance(kind, type) and issubclass(kind, Callback)):
         raise MisconfigurationException(f"{where}: `{path}` is no Lightning callback.")
     known = list(inspect.signature(kind).parameters)
-    for unknown in sorted(set(init_args) - set(known)):
-        close = difflib.get_close_matches(unknown, known, n=1)
-        hint = f"did you mean `{close[0]}`?" if close else f"it knows {', '.join(known)}."
+    for unknown in sorted(map(str, set(init_args) - set(known))):
+        hint = did_you_mean(unknown, known, otherwise="it knows")
         raise MisconfigurationException(f"{where}: {name} does not know `{unknown}`; {hint}")
     try:
         return kind(**init_args)
     except (TypeError, ValueError) as error:
-        raise MisconfigurationException(f"{where}: {name}: {_one_line(error)}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes ``1e-1`` for text; people mean a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+        raise MisconfigurationException(f"{where}: {name}: {one_line(error)}") from error

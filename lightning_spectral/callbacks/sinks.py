@@ -12,9 +12,9 @@ from statistics import median
 import lightning.pytorch as pl
 from lightning.fabric import Fabric
 
-from lightning_spectral.callbacks.run_folder import RunFolder
-from lightning_spectral.callbacks.to_records import WindowId, loss_records, save_eigenvalues, spectral_records
-from lightning_spectral.callbacks.window import WindowResult
+from lightning_spectral.probe.records_of import WindowId, loss_records, save_eigenvalues, spectral_records
+from lightning_spectral.probe.run_folder import RunFolder
+from lightning_spectral.probe.window import WindowResult
 from lightning_spectral.records import LossRecord, SpectralRecord
 
 FRONT_PAGE = ("hard_rank", "soft_rank")

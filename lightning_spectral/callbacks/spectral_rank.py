@@ -10,10 +10,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_spectral.callbacks.base import SpectralCallback
-from lightning_spectral.callbacks.grouping import Grouping, pooled_only
-from lightning_spectral.callbacks.options import conventions_of, probe_options
 from lightning_spectral.callbacks.tail_token_probe import TailTokenProbe
 from lightning_spectral.functional.rank import DEFAULT_RENYI_ORDERS
+from lightning_spectral.probe.grouping import Grouping, pooled_only
+from lightning_spectral.probe.options import conventions_of, probe_options
 
 
 class SpectralRankCallback(SpectralCallback):

@@ -12,9 +12,9 @@ from typing_extensions import override
 
 from lightning_spectral.callbacks.base import SpectralCallback
 from lightning_spectral.callbacks.counting import count_stream
-from lightning_spectral.callbacks.grouping import Grouping, by_frequency, by_position, load_counts
-from lightning_spectral.callbacks.options import conventions_of, probe_options
 from lightning_spectral.functional.rank import DEFAULT_RENYI_ORDERS
+from lightning_spectral.probe.grouping import Grouping, by_frequency, by_position, load_counts
+from lightning_spectral.probe.options import conventions_of, probe_options
 
 GROUP_BY = ("frequency", "position")
 

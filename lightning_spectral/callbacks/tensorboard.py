@@ -14,7 +14,7 @@ import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_spectral.callbacks.sinks import layer_name
-from lightning_spectral.callbacks.window import WindowResult
+from lightning_spectral.probe.window import WindowResult
 from lightning_spectral.records import POOLED, SpectralRecord
 
 MAX_SERIES = 4  # more lines than this in one chart cannot be told apart

@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_spectral.callbacks import sinks
-from lightning_spectral.callbacks.run_folder import RunFolder, open_run_folder
-from lightning_spectral.callbacks.schedule import Schedule
+from lightning_spectral.callbacks.run_folder import open_run_folder
 from lightning_spectral.functional.flattening import FLAT_BAND, spectrum_flattening
 from lightning_spectral.functional.matrix_spectrum import spectrum_measures
 from lightning_spectral.functional.orthogonalize import coefficient_set
+from lightning_spectral.probe.run_folder import RunFolder
+from lightning_spectral.probe.schedule import Schedule
 from lightning_spectral.records import WEIGHTS_FILE, WeightRecord, append_records, read_weights
 
 WHAT = ("weight", "gradient", "momentum", "update")

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from lightning_spectral.text import CommandError
+
 # verb -> (module with a ``main(argv) -> int``, one line of help)
 VERBS: dict[str, tuple[str, str]] = {
     "pretrain": ("lightning_spectral.cli.pretrain", "train a recipe and record its ranks"),
@@ -21,10 +23,6 @@ VERBS: dict[str, tuple[str, str]] = {
     "report": ("lightning_spectral.cli.report", "one offline HTML page of figures and tables"),
     "memory": ("lightning_spectral.cli.memory", "the associative memory: what one step stores, predicted and measured"),
 }
-
-
-class CommandError(Exception):
-    """Bad input, said in one sentence that names the thing, the value seen and the remedy; exit code 2."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

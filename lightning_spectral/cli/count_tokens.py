@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from lightning_spectral.cli import CommandError
+from lightning_spectral.text import CommandError
 
 
 def main(argv: list[str]) -> int:
@@ -29,8 +29,8 @@ def main(argv: list[str]) -> int:
         raise CommandError(f"`--out` must end in .npy, got `{arguments.out}`.")
     import numpy as np
 
-    from lightning_spectral.corpus import Corpus, find_files, state_of_the_union_files
-    from lightning_spectral.tokens import prepare_tokens
+    from lightning_spectral.data.corpus import Corpus, find_files, state_of_the_union_files
+    from lightning_spectral.data.tokens import prepare_tokens
 
     try:
         own = arguments.data == "StateOfTheUnion"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from lightning_spectral.cli import CommandError
+from lightning_spectral.text import CommandError
 
 if TYPE_CHECKING:
     from lightning_spectral.analysis.runs import Problem, RunSet

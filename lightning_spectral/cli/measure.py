@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from lightning_spectral.cli import CommandError
 from lightning_spectral.records import STATUSES, SpectralRecord
+from lightning_spectral.text import CommandError
 
 if TYPE_CHECKING:
-    from lightning_spectral.measure import Measured
+    from lightning_spectral.training.measure import Measured
 
 _BUCKETS = ("pooled", "head", "mid", "tail")
 
@@ -57,8 +57,8 @@ def main(argv: list[str]) -> int:
 
 
 def _measure(options: argparse.Namespace) -> list[Measured]:
-    from lightning_spectral.corpus import Corpus, find_files
-    from lightning_spectral.measure import measure_checkpoint
+    from lightning_spectral.data.corpus import Corpus, find_files
+    from lightning_spectral.training.measure import measure_checkpoint
 
     try:
         corpus = Corpus(find_files(options.data), options.text_column)

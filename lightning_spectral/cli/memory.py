@@ -27,7 +27,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lightning_spectral.cli import CommandError, memory_options
+from lightning_spectral.memory import options as memory_options
+from lightning_spectral.text import CommandError
 
 Row = dict[str, Any]
 
@@ -129,7 +130,7 @@ def _add_reproduce(parser: argparse.ArgumentParser) -> None:
 
 
 def _one_step(options: argparse.Namespace) -> int:
-    from lightning_spectral.cli.memory_runs import one_step_rows
+    from lightning_spectral.memory.runs import one_step_rows
 
     settings, machine = memory_options.rule_settings(options), memory_options.machine(options)
     problems = list(memory_options.problems(options))
@@ -137,7 +138,7 @@ def _one_step(options: argparse.Namespace) -> int:
 
 
 def _batch(options: argparse.Namespace) -> int:
-    from lightning_spectral.cli.memory_runs import batch_rows
+    from lightning_spectral.memory.runs import batch_rows
 
     settings, machine = memory_options.rule_settings(options), memory_options.machine(options)
     problems = list(memory_options.problems(options))
@@ -145,7 +146,7 @@ def _batch(options: argparse.Namespace) -> int:
 
 
 def _steps(options: argparse.Namespace) -> int:
-    from lightning_spectral.cli.memory_runs import step_rows
+    from lightning_spectral.memory.runs import step_rows
     from lightning_spectral.theory.dynamics import check_run
 
     settings, machine = memory_options.rule_settings(options), memory_options.machine(options)
@@ -157,7 +158,7 @@ def _steps(options: argparse.Namespace) -> int:
 
 
 def _theory(options: argparse.Namespace) -> int:
-    from lightning_spectral.cli.memory_runs import theory_rows
+    from lightning_spectral.memory.runs import theory_rows
     from lightning_spectral.theory.problem import require_integer
 
     require_integer("steps", options.steps, 0, "leave it out to predict one step only")
@@ -168,7 +169,7 @@ def _theory(options: argparse.Namespace) -> int:
 
 
 def _newton_schulz(options: argparse.Namespace) -> int:
-    from lightning_spectral.cli.memory_runs import newton_schulz_rows
+    from lightning_spectral.memory.runs import newton_schulz_rows
     from lightning_spectral.theory.rules import RuleSettings
 
     machine = memory_options.machine(options)
@@ -184,8 +185,8 @@ def _newton_schulz(options: argparse.Namespace) -> int:
 
 
 def _flattening(options: argparse.Namespace) -> int:
-    from lightning_spectral.cli.memory_flattening import checkpoint_rows, table
-    from lightning_spectral.cli.memory_output import write_rows
+    from lightning_spectral.memory.flattening import checkpoint_rows, table
+    from lightning_spectral.memory.output import write_rows
 
     rows = list(checkpoint_rows(options.checkpoint, options.coefficients, options.ns_steps))
     print("\n".join(table(rows)))
@@ -195,7 +196,7 @@ def _flattening(options: argparse.Namespace) -> int:
 
 def _reproduce(options: argparse.Namespace) -> int:
     begun = time.perf_counter()  # imports count
-    from lightning_spectral.cli.memory_reproduce import parse_budget, reproduce_rows
+    from lightning_spectral.memory.reproduce import parse_budget, reproduce_rows
 
     seconds = parse_budget(options.budget)
     machine = memory_options.machine(options)
@@ -204,7 +205,7 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 
 def _write(options: argparse.Namespace, rows: Iterator[Row], verdicts: bool = False) -> int:
-    from lightning_spectral.cli.memory_output import write_outputs
+    from lightning_spectral.memory.output import write_outputs
 
     return write_outputs(options.out, rows, figures=not options.no_figures, verdicts=verdicts, say=print)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lightning_spectral import records
-from lightning_spectral.cli import CommandError
+from lightning_spectral.text import CommandError
 
 _HELP = """\
 usage: lightning-spectral pretrain --config RECIPE [--any.key value ...]
@@ -41,14 +41,14 @@ _CHATTER = ("Tip:", "`weights_only` was not set", "TPU available", "Restored all
 
 def main(argv: list[str]) -> int:
     """Run the verb; 0 done, 2 bad input, 143 stopped by SIGTERM."""
-    from lightning_spectral import recipe as recipes
+    from lightning_spectral.training.document import RecipeError, names
 
     if not argv or argv[0] in ("-h", "--help"):
-        print(_HELP.format(names=", ".join(recipes.names())))
+        print(_HELP.format(names=", ".join(names())))
         return 0 if argv else 2
     config, show, words = _split(argv)
     if show == "--help_keys":
-        from lightning_spectral.recipe_schema import parser
+        from lightning_spectral.training.schema import parser
 
         parser().print_help()
         return 0
@@ -58,14 +58,16 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _quieten()
     try:
-        recipe = recipes.load(config, words)
+        from lightning_spectral.training.recipe import load
+
+        recipe = load(config, words)
         if show == "--print_recipe":
             print(recipe.text(), end="")
             return 0
-        from lightning_spectral.pretrain import is_first_rank, pretrain
+        from lightning_spectral.training.pretrain import is_first_rank, pretrain
 
         outcome = pretrain(recipe)
-    except recipes.RecipeError as error:
+    except RecipeError as error:
         raise CommandError(str(error)) from error
     except SystemExit as error:
         if type(error).__name__ != "SIGTERMException":

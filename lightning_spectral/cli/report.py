@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from lightning_spectral.cli import CommandError, inputs
+from lightning_spectral.cli import inputs
+from lightning_spectral.text import CommandError
 
 
 def main(argv: list[str]) -> int:
@@ -30,8 +31,8 @@ def main(argv: list[str]) -> int:
     if options.by or any(path.endswith(".csv") for path in options.inputs):
         raise CommandError("a report needs run folders, grouped as it groups them; for tables use `fit` and `compare`.")
 
-    from lightning_spectral.analysis.report import write_report
-    from lightning_spectral.analysis.scene import Scene
+    from lightning_spectral.report.page import write_report
+    from lightning_spectral.report.scene import Scene
 
     scene: Scene = inputs.guarded(lambda: make_scene(options))
     command = shlex.join(["lightning-spectral", "report", *argv])
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
     for warning in written.warnings:
         print(f"WARNING {warning}")
     if options.to_tensorboard:
-        from lightning_spectral.analysis.to_tensorboard import write_events
+        from lightning_spectral.report.to_tensorboard import write_events
 
         print(f"wrote {write_events(scene.trajectories, options.to_tensorboard)} TensorBoard series")
     print(
@@ -52,9 +53,9 @@ def main(argv: list[str]) -> int:
 def make_scene(options: argparse.Namespace):  # type: ignore[no-untyped-def]  # a lazily imported class
     """Read the runs and compute everything that the figures show."""
     from lightning_spectral.analysis.matched import compare_matched, matched_pairs
-    from lightning_spectral.analysis.scene import Scene
     from lightning_spectral.analysis.study import comparisons_of
     from lightning_spectral.analysis.trajectory import SMOOTHING_WINDOWS, beta_trajectories
+    from lightning_spectral.report.scene import Scene
 
     fitted, runs = inputs.fit_runs(options, None)
     if not runs.runs:

@@ -6,7 +6,7 @@ import argparse
 import signal
 import sys
 
-from lightning_spectral.cli import CommandError
+from lightning_spectral.text import CommandError
 
 _EPILOG = """\
 other options are recipe keys for every run, as for `pretrain`: --train.max_steps 50
@@ -41,9 +41,9 @@ def main(argv: list[str]) -> int:
     if options.workers is not None and options.workers < 1:
         raise CommandError(f"--workers must be >= 1, got {options.workers}.")
 
-    from lightning_spectral import sweep
-    from lightning_spectral.recipe import RecipeError
-    from lightning_spectral.sweep_launchers import LAUNCHERS
+    from lightning_spectral.sweep import plan as sweep
+    from lightning_spectral.sweep.launchers import LAUNCHERS
+    from lightning_spectral.training.recipe import RecipeError
 
     try:
         # before the plan is made: workers import torch meanwhile
@@ -75,9 +75,9 @@ def main(argv: list[str]) -> int:
 
 
 def _run(found, launcher) -> int:  # type: ignore[no-untyped-def]
-    from lightning_spectral import sweep
-    from lightning_spectral.sweep_run import run_all
-    from lightning_spectral.sweep_screen import Screen, cost_line
+    from lightning_spectral.sweep import plan as sweep
+    from lightning_spectral.sweep.run import run_all
+    from lightning_spectral.sweep.screen import Screen, cost_line
 
     # a batch system asks with SIGTERM, and a background job of a shell script has SIGINT switched off
     for name in (signal.SIGTERM, signal.SIGINT):

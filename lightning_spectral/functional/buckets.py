@@ -91,3 +91,19 @@ def target_ids(ids_BT: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     targets_BT = torch.full_like(ids_BT, EXCLUDED)
     targets_BT[:, :-1] = ids_BT[:, 1:]
     return targets_BT
+
+
+def sort_by_group(groups_N: Int[Tensor, " N"], num_groups: int) -> tuple[list[int], Tensor | None]:
+    """Size of each group, and the rows' indices in the order of their groups; a negative group is left out.
+
+    The order is ``None`` where all rows are in one group: they need no sorting.
+
+    Raises:
+        ValueError: If a group is not below ``num_groups``.
+    """
+    left_out, *sizes = torch.bincount(groups_N.clamp(min=-1) + 1, minlength=num_groups + 1).tolist()
+    if len(sizes) > num_groups:
+        raise ValueError(f"Groups must be in [0, {num_groups}), got a largest group {len(sizes) - 1}.")
+    if len(groups_N) in sizes:
+        return sizes, None
+    return sizes, torch.argsort(groups_N, stable=True)[left_out:]

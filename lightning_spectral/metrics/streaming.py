@@ -13,8 +13,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_spectral.functional import rank as ranks
+from lightning_spectral.functional.buckets import sort_by_group
 from lightning_spectral.functional.covariance import Moments, covariance, empty_moments, pool, update_
-from lightning_spectral.metrics.sync import reduce_
+from lightning_spectral.probe.sync import reduce_
 
 _STATES = ("shift_D", "count_G", "sum_GD", "scatter_GP", "cubic_GD", "quartic_G")
 
@@ -89,19 +90,3 @@ class SpectralRank(StreamingCovariance):
         """
         eigs = ranks.spectrum(covariance(pool(self.moments)))
         return {name: metric(eigs) for name, metric in ranks.RANK_METRICS.items()}
-
-
-def sort_by_group(groups_N: Int[Tensor, " N"], num_groups: int) -> tuple[list[int], Tensor | None]:
-    """Size of each group, and the rows' indices in the order of their groups; a negative group is left out.
-
-    The order is ``None`` where all rows are in one group: they need no sorting.
-
-    Raises:
-        ValueError: If a group is not below ``num_groups``.
-    """
-    left_out, *sizes = torch.bincount(groups_N.clamp(min=-1) + 1, minlength=num_groups + 1).tolist()
-    if len(sizes) > num_groups:
-        raise ValueError(f"Groups must be in [0, {num_groups}), got a largest group {len(sizes) - 1}.")
-    if len(groups_N) in sizes:
-        return sizes, None
-    return sizes, torch.argsort(groups_N, stable=True)[left_out:]

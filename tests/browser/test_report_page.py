@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_spectral.analysis.figures import FIGURES
 from lightning_spectral.cli import main
-from tests.analysis.test_report import rows_of, write_whole_study
+from lightning_spectral.report.figures import FIGURES
+from tests.report.test_page import rows_of, write_whole_study
 
 pytestmark = pytest.mark.browser
 

@@ -8,7 +8,7 @@ import torch
 from lightning_spectral.callbacks import SpectralRankCallback, TailTokenProbe
 from lightning_spectral.functional.approximate import MIN_WIDTH
 from lightning_spectral.functional.covariance import empty_moments, update_
-from lightning_spectral.metrics.measure import measure
+from lightning_spectral.probe.ranks_of import measure
 from lightning_spectral.records import read_spectral
 from tests.callbacks.tiny import LENGTH, Module, counts, loader, trainer
 

@@ -14,9 +14,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_spectral.callbacks import SpectralRankCallback, TailTokenProbe
-from lightning_spectral.callbacks.background import BackgroundSolver
-from lightning_spectral.callbacks.window import ClosedWindow
 from lightning_spectral.functional.packed import packed_size
+from lightning_spectral.probe.background import BackgroundSolver
+from lightning_spectral.probe.window import ClosedWindow
 from lightning_spectral.records import read_spectral
 from tests.callbacks.tiny import Module, counts, loader, trainer
 

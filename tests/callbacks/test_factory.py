@@ -200,7 +200,7 @@ def test_two_schedules_share_a_folder_in_fabric(tmp_path, monkeypatch):
         ),
         (
             "callbacks: [{class_path: SpectralRankCallback, init_args: {keep_share: 2e+0}}]",
-            r"must be in \(0, 1\], got 2.0",
+            r"must be in \(0, 1\], got 2\.",
         ),
         ("callbacks: [{class_path: TailTokenProbe, init_args: {counts: none.npy}}]", "no file `none.npy`"),
     ],

@@ -10,8 +10,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_spectral import SpectralRankCallback, TailTokenProbe, read_spectral
-from lightning_spectral.callbacks.schedule import Schedule
 from lightning_spectral.callbacks.tensorboard import MAX_SERIES, layout
+from lightning_spectral.probe.schedule import Schedule
 from tests.callbacks import tiny
 
 

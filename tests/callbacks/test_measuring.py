@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralRankCallback, TailTokenProbe, read_spectral
-from lightning_spectral.callbacks.probe import SpectralProbe
 from lightning_spectral.functional.buckets import frequency_buckets
+from lightning_spectral.probe.probe import SpectralProbe
 from lightning_spectral.records import read_losses, read_run
 from tests.callbacks import tiny
 from tests.models import tiny as models

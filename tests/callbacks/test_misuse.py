@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralRankCallback, TailTokenProbe, read_spectral
-from lightning_spectral.callbacks.grouping import check_vocabulary
+from lightning_spectral.probe.grouping import check_vocabulary
 from tests.callbacks import tiny
 
 

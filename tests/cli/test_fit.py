@@ -125,7 +125,7 @@ def test_neither_torch_nor_lightning_is_imported(tmp_path: Path) -> None:
         "for name in ('torch', 'lightning', 'torchmetrics', 'litgpt'): sys.modules[name] = None\n"
         "from lightning_spectral.cli import main\n"
         f"runs, out = {str(tmp_path / 'runs')!r}, {str(tmp_path / 'out')!r}\n"
-        "import lightning_spectral.analysis.report\n"
+        "import lightning_spectral.report.page\n"
         "sys.exit(main(['fit', runs, '--out', out]) or main(['compare', runs, '--out', out]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

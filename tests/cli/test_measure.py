@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from lightning_spectral import cli, read_spectral
-from lightning_spectral.checkpoints import checkpoint_path
-from lightning_spectral.corpus import Corpus
-from lightning_spectral.export import load_final
-from lightning_spectral.load_checkpoint import load_checkpoint
-from lightning_spectral.measure import measure_checkpoint
-from lightning_spectral.recipe import load, run
+from lightning_spectral.data.corpus import Corpus
+from lightning_spectral.data.tokens import Encoder
+from lightning_spectral.gpt.export import load_final
 from lightning_spectral.records import read_losses, read_run
-from lightning_spectral.tokens import Encoder
+from lightning_spectral.training.checkpoints import checkpoint_path
+from lightning_spectral.training.load_checkpoint import load_checkpoint
+from lightning_spectral.training.measure import measure_checkpoint
+from lightning_spectral.training.pretrain import run
+from lightning_spectral.training.recipe import load
 from tests.callbacks.test_measuring import oracle_ranks
 from tests.tiny import LIGHTNING_WARNINGS, tiny_text, tiny_tree, write_recipe
 
@@ -172,7 +173,7 @@ def broken(name: str, trained: Path, hugging_face: Path, folder: Path) -> list[s
             shutil.copy(checkpoint_path(trained, 12), ckpt)
         return [str(ckpt)]
     if name == "small vocabulary":
-        from lightning_spectral.tokens import prepare_tokens
+        from lightning_spectral.data.tokens import prepare_tokens
 
         (folder / "big.txt").write_text(tiny_text(20_000, seed=9))
         made = prepare_tokens(Corpus((folder / "big.txt",)), vocab_size=500, cache_dir=folder / "cache").folder

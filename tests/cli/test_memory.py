@@ -3,10 +3,11 @@ import json
 import numpy as np
 import pytest
 
-from lightning_spectral.analysis import memory_fit
-from lightning_spectral.analysis.memory_figures import draw_all
-from lightning_spectral.cli import main, memory_reproduce
-from lightning_spectral.cli.memory_reproduce import parse_budget
+from lightning_spectral.cli import main
+from lightning_spectral.memory import fit as memory_fit
+from lightning_spectral.memory import reproduce as memory_reproduce
+from lightning_spectral.memory.figures import draw_all
+from lightning_spectral.memory.reproduce import parse_budget
 from lightning_spectral.theory.rules import steps_for_capacity
 
 SMALL = ["--n-items", "400", "--seeds", "2", "--device", "cpu"]

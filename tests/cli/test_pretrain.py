@@ -135,7 +135,7 @@ def test_count_tokens_counts_what_pretrain_counts(tmp_path: Path, capsys: pytest
     assert counts.dtype == np.int64
     assert counts.shape == (300,)
     assert f"300 ids, {(counts > 0).sum()} seen, {counts.sum():,} tokens" in capsys.readouterr().out
-    from lightning_spectral.data import TextFiles
+    from lightning_spectral.data.modules import TextFiles
 
     data = TextFiles(str(text), vocab_size=300, cache_dir=tmp_path / "cache")
     assert np.array_equal(data.token_counts, counts)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_spectral.analysis import report
-from lightning_spectral.analysis.figures import FIGURES
 from lightning_spectral.cli import main
+from lightning_spectral.report import page as report
+from lightning_spectral.report.figures import FIGURES
 from tests.analysis.synthetic import write_study
 
 

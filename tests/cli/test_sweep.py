@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lightning_spectral.cli import main
-from tests.test_sweep import BLOCK, RECIPE
+from tests.sweep.test_plan import BLOCK, RECIPE
 
 
 @pytest.fixture

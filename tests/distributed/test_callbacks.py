@@ -167,9 +167,9 @@ def measure_same_data(rank: int, world_size: int, path: str, strategy: object, m
 
 
 def uneven(rank: int, world_size: int, path: str) -> None:
-    from lightning_spectral.callbacks.grouping import by_frequency
-    from lightning_spectral.callbacks.options import ProbeOptions
-    from lightning_spectral.callbacks.probe import SpectralProbe
+    from lightning_spectral.probe.grouping import by_frequency
+    from lightning_spectral.probe.options import ProbeOptions
+    from lightning_spectral.probe.probe import SpectralProbe
 
     grouping = by_frequency(tiny.counts(), head_share=0.33, mid_share=0.67, attribute_to="input")
     probe = SpectralProbe(tiny.Module().gpt, grouping, ProbeOptions())

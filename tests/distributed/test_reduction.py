@@ -5,12 +5,12 @@ import threading
 import pytest
 import torch
 
+from lightning_spectral.functional.buckets import sort_by_group
 from lightning_spectral.functional.covariance import covariance, empty_moments, update_
 from lightning_spectral.functional.sample import sample
 from lightning_spectral.metrics import SpectralRank
-from lightning_spectral.metrics.measure import measure
-from lightning_spectral.metrics.streaming import sort_by_group
-from lightning_spectral.metrics.sync import reduce_
+from lightning_spectral.probe.ranks_of import measure
+from lightning_spectral.probe.sync import reduce_
 from tests.distributed.harness import run_ranks
 
 pytestmark = pytest.mark.distributed

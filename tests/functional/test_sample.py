@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lightning_spectral.functional.covariance import empty_moments, take_groups, update_
 from lightning_spectral.functional.sample import gram, sample
-from lightning_spectral.metrics.measure import measure
+from lightning_spectral.probe.ranks_of import measure
 
 WIDTH = 40
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_spectral.functional.buckets import sort_by_group
 from lightning_spectral.functional.covariance import empty_moments, update_
 from lightning_spectral.metrics import SpectralRank, StreamingCovariance
-from lightning_spectral.metrics.losses import BucketLosses
-from lightning_spectral.metrics.measure import measure
-from lightning_spectral.metrics.streaming import sort_by_group
+from lightning_spectral.probe.losses import BucketLosses
+from lightning_spectral.probe.ranks_of import measure
 
 
 def test_covariance_by_group_in_any_batches():

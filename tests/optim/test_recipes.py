@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lightning_spectral.module import build_optimizer
+from lightning_spectral.gpt.module import build_optimizer
 from lightning_spectral.optim import SpectralOptimizer
-from lightning_spectral.pretrain import pretrain
-from lightning_spectral.recipe import RecipeError, load
+from lightning_spectral.training.pretrain import pretrain
+from lightning_spectral.training.recipe import RecipeError, load
 from tests.optim.models import TinyLM
 
 RECIPES = {

@@ -1,0 +1,18 @@
+"""Text -> tokenizer, counts, blocks in a fixed order; the data modules load on first use (they need litgpt)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_spectral.data.modules import StateOfTheUnion, TextBlocks, TextFiles
+
+__all__ = ["StateOfTheUnion", "TextBlocks", "TextFiles"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'lightning_spectral.data' has no attribute {name!r}")
+    from lightning_spectral.data import modules
+
+    return getattr(modules, name)

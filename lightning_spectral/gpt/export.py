@@ -1,0 +1,80 @@
+"""The finished model in litgpt's format: ``lit_model.pth``, ``model_config.yaml``, tokenizer and recipe in a folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from litgpt.config import Config
+from litgpt.data import DataModule
+from litgpt.model import GPT
+
+from lightning_spectral.data.modules import TextBlocks
+from lightning_spectral.data.tokens import TOKENIZER_FILES
+from lightning_spectral.gpt.architecture import Architecture, adapt_config, build_gpt
+from lightning_spectral.gpt.module import LitGPT, load_weights
+
+
+def save_final(
+    trainer: pl.Trainer,
+    module: LitGPT,
+    data: DataModule,
+    tokenizer_dir: Path | None,
+    folder: Path,
+    recipe: str,
+) -> None:
+    """Write a folder that litgpt loads (``LLM.load(folder)``); every rank must call it.
+
+    A model that litgpt cannot build (ReLU^2, norms without parameters, PostLN) gets an ``architecture`` block in
+    ``model_config.yaml``: litgpt then refuses the folder instead of computing something else; :func:`load_final` reads
+    both.
+    """
+    weights = full_weights(module)
+    if not trainer.is_global_zero:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "lit_model.pth.partial"
+    torch.save(weights, partial)
+    config: dict[str, Any] = asdict(module.config)
+    if not module.architecture.is_plain():
+        config["architecture"] = asdict(module.architecture)
+    (folder / "model_config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "hyperparameters.yaml").write_text(recipe)
+    source = data.tokenizer_folder if isinstance(data, TextBlocks) else tokenizer_dir
+    for name in TOKENIZER_FILES:
+        if source is not None and (source / name).is_file():
+            shutil.copy(source / name, folder)
+    os.replace(partial, folder / "lit_model.pth")  # last: a folder with weights is a whole one
+
+
+def full_weights(module: LitGPT) -> dict[str, torch.Tensor]:
+    """The GPT's state dict on the CPU, gathered if it is sharded (a collective then)."""
+    assert module.model is not None
+    if module.device_mesh is None:
+        return {name: value.detach().cpu() for name, value in module.model.state_dict().items()}
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights: dict[str, Any] = get_model_state_dict(module.model, options=options)
+    return weights
+
+
+def load_final(folder: str | Path) -> GPT:
+    """The GPT of a ``final/`` folder, whatever its architecture.
+
+    Raises:
+        FileNotFoundError: If the folder holds no model.
+        ValueError: If weights and config do not fit.
+    """
+    folder = Path(folder)
+    content = yaml.safe_load((folder / "model_config.yaml").read_text())
+    architecture = Architecture(**content.pop("architecture", {}))
+    model = build_gpt(adapt_config(Config(**content), architecture), architecture, seed=0)
+    load_weights(model, folder / "lit_model.pth")
+    return model

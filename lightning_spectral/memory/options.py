@@ -1,0 +1,134 @@
+"""Options of ``lightning-spectral memory``: every field of a problem, a rule and a run is reachable from here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from lightning_spectral.text import CommandError
+
+if TYPE_CHECKING:
+    from lightning_spectral.theory.problem import MemoryProblem
+    from lightning_spectral.theory.rules import RuleSettings
+
+DEFAULT_RULES = ("sgd", "muon", "ns5", "newton")
+
+
+def batch_size(text: str) -> int | None:
+    """An integer, or ``population``."""
+    return None if text == "population" else int(text)
+
+
+def step_count(text: str) -> int | None:
+    """An integer, or ``auto``."""
+    return None if text == "auto" else int(text)
+
+
+def add_problem(parser: argparse.ArgumentParser, d: list[int], batches: bool = True) -> None:
+    """Options that make problems; those that take several values are combined."""
+    problem = parser.add_argument_group("problem")
+    problem.add_argument("--d", type=int, nargs="+", default=d, help=f"features of u and v (default: {d})")
+    problem.add_argument(
+        "--alpha", type=float, nargs="+", default=[1.5], help="power of the frequencies (default: 1.5)"
+    )
+    problem.add_argument("--n-items", type=int, default=30000, help="items N, the same at every d (default: 30000)")
+    problem.add_argument("--seeds", type=int, default=3, metavar="K", help="run seeds first..first+K-1 (default: 3)")
+    problem.add_argument("--first-seed", type=int, default=0, help="first seed (default: 0)")
+    problem.add_argument("--anisotropy", type=float, nargs="+", default=[0.0], help="beta of Cov(v)_kk ~ k^-beta")
+    problem.add_argument("--dtype", default="float32", help="of the large products: float32 or float64")
+    problem.add_argument("--allow-flat", action="store_true", help="accept 0 < alpha <= 1, where the law says nothing")
+    if batches:
+        problem.add_argument(
+            "--batch-size", type=batch_size, nargs="+", default=[None], metavar="B", help="items drawn, or `population`"
+        )
+
+
+def add_rules(parser: argparse.ArgumentParser, default: tuple[str, ...] = DEFAULT_RULES) -> None:
+    """Options of the rules."""
+    rules = parser.add_argument_group("rules")
+    rules.add_argument(
+        "--rules",
+        nargs="+",
+        default=list(default),
+        help="sgd, sign, muon, newton, ns, ns<steps> (default: %(default)s)",
+    )
+    rules.add_argument("--lam", type=float, default=0.0, help="muon: lambda of s / sqrt(s^2 + lambda^2) (default: 0)")
+    rules.add_argument("--lam-scale", type=float, help="muon: lambda in units of p_1 d^-alpha, instead of --lam")
+    rules.add_argument("--polar", default="newton", help="muon: polar factor by `newton` (matrix products) or `svd`")
+    rules.add_argument("--coefficients", default="muon", help="ns: name of the coefficient set (default: muon)")
+    rules.add_argument("--ns-steps", type=step_count, default=5, help="ns: steps, or `auto` (default: 5)")
+    rules.add_argument("--ns-dtype", default="float32", help="ns: float32, bfloat16 or float64")
+    rules.add_argument("--ridge", type=float, default=0.0, help="newton: ridge, in units of the mean input eigenvalue")
+
+
+def add_run(parser: argparse.ArgumentParser, out: str) -> None:
+    """Options of the machine and of the output."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    run.add_argument("--chunk-size", type=int, default=4096, help="items whose scores are held at once (default: 4096)")
+    run.add_argument("--cache-gib", type=float, default=4.0, help="draw embeddings larger than this again each pass")
+    run.add_argument(
+        "--out", default=out, metavar="DIR", help="results.jsonl, tables and figures (default: %(default)s)"
+    )
+    run.add_argument("--no-figures", action="store_true", help="write numbers only")
+
+
+def problems(options: argparse.Namespace) -> Iterator[MemoryProblem]:
+    """Every combination, seeds innermost."""
+    from lightning_spectral.theory.problem import MemoryProblem, require_integer
+
+    require_integer("seeds", options.seeds, 1, "run at least one seed")
+    require_integer("first_seed", options.first_seed, 0, "seeds are non-negative integers")
+    for alpha in options.alpha:
+        for anisotropy in options.anisotropy:
+            for d in options.d:
+                for batch in getattr(options, "batch_size", [None]):
+                    for seed in range(options.first_seed, options.first_seed + options.seeds):
+                        yield MemoryProblem(
+                            d=d,
+                            n_items=options.n_items,
+                            alpha=alpha,
+                            batch_size=batch,
+                            seed=seed,
+                            anisotropy=anisotropy,
+                            dtype=options.dtype,
+                            allow_flat=options.allow_flat,
+                        )
+
+
+def rule_settings(options: argparse.Namespace) -> RuleSettings:
+    """Settings of the rules, checked, with the rules themselves."""
+    from lightning_spectral.theory.rules import RuleSettings, parse_rule
+
+    settings = RuleSettings(
+        lam=options.lam,
+        lam_scale=options.lam_scale,
+        coefficients=options.coefficients,
+        ns_steps=options.ns_steps,
+        ns_dtype=options.ns_dtype,
+        ridge=options.ridge,
+        polar=options.polar,
+    )
+    for rule in options.rules:
+        parse_rule(rule, settings)
+    return settings
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments for the solvers."""
+    import torch
+
+    from lightning_spectral.theory.problem import require_integer
+
+    require_integer("chunk_size", options.chunk_size, 1, "it is a number of items")
+    if not options.cache_gib >= 0:
+        raise CommandError(f"`--cache-gib` must be >= 0, got {options.cache_gib}.")
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"`--device` {device} cannot be used ({str(error).splitlines()[0]}); try cpu.") from error
+    return {"device": device, "chunk_size": options.chunk_size, "cache_bytes": int(options.cache_gib * 2**30)}

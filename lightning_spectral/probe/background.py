@@ -1,0 +1,78 @@
+"""Windows solved beside training: eigensolves release the GIL, so that where a core is idle they cost the run nothing.
+
+One window at most is being solved; the next one waits for it. Results are published by the training thread, in the
+order of the windows, and are the same numbers as without a thread. Collectives never leave the training thread: with
+several ranks each solves its layers, and they exchange results only where all of them come by (the next window, a
+checkpoint, the end), however long each took.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from lightning_spectral.probe.window import SiteResult
+
+Solve = Callable[[], list[SiteResult]]
+Publish = Callable[[list[SiteResult]], dict[str, float]]
+
+
+class BackgroundSolver:
+    """At most one solve under way, and what is to be done with its result.
+
+    Args:
+        alone: Whether publishing needs no other rank.
+    """
+
+    def __init__(self, *, alone: bool = True) -> None:
+        self._alone = alone
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: tuple[Future[list[SiteResult]], Publish] | None = None
+
+    def submit(self, solve: Solve, publish: Publish) -> dict[str, float]:
+        """Start a solve; the one before is waited for and published first. Returns what that one published."""
+        published = self.drain()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spectral-solve")
+        self._pending = (self._thread.submit(solve), publish)
+        return published
+
+    def poll(self) -> dict[str, float]:
+        """Publish the window under way if it is solved; never waits, so with other ranks it does nothing."""
+        return self.drain() if self._alone and self._pending is not None and self._pending[0].done() else {}
+
+    def drain(self) -> dict[str, float]:
+        """Wait for the window under way and publish it. An error of the solve is raised here."""
+        if self._pending is None:
+            return {}
+        (future, publish), self._pending = self._pending, None
+        return publish(future.result())
+
+    def rescue(self) -> bool:
+        """After an error: drain if no other rank is needed, who may not come. Returns whether nothing was lost."""
+        if not self._alone and self._pending is not None:
+            self._pending = None
+            return False
+        self.drain()
+        return True
+
+    def close(self) -> None:
+        """Drain and end the thread."""
+        try:
+            self.drain()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+                self._thread = None
+
+
+def has_free_core(device: torch.device, num_processes: int = 1) -> bool:
+    """Whether a second set of threads of each process on this machine would find cores of its own.
+
+    On an accelerator the solve would queue behind training on the same stream: nothing is gained there.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return device.type == "cpu" and cores >= 2 * torch.get_num_threads() * num_processes

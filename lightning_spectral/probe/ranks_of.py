@@ -1,0 +1,144 @@
+"""From moments to the ranks of one group, with what the sample says about them.
+
+Uncertainty comes from shards: rows are dealt to shards by sequence, so that leaving one shard out leaves out whole
+sequences (tokens of one sequence are correlated; an interval from tokens would be far too narrow).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from lightning_spectral.functional import approximate
+from lightning_spectral.functional import rank as ranks
+from lightning_spectral.functional.covariance import Moments
+from lightning_spectral.functional.sample import Gram, Sample, sample
+from lightning_spectral.probe.eigensolve import Eigensolver
+
+UNMEASURABLE = ("empty", "nonfinite", "degenerate")
+
+
+@dataclass(frozen=True)
+class RankMeasurement:
+    """Ranks of one covariance; ``None`` where the status does not allow a number. Fields: ``SpectralRecord``."""
+
+    num_rows: int
+    width: int
+    status: str
+    soft_rank: float | None = None
+    hard_rank: float | None = None
+    hard_rank_unbiased: float | None = None
+    soft_rank_unbiased: float | None = None
+    spectral_entropy: float | None = None
+    eee: float | None = None
+    top_share: float | None = None
+    trace: float | None = None
+    renyi: dict[str, float] = field(default_factory=dict)
+    hard_rank_ci: tuple[float, float] | None = None
+    soft_rank_ci: tuple[float, float] | None = None
+    eigenvalues: Tensor | None = None
+    soft_method: str = "exact"
+
+
+def measure(
+    state: Moments | Gram,
+    groups: Sequence[int] = (0,),
+    *,
+    renyi_orders: Sequence[float] = ranks.DEFAULT_RENYI_ORDERS,
+    absolute_epsilon: float = 0.0,
+    soft: str = "exact",
+    eigensolver: Eigensolver | None = None,
+) -> RankMeasurement:
+    """Ranks of the rows of ``groups`` together; the groups are the shards that the intervals come from.
+
+    Args:
+        state: Rows of any number of groups.
+        groups: Indices of the shards to merge.
+        renyi_orders: Orders of :attr:`RankMeasurement.renyi`.
+        absolute_epsilon: The paper's compatibility option of ``hard_rank``.
+        soft: ``exact``; or ``approx``, where the matrix is wide enough for that to be faster: then everything that
+            needs the whole spectrum stays ``None``.
+        eigensolver: One for all spectra of a window; default one of its own.
+    """
+    solve = eigensolver or Eigensolver()
+    own = sample(state, groups)
+    status = _status(own)
+    if status in UNMEASURABLE:
+        return RankMeasurement(own.num_rows, own.width, status)
+    exact = soft == "exact" or len(own.matrix_MM) < approximate.MIN_WIDTH
+    eigs = solve(own) if exact else None
+    values, renyi = ({}, {}) if eigs is None else ranks.rank_values(eigs, renyi_orders)
+    soft_rank = values["soft_rank"] if exact else _approximate_soft_rank(own)
+    hard = _hard_rank(own, absolute_epsilon)
+    unbiased = ranks.unbiased_hard_rank(own.num_rows, own.trace, own.frobenius_sq, own.quartic)
+    hard_parts, soft_parts = _leave_one_out(state, groups, absolute_epsilon, solve if exact else None)
+    return RankMeasurement(
+        num_rows=own.num_rows,
+        width=own.width,
+        status=status,
+        soft_rank=soft_rank,
+        hard_rank=hard,
+        hard_rank_unbiased=None if math.isnan(unbiased) else unbiased,
+        soft_rank_unbiased=_jackknife_estimate(soft_rank, soft_parts),
+        spectral_entropy=values.get("spectral_entropy", math.log(soft_rank)),
+        eee=values.get("eee"),
+        top_share=values.get("top_share"),
+        trace=own.trace,
+        renyi=renyi,
+        hard_rank_ci=_jackknife_interval(hard, hard_parts),
+        soft_rank_ci=_jackknife_interval(soft_rank, soft_parts),
+        eigenvalues=eigs,
+        soft_method="exact" if exact else "approx",
+    )
+
+
+def _leave_one_out(
+    state: Moments | Gram, groups: Sequence[int], absolute_epsilon: float, solve: Eigensolver | None
+) -> tuple[list[float], list[float]]:
+    """Hard and soft ranks without each of the shards in turn; nothing if one shard holds all that can be measured."""
+    hard_parts: list[float] = []
+    soft_parts: list[float] = []
+    for left in groups if len(groups) > 1 else ():
+        part = sample(state, [group for group in groups if group != left])
+        if _status(part) in UNMEASURABLE:
+            return [], []
+        hard_parts.append(_hard_rank(part, absolute_epsilon))
+        soft_parts.append(float(ranks.soft_rank(solve(part))) if solve else _approximate_soft_rank(part))
+    return hard_parts, soft_parts
+
+
+def _status(own: Sample) -> str:
+    return ranks.sampling_status(own.num_rows, own.width, own.trace, own.rounding)
+
+
+def _approximate_soft_rank(own: Sample) -> float:
+    matrix_MM = own.matrix_MM.to(own.product_dtype)
+    return math.exp(approximate.approximate_entropy(matrix_MM, own.trace, own.frobenius_sq))
+
+
+def _hard_rank(own: Sample, absolute_epsilon: float) -> float:
+    if own.frobenius_sq <= 0:
+        return math.nan
+    return own.trace**2 / (own.frobenius_sq + absolute_epsilon)
+
+
+def _jackknife_estimate(value: float, parts: Sequence[float]) -> float | None:
+    """Bias-corrected value ``K * all - (K - 1) * mean of leave-one-out``; two shards: ``2 S(N) - mean S(N/2)``."""
+    if not parts:
+        return None
+    return len(parts) * value - (len(parts) - 1) * sum(parts) / len(parts)
+
+
+def _jackknife_interval(value: float, parts: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """Delete-a-shard jackknife t interval of ``ln rank``: a rank is positive and its errors are relative."""
+    if len(parts) < 2 or not all(part > 0 for part in (value, *parts)):
+        return None
+    logs = torch.tensor(parts, dtype=torch.float64).log()
+    standard_error = math.sqrt((len(parts) - 1) * float(logs.var(unbiased=False)))
+    reach = float(stats.t.ppf((1 + level) / 2, len(parts) - 1)) * standard_error
+    return value * math.exp(-reach), value * math.exp(reach)

@@ -1,0 +1,238 @@
+"""The end of a window: states of all ranks added, layers solved by their owners, results shared.
+
+A layer's owner is rank ``layer index mod world size``: the matrices travel once, to one rank, and the eigensolves are
+spread. Every rank of the group reduces and shares, whatever it has seen; solving needs no other rank, so that it may
+happen in another thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_spectral.functional.covariance import Moments, take_groups
+from lightning_spectral.functional.products import full_precision
+from lightning_spectral.functional.rank import js_divergence
+from lightning_spectral.functional.sample import Gram
+from lightning_spectral.models.families import Site
+from lightning_spectral.probe.eigensolve import Eigensolver
+from lightning_spectral.probe.options import ProbeOptions
+from lightning_spectral.probe.ranks_of import RankMeasurement, measure
+from lightning_spectral.probe.sync import reduce_
+from lightning_spectral.records import POOLED
+
+
+@dataclass(frozen=True)
+class SiteResult:
+    """One measured spectrum. Fields: ``SpectralRecord``."""
+
+    layer: int
+    module: str
+    expert: int | None
+    site: str
+    bucket: str
+    num_sequences: int
+    dtype: str
+    measurement: RankMeasurement
+    reinjection: dict[str, float] = field(default_factory=dict)
+    js_divergence: float | None = None
+
+
+@dataclass(frozen=True)
+class BucketLoss:
+    """Loss and accuracy of one bucket's predictions."""
+
+    bucket: str
+    num_rows: int
+    loss: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class WindowResult:
+    """All that one window measured; equal on all ranks.
+
+    Attributes:
+        sites: One result per layer, site and bucket.
+        losses: One per bucket, empty if not measured.
+        world_size: Ranks whose rows are in it.
+        window_s: Wall time of this rank's part of the measurement, seconds.
+    """
+
+    sites: list[SiteResult]
+    losses: list[BucketLoss]
+    world_size: int
+    window_s: float
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """How the groups of a state are laid out: bucket by bucket, ``num_shards`` groups each."""
+
+    names: tuple[str, ...]
+    num_shards: int
+
+    @property
+    def num_groups(self) -> int:
+        """Buckets x shards."""
+        return len(self.names) * self.num_shards
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """The buckets, and their merge."""
+        return self.names if POOLED in self.names else (*self.names, POOLED)
+
+    def select(self, state: Moments | Gram, bucket: str) -> tuple[Moments | Gram, list[int]]:
+        """State and group indices of the shards of one bucket; pooled shards are the merge of the buckets'."""
+        if bucket in self.names:
+            first = self.names.index(bucket) * self.num_shards
+            return state, list(range(first, first + self.num_shards))
+        members = [list(range(shard, self.num_groups, self.num_shards)) for shard in range(self.num_shards)]
+        pooled = take_groups(state, members) if isinstance(state, Moments) else state.take_groups(members)
+        return pooled, list(range(self.num_shards))
+
+
+@dataclass
+class ClosedWindow:
+    """A window that takes no more rows.
+
+    Attributes:
+        sites: In the same order on all ranks.
+        states: This rank's rows by site key; with several ranks every site has moments.
+        buckets: Layout of their groups.
+        num_sequences: Sequences that contributed rows to each reported bucket, over all ranks.
+        dtypes: Activation type by site key.
+        losses: Already of all ranks.
+        options: What to report.
+        process_group: Ranks to reduce over.
+        world_size: How many; 1 for no reduction.
+        busy_s: Time that this rank has spent on the window so far.
+    """
+
+    sites: Sequence[Site]
+    states: dict[str, Moments | Gram]
+    buckets: Buckets
+    num_sequences: Mapping[str, int]
+    dtypes: Mapping[str, str]
+    losses: list[BucketLoss]
+    options: ProbeOptions
+    process_group: dist.ProcessGroup | None
+    world_size: int
+    busy_s: float = 0.0
+
+    def reduce(self) -> None:
+        """Add the states of all ranks at each layer's owner; what a rank does not own it frees."""
+        if self.world_size == 1:
+            return
+        for owner, members in self._layers():
+            for site in members:
+                moments = self.states[site.key] if owner == self._rank else self.states.pop(site.key)
+                assert isinstance(moments, Moments)
+                reduce_(moments, owner, self.process_group)
+
+    def solve(self) -> list[SiteResult]:
+        """Results of the layers that this rank owns. No collective: may run in another thread."""
+        began = time.perf_counter()
+        owned: list[SiteResult] = []
+        eigensolver = Eigensolver()
+        with torch.inference_mode(False), torch.no_grad():
+            for owner, members in self._layers():
+                if owner == self._rank:
+                    owned += self._solve_layer(members, eigensolver)
+        self.busy_s += time.perf_counter() - began
+        return owned
+
+    def share(self, owned: list[SiteResult]) -> WindowResult:
+        """The results of all ranks on every rank."""
+        began = time.perf_counter()
+        results = owned
+        if not self.options.reduce:
+            results = _from_first_rank(owned)
+        elif self.world_size > 1:
+            shared: list[list[SiteResult] | None] = [None] * self.world_size
+            dist.all_gather_object(shared, owned, group=self.process_group)
+            results = [result for part in shared if part for result in part]
+        self.busy_s += time.perf_counter() - began
+        return WindowResult(results, self.losses, self.world_size, self.busy_s)
+
+    @property
+    def _rank(self) -> int:
+        return dist.get_rank(self.process_group) if self.world_size > 1 else 0
+
+    def _layers(self) -> list[tuple[int, list[Site]]]:
+        """The owner and the sites of each layer or expert."""
+        layers: dict[tuple[int, int | None], list[Site]] = {}
+        for site in self.sites:
+            layers.setdefault((site.layer, site.expert), []).append(site)
+        return [(index % self.world_size, members) for index, members in enumerate(layers.values())]
+
+    def _solve_layer(self, members: Sequence[Site], eigensolver: Eigensolver) -> list[SiteResult]:
+        solved = {
+            (site.site, bucket): SiteResult(
+                site.layer,
+                site.name,
+                site.expert,
+                site.site,
+                bucket,
+                self.num_sequences.get(bucket, 0),
+                self.dtypes.get(site.key, ""),
+                _measure(self.states.get(site.key), self.buckets, bucket, self.options, eigensolver),
+            )
+            for site in members
+            for bucket in self.buckets.reported
+        }
+        return [_with_reinjection(result, solved.get(("pre", result.bucket))) for result in solved.values()]
+
+
+def _from_first_rank(sites: list[SiteResult]) -> list[SiteResult]:
+    """Rank 0's own numbers on every rank: a monitor that differs between ranks would pull them apart."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return sites
+    shared: list[list[SiteResult]] = [sites]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def _measure(
+    state: Moments | Gram | None, buckets: Buckets, bucket: str, options: ProbeOptions, eigensolver: Eigensolver
+) -> RankMeasurement:
+    if state is None:  # an expert that no token chose
+        return RankMeasurement(0, 0, "empty")
+    selected, shards = buckets.select(state, bucket)
+    with full_precision((state.shift_D if isinstance(state, Moments) else state.inner_NN).device):
+        measurement = measure(
+            selected,
+            shards,
+            renyi_orders=options.renyi_orders,
+            absolute_epsilon=options.absolute_epsilon,
+            soft=options.soft,
+            eigensolver=eigensolver,
+        )
+    eigenvalues = measurement.eigenvalues
+    return replace(measurement, eigenvalues=None if eigenvalues is None else eigenvalues.cpu())
+
+
+def _with_reinjection(result: SiteResult, pre: SiteResult | None) -> SiteResult:
+    if result.site != "post" or pre is None:
+        return result
+    post_eigs, pre_eigs = result.measurement.eigenvalues, pre.measurement.eigenvalues
+    if post_eigs is None or pre_eigs is None:
+        return result
+    pre_renyi = pre.measurement.renyi
+    return replace(
+        result,
+        reinjection={order: value / pre_renyi[order] for order, value in result.measurement.renyi.items()},
+        js_divergence=_divergence(post_eigs, pre_eigs),
+    )
+
+
+def _divergence(post_eigs: Tensor, pre_eigs: Tensor) -> float | None:
+    """Defined mode by mode, so only where both sites are equally wide (not behind a fused gate and up projection)."""
+    if post_eigs.shape != pre_eigs.shape:
+        return None
+    return float(js_divergence(post_eigs.to(torch.float64), pre_eigs.to(torch.float64)))

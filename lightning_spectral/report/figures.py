@@ -1,0 +1,87 @@
+"""The table of figures: one row a figure. To add one, write a function of a :class:`Scene` and give it a row."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from lightning_spectral.report import (
+    figures_exponents,
+    figures_layers,
+    figures_scaling,
+    figures_spectrum,
+    figures_training,
+)
+from lightning_spectral.report.scene import Drawing, Scene
+from lightning_spectral.report.style import RC
+
+
+@dataclass(frozen=True)
+class FigureRow:
+    """One figure of the report.
+
+    Attributes:
+        title: Section heading.
+        draw: Makes it.
+    """
+
+    title: str
+    draw: Callable[[Scene], Drawing]
+
+
+# key (also the file name) -> figure, in the order of the page
+FIGURES: Final[dict[str, FigureRow]] = {
+    "scaling_laws": FigureRow("Scaling laws", figures_scaling.laws),
+    "betas": FigureRow("Exponents", figures_exponents.betas),
+    "decay": FigureRow("Before and after the learning-rate decay", figures_exponents.decay),
+    "bucket_grid": FigureRow("Soft and hard rank by token frequency", figures_scaling.bucket_grid),
+    "asymmetry": FigureRow("Asymmetry of soft and hard exponents", figures_exponents.asymmetry),
+    "beta_over_training": FigureRow("Exponents over training", figures_training.beta_of_t),
+    "rank_curves": FigureRow("Rank curves by width", figures_training.rank_curves),
+    "layers": FigureRow("Layers", figures_layers.layer_map),
+    "learning_rates": FigureRow("Learning-rate sensitivity", figures_exponents.learning_rates),
+    "matched_loss": FigureRow("Matched loss", figures_training.matched),
+    "bucket_losses": FigureRow("Loss by token frequency", figures_training.bucket_losses),
+    "renyi": FigureRow("Renyi ranks", figures_spectrum.renyi),
+    "phase_map": FigureRow("Phase map", figures_spectrum.phase_map),
+    "waterfall": FigureRow("Eigenspectra over training", figures_spectrum.waterfall),
+    "health": FigureRow("Health of the data", figures_spectrum.health),
+}
+
+
+def draw_all(scene: Scene) -> dict[str, Drawing]:
+    """Every row of :data:`FIGURES`."""
+    with rc_context(RC):
+        return {key: row.draw(scene) for key, row in FIGURES.items()}
+
+
+def svg_of(figure: Figure, key: str) -> str:
+    """The figure as an SVG file; the same figure gives the same bytes."""
+    buffer = io.StringIO()
+    with rc_context({**RC, "svg.hashsalt": key}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Title": key})
+    return buffer.getvalue()
+
+
+def inline(svg: str, key: str) -> str:
+    """An SVG file as a part of a page: no header, no fixed size, ids that no other figure has."""
+    text = svg[svg.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(?<= )id="', f'id="{key}-', text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", text)
+    head, rest = text.split(">", 1)
+    return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest
+
+
+def png_of(figure: Figure, dpi: int = 110) -> bytes:
+    """The figure as PNG."""
+    buffer = io.BytesIO()
+    with rc_context(RC):
+        figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()

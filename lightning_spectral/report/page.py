@@ -1,0 +1,243 @@
+"""One offline HTML page, the same figures as files, the same numbers as CSV."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+import jinja2
+import matplotlib
+import numpy
+import scipy
+from markupsafe import Markup
+
+from lightning_spectral.analysis.caveats import caveats_of, median_fits, missing_runs
+from lightning_spectral.analysis.compare import comparison_table
+from lightning_spectral.analysis.health import FLAG_TEXT
+from lightning_spectral.analysis.learning_rates import ladder_table
+from lightning_spectral.analysis.matched import matched_table
+from lightning_spectral.analysis.tidy import fit_table, points_table, write_atomic, write_csv
+from lightning_spectral.report.figures import FIGURES, draw_all, inline, png_of, svg_of
+from lightning_spectral.report.rows import (
+    comparison_headline,
+    comparison_rows,
+    fit_rows,
+    focus_name,
+    headline_name,
+    headline_rows,
+    leads_of,
+    run_summary,
+)
+from lightning_spectral.report.scene import Drawing, Scene
+from lightning_spectral.report.template import TEMPLATE
+
+REPORT: Final = "report.html"
+_SHOWN_KINDS: Final = ("slope_difference", "slope_difference_paired", "level_difference", "crossover_width")
+
+
+@dataclass(frozen=True)
+class Written:
+    """Files of one report.
+
+    Attributes:
+        page: The HTML page.
+        figures: One SVG (and PNG, if asked for) a figure.
+        tables: CSV files.
+        warnings: What the page warns of.
+    """
+
+    page: Path
+    figures: tuple[Path, ...]
+    tables: tuple[Path, ...]
+    warnings: tuple[str, ...]
+
+
+def write_report(
+    scene: Scene, folder: str | Path, *, title: str = "Spectral scaling report", command: str = "", png: bool = False
+) -> Written:
+    """Draw everything and write the page last: an old page stays whole until the new one is.
+
+    Args:
+        scene: What to show.
+        folder: Where to write ``report.html``, ``figures/`` and the CSV files.
+        title: Heading of the page.
+        command: Command line, for the provenance.
+        png: Also write PNG files.
+    """
+    folder = Path(folder)
+    drawings = draw_all(scene)
+    figures: list[Path] = []
+    pictures: dict[str, str] = {}
+    for key, drawing in drawings.items():
+        if drawing.figure is None:
+            continue
+        pictures[key] = svg_of(drawing.figure, key)
+        figures.append(write_atomic(folder / "figures" / f"{key}.svg", pictures[key].encode()))
+        if png:
+            figures.append(write_atomic(folder / "figures" / f"{key}.png", png_of(drawing.figure)))
+    tables = write_tables(scene, folder)
+    found = warnings_of(scene)
+    page = render(scene, drawings, pictures, found, title, command)
+    return Written(write_atomic(folder / REPORT, page.encode()), tuple(figures), tuple(tables), tuple(found))
+
+
+def write_tables(scene: Scene, folder: Path) -> list[Path]:
+    """Every number of the page as CSV."""
+    by = scene.fitted.table.by
+    paths = [
+        [*path.series, int(step), beta, low, high]
+        for path in scene.trajectories
+        for step, beta, low, high in zip(path.steps, path.beta, path.low, path.high, strict=True)
+    ]
+    summaries = [run_summary(run) for run in scene.runs.runs]
+    return [
+        write_csv(folder / "fits.csv", *fit_table(by, scene.fitted.fits)),
+        write_csv(folder / "points.csv", *points_table(scene.fitted.table)),
+        write_csv(folder / "comparisons.csv", *comparison_table(by, scene.comparisons)),
+        write_csv(
+            folder / "beta_over_training.csv",
+            [*(name for name in by if name != "layer"), "step", "beta", "ci_low", "ci_high"],
+            [[float(c) if isinstance(c, numpy.floating) else c for c in row] for row in paths],
+        ),
+        write_csv(folder / "learning_rates.csv", *ladder_table(scene.ladders, scene.fitted.table)),
+        write_csv(folder / "matched_loss.csv", *matched_table(scene.pairs)),
+        write_csv(folder / "runs.csv", list(summaries[0]), [list(row.values()) for row in summaries]),
+        write_csv(
+            folder / "problems.csv",
+            ["source", "kind", "refused", "message"],
+            [[p.source, p.kind, p.refused, p.message] for p in scene.fitted.problems],
+        ),
+    ]
+
+
+def warnings_of(scene: Scene) -> list[str]:
+    """What nobody may miss: bad inputs, few widths or seeds, wide intervals, duplicates, the null."""
+    out = [
+        problem.message for problem in scene.fitted.problems if problem.kind == "duplicate_values" or problem.refused
+    ]
+    quiet = [problem for problem in scene.fitted.problems if problem.kind != "duplicate_values" and not problem.refused]
+    out += [problem.message for problem in quiet[:6]]
+    if len(quiet) > 6:
+        out.append(f"{len(quiet) - 6} more problems of the inputs are listed in problems.csv.")
+    out += _missing(scene)
+    medians = median_fits(scene.fitted)
+    flags: dict[str, int] = {}
+    for fit in medians:
+        for flag in fit.status.split("+"):
+            flags[flag] = flags.get(flag, 0) + 1
+    for flag, count in flags.items():
+        if flag in FLAG_TEXT:
+            out.append(f"{flag} ({count} of {len(medians)} fits): {FLAG_TEXT[flag]}.")
+        elif flag.startswith("refused:"):
+            out.append(f"{count} of {len(medians)} fits refused: {flag.removeprefix('refused:').replace('_', ' ')}.")
+    out += caveats_of(scene.fitted, scene.runs, listed=False)
+    out += _level_warnings(scene)
+    return [*out, *_null_warnings(scene)]
+
+
+def _level_warnings(scene: Scene) -> list[str]:
+    return [
+        f"A slope is not a level: on {focus_name(scene)} the hard-rank lines of {c.a} and {c.b} cross at "
+        f"D = {c.estimate:.0f}, inside the measured widths."
+        for c in scene.compared("crossover_width", scene.focus, "hard_rank")
+        if math.isfinite(c.estimate) and not c.note
+    ][:3]
+
+
+def _null_warnings(scene: Scene) -> list[str]:
+    fits = [scene.fit(key, scene.focus, "hard_rank") for key in scene.series]
+    known = [fit for fit in fits if fit is not None and math.isfinite(fit.null_beta)]
+    if not known:
+        return []
+    null = sum(fit.null_beta for fit in known) / len(known)
+    below = [fit for fit in known if fit.ci_high < fit.null_beta]
+    text = f"The untrained network already has beta = {null:.2f} ({focus_name(scene)} hard rank)"
+    if len(below) == len(known):
+        text += "; every trained slope lies below it: training takes slope away, and optimizers differ in how much"
+    return [text + "."]
+
+
+def _missing(scene: Scene) -> list[str]:
+    return missing_runs(
+        {scene.looks[key].name: [(run.width, run.seed) for run in scene.groups[key]] for key in scene.series}
+    )
+
+
+def render(
+    scene: Scene,
+    drawings: dict[str, Drawing],
+    pictures: dict[str, str],
+    found: Sequence[str],
+    title: str,
+    command: str,
+) -> str:
+    """The page as text."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    summaries = [run_summary(run) for run in scene.runs.runs]
+    versions = {f"{name} {version}" for run in scene.runs.runs for name, version in run.info.versions.items()}
+    seeds = {run.seed for run in scene.runs.runs if run.seed}
+    steps = sorted({step for point in scene.fitted.table.points for step in point.steps})
+    return environment.from_string(TEMPLATE).render(
+        title=title,
+        subtitle=" | ".join(
+            [
+                f"{len(scene.runs.runs)} runs",
+                f"{len(scene.widths)} FFN widths, {scene.widths[0]} to {scene.widths[-1]}",
+                f"{len(seeds) or 'unknown'} seed(s)",
+                f"site: {scene.site}",
+                f"windows at steps {steps[0]} to {steps[-1]}, median per layer, then over layers",
+            ]
+        ),
+        leads=leads_of(scene),
+        warnings=found,
+        headline=headline_rows(scene),
+        headline_what=headline_name(scene),
+        reference=scene.looks[scene.series[0]].name,
+        before_step=_before_step(scene),
+        sections=[
+            {
+                "key": key,
+                "title": FIGURES[key].title,
+                "headline": drawing.headline,
+                "note": drawing.note,
+                "svg": Markup(inline(pictures[key], key)) if key in pictures else "",
+            }
+            for key, drawing in drawings.items()
+        ],
+        table_note="Over widths: Student's t on one point a width (seeds of one width averaged first). Over seeds: "
+        "one slope a seed. The range of beta with one width left out shows what hangs on a single width; that over the "
+        "layers, what the median hides. Before decay: the last windows at the full learning rate, same method.",
+        fit_names=[name for name in scene.fitted.table.by if name not in ("layer", "site")],
+        fits=fit_rows(scene),
+        focus=focus_name(scene),
+        comparison_headline=comparison_headline(scene),
+        comparisons=comparison_rows(scene),
+        command=command,
+        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        version=_version(),
+        numpy=numpy.__version__,
+        scipy=scipy.__version__,
+        matplotlib=matplotlib.__version__,
+        run_versions=", ".join(sorted(versions)) or "unknown",
+        missing=_missing(scene),
+        run_names=list(summaries[0]),
+        hash_column=list(summaries[0]).index("sha256"),
+        runs=[[str(cell) for cell in row.values()] for row in summaries],
+    )
+
+
+def _before_step(scene: Scene) -> str:
+    steps = {int(fit.before_step) for fit in scene.fitted.fits if math.isfinite(fit.before_step)}
+    return f" (step {', '.join(map(str, sorted(steps)))})" if steps else ""
+
+
+def _version() -> str:
+    try:
+        return metadata.version("lightning-spectral")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,340 @@
+"""Many runs from one recipe: axes -> runs with stable ids -> workers -> one table.
+
+A recipe says in a ``sweep:`` block what varies::
+
+    sweep:
+      axes:
+        optimizer:                                  # a name of one's own: label -> overrides of recipe keys
+          AdamW: {optimizer.init_args.lr: 3e-3}
+          Muon: {optimizer.class_path: lightning_spectral.optim.Muon, optimizer.init_args.lr: 0.02}
+        architecture.ffn_multiplier: [1, 2, 4]      # or any recipe key: values
+        seed: [0, 1, 2]
+      also:                                         # further grids, added to the first
+        - optimizer: {AdamW lr x3: {optimizer.init_args.lr: 1e-2}}
+          architecture.ffn_multiplier: [1, 4]
+          seed: [0]
+
+A run's id is made of its axis values alone, so a sweep can be stopped, changed and started again: what is finished is
+skipped, what was interrupted resumes, what failed is tried again. A run whose recipe has changed since it finished is
+refused, not silently kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from lightning_spectral.records import PROGRESS_FILE
+from lightning_spectral.training import document
+from lightning_spectral.training import recipe as recipes
+from lightning_spectral.training.recipe import Recipe, RecipeError
+
+JOB_FILE: Final = "sweep_job.json"
+STATE_FILE: Final = "sweep_state.json"
+SWEEP_FILE: Final = "sweep.json"
+MONITOR: Final = "lightning_spectral.sweep.monitor.SweepMonitor"
+_LABELLED: Final = ("SpectralRankCallback", "TailTokenProbe")
+# keys that may differ between two starts of one run
+_NOT_PART_OF_A_RUN: Final = ("out_dir", "resume", "devices", "sweep")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep.
+
+    Attributes:
+        run_id: Made from the axis values.
+        folder: The run folder.
+        source: Recipe file.
+        overrides: Dotted recipe keys and values.
+        labels: Axis values as text; the labels of ``run.json``.
+        fingerprint: Hash of recipe and overrides, without what may change between two starts.
+    """
+
+    run_id: str
+    folder: str
+    source: str
+    overrides: dict[str, Any]
+    labels: dict[str, str]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One thing that varies: (label, overrides) for each of its values."""
+
+    name: str
+    values: tuple[tuple[str, dict[str, Any]], ...]
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a run is.
+
+    Attributes:
+        name: ``new``, ``interrupted``, ``finished``, ``failed`` or ``changed`` (finished under another recipe).
+        detail: Why it failed.
+    """
+
+    name: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs of a sweep.
+
+    Attributes:
+        out_dir: Folder of the run folders.
+        jobs: In the order of the axes.
+        source: Recipe file.
+        states: State of each job, by run id.
+    """
+
+    out_dir: Path
+    jobs: tuple[Job, ...]
+    source: str
+    states: dict[str, State] = field(default_factory=dict)
+
+    def to_do(self) -> list[Job]:
+        """Jobs that still have to run."""
+        return [job for job in self.jobs if self.states[job.run_id].name in ("new", "interrupted", "failed")]
+
+
+def plan(
+    source: str | Path,
+    *,
+    axes: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    out_dir: str | Path | None = None,
+    rerun_changed: bool = False,
+) -> Plan:
+    """Expand a recipe into runs and look at what is there already.
+
+    Args:
+        source: Recipe file or shipped name.
+        axes: ``key=a,b,c``; replace an axis of the recipe of that name, or add one.
+        overrides: Command-line words for every run, as for ``pretrain``.
+        out_dir: Folder of the sweep; by default the recipe's ``out_dir``.
+        rerun_changed: Run again what finished under another recipe.
+
+    Raises:
+        RecipeError: If the recipe or an axis cannot be read, or two runs have one id.
+    """
+    file = document.find(source)
+    common = dict(document.parse_words(overrides))
+    tree = document.read_tree(file)
+    grids = read_grids(tree, file)
+    given = [parse_axis(text) for text in axes]
+    if given:
+        grids = [_with_axes(grids[0] if grids else [], given)]
+    if not grids:
+        raise RecipeError(f"`{file}` has no `sweep:` block and no --axis was given: nothing varies.")
+    base = recipes.load(file, common)
+    _check_values(file, common, grids)
+    folder = Path(out_dir) if out_dir is not None else base.out_dir
+    jobs = [
+        _job(file, tree, folder, common, base.content, zip([axis.name for axis in grid], chosen, strict=True))
+        for grid in grids
+        for chosen in itertools.product(*(axis.values for axis in grid))
+    ]
+    ids = [job.run_id for job in jobs]
+    twice = sorted({run_id for run_id in ids if ids.count(run_id) > 1})
+    if twice:
+        raise RecipeError(f"two runs of the sweep have the id `{twice[0]}`: give their axis values other labels.")
+    states = {job.run_id: state_of(job) for job in jobs}
+    if rerun_changed:
+        states = {key: State("new") if state.name == "changed" else state for key, state in states.items()}
+    return Plan(folder, tuple(jobs), str(file), states)
+
+
+def read_grids(tree: Mapping[str, Any], file: Path) -> list[list[Axis]]:
+    """Grids of a recipe's ``sweep:`` block: ``axes`` first, then each of ``also``.
+
+    Raises:
+        RecipeError: If the block is not understood.
+    """
+    block = tree.get("sweep")
+    if block is None:
+        return []
+    if not isinstance(block, dict) or not set(block) <= {"axes", "also"}:
+        raise RecipeError(
+            f"`sweep:` in `{file}` has the keys `axes` (a mapping) and `also` (a list of such), nothing else."
+        )
+    grids = [block.get("axes") or {}, *(block.get("also") or [])]
+    return [[_axis(str(name), values) for name, values in grid.items()] for grid in grids if grid]
+
+
+def parse_axis(text: str) -> Axis:
+    """``seed=0,1,2`` as an axis.
+
+    Raises:
+        RecipeError: If it is not ``key=a,b,c``.
+    """
+    name, equals, values = text.partition("=")
+    if not equals or not name or not values:
+        raise RecipeError(f"--axis `{text}`: write `key=a,b,c`, e.g. `seed=0,1,2`.")
+    return _axis(name, [document.read_value(value) for value in values.split(",")])
+
+
+def _axis(name: str, values: Any) -> Axis:
+    if isinstance(values, dict):
+        if not all(isinstance(own, dict) for own in values.values()):
+            raise RecipeError(f"axis `{name}`: each label needs a mapping of recipe keys to values.")
+        return Axis(name, tuple((str(label), {str(k): v for k, v in own.items()}) for label, own in values.items()))
+    if not isinstance(values, list) or not values:
+        raise RecipeError(f"axis `{name}` is {values!r}: give a list of values, or a mapping label -> overrides.")
+    return Axis(name, tuple((str(value), {name: value}) for value in values))
+
+
+def _with_axes(grid: list[Axis], given: list[Axis]) -> list[Axis]:
+    """Axes of a grid with those given on the command line in place of, or after, its own.
+
+    A named axis of the recipe keeps the overrides of the labels that are chosen.
+    """
+    own = {axis.name: axis for axis in grid}
+    for axis in given:
+        old = own.get(axis.name)
+        known = dict(old.values) if old is not None else {}
+        if old is not None and any(set(overrides) != {axis.name} for overrides in known.values()):
+            missing = [label for label, _ in axis.values if label not in known]
+            if missing:
+                raise RecipeError(f"axis `{axis.name}` has no `{missing[0]}`; it has {', '.join(known)}.")
+            own[axis.name] = Axis(axis.name, tuple((label, known[label]) for label, _ in axis.values))
+        else:
+            own[axis.name] = axis
+    return list(own.values())
+
+
+def _check_values(file: Path, common: dict[str, Any], grids: list[list[Axis]]) -> None:
+    """Each labelled value, and one value of each key, must make a recipe; the rest shows in the run that has it.
+
+    Checking a recipe takes most of a second, too long to do it for each of a hundred runs.
+    """
+    checked: list[Any] = []
+    for axis in (axis for grid in grids for axis in grid):
+        for _, overrides in axis.values:
+            key = axis.name if set(overrides) == {axis.name} else overrides
+            if key not in checked:
+                recipes.load(file, {**common, **overrides})
+                checked.append(key)
+
+
+def _job(
+    file: Path,
+    tree: Mapping[str, Any],
+    folder: Path,
+    common: dict[str, Any],
+    content: Mapping[str, Any],
+    values: Iterable[tuple[str, tuple[str, dict[str, Any]]]],
+) -> Job:
+    overrides, labels = dict(common), {}
+    for name, (label, own) in values:
+        overrides |= own
+        labels[name.rpartition(".")[2]] = label
+    run_id = run_id_of(labels)
+    what = {key: value for key, value in tree.items() if key not in _NOT_PART_OF_A_RUN}
+    what["overrides"] = {key: value for key, value in overrides.items() if key not in _NOT_PART_OF_A_RUN}
+    fingerprint = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+    run_folder = folder / run_id
+    overrides |= {"out_dir": str(run_folder), "resume": "auto", **_told(content, run_folder, run_id, labels)}
+    return Job(run_id, str(run_folder), str(file), overrides, labels, fingerprint)
+
+
+def _told(content: Mapping[str, Any], folder: Path, run_id: str, labels: dict[str, str]) -> dict[str, Any]:
+    """Overrides that tell the callbacks where to write and what the run is called."""
+    told: dict[str, Any] = {}
+    for place, callback in enumerate(content.get("callbacks") or []):
+        if str(callback.get("class_path")).rpartition(".")[2] in _LABELLED:
+            key = f"callbacks.{place}.init_args"
+            told |= {f"{key}.run_id": run_id, f"{key}.labels": dict(labels), f"{key}.dirpath": str(folder)}
+    if not told:
+        raise RecipeError("a sweep measures nothing without a SpectralRankCallback or TailTokenProbe in `callbacks`.")
+    return {**told, "callbacks+": {"class_path": MONITOR, "init_args": {"path": str(folder / PROGRESS_FILE)}}}
+
+
+def run_id_of(labels: Mapping[str, str]) -> str:
+    """``{"optimizer": "Dion 1/16", "seed": "0"}`` -> ``optimizer-Dion-1-16_seed-0``."""
+    parts = [f"{name}-{re.sub(r'[^A-Za-z0-9.+]+', '-', label).strip('-')}" for name, label in labels.items()]
+    return "_".join(parts)
+
+
+def state_of(job: Job) -> State:
+    """What a run folder says."""
+    folder = Path(job.folder)
+    state = read_json(folder / STATE_FILE)
+    if state.get("state") == "finished":
+        return State("finished") if state.get("fingerprint") == job.fingerprint else State("changed")
+    if state.get("state") == "failed":
+        return State("failed", str(state.get("detail", "")))
+    return State("interrupted") if folder.exists() else State("new")
+
+
+def write_state(job: Job, state: str, detail: str = "") -> None:
+    """Record how a run ended."""
+    write_json(Path(job.folder) / STATE_FILE, {"state": state, "fingerprint": job.fingerprint, "detail": detail})
+
+
+def write_summary(found: Plan, wall_s: float = 0.0) -> Path:
+    """``sweep.json``: runs, labels, states, whether all saw the same data, and what it cost.
+
+    Args:
+        found: The sweep.
+        wall_s: Wall time of this start; earlier starts' is added.
+    """
+    file = found.out_dir / SWEEP_FILE
+    runs = []
+    for job in found.jobs:
+        progress = read_json(Path(job.folder) / PROGRESS_FILE)
+        cost = {name: progress.get(name) for name in ("cpu_s", "wall_s")}
+        runs.append({**asdict(job), "state": state_of(job).name, "data": progress.get("data"), **cost})
+    content = {
+        "source": found.source,
+        "runs": runs,
+        "same_data": same_data(found),
+        "cpu_s": round(sum(run["cpu_s"] or 0.0 for run in runs), 2),
+        "wall_s": round(float(read_json(file).get("wall_s") or 0.0) + wall_s, 2),
+    }
+    return write_json(file, content)
+
+
+def same_data(found: Plan) -> dict[str, list[str]]:
+    """Digests of the training order and of the evaluation tokens over all finished runs; one each when they agree."""
+    out: dict[str, set[str]] = {"train": set(), "validation": set()}
+    for job in found.jobs:
+        data = read_json(Path(job.folder) / PROGRESS_FILE).get("data") or {}
+        if state_of(job).name == "finished":
+            for name, digests in out.items():
+                if data.get(name):
+                    digests.add(str(data[name]))
+    return {name: sorted(digests) for name, digests in out.items()}
+
+
+def load_job(path: Path) -> tuple[Job, Recipe]:
+    """A job file and its recipe, for the worker."""
+    job = Job(**json.loads(path.read_text()))
+    return job, recipes.load(job.source, job.overrides)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty if the file is missing or torn."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> Path:
+    """Write a JSON object atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    partial.replace(path)
+    return path

@@ -1,0 +1,131 @@
+"""Keep the workers busy until every run of a sweep is finished or has failed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from lightning_spectral.records import PROGRESS_FILE
+from lightning_spectral.sweep import plan as sweep
+from lightning_spectral.sweep.launchers import LOG_FILE, Launcher, LocalLauncher
+from lightning_spectral.sweep.plan import Job, Plan
+
+_POLL_S: Final = 0.5
+
+
+@dataclass
+class Running:
+    """One job in a slot.
+
+    Attributes:
+        job: The job.
+        slot: Where it runs.
+        handle: The launcher's handle.
+        started: Monotonic time of the start.
+        first_step: Step at which it went on.
+        moving: Monotonic time and step of the first progress seen: starting a process takes as long as many steps.
+    """
+
+    job: Job
+    slot: str
+    handle: Any
+    started: float
+    first_step: int
+    moving: tuple[float, int] | None = None
+
+
+@dataclass
+class Board:
+    """What the live table shows.
+
+    Attributes:
+        total: Runs of the sweep.
+        skipped: Runs that were finished before.
+        done: Runs finished now, with the seconds each took.
+        failed: Run id -> reason.
+        running: Jobs in their slots.
+        waiting: Jobs without a slot yet.
+        note: What is going on before the first run.
+    """
+
+    total: int
+    skipped: int
+    done: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    running: list[Running] = field(default_factory=list)
+    waiting: list[Job] = field(default_factory=list)
+    note: str = ""
+
+
+def run_all(found: Plan, launcher: Launcher, show: Callable[[Board], None], *, poll_s: float = _POLL_S) -> Board:
+    """Run what is to do; a failure is recorded and does not stop the rest.
+
+    ``KeyboardInterrupt`` stops the running workers (they resume at the next start) and is raised again.
+    """
+    to_do = found.to_do()
+    finished = sum(state.name == "finished" for state in found.states.values())
+    board = Board(len(found.jobs), finished, waiting=list(to_do))
+    free = list(launcher.slots)
+    started = time.monotonic()
+    for job in to_do:
+        if found.states[job.run_id].name == "new":  # perhaps again, under another recipe: that cost is not this run's
+            (Path(job.folder) / PROGRESS_FILE).unlink(missing_ok=True)
+    try:
+        if to_do:
+            board.note = "preparing tokenizer and tokens, once for all runs"
+            show(board)
+            prepare(to_do[0])
+            board.note = ""
+        while board.waiting or board.running:
+            while free and board.waiting:
+                board.running.append(_start(launcher, board.waiting.pop(0), free.pop(0)))
+            show(board)
+            time.sleep(poll_s)
+            for run in list(board.running):
+                code = launcher.poll(run.handle)
+                if code is None:
+                    continue
+                board.running.remove(run)
+                free.append(run.slot)
+                if sweep.state_of(run.job).name == "finished":
+                    board.done[run.job.run_id] = time.monotonic() - run.started
+                else:
+                    board.failed[run.job.run_id] = reason_of(run.job, code)
+    except KeyboardInterrupt:
+        for run in board.running:
+            launcher.stop(run.handle)
+        raise
+    finally:
+        sweep.write_summary(found, time.monotonic() - started if to_do else 0.0)
+    show(board)
+    return board
+
+
+def _start(launcher: Launcher, job: Job, slot: str) -> Running:
+    (Path(job.folder) / sweep.STATE_FILE).unlink(missing_ok=True)
+    before = sweep.read_json(Path(job.folder) / PROGRESS_FILE)
+    handle = launcher.start(job, slot)
+    return Running(job, slot, handle, time.monotonic(), int(before.get("step", 0)))
+
+
+def prepare(job: Job) -> None:
+    """Build what all runs share, once; what goes wrong here shows again, with its reason, in the first run."""
+    Path(job.folder).mkdir(parents=True, exist_ok=True)
+    launcher = LocalLauncher(1, gpus=[])
+    process = launcher.start(job, launcher.slots[0], "--prepare")
+    process.join()
+
+
+def reason_of(job: Job, code: int) -> str:
+    """Why a worker ended without finishing."""
+    state = sweep.state_of(job)
+    if state.name == "failed" and state.detail:
+        return state.detail
+    sweep.write_state(job, "failed", f"the worker ended with exit code {code}")
+    log = Path(job.folder) / LOG_FILE
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    last = next((line for line in reversed(lines) if line.strip()), "no output")
+    return f"the worker ended with exit code {code}: {last.strip()}"

@@ -1,0 +1,123 @@
+"""What every room says and reads alike: one-sentence errors, suggestions, classes by path, YAML, whole files.
+
+Imports the standard library only; YAML is imported when a file is read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+
+class CommandError(Exception):
+    """Bad input, said in one sentence that names the thing, the value seen and the remedy; exit code 2."""
+
+
+def one_line(message: object) -> str:
+    """A message, or an error's text, without its line breaks; an error without a text is its type."""
+    return " ".join(str(message).split()) or type(message).__name__
+
+
+def did_you_mean(wrong: object, known: Iterable[object], *, otherwise: str = "known here", prefix: str = "") -> str:
+    """``did you mean `x`?``, or what is known where nothing is close.
+
+    Args:
+        wrong: What was given; need not be a string.
+        known: What could have been given.
+        otherwise: Words before the list.
+        prefix: Put before a name that is suggested, e.g. ``train.``.
+    """
+    names = [str(name) for name in known]
+    close = difflib.get_close_matches(str(wrong), names, n=1)
+    return f"did you mean `{prefix}{close[0]}`?" if close else f"{otherwise}: {', '.join(names)}."
+
+
+def import_class(path: str, *, bare_names_in: str | None = None) -> Any:
+    """The object at a dotted path.
+
+    Args:
+        path: ``package.module.Name``.
+        bare_names_in: Module in which a name without a dot is looked up.
+
+    Raises:
+        ImportError: If there is none; one sentence, without the path.
+    """
+    module_name, _, name = path.rpartition(".")
+    module_name = module_name or bare_names_in or ""
+    if not module_name:
+        raise ImportError("a name without its module; give the full class path")
+    try:
+        return getattr(import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ImportError(one_line(error)) from error
+
+
+def read_yaml(text: str) -> Any:
+    """YAML as people mean it: ``1e-3`` is a number, ``1e6`` an integer, ``on``, ``off``, ``yes`` and ``no`` are words.
+
+    Raises:
+        yaml.YAMLError: If it is no YAML.
+    """
+    import yaml
+
+    return yaml.load(text, Loader=_yaml_loader())
+
+
+@lru_cache(maxsize=1)
+def _yaml_loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.2's booleans and numbers on PyYAML, which speaks 1.1."""
+
+    def number(loader: Loader, node: yaml.ScalarNode) -> float | int:
+        value = loader.construct_yaml_float(node)
+        return int(value) if re.fullmatch(r"[-+]?\d+[eE]\+?\d+", node.value) else value
+
+    boolean = "tag:yaml.org,2002:bool"
+    Loader.add_constructor("tag:yaml.org,2002:float", number)
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != boolean]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver(boolean, re.compile(r"(true|false|True|False|TRUE|FALSE)$"), list("tTfF"))
+    exponents = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponents, list("-+.0123456789"))
+    return Loader
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; at the end of the block it takes its place, after an error it is gone.
+
+    Readers see the old file or the new one, never a part of one, and two writers do not mix.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # mkstemp's files are private, what takes their place need not be
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all (:func:`whole_file`)."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -1,0 +1,1 @@
+"""One run: recipe documents, their schema, pretraining, checkpoints, and measuring what was trained."""

@@ -1,0 +1,176 @@
+"""A recipe as a document: where recipes lie, YAML on its base, values set at dotted keys. No key is checked here.
+
+Every key may be overridden with a dotted path; an item of a list is named by its place or, where it has a
+``class_path``, by its class: ``callbacks.TailTokenProbe.init_args.every_n_steps``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_spectral.data.corpus import READERS
+from lightning_spectral.text import one_line, read_yaml
+
+OUR_DATA = (
+    "StateOfTheUnion",
+)  # known by name; a bare `TextFiles` is litgpt's, ours is named by its class path or a file
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run, said in one sentence: the key, the value seen, the remedy."""
+
+
+def folder_of_recipes() -> Path:
+    """Where the recipes lie: inside the installed wheel, or beside the package in a checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def names() -> list[str]:
+    """Names of the recipes that came with the package (the folder also holds files of other verbs)."""
+    root = folder_of_recipes()
+    found = [
+        file for file in root.rglob("*.yaml") if re.search(r"^model_(name|config):", file.read_text(), re.MULTILINE)
+    ]
+    return sorted(file.relative_to(root).with_suffix("").as_posix() for file in found)
+
+
+def find(path: str | Path) -> Path:
+    """The file of a recipe named by path or by name.
+
+    Raises:
+        RecipeError: If there is none.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    name = Path(path).with_suffix("").as_posix().removeprefix("recipes/")
+    shipped = folder_of_recipes() / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    raise RecipeError(f"no recipe `{path}`: give a YAML file or one of the shipped names: {', '.join(names())}.")
+
+
+def parse_words(words: Sequence[str]) -> list[tuple[str, Any]]:
+    """``["--a.b", "1", "--c=2"]`` -> ``[("a.b", 1), ("c", 2)]``; values are read as YAML.
+
+    Raises:
+        RecipeError: If a word is not an option, or an option has no value.
+    """
+    pairs: list[tuple[str, Any]] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not key:
+            raise RecipeError(f"`{word}` is not an option: write `--key value`, e.g. `--train.max_steps 50`.")
+        if not equals:
+            if not rest or re.match(r"--[a-zA-Z]", rest[0]):
+                raise RecipeError(f"`--{key}` has no value: write `--{key} VALUE`.")
+            value = rest.pop(0)
+        pairs.append((key, read_value(value)))
+    return pairs
+
+
+def read_value(text: str) -> Any:
+    """One value as YAML, with ``1e-3`` a number."""
+    try:
+        return read_yaml(text)
+    except yaml.YAMLError:
+        return text
+
+
+def text_data(value: str) -> dict[str, Any] | None:
+    """The data module for ``data: my.txt``, if the value names files of text."""
+    if any(sign in value for sign in "/*\\") or Path(value).suffix in READERS or Path(value).exists():
+        return {"class_path": "lightning_spectral.data.TextFiles", "init_args": {"path": value}}
+    return None
+
+
+def read_tree(file: Path) -> dict[str, Any]:
+    """Keys and values of a recipe as they are written, laid over its ``base``; ``sweep:`` included.
+
+    Raises:
+        RecipeError: If it, or its base, is no YAML mapping.
+    """
+    return _on_its_base(_read_mapping(file))
+
+
+def _read_mapping(file: Path) -> dict[str, Any]:
+    try:
+        tree = read_yaml(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"`{file}` is not YAML: {one_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"`{file}` holds {type(tree).__name__}, not keys and values like `out_dir: out/run`.")
+    return tree
+
+
+def _on_its_base(tree: dict[str, Any]) -> dict[str, Any]:
+    """Lay a recipe over the one that its ``base`` names; a top-level key replaces the base's whole."""
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    below = _read_mapping(find(str(base)))
+    if "base" in below:
+        raise RecipeError(f"`base: {base}` has a `base` itself: name the recipe at the bottom, `{below['base']}`.")
+    return {**below, **tree}
+
+
+def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Put ``value`` at a dotted key, opening up what is a bare name or null on the way."""
+    append = key.endswith("+")
+    steps = key.removesuffix("+").split(".")
+    if steps[0] == "model_config" and len(steps) > 1 and tree.get("model_config") is None and tree.get("model_name"):
+        tree["model_config"] = named_config(tree["model_name"])
+    node: Any = tree
+    for depth, step in enumerate(steps[:-1]):
+        here = ".".join(steps[: depth + 1])
+        place = _place(node, step, here)
+        child = node[place] if isinstance(node, list) else node.get(place)
+        if isinstance(child, str):
+            # `--optimizer.init_args.lr` on `optimizer: AdamW`, `--data.init_args.seed` on `data: my.txt`
+            child = text_data(child) or {"class_path": child}
+        elif child is None:
+            child = [] if here == "callbacks" else {}
+        elif not isinstance(child, (dict, list)):
+            raise RecipeError(f"`{here}` is {child!r} and has nothing below it: cannot set `{key}`.")
+        node[place] = child
+        node = child
+    place = _place(node, steps[-1], key)
+    if append:
+        old = node.get(place) if isinstance(node, dict) else node[place]
+        value = [*(old or []), *(value if isinstance(value, list) else [value])]
+    node[place] = value
+
+
+def _place(node: Any, step: str, here: str) -> Any:
+    if not isinstance(node, list):
+        return step
+    if step.isdigit() and int(step) < len(node):
+        return int(step)
+    classes = [str(item.get("class_path") if isinstance(item, dict) else item).rpartition(".")[2] for item in node]
+    if classes.count(step) == 1:
+        return classes.index(step)
+    raise RecipeError(f"`{here}` names no item of the list; it has {', '.join(classes) or 'none'} (or 0, 1, ...).")
+
+
+def named_config(name: str) -> dict[str, Any]:
+    """The fields that litgpt sets for a named model, so that one of them can be overridden."""
+    from litgpt.config import configs, name_to_config
+
+    if name in name_to_config:
+        return dict(name_to_config[name])
+    for config in configs:
+        hf = config["hf_config"]
+        if name in (hf["name"], f"{hf['org']}/{hf['name']}"):
+            return dict(config)
+    close = difflib.get_close_matches(name, name_to_config, n=3)
+    hint = f" Did you mean {', '.join(close)}?" if close else ""
+    raise RecipeError(f"litgpt knows no model `{name}`.{hint} Or describe one under `model_config`.")

@@ -1,0 +1,63 @@
+"""The Trainer's parts that a recipe names: strategy and logger."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+
+from lightning_spectral.text import import_class, one_line
+from lightning_spectral.training.document import RecipeError
+
+
+def make_strategy(wanted: Any, world_size: int) -> str | Strategy:
+    """``strategy:`` of a recipe: a Lightning name, ``fsdp2``, or ``{class_path, init_args}``.
+
+    Raises:
+        RecipeError: If the class cannot be made.
+    """
+    if wanted == "fsdp2":
+        return ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
+    if isinstance(wanted, dict):
+        try:
+            made: Strategy = import_class(str(wanted.get("class_path")))(**(wanted.get("init_args") or {}))
+        except (ImportError, TypeError, ValueError) as error:
+            raise RecipeError(f"`strategy: {wanted}` cannot be made: {one_line(error)}") from error
+        return made
+    return str(wanted)
+
+
+def make_logger(content: dict[str, Any], out_dir: Path, *, resuming: bool) -> Logger:
+    """``logger_name:`` of a recipe, under ``out_dir/logs``; a resumed TensorBoard run goes on in its folder.
+
+    Raises:
+        RecipeError: If the logger's package is not installed.
+    """
+    kind, logs, log = content["logger_name"], out_dir / "logs", content["log"]
+    version = _last_version(logs / kind) if resuming else None
+    name = f"pretrain-{content['model_name']}"
+    logger: Logger
+    if kind == "tensorboard":
+        return TensorBoardLogger(logs, name=kind, version=version, default_hp_metric=False)
+    if kind == "csv":
+        # Lightning's CSVLogger wipes an existing version: a resumed run gets its own
+        return CSVLogger(logs, name=kind, flush_logs_every_n_steps=content["train"]["log_interval"])
+    try:
+        if kind == "wandb":
+            return WandbLogger(project=log["project"] or name, name=log["run"], group=log["group"], save_dir=logs)
+        if kind == "mlflow":
+            return MLFlowLogger(experiment_name=name, save_dir=str(logs))
+        from lightning.pytorch.loggers import LitLogger
+
+        settings = {key: log[key] for key in ("teamspace", "metadata", "log_model", "save_logs", "checkpoint_name")}
+        logger = LitLogger(root_dir=logs, name=name, **settings)  # type: ignore[assignment]
+        return logger
+    except ModuleNotFoundError as error:
+        raise RecipeError(f"`logger_name: {kind}` needs a package that is not installed: {one_line(error)}") from error
+
+
+def _last_version(folder: Path) -> int | None:
+    numbers = [path.name.removeprefix("version_") for path in folder.glob("version_*")]
+    return max((int(number) for number in numbers if number.isdigit()), default=None)

@@ -1,0 +1,162 @@
+"""A finished model from disk, whichever of three kinds its checkpoint is: litgpt, Lightning or Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from litgpt.config import Config
+from torch import Tensor, nn
+
+from lightning_spectral.gpt.architecture import Architecture, adapt_config, build_gpt
+from lightning_spectral.gpt.export import load_final
+from lightning_spectral.training.checkpoints import step_of
+from lightning_spectral.training.document import named_config
+
+DEFAULT_MAX_LENGTH = 512  # of a Hugging Face model that does not say
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint, ready to run.
+
+    Attributes:
+        model: In fp32, in eval mode; token ids in.
+        kind: ``litgpt``, ``lightning`` or ``huggingface``.
+        max_length: Longest sequence that it takes.
+        step: Optimizer steps behind it; ``None`` if the checkpoint does not say.
+        optimizer: Class name, or ``unknown``.
+        tokenizer_dir: Folder of its tokenizer, or ``None``.
+    """
+
+    model: nn.Module
+    kind: str
+    max_length: int
+    step: int | None = None
+    optimizer: str = "unknown"
+    tokenizer_dir: Path | None = None
+
+
+def load_checkpoint(path: Path) -> LoadedModel:
+    """The model of a checkpoint of any of the three kinds.
+
+    Raises:
+        FileNotFoundError: If nothing is there.
+        ValueError: If it is none of the kinds, torn, or does not fit its own configuration.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at `{path}`.")
+    if path.name == "lit_model.pth":
+        path = path.parent
+    for is_kind, load in _KINDS:
+        if is_kind(path):
+            return load(path)
+    raise ValueError(
+        f"`{path}` is no checkpoint that can be read: expected a litgpt folder (`lit_model.pth`, `model_config.yaml`), "
+        "a Lightning `.ckpt` file of `lightning-spectral pretrain`, or a Hugging Face folder (`config.json`, "
+        "`*.safetensors`)."
+    )
+
+
+def _load_litgpt(folder: Path) -> LoadedModel:
+    if not (folder / "model_config.yaml").is_file():
+        raise FileNotFoundError(f"`{folder}` has `lit_model.pth` but no `model_config.yaml`: copy it from the run.")
+    try:
+        model = load_final(folder)
+    except ValueError:
+        raise
+    except (TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(f"`{folder / 'model_config.yaml'}` is not litgpt's: {one_line(error)}.") from error
+    except Exception as error:  # a torn zip or pickle raises anything
+        raise ValueError(f"`{folder / 'lit_model.pth'}` cannot be read ({one_line(error)}): is it whole?") from error
+    number = folder.name.removeprefix("step-")
+    step = int(number) if folder.name.startswith("step-") and number.isdigit() else None
+    return LoadedModel(model, "litgpt", model.config.block_size, step, tokenizer_dir=with_tokenizer(folder))
+
+
+def _load_lightning(file: Path) -> LoadedModel:
+    try:
+        # our own checkpoints hold tensors and plain values only: nothing in them needs to be executed
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        weights: dict[str, Tensor] = content["state_dict"]
+        recipe: dict[str, Any] = content["hyper_parameters"]
+        given = dict(recipe["model_config"] or named_config(recipe["model_name"]))
+        architecture = Architecture(**recipe["architecture"])
+        names = {name.removeprefix("model."): value for name, value in weights.items()}
+        given["padded_vocab_size"] = names["lm_head.weight"].shape[0]
+        given.setdefault("vocab_size", given["padded_vocab_size"])
+    except KeyError as error:
+        raise ValueError(
+            f"`{file}` is not a checkpoint of `lightning-spectral pretrain`: it has no {error}. Measure a model of "
+            "your own LightningModule with `trainer.validate` and `SpectralRankCallback(on=['validation'])`."
+        ) from error
+    except Exception as error:  # a torn zip or pickle raises anything
+        raise ValueError(f"`{file}` cannot be read ({one_line(error)}): is it whole?") from error
+    model = build_gpt(adapt_config(Config(**given), architecture), architecture, seed=0)
+    try:
+        model.load_state_dict(names)
+    except RuntimeError as error:
+        raise ValueError(f"`{file}` does not fit its own recipe: {one_line(error)}.") from error
+    tokenizer = next(
+        (
+            folder
+            for folder in (recipe.get("tokenizer_dir"), file.parent, file.parent.parent / "final")
+            if folder and with_tokenizer(Path(folder))
+        ),
+        None,
+    )
+    optimizer = recipe["optimizer"]
+    optimizer = optimizer if isinstance(optimizer, str) else optimizer["class_path"]
+    step = content.get("global_step", step_of(file))
+    return LoadedModel(
+        model,
+        "lightning",
+        model.config.block_size,
+        step,
+        optimizer.rpartition(".")[2],
+        None if tokenizer is None else Path(tokenizer),
+    )
+
+
+def _load_hugging_face(folder: Path) -> LoadedModel:
+    try:
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM
+    except ModuleNotFoundError as error:
+        raise ValueError(f"`{folder}` is a Hugging Face folder: `pip install transformers` to read it.") from error
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(f"`{folder}` holds no `*.safetensors`: save it with `model.save_pretrained(folder)`.")
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"`{folder}` cannot be read ({one_line(error)}): is every file whole?") from error
+    if report["missing_keys"] or report.get("mismatched_keys"):
+        lost = sorted(map(str, [*report["missing_keys"], *report.get("mismatched_keys", [])]))
+        raise ValueError(f"`{folder}` lacks {len(lost)} weights of its model, the first is `{lost[0]}`: is it whole?")
+    model.config.use_cache = False
+    max_length = getattr(model.config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
+    return LoadedModel(model.float(), "huggingface", int(max_length), tokenizer_dir=with_tokenizer(folder))
+
+
+_KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], LoadedModel]], ...] = (
+    (lambda path: (path / "lit_model.pth").is_file(), _load_litgpt),
+    (lambda path: path.is_file() and path.suffix == ".ckpt", _load_lightning),
+    (lambda path: (path / "config.json").is_file(), _load_hugging_face),
+)
+
+
+def with_tokenizer(folder: Path) -> Path | None:
+    """The folder, if it holds a tokenizer."""
+    return folder if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")) else None
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of another library says, short enough for ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else text[:240] + " ..."

@@ -1,0 +1,216 @@
+"""Ranks of a finished model on any text, without a training loop: the records of a run, at stage ``measure``.
+
+A checkpoint is a folder in litgpt's format (``lit_model.pth``), a Lightning ``.ckpt`` of this package's ``pretrain``,
+or a Hugging Face folder (``config.json`` and safetensors).
+
+Axes: S sequences, B of them in a batch, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from lightning_spectral.data.corpus import Corpus, documents
+from lightning_spectral.data.tokens import Encoder
+from lightning_spectral.models.families import resolve
+from lightning_spectral.probe.grouping import Grouping, by_frequency, check_vocabulary, load_counts
+from lightning_spectral.probe.options import ProbeOptions, conventions_of
+from lightning_spectral.probe.probe import SpectralProbe
+from lightning_spectral.probe.records_of import WindowId, loss_records, spectral_records
+from lightning_spectral.probe.run_folder import RunFolder, new_run_id, package_versions
+from lightning_spectral.records import LossRecord, RunInfo, SpectralRecord
+from lightning_spectral.training.load_checkpoint import load_checkpoint, one_line, with_tokenizer
+
+DEFAULT_NUM_TOKENS = 65_536
+DEFAULT_SEQ_LENGTH = 512
+SHARES = (0.33, 0.67)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Records of one checkpoint, as they were written to ``folder``."""
+
+    checkpoint: Path
+    folder: Path
+    spectral: list[SpectralRecord]
+    losses: list[LossRecord]
+    notes: list[str] = field(default_factory=list)
+
+
+def measure_checkpoint(
+    checkpoint: str | Path,
+    corpus: Corpus,
+    folder: str | Path,
+    *,
+    counts: str | Path | None = None,
+    tokenizer_dir: Path | None = None,
+    num_tokens: int = DEFAULT_NUM_TOKENS,
+    seq_length: int | None = None,
+    batch_size: int = 8,
+    sites: Sequence[str] = ("post",),
+    modules: Sequence[str] | None = None,
+    num_shards: int = 1,
+    device: str = "auto",
+) -> Measured:
+    """Run a checkpoint over text and write its records to ``folder``.
+
+    Args:
+        checkpoint: litgpt folder, Lightning ``.ckpt`` of ``pretrain``, or Hugging Face folder.
+        corpus: Text; its first ``num_tokens`` tokens are measured, none held out.
+        folder: Run folder to write; an earlier one there is moved to ``previous/``.
+        counts: Token counts that say what HEAD and TAIL are; default: counted on the measured text itself.
+        tokenizer_dir: Default: the checkpoint's own.
+        num_tokens: How many tokens to measure, in whole sequences.
+        seq_length: Default: what the model takes, at most 512.
+        batch_size: Sequences a forward pass.
+        sites: ``post``, ``pre`` or both.
+        modules: Globs of down projections, for a model of no known family.
+        num_shards: As in ``SpectralRankCallback``: more than 1 gives intervals.
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        ValueError: If checkpoint, tokenizer, counts and text do not fit together; the message says what to do.
+        FileNotFoundError: If one of them is not there.
+    """
+    if num_tokens < 1 or batch_size < 1 or (seq_length is not None and seq_length < 1):
+        raise ValueError(
+            f"`num_tokens`, `batch_size` and `seq_length` must be >= 1, got {num_tokens}, {batch_size}, {seq_length}."
+        )
+    checkpoint = Path(checkpoint).expanduser()
+    loaded = load_checkpoint(checkpoint)
+    length = seq_length or min(loaded.max_length, DEFAULT_SEQ_LENGTH)
+    if length > loaded.max_length:
+        raise ValueError(f"`seq_length` is {length}, but `{checkpoint}` takes {loaded.max_length} tokens: lower it.")
+    encoder = _encoder(checkpoint, tokenizer_dir or loaded.tokenizer_dir)
+    tokens = _tokens(corpus, encoder, max(num_tokens // length, 1) * length + 1)
+    vocab = _vocabulary(loaded.model, modules)
+    if int(tokens.max(initial=0)) >= vocab:
+        raise ValueError(
+            f"the tokenizer gives ids up to {int(tokens.max())}, but `{checkpoint}` embeds {vocab}: use the tokenizer "
+            "that it was trained with (`tokenizer_dir`)."
+        )
+    num_sequences = (len(tokens) - 1) // length
+    if num_sequences < 1:
+        raise ValueError(f"the text has {len(tokens)} tokens, one sequence needs {length + 1}: lower `seq_length`.")
+    tokens = tokens[: num_sequences * length + 1]
+    grouping, notes = _grouping(counts, tokens, vocab, encoder.vocab_size)
+    options = ProbeOptions(
+        sites=tuple(sites),
+        modules=None if modules is None else tuple(modules),
+        num_shards=num_shards,
+        with_losses=True,
+    )
+    conventions = conventions_of(
+        options,
+        group_by="frequency",
+        attribute_to="input",
+        shares=f"{SHARES[0]:g}/{SHARES[1]:g}",
+        counts=str(counts) if counts is not None else "measured text",
+        step="known" if loaded.step is not None else "unknown, written as 0",
+        text=str(corpus.files[0]),
+    )
+    result = _run(loaded.model, grouping, options, tokens, length, batch_size, _device(device))
+    info = RunInfo(
+        run_id=new_run_id(),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        optimizer=loaded.optimizer,
+        hparams={
+            "checkpoint": str(checkpoint.absolute()),
+            "kind": loaded.kind,
+            "data": [str(file) for file in corpus.files[:8]],
+            "num_tokens": num_sequences * length,
+            "seq_length": length,
+        },
+        versions=package_versions(),
+        labels={"checkpoint": checkpoint.name},
+        conventions=conventions,
+    )
+    run_folder = RunFolder(folder, info, resume=False, writes=True)
+    window = WindowId(info.run_id, "measure", loaded.step or 0, None)
+    spectral, losses = spectral_records(result, window, conventions), loss_records(result, window)
+    run_folder.append_spectral(spectral)
+    run_folder.append_losses(losses)
+    return Measured(checkpoint, Path(folder), spectral, losses, notes)
+
+
+def _encoder(checkpoint: Path, tokenizer_dir: Path | None) -> Encoder:
+    if tokenizer_dir is None or with_tokenizer(tokenizer_dir) is None:
+        raise FileNotFoundError(
+            f"no `tokenizer.json` or `tokenizer.model` in `{tokenizer_dir or checkpoint}`: name the folder of the "
+            "tokenizer that the model was trained with (`tokenizer_dir`)."
+        )
+    try:
+        return Encoder(tokenizer_dir)
+    except Exception as error:  # whatever the tokenizer's own readers raise
+        raise ValueError(f"the tokenizer in `{tokenizer_dir}` cannot be read: {one_line(error)}.") from error
+
+
+def _tokens(corpus: Corpus, encoder: Encoder, enough: int) -> NDArray[np.int64]:
+    parts: list[NDArray[Any]] = []
+    found = 0
+    for text in documents(corpus):
+        parts.append(encoder([text + encoder.separator]))
+        found += len(parts[-1])
+        if found >= enough:
+            break
+    if not found:
+        raise ValueError(f"the {len(corpus.files)} file(s) at `{corpus.files[0]}` hold no text.")
+    return np.concatenate(parts)[:enough].astype(np.int64)
+
+
+def _vocabulary(model: nn.Module, modules: Sequence[str] | None) -> int:
+    embedding: Any = resolve(model, modules=modules).embedding
+    return int(embedding.num_embeddings)
+
+
+def _grouping(
+    source: str | Path | None, tokens: NDArray[np.int64], vocab: int, num_known: int
+) -> tuple[Grouping, list[str]]:
+    if source is None:
+        counts = torch.from_numpy(np.bincount(tokens, minlength=vocab))
+        notes = [f"HEAD, MID and TAIL are those of the {len(tokens):,} measured tokens themselves (no counts given)."]
+    else:
+        counts, notes = load_counts(source), [f"HEAD, MID and TAIL by `{source}`."]
+        check_vocabulary(len(counts), vocab, num_known)
+    return by_frequency(counts, head_share=SHARES[0], mid_share=SHARES[1], attribute_to="input"), notes
+
+
+def _run(
+    model: nn.Module,
+    grouping: Grouping,
+    options: ProbeOptions,
+    tokens: NDArray[np.int64],
+    length: int,
+    batch_size: int,
+    device: torch.device,
+) -> Any:
+    model.eval().to(device)
+    ids_SL = torch.from_numpy(tokens[:-1]).view(-1, length)
+    targets_SL = torch.from_numpy(tokens[1:]).view(-1, length)
+    probe = SpectralProbe(model, grouping, options)
+    try:
+        with torch.no_grad():
+            for ids_BT, targets_BT in zip(ids_SL.split(batch_size), targets_SL.split(batch_size), strict=True):
+                probe.start(seed=0)
+                model(ids_BT.to(device))
+                probe.collect(targets_BT=targets_BT.to(device))
+        return probe.end()
+    finally:
+        probe.remove()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"`device` is `{name}`, but this machine has no CUDA device: use `cpu`.")
+    return torch.device(name)

@@ -1,0 +1,345 @@
+"""One pretraining run: a checked recipe in, a run folder out.
+
+The run folder holds the callbacks' records, ``checkpoints/`` (to resume), ``final/`` (litgpt's format), ``logs/`` and
+``hyperparameters.yaml``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
+from litgpt.args import EvalArgs, TrainArgs
+from litgpt.config import Config
+from litgpt.data import DataModule
+from litgpt.tokenizer import Tokenizer
+from litgpt.utils import extend_checkpoint_dir, get_default_supported_precision, parse_devices
+
+from lightning_spectral import records
+from lightning_spectral.data.modules import TextBlocks
+from lightning_spectral.data.tokens import unigram_entropy
+from lightning_spectral.gpt.export import save_final
+from lightning_spectral.gpt.learning_rate import LRPlan
+from lightning_spectral.gpt.module import LitGPT
+from lightning_spectral.text import one_line
+from lightning_spectral.training import checkpoints
+from lightning_spectral.training.document import RecipeError, named_config
+from lightning_spectral.training.factories import make_logger, make_strategy
+from lightning_spectral.training.recipe import Recipe
+from lightning_spectral.training.schema import instantiate
+from lightning_spectral.training.validation import EdgeValidation
+
+RECIPE_FILE = "hyperparameters.yaml"
+RUN_CONTENT = (
+    records.RUN_FILE,
+    records.SPECTRAL_FILE,
+    records.LOSSES_FILE,
+    "weights.jsonl",
+    "eigenvalues",
+    checkpoints.FOLDER,
+    "final",
+    "logs",
+    RECIPE_FILE,
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        run_folder: Where everything lies.
+        step: Optimizer steps done.
+        tokens: Training tokens seen over all ranks.
+        val_loss: Last held-out loss, nats a token; ``None`` if none was taken in this process.
+        unigram_entropy: Entropy of the training tokens' frequencies, nats; ``None`` if the data module has no counts.
+        already_done: The run had been finished before; nothing was trained.
+    """
+
+    run_folder: Path
+    step: int
+    tokens: int
+    val_loss: float | None
+    unigram_entropy: float | None
+    already_done: bool = False
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    devices: int
+    num_nodes: int
+    seq_length: int
+    accumulation: int
+    num_steps: int
+    warmup_iters: int
+
+    @property
+    def world_size(self) -> int:
+        return self.devices * self.num_nodes
+
+
+def run(recipe: Recipe, *, progress_bar: bool = True) -> Path:
+    """Train what a recipe says and return its run folder.
+
+    Idempotent with ``resume: auto``: a finished run is left as it is, an interrupted one continues from its newest
+    whole checkpoint, a new one starts. With ``resume: false`` an earlier run in the same folder is moved to
+    ``out_dir/previous/NNN`` first.
+
+    Args:
+        recipe: From :func:`lightning_spectral.training.recipe.load`.
+        progress_bar: Show Lightning's progress bar.
+
+    Raises:
+        RecipeError: If data, tokenizer, model and callbacks do not fit together.
+    """
+    return pretrain(recipe, progress_bar=progress_bar).run_folder
+
+
+def pretrain(recipe: Recipe, *, progress_bar: bool = True) -> Outcome:
+    """Run a recipe and say how it ended; :func:`run` says the rest."""
+    content, out_dir = recipe.content, recipe.out_dir
+    objects = instantiate(content, out_dir)
+    train: TrainArgs = objects.train
+    evaluation: EvalArgs = objects.eval
+    data: DataModule = objects.data
+    resume = _resume_path(content["resume"], out_dir)
+    if resume is None and is_first_rank():
+        _move_previous_run(out_dir)
+    with _as_recipe_error():
+        tokenizer_dir = _checkpoint_dir(content["tokenizer_dir"])
+        config = _model_config(recipe, data, tokenizer_dir)
+        lengths = _connect(data, train, config, tokenizer_dir, content)
+        plan = LRPlan(lengths.num_steps, lengths.warmup_iters, train.min_lr, lengths.accumulation, recipe.lr_schedule)
+        initial = _checkpoint_dir(content["initial_checkpoint_dir"])
+        module = LitGPT(
+            config,
+            optimizer=content["optimizer"],
+            architecture=recipe.architecture,
+            lr_plan=plan,
+            tie_embeddings=bool(train.tie_embeddings),
+            max_seq_length=lengths.seq_length,
+            initial_checkpoint=initial / "lit_model.pth" if initial else None,
+            seed=content["seed"],
+            recipe=content,
+        )
+        pl.seed_everything(content["seed"], verbose=False)
+        edges = EdgeValidation(first=evaluation.initial_validation, last=evaluation.final_validation)
+        trainer = pl.Trainer(
+            accelerator=content["accelerator"],
+            devices=lengths.devices,
+            num_nodes=lengths.num_nodes,
+            strategy=make_strategy(content["strategy"], lengths.world_size),
+            precision=content["precision"] or get_default_supported_precision(training=True),
+            logger=make_logger(content, out_dir, resuming=resume is not None),
+            callbacks=[
+                *objects.callbacks,
+                edges,
+                checkpoints.StepCheckpoint(out_dir, train.save_interval),
+            ],
+            default_root_dir=out_dir,
+            max_steps=lengths.num_steps,
+            max_epochs=1 if isinstance(data, TextBlocks) else None,  # our loader is one epoch of the whole run
+            max_time={"seconds": train.max_time} if train.max_time else None,
+            accumulate_grad_batches=lengths.accumulation,
+            gradient_clip_val=train.max_norm,
+            val_check_interval=evaluation.interval * lengths.accumulation,
+            check_val_every_n_epoch=None,
+            limit_val_batches=evaluation.max_iters,
+            num_sanity_val_steps=0 if evaluation.initial_validation or resume else 2,
+            log_every_n_steps=train.log_interval,
+            use_distributed_sampler=not isinstance(data, TextBlocks),
+            enable_progress_bar=progress_bar,
+            enable_model_summary=False,
+        )
+    entropy = unigram_entropy(data.token_counts) if isinstance(data, TextBlocks) else None
+    tokens_per_step = train.global_batch_size * lengths.seq_length
+    done = checkpoints.step_of(resume) if resume else None
+    if done is not None and done >= lengths.num_steps and (out_dir / "final" / "lit_model.pth").is_file():
+        rank_zero_info(f"`{out_dir}` is finished at step {done}: nothing to do (raise `train.max_steps` to go on).")
+        return Outcome(out_dir, done, done * tokens_per_step, None, entropy, already_done=True)
+    if is_first_rank():
+        out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / RECIPE_FILE).write_text(recipe.text())
+    if resume:
+        rank_zero_info(f"resuming from {resume}")
+    with _as_recipe_error(trainer):
+        # the checkpoint is our own; it holds the recipe and the callbacks' states beside tensors
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
+        if edges.missed:  # killed between the last checkpoint and the last validation
+            trainer.validate(module, datamodule=data, verbose=False)
+    save_final(trainer, module, data, tokenizer_dir, out_dir / "final", recipe.text())
+    val_loss = trainer.callback_metrics.get("val_loss")
+    return Outcome(
+        out_dir,
+        trainer.global_step,
+        trainer.global_step * tokens_per_step,
+        None if val_loss is None else float(val_loss),
+        entropy,
+    )
+
+
+def _model_config(recipe: Recipe, data: DataModule, tokenizer_dir: Path | None) -> Config:
+    given = recipe.content["model_config"]
+    given = dict(given) if given is not None else named_config(recipe.content["model_name"])
+    architecture = recipe.architecture
+    width = given.get("intermediate_size")
+    if isinstance(data, TextBlocks):
+        data.connect(tokenizer_dir=tokenizer_dir)
+        data.prepare_data()
+        vocab = data.vocab_size
+        if recipe.content["model_config"] is not None and not {"vocab_size", "padded_vocab_size"} & set(given):
+            given["vocab_size"] = given["padded_vocab_size"] = vocab
+    else:
+        vocab = Tokenizer(tokenizer_dir).vocab_size if tokenizer_dir else 0
+    if architecture.ffn_multiplier is not None:
+        derived = round(architecture.ffn_multiplier * given.get("n_embd", Config.n_embd))
+        if width is not None and recipe.content["model_config"] is not None and width != derived:
+            raise RecipeError(
+                f"two FFN widths: `model_config.intermediate_size` is {width}, `architecture.ffn_multiplier` gives "
+                f"{derived}: keep one of them."
+            )
+        given["intermediate_size"] = derived
+    try:
+        config = Config(**given)
+    except (AssertionError, TypeError) as error:
+        reason = str(error) or "n_embd must be a multiple of n_head, n_head of n_query_groups"
+        raise RecipeError(f"litgpt refuses the `model_config`: {reason}.") from error
+    if config.padded_vocab_size is not None and config.padded_vocab_size < vocab:
+        raise RecipeError(
+            f"the tokenizer has {vocab} ids, the model's `padded_vocab_size` is {config.padded_vocab_size}: raise it, "
+            "or leave the vocabulary out of `model_config` to take the tokenizer's."
+        )
+    return config
+
+
+def _connect(
+    data: DataModule, train: TrainArgs, config: Config, tokenizer_dir: Path | None, content: dict[str, Any]
+) -> _Lengths:
+    """Batch sizes, steps and sequence length; tells the data module its part of them."""
+    devices, num_nodes = parse_devices(content["devices"]), content["num_nodes"]
+    world, micro = devices * num_nodes, train.micro_batch_size
+    seq_length = train.max_seq_length or config.block_size
+    if seq_length > config.block_size:
+        raise RecipeError(
+            f"`train.max_seq_length` is {seq_length}, the model's `block_size` is {config.block_size}: lower the first "
+            "or raise the second."
+        )
+    if train.global_batch_size % (world * micro):
+        raise RecipeError(
+            f"`train.global_batch_size` {train.global_batch_size} is no multiple of {world} device(s) * "
+            f"`train.micro_batch_size` {micro} = {world * micro}: change one of them."
+        )
+    accumulation = train.gradient_accumulation_iters(devices, num_nodes)
+    ours = isinstance(data, TextBlocks)
+    settings: dict[str, Any] = {"batch_size": micro, "max_seq_length": seq_length}
+    if isinstance(data, TextBlocks):
+        data.connect(**settings, tokenizer_dir=tokenizer_dir)
+        epoch_iters = max(1, data.num_train_blocks // (world * micro))
+    else:
+        data.connect(tokenizer=Tokenizer(tokenizer_dir) if tokenizer_dir else None, **settings)
+        epoch_iters = _epoch_iters(data, world) if train.epochs or train.lr_warmup_fraction else 1
+    limits = []
+    if train.max_tokens:
+        limits.append(train.max_tokens // world // (micro * seq_length) // accumulation)
+    if train.max_steps:
+        limits.append(train.max_steps)
+    if train.epochs:
+        limits.append(train.epochs * epoch_iters // accumulation)
+    num_steps = min(limits)
+    if num_steps < 1:
+        raise RecipeError(
+            f"the run has no whole optimizer step: one takes {train.global_batch_size} sequences of {seq_length} "
+            "tokens. Raise `train.max_tokens` or `train.epochs`, or lower `train.global_batch_size`."
+        )
+    if ours:
+        data.connect(
+            **settings,
+            tokenizer_dir=tokenizer_dir,
+            global_batch_size=train.global_batch_size,
+            num_steps=num_steps,
+            seed=content["seed"],
+        )
+    warmup = train.warmup_iters(devices, num_nodes, num_steps * accumulation, range(epoch_iters))
+    return _Lengths(devices, num_nodes, seq_length, accumulation, num_steps, warmup)
+
+
+def _epoch_iters(data: DataModule, world: int) -> int:
+    data.prepare_data()
+    data.setup()
+    return max(1, len(data.train_dataloader()) // world)
+
+
+def is_first_rank() -> bool:
+    """Before ``fit`` launches anything, or in the process that a launcher calls rank 0."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+
+
+def _resume_path(resume: Any, out_dir: Path) -> Path | None:
+    if not resume:
+        return None
+    if resume is True or resume == "auto":
+        found = checkpoints.newest_whole(out_dir)
+        if found is None and resume is True:
+            raise RecipeError(
+                f"`resume: true`, but `{out_dir / checkpoints.FOLDER}` holds no whole checkpoint: use `resume: auto` "
+                "to start where there is none."
+            )
+        return found
+    path = Path(resume)
+    if not path.exists():
+        raise RecipeError(f"`resume` names `{path}`, which does not exist: give a checkpoint, `auto` or `false`.")
+    if not checkpoints.is_whole(path):
+        raise RecipeError(
+            f"`resume` names `{path}`, which is torn or no checkpoint: use `auto` for the newest whole one."
+        )
+    return path
+
+
+def _move_previous_run(out_dir: Path) -> None:
+    """Records of two runs must not mix, and none may be lost."""
+    found = [out_dir / name for name in RUN_CONTENT if (out_dir / name).exists()]
+    if not found:
+        return
+    previous = out_dir / "previous"
+    number = 1 + max((int(p.name) for p in previous.glob("[0-9]*") if p.name.isdigit()), default=0)
+    target = previous / f"{number:03d}"
+    target.mkdir(parents=True)
+    for path in found:
+        shutil.move(path, target / path.name)
+    rank_zero_info(f"moved the previous run in `{out_dir}` to `{target}` (use `resume: auto` to continue it instead)")
+
+
+def _checkpoint_dir(path: str | None) -> Path | None:
+    if path is None:
+        return None
+    folder: Path = extend_checkpoint_dir(Path(path))
+    if not folder.is_dir():
+        raise RecipeError(f"there is no folder `{folder}`.")
+    return folder
+
+
+@contextmanager
+def _as_recipe_error(trainer: pl.Trainer | None = None) -> Iterator[None]:
+    """Bad input shows before the first step: say it in one line. Later errors keep their traceback."""
+    started = trainer.global_step if trainer else 0
+    try:
+        yield
+    except RecipeError:
+        raise
+    except (
+        ValueError,
+        FileNotFoundError,
+        ModuleNotFoundError,
+        MisconfigurationException,
+    ) as error:
+        if trainer is not None and trainer.global_step > started:
+            raise
+        raise RecipeError(one_line(error)) from error

@@ -1,0 +1,297 @@
+"""What a recipe may say: litgpt's own ``pretrain`` signature, read from the installed litgpt, and our few keys more."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import litgpt.data
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.callbacks import Callback
+from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.config import Config
+from litgpt.pretrain import setup as litgpt_setup
+
+from lightning_spectral import callbacks as our_callbacks
+from lightning_spectral.gpt.architecture import Architecture
+from lightning_spectral.gpt.learning_rate import LRSchedule
+from lightning_spectral.gpt.module import optimizer_class
+from lightning_spectral.text import did_you_mean, import_class, one_line
+from lightning_spectral.training.document import OUR_DATA, RecipeError, text_data
+
+_APART = ("model_config", "data", "callbacks", "optimizer")  # what takes jsonargparse most of its time
+
+GROUPS = {
+    "model_config": Config,
+    "train": TrainArgs,
+    "eval": EvalArgs,
+    "log": LogArgs,
+    "architecture": Architecture,
+    "lr_schedule": LRSchedule,
+}
+
+
+def our_keys(
+    callbacks: list[Callback] | None = None,
+    strategy: str | dict[str, Any] = "auto",
+    accelerator: str = "auto",
+    architecture: Architecture = Architecture(),  # noqa: B008
+    lr_schedule: LRSchedule = LRSchedule(),  # noqa: B008
+) -> None:
+    """The keys that litgpt's ``pretrain`` does not have.
+
+    Args:
+        callbacks: Lightning callbacks, each ``{class_path, init_args}``.
+        strategy: Lightning strategy: auto, ddp, fsdp2, a registered name, or ``{class_path, init_args}``.
+        accelerator: Lightning accelerator: auto, cpu, gpu, mps.
+        architecture: Changes to litgpt's GPT.
+        lr_schedule: Shape of the learning rate after warm-up.
+    """
+
+
+@lru_cache(maxsize=1)
+def parser() -> ArgumentParser:
+    """The schema as a jsonargparse parser."""
+    made = ArgumentParser(prog="lightning-spectral pretrain", exit_on_error=False)
+    made.add_function_arguments(litgpt_setup, fail_untyped=False, sub_configs=False)
+    made.add_function_arguments(our_keys)
+    return made
+
+
+def defaults() -> dict[str, Any]:
+    """Every key with its default, as plain values."""
+    content: dict[str, Any] = {}
+    for function in (litgpt_setup, our_keys):
+        for name, parameter in inspect.signature(function).parameters.items():
+            default = None if parameter.default is inspect.Parameter.empty else parameter.default
+            content[name] = asdict(default) if is_dataclass(default) and not isinstance(default, type) else default
+    return {key: str(value) if isinstance(value, Path) else value for key, value in content.items()}
+
+
+def check(tree: dict[str, Any]) -> dict[str, Any]:
+    """Check a recipe's tree and fill in the defaults.
+
+    Raises:
+        RecipeError: As :func:`lightning_spectral.training.recipe.load`.
+    """
+    _refuse_unknown_keys(tree)
+    tree = {
+        **tree,
+        "data": _data(tree.get("data")),
+        "callbacks": [_named_class(c) for c in tree.get("callbacks") or []],
+    }
+    if tree.get("model_name") is None and tree.get("model_config") is None:
+        raise RecipeError(
+            "the recipe names no model: set `model_name` (litgpt's names) or describe one in `model_config`."
+        )
+    _check_class("data", tree["data"])
+    for place, callback in enumerate(tree["callbacks"]):
+        _check_class(f"callbacks.{place}", callback)
+        _callback(callback, only_check=True)
+    given_config = tree.get("model_config")
+    tree["model_name"] = tree.get("model_name") or (given_config or {}).get("name") or "custom"
+    content = defaults()
+    content.update(_parsed(tree))
+    content["model_config"] = given_config
+    _refuse_what_cannot_be_honoured(content)
+    return content
+
+
+def instantiate(content: dict[str, Any], run_folder: Path) -> Namespace:
+    """Objects of a checked recipe: ``train``, ``eval``, ``log``, ``data``, ``callbacks``.
+
+    Args:
+        content: From :func:`check`.
+        run_folder: Where our callbacks write, unless they say otherwise: Lightning's log folder is the logger's.
+
+    Raises:
+        RecipeError: If a constructor refuses its arguments.
+    """
+    wanted = {key: content[key] for key in ("model_name", "train", "eval", "log", "data")}
+    try:
+        made = parser().instantiate_classes(parser().parse_object(wanted))
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        raise RecipeError(one_line(error)) from error
+    made.callbacks = [_callback(_with_folder(callback, run_folder)) for callback in content["callbacks"] or []]
+    return made
+
+
+def _callback(spec: dict[str, Any], *, only_check: bool = False) -> Callback | None:
+    """One at a time, by its own class: in a list of alternatives jsonargparse buries what is wrong."""
+    name = spec["class_path"].rpartition(".")[2]
+    one = ArgumentParser(exit_on_error=False)
+    one.add_class_arguments(import_class(spec["class_path"]), name, fail_untyped=False)
+    try:
+        values = one.parse_object({name: spec.get("init_args") or {}})
+        return None if only_check else getattr(one.instantiate_classes(values), name)
+    except Exception as error:  # jsonargparse's own, or whatever the constructor raises
+        raise RecipeError(f"`callbacks`: {name}: {one_line(error)}") from error
+
+
+def _with_folder(callback: dict[str, Any], run_folder: Path) -> dict[str, Any]:
+    init_args = callback.get("init_args") or {}
+    ours = callback["class_path"].startswith("lightning_spectral.")
+    if not ours or "dirpath" not in init_args or init_args["dirpath"]:
+        return callback
+    return {**callback, "init_args": {**init_args, "dirpath": str(run_folder)}}
+
+
+def _parsed(tree: dict[str, Any]) -> dict[str, Any]:
+    """Each part parsed alone and remembered: checking the runs of a sweep costs what differs between them."""
+    rest = {key: value for key, value in tree.items() if key not in _APART}
+    content = _parsed_part(pickle.dumps(rest))
+    for key in _APART:
+        if key in tree:
+            content = {**content, key: _parsed_part(pickle.dumps({"model_name": "any", key: tree[key]}))[key]}
+    return copy.deepcopy(content)
+
+
+@lru_cache(maxsize=256)
+def _parsed_part(pickled: bytes) -> dict[str, Any]:
+    made = parser()
+    try:
+        values = made.parse_object(pickle.loads(pickled))
+        content: dict[str, Any] = yaml.safe_load(made.dump(values, skip_none=False, skip_validation=True))
+    except Exception as error:  # jsonargparse raises its own, argparse's, and whatever a class_path's import raises
+        raise RecipeError(_what_does_not_fit(str(error))) from error
+    return content
+
+
+def _what_does_not_fit(message: str) -> str:
+    """Jsonargparse's tree of tried types, as one sentence."""
+    key = re.search(r'key "([^"]+)"', message)
+    value = re.search(r"Given value: (.+)", message) or re.search(r"Got value: (.+)", message)
+    if not key:
+        return one_line(message)
+    choices = _choices(key[1])
+    if choices:
+        return f"`{key[1]}` must be one of {', '.join(map(str, choices))}{f', got {value[1]}' if value else ''}."
+    tried = re.findall(r"Expected an? (?:<class '([\w.]+)'>|([^.\n]+))", message)
+    wanted = [name or text for name, text in tried if name != "NoneType"]
+    if not value or not wanted:
+        return one_line(message)
+    return f"`{key[1]}` must be {' or '.join(dict.fromkeys(wanted))}, got {value[1].strip().rstrip('.')}."
+
+
+def _choices(key: str) -> list[Any]:
+    """The values that a key with a closed choice takes."""
+    group, _, field = key.rpartition(".")
+    owners = [GROUPS[group]] if group in GROUPS else [litgpt_setup, our_keys]
+    found: list[Any] = []
+    for owner in owners:
+        waiting = [get_type_hints(owner).get(field)]
+        while waiting:
+            hint = waiting.pop()
+            if get_origin(hint) is Literal:
+                found += get_args(hint)
+            else:
+                waiting += get_args(hint)
+    return found
+
+
+def _check_class(key: str, spec: Any) -> None:
+    """A class that can be imported and knows its ``init_args``: jsonargparse buries which one it does not."""
+    if not isinstance(spec, dict) or not isinstance(spec.get("class_path"), str):
+        raise RecipeError(f"`{key}` must be a class name or have a `class_path`, got {spec!r}.")
+    path, init_args = spec["class_path"], spec.get("init_args") or {}
+    name = path.rpartition(".")[2]
+    try:
+        found = import_class(path)
+    except ImportError as error:
+        raise RecipeError(
+            f"`{key}` names `{path}`, which cannot be imported: {error}; give the full class path."
+        ) from error
+    known = inspect.signature(found).parameters
+    unknown = sorted(map(str, set(init_args) - set(known)))
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        hint = did_you_mean(unknown[0], known, otherwise="it knows")
+        raise RecipeError(f"`{key}`: {name} does not know `{unknown[0]}`; {hint}")
+
+
+def _refuse_unknown_keys(tree: dict[str, Any]) -> None:
+    _known(tree, defaults(), "")
+    for group, kind in GROUPS.items():
+        value = tree.get(group)
+        if value is None:
+            if group in tree and group not in ("model_config",):
+                del tree[group]  # an empty block means its defaults
+            continue
+        if not isinstance(value, dict):
+            raise RecipeError(f"`{group}` must hold keys and values, got {value!r}.")
+        _known(value, [f.name for f in fields(kind)], f"{group}.")
+
+
+def _known(given: dict[str, Any], known: Any, prefix: str) -> None:
+    for key in given:
+        if key not in known:
+            raise RecipeError(f"unknown key `{prefix}{key}`; {did_you_mean(key, known, prefix=prefix)}")
+
+
+def _data(value: Any) -> Any:
+    """A name, a class path or a file of text -> ``{class_path, init_args}``."""
+    if isinstance(value, dict):
+        return {**value, "class_path": _data_class(str(value.get("class_path")))}
+    if value is None:
+        raise RecipeError(
+            "the recipe names no `data`: use `data: StateOfTheUnion`, `--data path/to/text.txt`, or a class path."
+        )
+    return text_data(str(value)) or {"class_path": _data_class(str(value))}
+
+
+def _data_class(name: str) -> str:
+    if "." in name:
+        return name
+    if name in OUR_DATA:
+        return f"lightning_spectral.data.{name}"
+    if name in litgpt.data.__all__:
+        return f"litgpt.data.{name}"
+    known = [*OUR_DATA, *(n for n in litgpt.data.__all__ if n[0].isupper() and n not in ("DataModule", "SFTDataset"))]
+    raise RecipeError(f"`data: {name}` is neither a file nor a data module; by name there are {', '.join(known)}.")
+
+
+def _named_class(callback: Any) -> Any:
+    if isinstance(callback, str):
+        callback = {"class_path": callback}
+    if isinstance(callback, dict) and callback.get("class_path") in our_callbacks.__all__:
+        return {**callback, "class_path": f"lightning_spectral.callbacks.{callback['class_path']}"}
+    return callback
+
+
+def _refuse_what_cannot_be_honoured(content: dict[str, Any]) -> None:
+    for reason in _reasons(content):
+        raise RecipeError(reason)
+
+
+def _reasons(content: dict[str, Any]) -> Iterator[str]:
+    train, evaluation = content["train"], content["eval"]
+    if evaluation["max_new_tokens"] is not None:
+        yield f"`eval.max_new_tokens: {evaluation['max_new_tokens']}` is for fine-tuning. Leave it empty."
+    if evaluation["evaluate_example"] != "first":
+        yield f"`eval.evaluate_example: {evaluation['evaluate_example']}` is for fine-tuning. Leave it out."
+    for key in ("interval", "max_iters"):
+        if evaluation[key] < 1:
+            yield f"`eval.{key}` must be >= 1, got {evaluation[key]}."
+    for key in ("global_batch_size", "micro_batch_size", "log_interval"):
+        if train[key] < 1:
+            yield f"`train.{key}` must be >= 1, got {train[key]}."
+    for key in ("max_steps", "max_tokens", "epochs", "max_seq_length", "save_interval"):
+        if train[key] is not None and train[key] < 1:
+            yield f"`train.{key}` must be >= 1, got {train[key]}; leave it empty for no limit."
+    if all(train[key] is None for key in ("max_steps", "max_tokens", "epochs")):
+        yield "the run has no end: set `train.max_tokens`, `train.max_steps` or `train.epochs`."
+    if content["initial_checkpoint_dir"] and content["resume"]:
+        yield "`resume` and `initial_checkpoint_dir` both say where to start: set one of them."
+    if content["logger_name"] != "wandb" and any(content["log"][key] for key in ("project", "run", "group")):
+        yield f"`log.project`, `log.run` and `log.group` are for `logger_name: wandb`, got {content['logger_name']}."
+    try:
+        optimizer_class(content["optimizer"])
+    except ValueError as error:
+        yield str(error)

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import csv
+import os
+import re
+import xml.etree.ElementTree as ET
+from argparse import Namespace
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_spectral.cli.report import make_scene
+from lightning_spectral.report import page as report
+from lightning_spectral.report.figures import FIGURES
+from lightning_spectral.report.figures_spectrum import read_spectra
+from lightning_spectral.report.page import warnings_of, write_report
+from lightning_spectral.report.rows import headline_rows
+from lightning_spectral.report.scene import Scene
+from lightning_spectral.report.style import FIXED, family, looks_of, spread_labels
+from tests.analysis.synthetic import recipe, write_one, write_spectra, write_study
+
+OPTIONS = {
+    "by": None, "metrics": ["soft_rank", "hard_rank"], "last": 5, "until_step": None, "stage": None, "method": "auto",
+    "site": "post", "match_on": "loss", "tolerance": 0.02,
+}  # fmt: skip
+
+
+def scene_of(root: Path, **changes: object) -> Scene:
+    scene = make_scene(Namespace(inputs=[str(root)], **(OPTIONS | changes)))
+    assert isinstance(scene, Scene)
+    return scene
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as handle:
+        return list(csv.DictReader(handle))
+
+
+def write_whole_study(root: Path) -> Path:
+    """A study that every figure finds something in."""
+    slopes = {"muon": 0.9, "adamw": 0.3}
+    folders = write_study(root, slopes, (128, 256, 512), seeds=(0, 1), sites=("pre", "post"), recipes=True)
+    for width in (128, 256, 512):
+        write_one(root, "adamw lr x3", 0.1, width, hparams=recipe(9e-3, kind="adamw"))
+    for folder in folders:
+        if "512" in folder.name:
+            write_spectra(folder, 512)
+    return root
+
+
+@pytest.fixture
+def one_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what does not depend on the figures: draw one of them."""
+    monkeypatch.setattr(report, "draw_all", lambda scene: {"health": FIGURES["health"].draw(scene)})
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("study")
+    return write_whole_study(root)
+
+
+@pytest.fixture(scope="module")
+def written(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    write_report(scene_of(study), folder, command="lightning-spectral report <study>")
+    return folder
+
+
+def test_every_figure_is_drawn_and_is_a_file(written: Path) -> None:
+    assert {path.stem for path in (written / "figures").iterdir()} == set(FIGURES)
+    for path in (written / "figures").iterdir():
+        assert len(ET.parse(path).getroot().findall(".//{*}path")) > 10
+
+
+def test_the_page_is_one_offline_file(written: Path) -> None:
+    page = (written / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]+"', page)
+    assert "<script" not in page
+    assert "@import" not in page
+    assert len(page) < 5_000_000
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', page))
+    assert used <= set(ids)
+
+
+def test_the_headline_has_both_states_and_everything_they_must_be_read_with(study: Path) -> None:
+    scene = scene_of(study, last=1)
+    rows = {row["name"]: row for row in headline_rows(scene)}
+    assert list(rows) == ["AdamW", "AdamW lr x3", "Muon"]
+    fit = scene.fit(("muon",), "tail", "hard_rank")
+    assert fit is not None
+    assert rows["Muon"]["before"] == f"{fit.before_beta:.2f} [{fit.before_low:.2f}, {fit.before_high:.2f}]"
+    assert fit.before_step == 80
+    assert rows["Muon"]["seeds"] == f"{fit.seed_low:.3f} to {fit.seed_high:.3f}"
+    assert rows["Muon"]["layers"] == f"{fit.layer_low:.3f} to {fit.layer_high:.3f}"
+    (gap,) = (
+        c for c in scene.compared("slope_difference_over_seeds", "tail", "hard_rank") if {c.a, c.b} == {"adamw", "muon"}
+    )
+    assert rows["Muon"]["gap_1"].startswith(f"{-gap.estimate:+.2f} [{-gap.ci_high:.2f}")
+    assert rows["AdamW"]["gap_0"] == ""
+
+
+def test_the_spectra_are_those_of_the_files(study: Path) -> None:
+    run = next(run for run in scene_of(study).runs.runs if run.width == 512 and run.optimizer == "muon")
+    spectra = read_spectra(run, "post", "tail")
+    assert list(spectra) == [20, 60, 100]
+    np.testing.assert_allclose(spectra[60], np.arange(1, 513) ** -1.1, rtol=1e-6)  # fp32 in the file
+    (run.folder / "eigenvalues" / "train_00000070.safetensors").write_bytes(b"torn")
+    assert list(read_spectra(run, "post", "tail")) == [20, 60, 100]
+    assert read_spectra(run, "pre", "tail") == {}
+
+
+@pytest.mark.usefixtures("one_figure")
+def test_the_page_escapes_what_it_is_told(study: Path, tmp_path: Path) -> None:
+    page = write_report(scene_of(study), tmp_path, title="<script>alert(1)</script>").page.read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_numbers_of_the_page_are_those_of_the_tables(written: Path) -> None:
+    page = (written / "report.html").read_text()
+    cells = re.findall(r'data-csv="([^"]+)" data-row="(\d+)" data-column="(\w+)">([^<]*)<', page)
+    tables = {name: rows_of(written / name) for name in {cell[0] for cell in cells}}
+    assert len(cells) > 100
+    for name, row, column, shown in cells:
+        value = tables[name][int(row)][column]
+        if shown == "-":
+            assert value == ""
+        else:
+            digits = len(shown.partition(".")[2])
+            assert shown == f"{float(value):.{digits}f}"
+
+
+def test_warnings_that_cannot_be_missed(study: Path, tmp_path: Path) -> None:
+    found = " ".join(warnings_of(scene_of(study)))
+    assert "untrained network already has beta = 0.7" in found
+    assert "Few widths: 3" in found
+    assert "seeds = initial weights; the data order is shared by all runs" in found
+    assert "The state before the learning-rate decay is another state" in found
+    assert "The learning rate alone moves adamw's beta of TAIL hard rank (D = 128, 256, 512, seed 0)" in found
+    assert "adamw lr x3 has no run at" in found.replace("AdamW", "adamw")
+    assert "across_decay" in found
+    write_study(tmp_path, {"muon": 0.9, "adamw": 0.3}, widths=(128, 256, 512), steps=(20, 40), noise=0.6, num_rows=900)
+    write_one(tmp_path, "muon", 0.9, 1024, steps=(20, 40))
+    alone = " ".join(warnings_of(scene_of(tmp_path)))
+    assert "No state before the learning-rate decay" in alone
+    for text in ("One seed a width", "Wide interval", "few_rows", "unequal_rows", "No null", "has no run at D = 1024"):
+        assert text in alone
+
+
+def test_crossing_lines_are_said(tmp_path: Path) -> None:
+    points = {"muon": 1.2, "adamw": -0.5}
+    write_study(tmp_path, points, widths=(1, 2, 4, 8), noise=0.01)  # equal at D = 1, so they cross at the left end
+    scene = scene_of(tmp_path)
+    (crossing,) = scene.compared("crossover_width", "tail", "hard_rank")
+    assert crossing.estimate == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.usefixtures("one_figure")
+def test_two_widths_make_a_report_that_says_no_fit(tmp_path: Path) -> None:
+    write_study(tmp_path / "runs", {"muon": 0.9, "adamw": 0.3}, widths=(128, 256))
+    page = unescape(write_report(scene_of(tmp_path / "runs"), tmp_path / "out").page.read_text())
+    assert "No exponent of TAIL hard rank could be fitted" in page
+    assert "fits refused: fewer than 3 widths" in page
+
+
+def test_one_run_and_pooled_only(tmp_path: Path) -> None:
+    write_one(tmp_path / "runs", "muon", 0.9, 128, layers=1)
+    write_report(scene_of(tmp_path / "runs", metrics=["hard_rank"]), tmp_path / "out")
+
+
+@pytest.mark.usefixtures("one_figure")
+def test_a_report_that_fails_leaves_the_old_one(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "report.html").write_text("old and whole")
+    replaced = os.replace
+
+    def fail(source: str, target: str) -> None:
+        if str(target).endswith("report.html"):
+            raise OSError("killed")
+        replaced(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="killed"):
+        write_report(scene_of(study), tmp_path)
+    assert (tmp_path / "report.html").read_text() == "old and whole"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_optimizer_looks_the_same_in_every_report() -> None:
+    alone, together = looks_of([("dion_1_16",)]), looks_of([("AdamW",), ("Muon",), ("Dion 1/16",), ("sophia",)])
+    assert alone["dion_1_16",].color == together["Dion 1/16",].color == FIXED["dion 1/16"][0]
+    assert len({(look.color, look.marker) for look in together.values()}) == 4
+    variants = looks_of([("AdamW",), ("AdamW lr x3",)])
+    assert variants["AdamW",].color == variants["AdamW lr x3",].color
+    assert variants["AdamW lr x3",].variant == 1
+    assert variants["AdamW",].variant == 0
+    three = looks_of([("AdamW",), ("AdamW lr/3",), ("AdamW lr x3",)])
+    assert len({(look.line, look.face) for look in three.values()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("label", "base"),
+    [("Dion (1/2)", "dion 1/2"), ("dion_1_16", "dion 1/16"), ("Dion", "dion"), ("NorMuon", "normuon"), ("muonic", "")],
+)
+def test_families(label: str, base: str) -> None:
+    assert family(label)[0] == base
+
+
+def test_labels_keep_their_order_and_their_distance() -> None:
+    placed = spread_labels([0.5, 0.51, 0.9, 0.5], 0.1, 0.0, 1.0)
+    gaps = [b - a for a, b in zip(sorted(placed), sorted(placed)[1:], strict=False)]
+    assert min(gaps) > 0.0999
+    assert placed[2] == max(placed)
+    assert spread_labels([], 0.1, 0.0, 1.0) == []

@@ -28,9 +28,9 @@ BASE = "GEMM fp32, shifted"
 BUCKETS, SHARES = 3, (0.33, 0.34, 0.33)
 
 
-def contestants(width: int, num_rows: int, device: str, with_slow: bool) -> dict[str, Callable[[], Any]]:
-    rows = torch.randn(num_rows, width, device=device) * torch.linspace(2, 1, width, device=device) + 0.3
-    codes = torch.multinomial(torch.tensor(SHARES, device=device), num_rows, replacement=True)
+def contestants(width: int, num_tokens: int, device: str, with_slow: bool) -> dict[str, Callable[[], Any]]:
+    rows = torch.randn(num_tokens, width, device=device) * torch.linspace(2, 1, width, device=device) + 0.3
+    codes = torch.multinomial(torch.tensor(SHARES, device=device), num_tokens, replacement=True)
     chosen = calibrate(width, device=device)
     pooled, bucketed = (empty_moments(groups, width, device=device) for groups in (1, BUCKETS))
     full, shift = torch.zeros(width, width, device=device), rows[:512].mean(0)
@@ -71,7 +71,7 @@ def contestants(width: int, num_rows: int, device: str, with_slow: bool) -> dict
     return found
 
 
-def findings(width: int, num_rows: int, timings: list[harness.Timing], clock: str) -> dict[str, float]:
+def findings(width: int, num_tokens: int, timings: list[harness.Timing], clock: str) -> dict[str, float]:
     """The ratios that issue 3 asks for."""
     ms = {t.name: getattr(t, f"{clock}_ms") for t in timings}
     ours = next(value for name, value in ms.items() if name.startswith(f"ours, {BUCKETS}"))
@@ -79,7 +79,7 @@ def findings(width: int, num_rows: int, timings: list[harness.Timing], clock: st
     product = next(value for name, value in ms.items() if name.startswith("product alone ("))
     found = {
         "buckets over pooled": ours / pooled,
-        "useful GFLOP/s": 2 * num_rows * width**2 / ours / 1e6,
+        "useful GFLOP/s": 2 * num_tokens * width**2 / ours / 1e6,
         "of the symmetric limit, whole ingest": ms[BASE] / 2 / ours,
         "of the symmetric limit, product alone": ms[BASE] / 2 / product,
     }
@@ -105,18 +105,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-rows", type=int, default=4096)
     options = parser.parse_args(argv)
     if options.quick:
-        options.widths, options.num_rows, options.rounds = [256, 512], 1024, 3
+        options.widths, options.num_tokens, options.rounds = [256, 512], 1024, 3
     about = harness.prepare(options)
     report: dict[str, Any] = {"rows": {}, "findings": {}, "state": {}}
     text = ["# Ingest: rows into moments", ""]
     for width in options.widths:
         with torch.no_grad():
-            racers = contestants(width, options.num_rows, options.device, with_slow=width <= 1024)
+            racers = contestants(width, options.num_tokens, options.device, with_slow=width <= 1024)
             timings = harness.race(racers, BASE, rounds=options.rounds, warm_up=2, device=options.device)
-        found = {clock: findings(width, options.num_rows, timings, clock) for clock in ("cpu", "wall")}
+        found = {clock: findings(width, options.num_tokens, timings, clock) for clock in ("cpu", "wall")}
         report["rows"][width] = [asdict(t) for t in timings]
         report["findings"][width], report["state"][width] = found, state_bytes(width)
-        text += [f"## D = {width}, N = {options.num_rows}", "", *harness.table(timings, BASE), ""]
+        text += [f"## D = {width}, N = {options.num_tokens}", "", *harness.table(timings, BASE), ""]
         text += [f"- {name}: {value:.2f} CPU, {found['wall'][name]:.2f} wall" for name, value in found["cpu"].items()]
         text += [f"- state, {name}: {value:.2f}" for name, value in report["state"][width].items()] + [""]
     harness.write(options, f"ingest_{options.threads}t", about, report, "\n".join(text))

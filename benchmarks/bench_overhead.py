@@ -253,7 +253,7 @@ def policies(folder: Path, device: str, thinned: Ingest) -> dict[str, tuple[int,
         "ours, every step, all tokens, exact": (1, ours("every", 1)),
         "ours, every step, 1/8 of tokens, approx": (
             1,
-            thinned.watch(ours("thin", 1, keep_share=1 / 8, soft="approx")),
+            thinned.watch(ours("thin", 1, token_fraction=1 / 8, soft="approx")),
         ),
         f"paper's buffering, 1 step in {PERIOD}": (PERIOD, BufferingCallback(PERIOD)),
     }

@@ -1,8 +1,8 @@
 """What does one spectrum cost, and how wrong is the approximate soft rank?
 
 All contestants see one layer's covariance (power law, N = 4 D rows). `measure` is our whole report of one bucket: exact
-with every rank and EEE, or approximate, or the hard ranks alone. The last table compares `soft="approx"` with known
-spectra.
+with every rank and early enrichment, or approximate, or the hard ranks alone.
+The last table compares `soft="approx"` with known spectra.
 
     python benchmarks/bench_spectrum.py --quick
 """

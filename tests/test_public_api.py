@@ -28,13 +28,16 @@ def test_verbs():
 
 def test_record_fields():
     assert [f.name for f in fields(SpectralRecord)] == [
-        "run_id", "stage", "step", "tokens_seen", "layer", "module", "site", "bucket", "num_rows", "width",
-        "rows_per_dim", "status", "soft_rank", "hard_rank", "hard_rank_unbiased", "spectral_entropy", "eee",
-        "top_share", "trace", "renyi", "reinjection", "js_divergence", "soft_method", "soft_rank_unbiased",
+        "run_id", "stage", "step", "tokens_seen", "layer", "module", "site", "bucket", "num_tokens", "width",
+        "tokens_per_dim", "status", "soft_rank", "hard_rank", "hard_rank_debiased", "spectral_entropy",
+        "early_enrichment",
+        "top_share", "trace", "renyi", "reinjection", "js_divergence", "soft_method", "soft_rank_debiased",
         "hard_rank_ci_low", "hard_rank_ci_high", "soft_rank_ci_low", "soft_rank_ci_high", "num_sequences", "expert",
-        "dtype", "world_size", "window_s", "conventions", "schema_version",
+        "dtype", "world_size", "window_s", "conventions", "stack", "reason", "loader", "ordinal", "layout",
+        "layout_agreement", "schema_version", "extra",
     ]  # fmt: skip
     assert [f.name for f in fields(LossRecord)] == [
-        "run_id", "stage", "step", "tokens_seen", "bucket", "num_rows", "loss", "accuracy", "schema_version",
+        "run_id", "stage", "step", "tokens_seen", "bucket", "num_tokens", "loss", "accuracy", "loader", "ordinal",
+        "status", "schema_version",
     ]  # fmt: skip
     assert {"run_id", "optimizer", "seed", "hparams", "labels"} <= {f.name for f in fields(RunInfo)}

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +15,8 @@ from lightning_spectral import records as rec
 def spectral(step: int = 0, **changes) -> rec.SpectralRecord:
     record = rec.SpectralRecord(
         run_id="run", stage="train", step=step, tokens_seen=10 * step, layer=1, module="h.1.mlp.proj", site="post",
-        bucket="tail", num_rows=2000, width=64, rows_per_dim=31.25, status="ok", soft_rank=20.0, hard_rank=10.0,
-        hard_rank_unbiased=10.1, spectral_entropy=math.log(20.0), eee=0.4, top_share=0.2, trace=3.0,
+        bucket="tail", num_tokens=2000, width=64, tokens_per_dim=31.25, status="ok", soft_rank=20.0, hard_rank=10.0,
+        hard_rank_debiased=10.1, spectral_entropy=math.log(20.0), early_enrichment=0.4, top_share=0.2, trace=3.0,
         renyi={"0.5": 25.0, "1": 20.0},
     )  # fmt: skip
     return replace(record, **changes)
@@ -117,3 +118,30 @@ def read_quietly(path) -> rec.ReadReport:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return rec.read_spectral(path)
+
+
+SCHEMA_1 = Path(__file__).parent / "fixtures" / "schema_1"
+
+
+def test_records_of_schema_1_are_read_under_todays_names():
+    report = rec.read_spectral(SCHEMA_1)
+    first = report.records[0]
+    assert (len(report.records), report.skipped) == (32, [])
+    assert (first.num_tokens, first.tokens_per_dim, first.width) == (1399, 5.46484375, 256)
+    assert (first.hard_rank_debiased, first.early_enrichment) == (16.95987571886419, 0.8998040106311522)
+    assert (first.stack, first.loader, first.ordinal, first.extra) == ("", None, 0, {})
+    assert rec.read_losses(SCHEMA_1).records[0].num_tokens == 1399
+    assert rec.read_run(SCHEMA_1).optimizer == "AdamW"
+
+
+def test_a_status_of_schema_1_has_todays_name():
+    line = (SCHEMA_1 / rec.SPECTRAL_FILE).read_bytes().splitlines()[0].replace(b'"ok"', b'"few_rows"')
+    assert rec.parse_record(line, rec.SpectralRecord).status == "few_tokens"
+
+
+def test_a_further_metric_stands_beside_the_fields_and_comes_back(tmp_path):
+    record = spectral(extra={"my_metric": 1.5})
+    rec.append_records(tmp_path / rec.SPECTRAL_FILE, [record])
+    assert json.loads((tmp_path / rec.SPECTRAL_FILE).read_text())["my_metric"] == 1.5
+    assert rec.read_spectral(tmp_path).records == [record]
+    assert (record.value("my_metric"), record.value("hard_rank"), record.value("nothing")) == (1.5, 10.0, None)

@@ -25,7 +25,7 @@ class Comparison:
     Attributes:
         where: Column name -> value of what both sides share (site, bucket, metric, layer, ...).
         kind: ``slope_difference``, ``slope_difference_paired``, ``slope_difference_over_seeds`` (each also with
-            ``_before_decay``), ``level_difference``, ``crossover_width``, ``asymmetry``, ``decay_change``, ``effect``,
+            ``_pre_decay``), ``level_difference``, ``crossover_width``, ``asymmetry``, ``decay_change``, ``effect``,
             ``matched_loss`` or ``matched_loss_slope``.
         a: First side.
         b: Second side; empty for a property of one side.

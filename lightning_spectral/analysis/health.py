@@ -16,7 +16,7 @@ _MANY_EQUAL: Final = 20
 
 # flag -> what to tell people
 FLAG_TEXT: Final = {
-    "few_rows": f"fewer than {ROWS_PER_RANK} rows per unit of rank: the rank is biased low, most at the widest FFN",
+    "few_tokens": f"fewer than {ROWS_PER_RANK} rows per unit of rank: the rank is biased low, most at the widest FFN",
     "unequal_rows": "the widths were measured on different numbers of rows: their biases differ",
     "mixed_windows": "the widths were measured at different training steps",
     "untrained_window": "a point takes in step 0, the untrained network: lower --last, or finish the run",
@@ -103,7 +103,7 @@ def flags_by_series(table: PointTable, duplicates: Duplicates) -> dict[tuple[str
 
 def flags_of(points: Sequence[Point]) -> tuple[str, ...]:
     """Keys of :data:`FLAG_TEXT` that hold for one series (without duplicates, which need the whole table)."""
-    rows = [point.num_rows for point in points if point.num_rows == point.num_rows]
+    rows = [point.num_tokens for point in points if point.num_tokens == point.num_tokens]
     sources = [point.source for point in points if point.source]
     cells = [(point.x, point.seed) for point in points]
     seeds = {point.seed for point in points}
@@ -111,7 +111,7 @@ def flags_of(points: Sequence[Point]) -> tuple[str, ...]:
     repeated_rows = len(set(sources)) < len(sources)
     repeats = len(set(cells)) < len(cells)
     checks = {
-        "few_rows": any(point.num_rows < ROWS_PER_RANK * point.rank for point in points),
+        "few_tokens": any(point.num_tokens < ROWS_PER_RANK * point.rank for point in points),
         "unequal_rows": bool(rows) and max(rows) - min(rows) > ROWS_TOLERANCE * max(rows),
         "mixed_windows": len({point.steps for point in points}) > 1,
         "untrained_window": any(0 in point.steps for point in points),

@@ -24,7 +24,7 @@ Groups = Mapping[tuple[str, ...], list[Point]]  # series -> points
 
 
 @dataclass(frozen=True)
-class Rung:
+class LearningRatePoint:
     """One learning rate of a ladder.
 
     Attributes:
@@ -54,7 +54,7 @@ class Rung:
 
 
 @dataclass(frozen=True)
-class Ladder:
+class LearningRateSweep:
     """One configuration at several learning rates.
 
     Attributes:
@@ -65,7 +65,7 @@ class Ladder:
     """
 
     name: str
-    rungs: tuple[Rung, ...]
+    rungs: tuple[LearningRatePoint, ...]
     widths: tuple[int, ...]
     seeds: tuple[str, ...]
 
@@ -77,7 +77,7 @@ class Ladder:
         return f"D = {widths}" + (f", seed {seeds}" if seeds else "")
 
 
-def ladders_of(runs: RunSet) -> list[Ladder]:
+def ladders_of(runs: RunSet) -> list[LearningRateSweep]:
     """All configurations that were run at two or more learning rates with a width and seed in common."""
     families: dict[str, dict[tuple[float, tuple[str, ...]], list[Run]]] = {}
     for series, group in group_runs(runs).items():
@@ -92,12 +92,14 @@ def ladders_of(runs: RunSet) -> list[Ladder]:
         if len({rate for rate, _ in family}) < 2 or not cells:
             continue
         rungs = tuple(
-            Rung(rate, series, tuple(run for run in group if (run.width, run.seed) in cells))
+            LearningRatePoint(rate, series, tuple(run for run in group if (run.width, run.seed) in cells))
             for (rate, series), group in sorted(family.items(), key=lambda item: item[0])
         )
         largest = max(family, key=lambda key: (len(family[key]), -len(" ".join(key[1]))))
         name = _common_name([" ".join(filter(None, series)) for _, series in family]) or " ".join(largest[1]).strip()
-        out.append(Ladder(name, rungs, tuple(sorted({w for w, _ in cells})), tuple(sorted({s for _, s in cells}))))
+        out.append(
+            LearningRateSweep(name, rungs, tuple(sorted({w for w, _ in cells})), tuple(sorted({s for _, s in cells})))
+        )
     return out
 
 
@@ -106,7 +108,7 @@ def _common_name(names: Sequence[str]) -> str:
     return min((re.sub(r"\s*\b(?:lr|learning.?rate)\b.*$", "", name).strip() for name in names), key=len)
 
 
-def ladder_table(ladders: Sequence[Ladder], table: PointTable) -> tuple[list[str], list[list[Any]]]:
+def ladder_table(ladders: Sequence[LearningRateSweep], table: PointTable) -> tuple[list[str], list[list[Any]]]:
     """Header and rows of ``learning_rates.csv``: one row a rung and measurement of the layer median."""
     header = ["ladder", "series", "learning_rate", "site", "bucket", "metric", "beta", "ci_low", "ci_high", "n"]
     header += ["widths", "seeds", "value_narrowest", "value_widest", "loss_narrowest", "loss_widest", "status"]

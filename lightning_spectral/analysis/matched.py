@@ -82,9 +82,9 @@ def loss_curve(run: Run, bucket: str = POOLED) -> tuple[FloatArray, FloatArray]:
     """(steps, losses) of validation if the run has it, else of training; empty if it has neither."""
     for stage in ("validation", "train"):
         found = [
-            (float(record.step), record.loss)
+            (float(record.step or 0), record.loss)
             for record in run.losses
-            if record.stage == stage and record.bucket == bucket and record.loss is not None
+            if record.stage == stage and record.bucket == bucket and None not in (record.step, record.loss)
         ]
         if found:
             steps, losses = np.array(sorted(found)).T

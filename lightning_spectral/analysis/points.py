@@ -32,7 +32,7 @@ class Point:
         source: Run id, or the row's own id; equal ids are the same run.
         seed: Seed of the run, or an empty string.
         spread: One standard deviation over layers, in units of the value; NaN if unknown.
-        num_rows: Rows N behind the value; NaN if unknown.
+        num_tokens: Rows N behind the value; NaN if unknown.
         rank: The rank found, to compare N with; NaN if unknown.
         steps: Windows that went into it.
         conventions: Convention sets of the records behind it.
@@ -47,7 +47,7 @@ class Point:
     source: str = ""
     seed: str = ""
     spread: float = float("nan")
-    num_rows: float = float("nan")
+    num_tokens: float = float("nan")
     rank: float = float("nan")
     steps: tuple[int, ...] = ()
     conventions: tuple[str, ...] = ()
@@ -111,7 +111,7 @@ def points_of_runs(
         metrics: Names from the records.
         last: Windows in the median.
         until_step: Take the last windows at or before this step; with a step for each run id, runs without one are
-            left out, and so is the untrained state (see :func:`before_decay`).
+            left out, and so is the untrained state (see :func:`pre_decay`).
         sites: Sites to use; ``post`` alone when ``site`` is not in ``by``.
 
     Raises:
@@ -134,7 +134,7 @@ def points_of_runs(
     return PointTable(names, tuple(points))
 
 
-def before_decay(runs: RunSet) -> dict[str, int]:
+def pre_decay(runs: RunSet) -> dict[str, int]:
     """Run id -> last step at the full learning rate, for runs that were measured both before and after it."""
     out = {}
     for run in runs.runs:
@@ -170,8 +170,8 @@ def _points_of_run(
     steps = tuple(int(step) for step in chosen)
     decay = decay_step(run)
     labels = {name: runs.label_of(run, name) for name in by}
-    rows = run.cube("num_rows")[:, :, window]
-    num_rows = nanmedian(rows.reshape(*rows.shape[:2], -1), axis=-1)
+    rows = run.cube("num_tokens")[:, :, window]
+    num_tokens = nanmedian(rows.reshape(*rows.shape[:2], -1), axis=-1)
     out = []
     for metric in metrics:
         values = run.cube(metric)[:, :, window]
@@ -196,7 +196,7 @@ def _points_of_run(
                     source=run.run_id,
                     seed=run.seed,
                     spread=spread,
-                    num_rows=float(num_rows[s, b]),
+                    num_tokens=float(num_tokens[s, b]),
                     rank=float(center[s, b]) if is_rank else float("nan"),
                     steps=steps,
                     conventions=run.conventions,

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_spectral.analysis.scan import METRICS, SpectralColumns, scan_spectral
+from lightning_spectral.analysis.scan import SpectralColumns, scan_spectral
 from lightning_spectral.records import (
     LOSSES_FILE,
     PROGRESS_FILE,
@@ -23,6 +23,7 @@ from lightning_spectral.records import (
     SPECTRAL_FILE,
     LossRecord,
     RunInfo,
+    layer_name,
     read_losses,
     read_run,
 )
@@ -104,11 +105,8 @@ class Run:
 
     @cached_property
     def layers(self) -> tuple[str, ...]:
-        """``layer_00``, ..., or ``layer_00.expert_1`` inside a mixture of experts."""
-        return tuple(
-            f"layer_{layer:02d}" + (f".expert_{expert}" if expert >= 0 else "")
-            for layer, expert in self._layer_keys.tolist()
-        )
+        """``layer_00``, ..., or ``layer_00.expert_01`` inside a mixture of experts."""
+        return tuple(layer_name(layer, expert if expert >= 0 else None) for layer, expert in self._layer_keys.tolist())
 
     @cached_property
     def sites(self) -> tuple[str, ...]:
@@ -144,10 +142,11 @@ class Run:
         Raises:
             ValueError: If there is no such metric.
         """
-        if metric not in METRICS and metric not in ("num_rows", "tokens_seen"):
-            raise ValueError(f"unknown metric `{metric}`; the records hold {', '.join(METRICS)}.")
-        if metric == "num_rows":
-            return self._dense(self.columns.ints["num_rows"].astype(np.float64))
+        if metric not in self.columns.floats and metric != "num_tokens":
+            known = ", ".join(name for name in self.columns.floats if name != "tokens_seen")
+            raise ValueError(f"unknown metric `{metric}`; the records hold {known}.")
+        if metric == "num_tokens":
+            return self._dense(self.columns.ints["num_tokens"].astype(np.float64))
         return self._dense(self.columns.floats[metric])
 
     def orders(self, name: str, windows: int) -> dict[str, FloatArray]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_spectral.records import SCHEMA_VERSION, SpectralRecord, parse_record
+from lightning_spectral.records import SCHEMA_VERSION, SpectralRecord, parse_record, to_json
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -25,17 +25,18 @@ TextArray = NDArray[np.bytes_]
 # a character class is three times as fast as the grammar of a number; `float` has the last word (see `_columns`)
 _NUMBER = rb"[-+.0-9eE]+|null"
 _VALUE_OF: Final = {"str": rb'[^"\\]*(?:\\.[^"\\]*)*', "dict": rb"\{[^{}]*\}", "number": _NUMBER}
-_INTS: Final = ("step", "layer", "num_rows", "width", "expert")
+_INTS: Final = ("step", "layer", "num_tokens", "width", "expert", "loader", "ordinal")
 _FLOATS: Final = (
     "tokens_seen",
     "soft_rank",
     "hard_rank",
-    "hard_rank_unbiased",
-    "eee",
+    "hard_rank_debiased",
+    "spectral_entropy",
+    "early_enrichment",
+    "top_share",
 )
-_TEXTS: Final = ("run_id", "stage", "site", "bucket", "status", "renyi", "reinjection", "conventions")
+_TEXTS: Final = ("run_id", "stage", "stack", "site", "bucket", "status", "renyi", "reinjection", "conventions")
 _JSON: Final = ("renyi", "reinjection", "conventions")
-METRICS: Final = tuple(name for name in _FLOATS if name != "tokens_seen")
 
 
 def _kind(annotation: str) -> str:
@@ -51,15 +52,19 @@ def _line_pattern() -> re.Pattern[bytes]:
         name = field.name.encode()
         value = _VALUE_OF[_kind(str(field.type))]
         group = rb"(" if field.name in wanted else rb"(?:"
+        if field.name == "extra":
+            continue
         if field.name == "schema_version":
             value = str(SCHEMA_VERSION).encode()
         quote = rb'"' if _kind(str(field.type)) == "str" else rb""
         parts.append(rb'"' + name + rb'": ' + quote + group + value + rb")" + quote)
-    return re.compile(rb"^\{" + rb", ".join(parts) + rb"\}$", re.MULTILINE)
+    extra = rb'((?:, "[^"\\]*": (?:' + _NUMBER + rb"))*)"
+    return re.compile(rb"^\{" + rb", ".join(parts) + extra + rb"\}$", re.MULTILINE)
 
 
 _PATTERN: Final = _line_pattern()
-_ORDER: Final = [field.name for field in fields(SpectralRecord) if field.name in {*_INTS, *_FLOATS, *_TEXTS}]
+_WANTED: Final = {*_INTS, *_FLOATS, *_TEXTS}
+_ORDER: Final = [*(field.name for field in fields(SpectralRecord) if field.name in _WANTED), "extra"]
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,8 @@ class SpectralColumns:
     """The records of one file as equally long columns.
 
     Attributes:
-        ints: ``step``, ``layer``, ``num_rows``, ``width`` and ``expert`` (-1 for none).
-        floats: Ranks and other metrics; NaN where the record has ``null``.
+        ints: ``step``, ``layer``, ``num_tokens``, ``width``, ``expert``, ``loader``, ``ordinal`` (-1 for none).
+        floats: Ranks and other metrics, the records' own ``extra`` ones too; NaN where a record has no number.
         texts: Byte strings; ``renyi``, ``reinjection`` and ``conventions`` are still JSON.
         skipped: ``(line number, reason)`` of every line left out.
     """
@@ -119,7 +124,7 @@ def _line_by_line(content: bytes) -> tuple[list[tuple[bytes, ...]], list[int], l
         if match is None or not _is_json(line):
             try:
                 record = parse_record(line, SpectralRecord)
-                match = _PATTERN.fullmatch(json.dumps({**asdict(record), "schema_version": SCHEMA_VERSION}).encode())
+                match = _PATTERN.fullmatch(to_json(replace(record, schema_version=SCHEMA_VERSION)).encode())
             except ValueError as error:
                 skipped.append((number, str(error)))
                 continue
@@ -145,10 +150,20 @@ def _columns(rows: list[tuple[bytes, ...]], skipped: list[tuple[int, str]]) -> S
     floats = {name: _numbers(raw[name]) for name in _FLOATS}
     return SpectralColumns(
         {name: np.where(np.isnan(column), -1, column).astype(np.int64) for name, column in ints.items()},
-        floats,
+        {**floats, **_extra(raw["extra"])},
         {name: _texts(raw[name], unescape=name not in _JSON) for name in _TEXTS},
         skipped,
     )
+
+
+def _extra(cells: tuple[bytes, ...]) -> dict[str, FloatArray]:
+    """Columns of the metrics that are no fields of the record."""
+    parsed = [json.loads(b"{" + cell.removeprefix(b", ") + b"}") if cell else {} for cell in cells]
+    names = sorted({name for values in parsed for name in values})
+    return {
+        name: np.array([values[name] if values.get(name) is not None else np.nan for values in parsed])
+        for name in names
+    }
 
 
 def _numbers(cells: tuple[bytes, ...]) -> FloatArray:
@@ -166,8 +181,8 @@ def _without_repeats(columns: SpectralColumns, lines: list[int] | None) -> Spect
     if not len(columns):
         return columns
     texts, ints = columns.texts, columns.ints
-    parts = [texts[name].tolist() for name in ("run_id", "stage", "site", "bucket")]
-    parts += [ints[name].tolist() for name in ("step", "layer", "expert")]
+    parts = [texts[name].tolist() for name in ("run_id", "stage", "stack", "site", "bucket")]
+    parts += [ints[name].tolist() for name in ("step", "layer", "expert", "loader", "ordinal")]
     place: dict[tuple[object, ...], int] = {}
     for row, key in enumerate(zip(*parts, strict=True)):
         place.setdefault(key, row)

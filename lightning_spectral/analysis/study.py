@@ -140,7 +140,7 @@ def comparisons_of(fitted: Fitted, architecture: str | None = None) -> list[Comp
     if fitted.before is not None:
         found += decay_changes(fitted.table, fitted.before.table)
         earlier = compare_fits(fitted.before.table, fitted.before.fits)
-        found += [replace(c, kind=f"{c.kind}_before_decay") for c in earlier if c.kind.startswith("slope_difference")]
+        found += [replace(c, kind=f"{c.kind}_pre_decay") for c in earlier if c.kind.startswith("slope_difference")]
     return [*found, *effects_of(fitted, architecture)] if architecture else found
 
 

@@ -102,7 +102,7 @@ def read_points_csv(
             why = f"`{path}` line {number}: `{row[bad]}` in column `{bad}` is not a number; the line was left out."
             problems.append(Problem(str(path), "skipped_lines", why))
             continue
-        num_rows = _optional(row, rows)
+        num_tokens = _optional(row, rows)
         points.append(
             Point(
                 tuple(row[name] for name in by),
@@ -111,7 +111,7 @@ def read_points_csv(
                 row[source] if source else "",
                 row[seed] if seed else "",
                 _optional(row, spread),
-                num_rows,
+                num_tokens,
                 value if is_rank or "rank" in row.get("metric", "") else math.nan,
             )
         )
@@ -154,9 +154,9 @@ def fit_table(by: Sequence[str], fits: Iterable[PowerLawFit]) -> tuple[list[str]
 
 def points_table(table: PointTable) -> tuple[list[str], list[list[Any]]]:
     """Header and rows of ``points.csv``."""
-    header = [*table.by, table.x_name, "seed", "value", "spread", "num_rows", "steps", "run_id"]
+    header = [*table.by, table.x_name, "seed", "value", "spread", "num_tokens", "steps", "run_id"]
     rows = [
-        [*p.series, p.x, p.seed, p.value, p.spread, p.num_rows, ";".join(map(str, p.steps)), p.source]
+        [*p.series, p.x, p.seed, p.value, p.spread, p.num_tokens, ";".join(map(str, p.steps)), p.source]
         for p in table.points
     ]
     return header, rows

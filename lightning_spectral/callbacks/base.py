@@ -96,7 +96,7 @@ class SpectralCallback(EvaluationHooks):
         """Which bucket a row belongs to; called once, when the model exists."""
         raise NotImplementedError
 
-    def stands_down(self, trainer: pl.Trainer) -> bool:
+    def is_redundant(self, trainer: pl.Trainer) -> bool:
         """Whether another callback of this trainer measures the same."""
         return False
 
@@ -104,7 +104,7 @@ class SpectralCallback(EvaluationHooks):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.stands_down(trainer):
+        if not self.is_redundant(trainer):
             self._attach(trainer, pl_module)
 
     @override
@@ -181,7 +181,7 @@ class SpectralCallback(EvaluationHooks):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         try:
-            if self._solver is not None and not self._solver.rescue():
+            if self._solver is not None and not self._solver.drain_after_error():
                 rank_zero_warn(f"{type(self).__name__}: the window that was being solved is lost: it needs all ranks.")
         except Exception as error:  # the error that stopped the run is the one to be seen
             rank_zero_warn(f"{type(self).__name__}: the last window could not be solved: {error}")
@@ -300,7 +300,7 @@ class SpectralCallback(EvaluationHooks):
     def begin_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.sanity_checking or stage not in self._on:
             return
-        if self._probe is None and trainer.state.fn != "fit" and not self.stands_down(trainer):
+        if self._probe is None and trainer.state.fn != "fit" and not self.is_redundant(trainer):
             self._attach(trainer, pl_module)
         if self._probe is not None:
             self._train_window = self._probe.begin()  # validation may come between two micro-batches of a step

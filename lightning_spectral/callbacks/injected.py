@@ -94,7 +94,7 @@ def fabric_probes(callbacks: Sequence[Callback]) -> list[FabricSpectralProbe]:
         return [
             FabricSpectralProbe(callback)  # type: ignore[arg-type]  # it says what it does not take
             for callback in callbacks
-            if not getattr(callback, "stands_down", lambda _: False)(together)
+            if not getattr(callback, "is_redundant", lambda _: False)(together)
         ]
     except ValueError as error:
         raise MisconfigurationException(f"{VARIABLE}: {error}") from error

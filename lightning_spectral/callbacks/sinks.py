@@ -12,13 +12,13 @@ from statistics import median
 import lightning.pytorch as pl
 from lightning.fabric import Fabric
 
+from lightning_spectral.functional.rank import RANK_METRICS
 from lightning_spectral.probe.records_of import WindowId, loss_records, save_eigenvalues, spectral_records
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.window import WindowResult
-from lightning_spectral.records import LossRecord, SpectralRecord
+from lightning_spectral.records import LossRecord, SpectralRecord, layer_name
 
 FRONT_PAGE = ("hard_rank", "soft_rank")
-DETAIL = ("hard_rank", "soft_rank", "hard_rank_unbiased", "eee", "top_share")
 
 
 def publish(
@@ -51,10 +51,12 @@ def front_page(records: Sequence[SpectralRecord], stage: str) -> dict[str, float
         for bucket in dict.fromkeys(record.bucket for record in at_site):
             mine = [record for record in at_site if record.bucket == bucket]
             for metric in (*FRONT_PAGE, "asymmetry"):
-                value = _median(getattr(record, metric) for record in mine)
+                value = _median(record.value(metric) for record in mine)
                 if value is not None:
                     scalars[f"{prefix}/{metric}{suffix}.{bucket}"] = value
-            scalars[f"{prefix}_health/rows_per_dim{suffix}.{bucket}"] = median(record.rows_per_dim for record in mine)
+            scalars[f"{prefix}_health/tokens_per_dim{suffix}.{bucket}"] = median(
+                record.tokens_per_dim for record in mine
+            )
     if records:
         scalars[f"{prefix}_health/bad_status_share"] = sum(r.status != "ok" for r in records) / len(records)
         scalars[f"{prefix}_health/window_s"] = records[0].window_s or 0.0
@@ -67,12 +69,15 @@ def front_page(records: Sequence[SpectralRecord], stage: str) -> dict[str, float
 def detail(records: Iterable[SpectralRecord], stage: str) -> dict[str, float]:
     """One scalar per metric, site, bucket and layer."""
     prefix = "spectral" if stage == "train" else f"spectral_{stage}"
+    # the entropy is the logarithm of the soft rank
+    metrics = [*(name for name in RANK_METRICS if name != "spectral_entropy"), "hard_rank_debiased"]
     scalars = {}
     for record in records:
-        for metric in DETAIL:
-            value = getattr(record, metric)
+        for metric in metrics:
+            value = record.value(metric)
             if value is not None:
-                scalars[f"{prefix}.{metric}.{record.site}.{record.bucket}/{layer_name(record)}"] = value
+                place = layer_name(record.layer, record.expert)
+                scalars[f"{prefix}.{metric}.{record.site}.{record.bucket}/{place}"] = value
     return scalars
 
 
@@ -85,11 +90,6 @@ def loss_scalars(losses: Iterable[LossRecord], stage: str) -> dict[str, float]:
         for metric in ("loss", "accuracy")
         if (value := getattr(record, metric)) is not None
     }
-
-
-def layer_name(record: SpectralRecord) -> str:
-    """``layer_03`` or ``layer_03.expert_01``: zero-padded, so that lists sort by depth."""
-    return f"layer_{record.layer:02d}" + ("" if record.expert is None else f".expert_{record.expert:02d}")
 
 
 def log_scalars(trainer: pl.Trainer | Fabric, scalars: dict[str, float], step: int) -> None:

@@ -33,14 +33,14 @@ class SpectralRankCallback(SpectralCallback):
         modules: Globs of the down projections, for a model that is not of a known family.
         embedding: Glob of the token embedding, where it is not found by itself.
         on: Stages to measure: ``train``, ``validation``, ``test``, ``predict``. An evaluation stage is one window.
-        keep_share: Share of the positions of every sequence to take in, in (0, 1].
-        num_shards: Deal sequences to this many shards for sequence-level 95 % intervals and the bias-corrected soft
-            rank. The interval is about what the plain rank would be with other sequences, not about its bias from
+        token_fraction: Share of the positions of every sequence to take in, in (0, 1].
+        num_jackknife_groups: Deal sequences to this many groups, for sequence-level 95 % intervals and the debiased
+            soft rank. The interval is about what the plain rank would be with other sequences, not about its bias from
             few rows. K shards take K times the state and K + 1 solves a spectrum (4: rows 1.06 times slower, reports
             5 times), which is why 1, for neither, is the default.
         renyi_orders: Orders of the Renyi ranks in the records.
         soft: ``exact``; or ``approx`` for layers at least 1,024 wide: within 0.5 %, several times faster than the
-            eigensolve, labelled ``soft_method`` in the records, without what needs the whole spectrum (Renyi, EEE).
+            eigensolve, labelled ``soft_method`` in the records, without what needs the whole spectrum (Renyi ranks).
         eigenvalues: Also save every spectrum (``eigenvalues/*.safetensors``).
         dirpath: Run folder; default the trainer's log directory.
         run_id: Id of the run; default made from time and chance.
@@ -54,7 +54,7 @@ class SpectralRankCallback(SpectralCallback):
             rank.
         background: Solve windows in a thread beside training; default where a core is free, nothing monitors a
             ``spectral`` metric and twice the state fits. Records are the same, medians come a few steps later.
-        seed: Of the positions drawn where ``keep_share < 1``.
+        seed: Of the positions drawn where ``token_fraction < 1``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -73,8 +73,8 @@ class SpectralRankCallback(SpectralCallback):
         modules: list[str] | None = None,
         embedding: str | None = None,
         on: Sequence[str] = ("train",),
-        keep_share: float = 1.0,
-        num_shards: int = 1,
+        token_fraction: float = 1.0,
+        num_jackknife_groups: int = 1,
         renyi_orders: Sequence[float] = DEFAULT_RENYI_ORDERS,
         soft: Literal["exact", "approx"] = "exact",
         eigenvalues: bool = False,
@@ -92,8 +92,8 @@ class SpectralRankCallback(SpectralCallback):
             sites=sites,
             modules=modules,
             embedding=embedding,
-            keep_share=keep_share,
-            num_shards=num_shards,
+            token_fraction=token_fraction,
+            num_jackknife_groups=num_jackknife_groups,
             renyi_orders=renyi_orders,
             convention=convention,
             soft=soft,
@@ -119,8 +119,8 @@ class SpectralRankCallback(SpectralCallback):
         return pooled_only()
 
     @override
-    def stands_down(self, trainer: pl.Trainer) -> bool:
+    def is_redundant(self, trainer: pl.Trainer) -> bool:
         return any(
-            isinstance(other, TailTokenProbe) and other.measures_what(self)
+            isinstance(other, TailTokenProbe) and other.covers(self)
             for other in trainer.callbacks  # type: ignore[attr-defined]
         )

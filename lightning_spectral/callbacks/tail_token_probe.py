@@ -41,8 +41,8 @@ class TailTokenProbe(SpectralCallback):
         modules: See there.
         embedding: See there.
         on: See there.
-        keep_share: See there.
-        num_shards: See there.
+        token_fraction: See there.
+        num_jackknife_groups: See there.
         renyi_orders: See there.
         soft: See there.
         eigenvalues: See there.
@@ -81,8 +81,8 @@ class TailTokenProbe(SpectralCallback):
         modules: list[str] | None = None,
         embedding: str | None = None,
         on: Sequence[str] = ("train",),
-        keep_share: float = 1.0,
-        num_shards: int = 1,
+        token_fraction: float = 1.0,
+        num_jackknife_groups: int = 1,
         renyi_orders: Sequence[float] = DEFAULT_RENYI_ORDERS,
         soft: Literal["exact", "approx"] = "exact",
         eigenvalues: bool = False,
@@ -108,8 +108,8 @@ class TailTokenProbe(SpectralCallback):
             sites=sites,
             modules=modules,
             embedding=embedding,
-            keep_share=keep_share,
-            num_shards=num_shards,
+            token_fraction=token_fraction,
+            num_jackknife_groups=num_jackknife_groups,
             renyi_orders=renyi_orders,
             convention=convention,
             soft=soft,
@@ -149,7 +149,7 @@ class TailTokenProbe(SpectralCallback):
         counts = load_counts(self._token_counts(trainer, pl_module))
         return by_frequency(counts, head_share=head_share, mid_share=mid_share, attribute_to=self._attribute_to)
 
-    def measures_what(self, other: SpectralCallback) -> bool:
+    def covers(self, other: SpectralCallback) -> bool:
         """Whether this probe's merge of buckets is what ``other`` would measure."""
         return (
             self.options == replace(other.options, with_losses=self.options.with_losses)

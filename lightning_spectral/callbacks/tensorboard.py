@@ -13,9 +13,8 @@ import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_spectral.callbacks.sinks import layer_name
 from lightning_spectral.probe.window import WindowResult
-from lightning_spectral.records import POOLED, SpectralRecord
+from lightning_spectral.records import POOLED, SpectralRecord, layer_name
 
 MAX_SERIES = 4  # more lines than this in one chart cannot be told apart
 MAX_SPECTRA = 24
@@ -24,7 +23,7 @@ MAX_SPECTRA = 24
 def layout(records: Sequence[SpectralRecord], *, with_losses: bool) -> dict[str, dict[str, list[Any]]]:
     """Custom-scalars layout for the tags of ``sinks``: front page, layers, health; at most 4 series a chart."""
     buckets = list(dict.fromkeys(record.bucket for record in records))
-    layers = list(dict.fromkeys(layer_name(record) for record in records))
+    layers = list(dict.fromkeys(layer_name(record.layer, record.expert) for record in records))
     sites = list(dict.fromkeys(record.site for record in records))
     suffixes = ["" if site == "post" else f".{site}" for site in sites]
     front: dict[str, list[Any]] = {}
@@ -38,7 +37,7 @@ def layout(records: Sequence[SpectralRecord], *, with_losses: bool) -> dict[str,
             for bucket in buckets:
                 tags = [f"spectral.{metric}.{site}.{bucket}/{layer}" for layer in layers]
                 detail |= _charts(f"{metric}.{site}.{bucket} by layer", tags)
-    health = _charts("rows per dimension (N/D)", [f"spectral_health/rows_per_dim{suffixes[0]}.{b}" for b in buckets])
+    health = _charts("rows per dimension (N/D)", [f"spectral_health/tokens_per_dim{suffixes[0]}.{b}" for b in buckets])
     health |= _charts("share of spectra with a bad status", ["spectral_health/bad_status_share"])
     health |= _charts("seconds per window", ["spectral_health/window_s"])
     pages = {"1 Rank curves (layer median)": front, "2 Layers": detail, "4 Health": health}
@@ -62,10 +61,11 @@ class Pictures:
         writers = list(_writers(trainer))
         if not writers or not records:
             return
-        step = records[0].step
+        step = records[0].step or 0
         for record in records:
             if record.site == "post" and record.hard_rank is not None:
-                self._hard.setdefault(record.bucket, {})[layer_name(record), step] = record.hard_rank
+                place = layer_name(record.layer, record.expert)
+                self._hard.setdefault(record.bucket, {})[place, step] = record.hard_rank
         self._remember_spectra(step, result)
         if self._num_windows == 0:
             for writer in writers:
@@ -94,7 +94,7 @@ class Pictures:
         if chosen is None or chosen.measurement.eigenvalues is None:
             return
         eigs = chosen.measurement.eigenvalues.double().numpy()
-        kept = self._spectra.setdefault(f"layer_{chosen.layer:02d}.{bucket}", {})
+        kept = self._spectra.setdefault(f"{layer_name(chosen.layer)}.{bucket}", {})
         kept[step] = eigs / eigs.sum()
         if len(kept) > 2 * MAX_SPECTRA:  # thin evenly over time, keeping the first and the last
             for old in list(kept)[1:-1:2]:

@@ -21,13 +21,13 @@ from lightning_spectral.callbacks.run_folder import open_run_folder
 from lightning_spectral.functional.flattening import FLAT_BAND, spectrum_flattening
 from lightning_spectral.functional.matrix_spectrum import spectrum_measures
 from lightning_spectral.functional.orthogonalize import coefficient_set
+from lightning_spectral.models.names import clean_names
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.schedule import Schedule
 from lightning_spectral.records import WEIGHTS_FILE, WeightRecord, append_records, read_weights
 
 WHAT = ("weight", "gradient", "momentum", "update")
 _MOMENTUM_KEYS = ("momentum_buffer", "momentum", "exp_avg")  # torch's SGD and Muon, ours, Adam
-_WRAPPERS = re.compile(r"(_orig_mod|_forward_module|_fsdp_wrapped_module|module)\.")
 _SCALARS = ("effective_rank", "stable_rank", "normalized_entropy", "top10_energy", "flattened_share")
 
 
@@ -170,8 +170,9 @@ class WeightSpectrumCallback(Callback):
 
     def _choose(self, pl_module: pl.LightningModule) -> Iterator[tuple[str, Tensor]]:
         embeddings = {id(module.weight) for module in pl_module.modules() if isinstance(module, torch.nn.Embedding)}
+        names = clean_names(name for name, _ in pl_module.named_parameters())
         for raw, parameter in pl_module.named_parameters():
-            name = _WRAPPERS.sub("", raw)
+            name = names[raw]
             if self.parameters is None:
                 chosen = parameter.ndim >= 2 and id(parameter) not in embeddings
             else:

@@ -15,7 +15,7 @@ kinds of comparison:
   slope_difference         beta of a minus beta of b, independent fits (Welch)
   slope_difference_paired  slope of ln(a/b): what a width has in common cancels
   slope_difference_over_seeds  one difference a seed: what another seed would give
-  ..._before_decay         the same just before the learning rate decays (where the recipe is recorded)
+  ..._pre_decay         the same just before the learning rate decays (where the recipe is recorded)
   decay_change             beta at the end minus beta before the decay, same runs
   level_difference         ln(a/b) in the middle of the common widths
   crossover_width          where the two lines meet (Fieller interval)

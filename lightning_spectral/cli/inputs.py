@@ -86,7 +86,7 @@ def _load(options: argparse.Namespace) -> tuple[Fitted, RunSet | None]:
 
 def fit_runs(options: argparse.Namespace, by: list[str] | None) -> tuple[Fitted, RunSet]:
     """Points and fits of run folders, nulls included."""
-    from lightning_spectral.analysis.points import before_decay, default_by, points_of_runs
+    from lightning_spectral.analysis.points import default_by, points_of_runs, pre_decay
     from lightning_spectral.analysis.runs import load_runs
     from lightning_spectral.analysis.study import finished_only, fit_points, nulls_of_runs
 
@@ -96,7 +96,7 @@ def fit_runs(options: argparse.Namespace, by: list[str] | None) -> tuple[Fitted,
     columns = by or list(default_by(runs))
     table = points_of_runs(runs, by=columns, metrics=options.metrics, last=options.last, until_step=options.until_step)
     nulls = nulls_of_runs(runs, columns, options.metrics)
-    steps = before_decay(runs) if options.until_step is None else {}
+    steps = pre_decay(runs) if options.until_step is None else {}
     before = points_of_runs(runs, by=columns, metrics=options.metrics, last=options.last, until_step=steps)
     return fit_points(table, method=options.method, problems=runs.problems, nulls=nulls, before=before), runs
 

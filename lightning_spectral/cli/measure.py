@@ -75,7 +75,7 @@ def _measure(options: argparse.Namespace) -> list[Measured]:
                 batch_size=options.batch_size,
                 sites=options.sites,
                 modules=options.modules,
-                num_shards=options.shards,
+                num_jackknife_groups=options.shards,
                 device=options.device,
             )
             for number, checkpoint in enumerate(options.checkpoints, start=1)
@@ -94,7 +94,7 @@ def table(measured: Measured) -> Iterable[str]:
         loss = _loss(measured, bucket)
         yield (
             f"{site:<6}{bucket:<8}{_text(_median(rows, 'soft_rank'), 2):>11}{_text(_median(rows, 'hard_rank'), 2):>11}"
-            f"{_text(_median(rows, 'rows_per_dim'), 1):>9}{_text(loss, 3):>9}  {_worst(rows)}"
+            f"{_text(_median(rows, 'tokens_per_dim'), 1):>9}{_text(loss, 3):>9}  {_worst(rows)}"
         )
 
 

@@ -101,11 +101,11 @@ def summary(run_folder: Path) -> Iterable[str]:
         mine = [record for record in rows if record.bucket == bucket]
         if mine:
             soft, hard = _median(r.soft_rank for r in mine), _median(r.hard_rank for r in mine)
-            rows_per_dim = _median(r.rows_per_dim for r in mine)
+            tokens_per_dim = _median(r.tokens_per_dim for r in mine)
             worst = min((r.status for r in mine), key=records.STATUSES.index)
             loss = losses.get(bucket)
             lines.append(
-                f"{bucket:<8}{_number(soft, 2):>11}{_number(hard, 2):>11}{_number(rows_per_dim, 1):>9}"
+                f"{bucket:<8}{_number(soft, 2):>11}{_number(hard, 2):>11}{_number(tokens_per_dim, 1):>9}"
                 f"{_number(loss, 3):>9}  {worst}"
             )
     return lines
@@ -116,7 +116,7 @@ def _last_window(run_folder: Path) -> list[records.SpectralRecord]:
     if not path.is_file():
         return []
     found = [r for r in records.read_spectral(path).records if r.stage == "train" and r.site == "post"]
-    last = max((record.step for record in found), default=None)
+    last = max((record.step or 0 for record in found), default=None)
     return [record for record in found if record.step == last]
 
 
@@ -125,7 +125,7 @@ def _last_losses(run_folder: Path) -> dict[str, float | None]:
     if not path.is_file():
         return {}
     found = [record for record in records.read_losses(path).records if record.stage == "train"]
-    last = max((record.step for record in found), default=None)
+    last = max((record.step or 0 for record in found), default=None)
     return {record.bucket: record.loss for record in found if record.step == last}
 
 

@@ -32,9 +32,9 @@ def main(argv: list[str]) -> int:
         raise CommandError("a report needs run folders, grouped as it groups them; for tables use `fit` and `compare`.")
 
     from lightning_spectral.report.page import write_report
-    from lightning_spectral.report.scene import Scene
+    from lightning_spectral.report.scene import ReportData
 
-    scene: Scene = inputs.guarded(lambda: make_scene(options))
+    scene: ReportData = inputs.guarded(lambda: make_scene(options))
     command = shlex.join(["lightning-spectral", "report", *argv])
     written = write_report(scene, folder, title=options.title, command=command, png=options.png)
     for warning in written.warnings:
@@ -55,7 +55,7 @@ def make_scene(options: argparse.Namespace):  # type: ignore[no-untyped-def]  # 
     from lightning_spectral.analysis.matched import compare_matched, matched_pairs
     from lightning_spectral.analysis.study import comparisons_of
     from lightning_spectral.analysis.trajectory import SMOOTHING_WINDOWS, beta_trajectories
-    from lightning_spectral.report.scene import Scene
+    from lightning_spectral.report.scene import ReportData
 
     fitted, runs = inputs.fit_runs(options, None)
     if not runs.runs:
@@ -69,4 +69,4 @@ def make_scene(options: argparse.Namespace):  # type: ignore[no-untyped-def]  # 
     comparisons = (*comparisons_of(fitted), *compare_matched(pairs))
     smoothing = min(SMOOTHING_WINDOWS, options.last)
     paths = tuple(beta_trajectories(runs, metrics=options.metrics, smoothing=smoothing))
-    return Scene(runs, fitted, comparisons, paths, tuple(pairs), options.site, options.last)
+    return ReportData(runs, fitted, comparisons, paths, tuple(pairs), options.site, options.last)

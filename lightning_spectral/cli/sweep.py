@@ -77,13 +77,13 @@ def main(argv: list[str]) -> int:
 def _run(found, launcher) -> int:  # type: ignore[no-untyped-def]
     from lightning_spectral.sweep import plan as sweep
     from lightning_spectral.sweep.run import run_all
-    from lightning_spectral.sweep.screen import Screen, cost_line
+    from lightning_spectral.sweep.screen import ProgressDisplay, cost_line
 
     # a batch system asks with SIGTERM, and a background job of a shell script has SIGINT switched off
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.default_int_handler)
     try:
-        board = run_all(found, launcher, Screen())
+        board = run_all(found, launcher, ProgressDisplay())
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here.", file=sys.stderr)
         return 130

@@ -112,12 +112,12 @@ def update_(
     """
     if rows_ND.ndim != 2 or rows_ND.shape[1] != moments.width:
         raise ValueError(f"Rows of shape {tuple(rows_ND.shape)} do not fit a state of width {moments.width}.")
-    num_rows = rows_ND.shape[0] if order_M is None else order_M.shape[0]
-    if len(sizes) != moments.num_groups or sum(sizes) != num_rows:
+    num_tokens = rows_ND.shape[0] if order_M is None else order_M.shape[0]
+    if len(sizes) != moments.num_groups or sum(sizes) != num_tokens:
         raise ValueError(
-            f"`sizes` must have {moments.num_groups} entries that sum to {num_rows} rows, got {list(sizes)}."
+            f"`sizes` must have {moments.num_groups} entries that sum to {num_tokens} rows, got {list(sizes)}."
         )
-    if num_rows == 0:
+    if num_tokens == 0:
         return
     with torch.no_grad(), full_precision(rows_ND.device):
         if not bool(moments.count_G.any()):
@@ -172,8 +172,8 @@ def _add_rows(
 
 def first_shift(rows_ND: Tensor, order_M: Tensor | None) -> Tensor:
     """A vector near the mean: the mean of some of the rows, taken evenly."""
-    num_rows = rows_ND.shape[0] if order_M is None else order_M.shape[0]
-    step = max(num_rows // _SHIFT_ROWS, 1)
+    num_tokens = rows_ND.shape[0] if order_M is None else order_M.shape[0]
+    step = max(num_tokens // _SHIFT_ROWS, 1)
     some_ND = rows_ND[::step] if order_M is None else rows_ND.index_select(0, order_M[::step])
     mean_D = some_ND.to(sum_dtype(rows_ND.device)).mean(0)
     # One bad row must spoil its own bucket, not every bucket through the shift.

@@ -75,10 +75,10 @@ def smoothed_polar_newton(matrix: Tensor, lam: float) -> Tensor:
     if matrix.shape[0] < matrix.shape[1]:
         return smoothed_polar_newton(matrix.mT, lam).mT
     g_MN = matrix.double()
-    num_rows, num_columns = g_MN.shape
+    num_tokens, num_columns = g_MN.shape
     stacked = torch.cat([g_MN, lam * torch.eye(num_columns, dtype=torch.float64, device=g_MN.device)])
     basis, r_NN = torch.linalg.qr(stacked)
-    return basis[:num_rows] @ polar_newton(r_NN)
+    return basis[:num_tokens] @ polar_newton(r_NN)
 
 
 def _polar_square(matrix_NN: Tensor) -> Tensor:

@@ -82,13 +82,13 @@ def cuda_bf16(uppers: Sequence[Tensor], rows_ND: Float[Tensor, "N D"]) -> None:
         start += upper.shape[0]
 
 
-def row_buffer(like: Tensor, num_rows: int, width: int) -> Tensor:
+def row_buffer(like: Tensor, num_tokens: int, width: int) -> Tensor:
     """Memory for rows that are about to be multiplied, of the type and on the device of ``like``.
 
     A cache line longer than they need: rows 2^k bytes apart all fall into the same few lines of a cache, which costs up
     to a quarter of the product (D = 1,024 on an Intel Sapphire Rapids).
     """
-    return like.new_empty(num_rows, width + 64 // like.element_size())[:, :width]
+    return like.new_empty(num_tokens, width + 64 // like.element_size())[:, :width]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -130,13 +131,33 @@ def js_divergence(first: Float[Tensor, "*batch D"], second: Float[Tensor, "*batc
     return (_relative_entropy(p, middle) + _relative_entropy(q, middle)).clamp(min=0) / 2
 
 
-RANK_METRICS: dict[str, Callable[[Tensor], Tensor]] = {
-    "soft_rank": soft_rank,
-    "hard_rank": hard_rank,
-    "spectral_entropy": spectral_entropy,
-    "eee": eigenvalue_early_enrichment,
-    "top_share": top_share,
-}
+@dataclass(frozen=True)
+class RankMetric:
+    """One number of a spectrum. A row of :data:`RANK_METRICS` is all that a new one needs.
+
+    Attributes:
+        name: Field of the record, part of the TensorBoard tag, name in tables and figures.
+        function: Eigenvalues, descending, ``(*batch, D)`` -> ``(*batch,)``.
+        unit: What it counts, e.g. ``modes``, ``nats``; empty for a share.
+        range: Smallest and largest value, for layers of width D.
+        doc: One sentence.
+    """
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    unit: str
+    range: str
+    doc: str
+
+
+_ROWS = (
+    RankMetric("soft_rank", soft_rank, "modes", "[hard_rank, D]", "Effective rank: exp of the Shannon entropy."),
+    RankMetric("hard_rank", hard_rank, "modes", "[1, D]", "Participation ratio (sum l)^2 / sum l^2."),
+    RankMetric("spectral_entropy", spectral_entropy, "nats", "[0, ln D]", "Shannon entropy of l_i / sum l."),
+    RankMetric("early_enrichment", eigenvalue_early_enrichment, "", "[0, 1]", "How early the variance accumulates."),
+    RankMetric("top_share", top_share, "", "[1/D, 1]", "Largest eigenvalue over the trace."),
+)
+RANK_METRICS: dict[str, RankMetric] = {row.name: row for row in _ROWS}
 
 
 def rank_values(
@@ -155,16 +176,23 @@ def rank_values(
     """
     p = _probabilities(eigs_D)
     entropy = _entropy(p)
-    values = (entropy.exp(), _participation(p), entropy, _early_enrichment(p), p.amax(-1))
-    known = {1.0: values[0], 2.0: values[1]}
+    shared = {
+        "soft_rank": entropy.exp(),
+        "hard_rank": _participation(p),
+        "spectral_entropy": entropy,
+        "early_enrichment": _early_enrichment(p),
+        "top_share": p.amax(-1),
+    }
+    values = [shared[name] if name in shared else row.function(eigs_D) for name, row in RANK_METRICS.items()]
+    known = {1.0: shared["soft_rank"], 2.0: shared["hard_rank"]}
     renyi = [known[order] if order in known else _renyi(p, order) for order in renyi_orders]
-    numbers = torch.stack([*values, *renyi]).tolist()
-    names = ("soft_rank", "hard_rank", "spectral_entropy", "eee", "top_share")
+    numbers = torch.stack([*(value.to(p.dtype) for value in values), *renyi]).tolist()
     orders = [f"{order:g}" for order in renyi_orders]
-    return dict(zip(names, numbers, strict=False)), dict(zip(orders, numbers[len(names) :], strict=True))
+    named = dict(zip(RANK_METRICS, numbers[: len(values)], strict=True))
+    return named, dict(zip(orders, numbers[len(values) :], strict=True))
 
 
-def unbiased_hard_rank(num_rows: int, trace: float, frobenius_sq: float, quartic: float) -> float:
+def debiased_hard_rank(num_tokens: int, trace: float, frobenius_sq: float, quartic: float) -> float:
     """Participation ratio with the finite-sample bias of both its parts removed.
 
     Ratio of the unbiased estimators of ``(tr Sigma)^2`` and ``tr Sigma^2`` for independent rows of any distribution
@@ -172,7 +200,7 @@ def unbiased_hard_rank(num_rows: int, trace: float, frobenius_sq: float, quartic
     the plain value, never instead of it.
 
     Args:
-        num_rows: N.
+        num_tokens: N.
         trace: ``tr S`` of the sample covariance (divisor N-1).
         frobenius_sq: ``tr S^2``.
         quartic: ``sum_i |x_i - mean|^4``.
@@ -180,7 +208,7 @@ def unbiased_hard_rank(num_rows: int, trace: float, frobenius_sq: float, quartic
     Returns:
         The corrected rank; NaN where N < 4 or the estimate of ``tr Sigma^2`` is not positive.
     """
-    n = float(num_rows)
+    n = float(num_tokens)
     if n < 4:
         return math.nan
     kurtosis = n * quartic / (n - 1)
@@ -189,24 +217,24 @@ def unbiased_hard_rank(num_rows: int, trace: float, frobenius_sq: float, quartic
     return trace_part / frobenius_part if frobenius_part > 0 else math.nan
 
 
-def sampling_status(num_rows: int, width: int, trace: float, rounding: float = 0.0) -> str:
+def sampling_status(num_tokens: int, width: int, trace: float, rounding: float = 0.0) -> str:
     """How far a rank of this window can be trusted; one of ``records.STATUSES``.
 
     Args:
-        num_rows: N.
+        num_tokens: N.
         width: D.
         trace: Total variance; NaN or Inf if a row was not finite.
         rounding: Variance that rounding alone could have made.
     """
-    if num_rows == 0:
+    if num_tokens == 0:
         return "empty"
     if not math.isfinite(trace):
         return "nonfinite"
-    if num_rows < 2 or trace <= 10 * rounding:
+    if num_tokens < 2 or trace <= 10 * rounding:
         return "degenerate"
-    if num_rows < MIN_ROWS:
-        return "few_rows"
-    if num_rows < width:
+    if num_tokens < MIN_ROWS:
+        return "few_tokens"
+    if num_tokens < width:
         return "undersampled"
     return "ok"
 

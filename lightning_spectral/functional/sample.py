@@ -29,7 +29,7 @@ class Sample:
     Attributes:
         matrix_MM: Symmetric; its eigenvalues are those of the centred covariance, but for zeros.
         width: Features D.
-        num_rows: N.
+        num_tokens: N.
         trace: ``tr C``.
         frobenius_sq: ``tr C^2``.
         quartic: ``sum |x - mean|^4``.
@@ -40,7 +40,7 @@ class Sample:
 
     matrix_MM: Tensor
     width: int
-    num_rows: int
+    num_tokens: int
     trace: float
     frobenius_sq: float
     quartic: float
@@ -134,5 +134,5 @@ def _with_scalars(
     flat = matrix_MM.flatten()
     # one look at the device for all of them
     numbers = torch.stack([count, trace, flat @ flat, quartic, rounding]).tolist()
-    num_rows, trace_value, frobenius_sq, quartic_value, rounding_value = numbers
-    return Sample(matrix_MM, width, int(num_rows), trace_value, frobenius_sq, quartic_value, rounding_value, dtype)
+    num_tokens, trace_value, frobenius_sq, quartic_value, rounding_value = numbers
+    return Sample(matrix_MM, width, int(num_tokens), trace_value, frobenius_sq, quartic_value, rounding_value, dtype)

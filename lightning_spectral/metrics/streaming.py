@@ -89,4 +89,4 @@ class SpectralRank(StreamingCovariance):
             ValueError: If there are no two different finite rows yet.
         """
         eigs = ranks.spectrum(covariance(pool(self.moments)))
-        return {name: metric(eigs) for name, metric in ranks.RANK_METRICS.items()}
+        return {name: metric.function(eigs) for name, metric in ranks.RANK_METRICS.items()}

@@ -13,11 +13,10 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from lightning_spectral.models.names import clean_name
+from lightning_spectral.records import layer_name
+
 # What Lightning, DDP, FSDP, torch.compile and activation checkpointing put into module names.
-_WRAPPERS = re.compile(
-    r"(?:_forward_module|_original_module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)"
-)
-_DDP_ROOT = re.compile(r"^module(?:\.|$)")
 
 
 @dataclass(frozen=True)
@@ -141,8 +140,7 @@ class Site:
     @property
     def key(self) -> str:
         """``layer_03.post``, or ``layer_03.expert_01.post``."""
-        expert = "" if self.expert is None else f".expert_{self.expert:02d}"
-        return f"layer_{self.layer:02d}{expert}.{self.site}"
+        return f"{layer_name(self.layer, self.expert)}.{self.site}"
 
 
 @dataclass(frozen=True)
@@ -161,11 +159,6 @@ class TappedModel:
     embedding: nn.Module
     head: nn.Module | None
     root: nn.Module
-
-
-def clean_name(name: str) -> str:
-    """A module's name without the wrappers of DDP, FSDP, compile and checkpointing."""
-    return _DDP_ROOT.sub("", _WRAPPERS.sub("", name)).rstrip(".")
 
 
 def resolve(

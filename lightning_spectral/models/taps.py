@@ -51,7 +51,7 @@ class Taps:
 
     Args:
         tapped: What to hook.
-        keep_share: Share of each sequence's positions to keep, in (0, 1]; positions are drawn evenly along every
+        token_fraction: Share of each sequence's positions to keep, in (0, 1]; positions are drawn evenly along every
             sequence, the same for all sites.
         with_logits: Also keep the head's output.
         follow_forward: Arm from the root's forward. ``False`` where the root's forward is never called (blocks used
@@ -59,12 +59,17 @@ class Taps:
     """
 
     def __init__(
-        self, tapped: TappedModel, *, keep_share: float = 1.0, with_logits: bool = False, follow_forward: bool = True
+        self,
+        tapped: TappedModel,
+        *,
+        token_fraction: float = 1.0,
+        with_logits: bool = False,
+        follow_forward: bool = True,
     ) -> None:
         self.tapped = tapped
         self.open = False
         self.armed = False
-        self._keep_share = keep_share
+        self._token_fraction = token_fraction
         self._generator = torch.Generator()
         self._jitter: Tensor | None = None
         self._ids: list[Tensor] = []
@@ -88,7 +93,7 @@ class Taps:
     def start(self, *, seed: int = 0) -> None:
         """Open for one micro-batch; ``seed`` draws the kept positions and must be equal on all ranks."""
         self.discard()
-        if self._keep_share < 1:
+        if self._token_fraction < 1:
             self._generator.manual_seed(seed)
             device = next(iter(self.tapped.embedding.parameters())).device
             self._jitter = torch.rand(_NUM_JITTERS, generator=self._generator).to(device)
@@ -152,12 +157,12 @@ class Taps:
             ids_BT = args[0].detach()
             ids_BT = ids_BT if ids_BT.ndim == 2 else ids_BT.reshape(1, -1)
             self._ids.append(ids_BT)
-            self._kept.append(self._draw(*ids_BT.shape) if self._keep_share < 1 else None)
+            self._kept.append(self._draw(*ids_BT.shape) if self._token_fraction < 1 else None)
 
     def _draw(self, num_sequences: int, num_positions: int) -> Tensor:
         """One position drawn in each of m equal parts of every sequence."""
         assert self._jitter is not None
-        kept = max(round(self._keep_share * num_positions), 1)
+        kept = max(round(self._token_fraction * num_positions), 1)
         device = self._jitter.device
         index = torch.arange(num_sequences * kept, device=device)
         part = index % kept + self._jitter[index % _NUM_JITTERS]

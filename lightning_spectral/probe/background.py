@@ -51,7 +51,7 @@ class BackgroundSolver:
         (future, publish), self._pending = self._pending, None
         return publish(future.result())
 
-    def rescue(self) -> bool:
+    def drain_after_error(self) -> bool:
         """After an error: drain if no other rank is needed, who may not come. Returns whether nothing was lost."""
         if not self._alone and self._pending is not None:
             self._pending = None

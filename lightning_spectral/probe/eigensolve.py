@@ -44,12 +44,12 @@ class Eigensolver:
         return torch.cat([eigs, eigs.new_zeros(own.width - len(eigs))])
 
     def _in_fp32(self, own: Sample) -> Tensor | None:
-        if own.product_dtype != torch.float32 or len(own.matrix_MM) < MIN_WIDTH or own.num_rows <= self.fp64_up_to:
+        if own.product_dtype != torch.float32 or len(own.matrix_MM) < MIN_WIDTH or own.num_tokens <= self.fp64_up_to:
             return None
         eigs = torch.linalg.eigvalsh(own.matrix_MM.float()).to(own.matrix_MM.dtype)
         if is_accurate(eigs, own):
             return eigs
-        self.fp64_up_to = own.num_rows
+        self.fp64_up_to = own.num_tokens
         return None
 
 

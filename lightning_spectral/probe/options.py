@@ -25,8 +25,8 @@ class ProbeOptions:
     sites: tuple[str, ...] = ("post",)
     modules: tuple[str, ...] | None = None
     embedding: str | None = None
-    keep_share: float = 1.0
-    num_shards: int = 1
+    token_fraction: float = 1.0
+    num_jackknife_groups: int = 1
     renyi_orders: tuple[float, ...] = DEFAULT_RENYI_ORDERS
     absolute_epsilon: float = 0.0
     with_losses: bool = False
@@ -36,10 +36,14 @@ class ProbeOptions:
     def __post_init__(self) -> None:
         if not self.sites or set(self.sites) - {"pre", "post"}:
             raise ValueError(f"`sites` must list `post`, `pre` or both, got {list(self.sites)}.")
-        if not 0 < self.keep_share <= 1:
-            raise ValueError(f"`keep_share` must be in (0, 1], got {self.keep_share}.")
-        if isinstance(self.num_shards, bool) or not isinstance(self.num_shards, int) or self.num_shards < 1:
-            raise ValueError(f"`num_shards` must be an integer >= 1, got {self.num_shards!r}.")
+        if not 0 < self.token_fraction <= 1:
+            raise ValueError(f"`token_fraction` must be in (0, 1], got {self.token_fraction}.")
+        if (
+            isinstance(self.num_jackknife_groups, bool)
+            or not isinstance(self.num_jackknife_groups, int)
+            or self.num_jackknife_groups < 1
+        ):
+            raise ValueError(f"`num_jackknife_groups` must be an integer >= 1, got {self.num_jackknife_groups!r}.")
         if self.soft not in SOFT_METHODS:
             raise ValueError(f"`soft` must be one of {list(SOFT_METHODS)}, got {self.soft!r}.")
         bad = [order for order in self.renyi_orders if not order > 0 or math.isnan(order)]
@@ -52,8 +56,8 @@ def probe_options(
     sites: Sequence[str],
     modules: Sequence[str] | None,
     embedding: str | None,
-    keep_share: float,
-    num_shards: int,
+    token_fraction: float,
+    num_jackknife_groups: int,
     renyi_orders: Sequence[float],
     convention: str,
     buckets_from_rank_0: bool = False,
@@ -71,8 +75,8 @@ def probe_options(
         sites=(sites,) if isinstance(sites, str) else tuple(sites),
         modules=None if modules is None else tuple(modules),
         embedding=embedding,
-        keep_share=keep_share,
-        num_shards=num_shards,
+        token_fraction=token_fraction,
+        num_jackknife_groups=num_jackknife_groups,
         renyi_orders=tuple(renyi_orders),
         absolute_epsilon=PAPER_EPSILON if convention == "paper" else 0.0,
         with_losses=with_losses,
@@ -86,7 +90,7 @@ def conventions_of(options: ProbeOptions, **more: str) -> dict[str, str]:
     return {
         "covariance": "centred, N-1",
         "epsilon": f"{options.absolute_epsilon:g}",
-        "keep_share": f"{options.keep_share:g}",
+        "token_fraction": f"{options.token_fraction:g}",
         "reduction": "all_ranks" if options.reduce else "rank0_local",
         **more,
     }

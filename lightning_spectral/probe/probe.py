@@ -59,7 +59,7 @@ class SpectralProbe:
 
     def __init__(self, model: nn.Module, grouping: Grouping, options: ProbeOptions) -> None:
         self.grouping, self.options = grouping, options
-        self.buckets = Buckets(grouping.names, options.num_shards)
+        self.buckets = Buckets(grouping.names, options.num_jackknife_groups)
         self.tapped = resolve(model, sites=options.sites, modules=options.modules, embedding=options.embedding)
         vocab, config = (
             getattr(self.tapped.embedding, "num_embeddings", None),
@@ -73,7 +73,7 @@ class SpectralProbe:
         self.follows_forward = not (self.tapped.root is model and hasattr(model, "training_step"))
         self.taps = Taps(
             self.tapped,
-            keep_share=options.keep_share,
+            token_fraction=options.token_fraction,
             with_logits=options.with_losses,
             follow_forward=self.follows_forward,
         )
@@ -213,8 +213,8 @@ class SpectralProbe:
         )
         sequence_B = torch.arange(len(codes_BT), device=codes_BT.device) + self.window.num_sequences
         self.window.num_sequences += len(codes_BT)
-        shard_B1 = (sequence_B % self.buckets.num_shards).unsqueeze(1)
-        return torch.where(codes_BT >= 0, codes_BT * self.buckets.num_shards + shard_B1, EXCLUDED)
+        shard_B1 = (sequence_B % self.buckets.num_jackknife_groups).unsqueeze(1)
+        return torch.where(codes_BT >= 0, codes_BT * self.buckets.num_jackknife_groups + shard_B1, EXCLUDED)
 
     def _flush(self, to_be_added: bool = True) -> None:
         """Multiply the rows that wait. ``to_be_added``: more rows may come, from here or from other ranks."""

@@ -25,24 +25,34 @@ UNMEASURABLE = ("empty", "nonfinite", "degenerate")
 
 @dataclass(frozen=True)
 class RankMeasurement:
-    """Ranks of one covariance; ``None`` where the status does not allow a number. Fields: ``SpectralRecord``."""
+    """Ranks of one covariance; ``None`` where the status does not allow a number. Fields: ``SpectralRecord``.
 
-    num_rows: int
+    Attributes:
+        values: By name, every row of ``RANK_METRICS`` that could be computed.
+    """
+
+    num_tokens: int
     width: int
     status: str
-    soft_rank: float | None = None
-    hard_rank: float | None = None
-    hard_rank_unbiased: float | None = None
-    soft_rank_unbiased: float | None = None
-    spectral_entropy: float | None = None
-    eee: float | None = None
-    top_share: float | None = None
+    values: dict[str, float] = field(default_factory=dict)
+    hard_rank_debiased: float | None = None
+    soft_rank_debiased: float | None = None
     trace: float | None = None
     renyi: dict[str, float] = field(default_factory=dict)
     hard_rank_ci: tuple[float, float] | None = None
     soft_rank_ci: tuple[float, float] | None = None
     eigenvalues: Tensor | None = None
     soft_method: str = "exact"
+
+    @property
+    def soft_rank(self) -> float | None:
+        """Effective rank."""
+        return self.values.get("soft_rank")
+
+    @property
+    def hard_rank(self) -> float | None:
+        """Participation ratio."""
+        return self.values.get("hard_rank")
 
 
 def measure(
@@ -69,25 +79,22 @@ def measure(
     own = sample(state, groups)
     status = _status(own)
     if status in UNMEASURABLE:
-        return RankMeasurement(own.num_rows, own.width, status)
+        return RankMeasurement(own.num_tokens, own.width, status)
     exact = soft == "exact" or len(own.matrix_MM) < approximate.MIN_WIDTH
     eigs = solve(own) if exact else None
     values, renyi = ({}, {}) if eigs is None else ranks.rank_values(eigs, renyi_orders)
     soft_rank = values["soft_rank"] if exact else _approximate_soft_rank(own)
+    entropy = values.get("spectral_entropy", math.log(soft_rank))
     hard = _hard_rank(own, absolute_epsilon)
-    unbiased = ranks.unbiased_hard_rank(own.num_rows, own.trace, own.frobenius_sq, own.quartic)
+    unbiased = ranks.debiased_hard_rank(own.num_tokens, own.trace, own.frobenius_sq, own.quartic)
     hard_parts, soft_parts = _leave_one_out(state, groups, absolute_epsilon, solve if exact else None)
     return RankMeasurement(
-        num_rows=own.num_rows,
+        num_tokens=own.num_tokens,
         width=own.width,
         status=status,
-        soft_rank=soft_rank,
-        hard_rank=hard,
-        hard_rank_unbiased=None if math.isnan(unbiased) else unbiased,
-        soft_rank_unbiased=_jackknife_estimate(soft_rank, soft_parts),
-        spectral_entropy=values.get("spectral_entropy", math.log(soft_rank)),
-        eee=values.get("eee"),
-        top_share=values.get("top_share"),
+        values={**values, "soft_rank": soft_rank, "hard_rank": hard, "spectral_entropy": entropy},
+        hard_rank_debiased=None if math.isnan(unbiased) else unbiased,
+        soft_rank_debiased=_jackknife_estimate(soft_rank, soft_parts),
         trace=own.trace,
         renyi=renyi,
         hard_rank_ci=_jackknife_interval(hard, hard_parts),
@@ -113,7 +120,7 @@ def _leave_one_out(
 
 
 def _status(own: Sample) -> str:
-    return ranks.sampling_status(own.num_rows, own.width, own.trace, own.rounding)
+    return ranks.sampling_status(own.num_tokens, own.width, own.trace, own.rounding)
 
 
 def _approximate_soft_rank(own: Sample) -> float:

@@ -9,9 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from lightning_spectral.probe.window import SiteResult, WindowResult
-from lightning_spectral.records import LossRecord, SpectralRecord
-
-EIGENVALUES_FOLDER = "eigenvalues"
+from lightning_spectral.records import EIGENVALUES_FOLDER, LossRecord, SpectralRecord, layer_name
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,7 @@ def spectral_records(result: WindowResult, window: WindowId, conventions: dict[s
 
 def _record(site: SiteResult, result: WindowResult, window: WindowId, conventions: dict[str, str]) -> SpectralRecord:
     measured = site.measurement
+    values: dict[str, float | None] = dict(measured.values)
     hard_low, hard_high = measured.hard_rank_ci or (None, None)
     soft_low, soft_high = measured.soft_rank_ci or (None, None)
     return SpectralRecord(
@@ -42,22 +41,22 @@ def _record(site: SiteResult, result: WindowResult, window: WindowId, convention
         module=site.module,
         site=site.site,
         bucket=site.bucket,
-        num_rows=measured.num_rows,
+        num_tokens=measured.num_tokens,
         width=measured.width,
-        rows_per_dim=measured.num_rows / max(measured.width, 1),
+        tokens_per_dim=measured.num_tokens / max(measured.width, 1),
         status=measured.status,
-        soft_rank=measured.soft_rank,
+        soft_rank=values.pop("soft_rank", None),
+        hard_rank=values.pop("hard_rank", None),
+        spectral_entropy=values.pop("spectral_entropy", None),
+        early_enrichment=values.pop("early_enrichment", None),
+        top_share=values.pop("top_share", None),
         soft_method=measured.soft_method,
-        hard_rank=measured.hard_rank,
-        hard_rank_unbiased=measured.hard_rank_unbiased,
-        spectral_entropy=measured.spectral_entropy,
-        eee=measured.eee,
-        top_share=measured.top_share,
+        hard_rank_debiased=measured.hard_rank_debiased,
         trace=measured.trace,
         renyi=measured.renyi,
         reinjection=site.reinjection,
         js_divergence=site.js_divergence,
-        soft_rank_unbiased=measured.soft_rank_unbiased,
+        soft_rank_debiased=measured.soft_rank_debiased,
         hard_rank_ci_low=hard_low,
         hard_rank_ci_high=hard_high,
         soft_rank_ci_low=soft_low,
@@ -68,6 +67,7 @@ def _record(site: SiteResult, result: WindowResult, window: WindowId, convention
         world_size=result.world_size,
         window_s=result.window_s,
         conventions=conventions,
+        extra=values,  # rows of RANK_METRICS that are no fields
     )
 
 
@@ -80,7 +80,7 @@ def loss_records(result: WindowResult, window: WindowId) -> list[LossRecord]:
             window.step,
             window.tokens_seen,
             loss.bucket,
-            loss.num_rows,
+            loss.num_tokens,
             loss.loss,
             loss.accuracy,
         )
@@ -93,8 +93,7 @@ def save_eigenvalues(folder: Path, stage: str, step: int, result: WindowResult) 
     tensors = {}
     for site in result.sites:
         if site.measurement.eigenvalues is not None:
-            expert = "" if site.expert is None else f".expert_{site.expert:02d}"
-            key = f"layer_{site.layer:02d}{expert}.{site.site}.{site.bucket}"
+            key = f"{layer_name(site.layer, site.expert)}.{site.site}.{site.bucket}"
             tensors[key] = site.measurement.eigenvalues.float().contiguous()
     if not tensors:
         return

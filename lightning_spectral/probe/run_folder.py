@@ -80,7 +80,7 @@ class RunFolder:
         while target.exists():
             target = target.with_name(target.name + "_")
         target.mkdir(parents=True)
-        for name in (rec.SPECTRAL_FILE, rec.LOSSES_FILE, rec.RUN_FILE, rec.WEIGHTS_FILE, "eigenvalues"):
+        for name in rec.RUN_FILES:
             if (self.path / name).exists():
                 (self.path / name).rename(target / name)
 

@@ -48,7 +48,7 @@ class BucketLoss:
     """Loss and accuracy of one bucket's predictions."""
 
     bucket: str
-    num_rows: int
+    num_tokens: int
     loss: float | None
     accuracy: float | None
 
@@ -72,15 +72,15 @@ class WindowResult:
 
 @dataclass(frozen=True)
 class Buckets:
-    """How the groups of a state are laid out: bucket by bucket, ``num_shards`` groups each."""
+    """How the groups of a state are laid out: bucket by bucket, ``num_jackknife_groups`` groups each."""
 
     names: tuple[str, ...]
-    num_shards: int
+    num_jackknife_groups: int
 
     @property
     def num_groups(self) -> int:
         """Buckets x shards."""
-        return len(self.names) * self.num_shards
+        return len(self.names) * self.num_jackknife_groups
 
     @property
     def reported(self) -> tuple[str, ...]:
@@ -90,11 +90,13 @@ class Buckets:
     def select(self, state: Moments | Gram, bucket: str) -> tuple[Moments | Gram, list[int]]:
         """State and group indices of the shards of one bucket; pooled shards are the merge of the buckets'."""
         if bucket in self.names:
-            first = self.names.index(bucket) * self.num_shards
-            return state, list(range(first, first + self.num_shards))
-        members = [list(range(shard, self.num_groups, self.num_shards)) for shard in range(self.num_shards)]
+            first = self.names.index(bucket) * self.num_jackknife_groups
+            return state, list(range(first, first + self.num_jackknife_groups))
+        members = [
+            list(range(shard, self.num_groups, self.num_jackknife_groups)) for shard in range(self.num_jackknife_groups)
+        ]
         pooled = take_groups(state, members) if isinstance(state, Moments) else state.take_groups(members)
-        return pooled, list(range(self.num_shards))
+        return pooled, list(range(self.num_jackknife_groups))
 
 
 @dataclass

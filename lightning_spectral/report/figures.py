@@ -1,4 +1,4 @@
-"""The table of figures: one row a figure. To add one, write a function of a :class:`Scene` and give it a row."""
+"""The table of figures: one row a figure. To add one, write a function of a :class:`ReportData` and give it a row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_spectral.report import (
     figures_spectrum,
     figures_training,
 )
-from lightning_spectral.report.scene import Drawing, Scene
+from lightning_spectral.report.scene import ReportData, ReportFigure
 from lightning_spectral.report.style import RC
 
 
@@ -32,17 +32,17 @@ class FigureRow:
     """
 
     title: str
-    draw: Callable[[Scene], Drawing]
+    draw: Callable[[ReportData], ReportFigure]
 
 
 # key (also the file name) -> figure, in the order of the page
 FIGURES: Final[dict[str, FigureRow]] = {
-    "scaling_laws": FigureRow("Scaling laws", figures_scaling.laws),
+    "scaling_laws": FigureRow("Scaling laws", figures_scaling.scaling_laws),
     "betas": FigureRow("Exponents", figures_exponents.betas),
     "decay": FigureRow("Before and after the learning-rate decay", figures_exponents.decay),
     "bucket_grid": FigureRow("Soft and hard rank by token frequency", figures_scaling.bucket_grid),
     "asymmetry": FigureRow("Asymmetry of soft and hard exponents", figures_exponents.asymmetry),
-    "beta_over_training": FigureRow("Exponents over training", figures_training.beta_of_t),
+    "beta_over_training": FigureRow("Exponents over training", figures_training.exponent_over_training),
     "rank_curves": FigureRow("Rank curves by width", figures_training.rank_curves),
     "layers": FigureRow("Layers", figures_layers.layer_map),
     "learning_rates": FigureRow("Learning-rate sensitivity", figures_exponents.learning_rates),
@@ -55,7 +55,7 @@ FIGURES: Final[dict[str, FigureRow]] = {
 }
 
 
-def draw_all(scene: Scene) -> dict[str, Drawing]:
+def draw_all(scene: ReportData) -> dict[str, ReportFigure]:
     """Every row of :data:`FIGURES`."""
     with rc_context(RC):
         return {key: row.draw(scene) for key, row in FIGURES.items()}

@@ -8,17 +8,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from lightning_spectral.analysis.learning_rates import level
-from lightning_spectral.report.scene import Drawing, Scene, joined
+from lightning_spectral.report.scene import ReportData, ReportFigure, joined
 from lightning_spectral.report.style import BUCKET_NAMES, METRIC_NAMES, label_right, log2_axis, tall
 
 _RANKS = ("hard_rank", "soft_rank")
 _NO_FIT = "A slope needs at least 3 FFN widths with positive ranks."
 
 
-def betas(scene: Scene) -> Drawing:
+def betas(scene: ReportData) -> ReportFigure:
     """Every exponent with its intervals, beside the untrained one."""
     if not scene.any_fit:
-        return Drawing(None, "No exponent could be fitted.", _NO_FIT)
+        return ReportFigure(None, "No exponent could be fitted.", _NO_FIT)
     buckets = scene.buckets
     metrics = [metric for metric in _RANKS if metric in scene.metrics] or scene.metrics[:2]
     rows = len(scene.series)
@@ -57,7 +57,7 @@ def betas(scene: Scene) -> Drawing:
             axes[r, 0].set_xlim(max(-1.6, min(*ends, -0.05) - 0.05), min(2.6, max(*ends, 1.05) + 0.05))
     for ax in axes[-1]:
         ax.set_xlabel("beta")
-    return Drawing(
+    return ReportFigure(
         figure,
         "Exponents side by side: where intervals overlap, the order of two optimizers is not settled by the points.",
         "Line: 95 % interval over widths. Pale bar below: 95 % interval over seeds (where seeds exist). Black tick: "
@@ -65,12 +65,12 @@ def betas(scene: Scene) -> Drawing:
     )
 
 
-def asymmetry(scene: Scene) -> Drawing:
+def asymmetry(scene: ReportData) -> ReportFigure:
     """beta_hard and beta_soft of each series as dumbbells."""
     if not {"soft_rank", "hard_rank"} <= set(scene.metrics):
-        return Drawing(None, "No asymmetry: it needs soft and hard rank.", "Run the report without --metrics.")
+        return ReportFigure(None, "No asymmetry: it needs soft and hard rank.", "Run the report without --metrics.")
     if not scene.any_fit:
-        return Drawing(None, "No asymmetry: no exponent could be fitted.", _NO_FIT)
+        return ReportFigure(None, "No asymmetry: no exponent could be fitted.", _NO_FIT)
     buckets = [bucket for bucket in ("head", "mid", "tail") if bucket in scene.buckets] or scene.buckets[:3]
     rows = len(scene.series)
     figure = Figure(figsize=(11.5, 0.95 + 0.3 * rows))
@@ -118,15 +118,15 @@ def asymmetry(scene: Scene) -> Drawing:
         if separated
         else f"On {where} no asymmetry between soft and hard exponents is separated from zero."
     )
-    return Drawing(
+    return ReportFigure(
         figure, head, "Number: beta_soft - beta_hard from the same runs; * its 95 % interval leaves zero out."
     )
 
 
-def decay(scene: Scene) -> Drawing:
+def decay(scene: ReportData) -> ReportFigure:
     """Exponents before the learning rate decays and at the end."""
     if scene.fitted.before is None:
-        return Drawing(
+        return ReportFigure(
             None,
             "No state before the learning-rate decay.",
             "It needs runs whose recipe holds the rate and then lets it fall (`lr_schedule`), with a window at the end "
@@ -162,7 +162,7 @@ def decay(scene: Scene) -> Drawing:
         axes[r, 0].set_xlim(max(-1.6, min(ends) - 0.08), min(2.6, max(ends) + 0.08))
     for ax in axes[-1]:
         ax.set_xlabel("beta (open: before the decay, filled: at the end)")
-    return Drawing(
+    return ReportFigure(
         figure,
         _decay_headline(scene, metrics[0]),
         "Same runs, same method: open at the last window of the full learning rate, filled at the end; line: 95 % "
@@ -171,12 +171,12 @@ def decay(scene: Scene) -> Drawing:
     )
 
 
-def _has_before(scene: Scene, key: tuple[str, ...], bucket: str, metric: str) -> bool:
+def _has_before(scene: ReportData, key: tuple[str, ...], bucket: str, metric: str) -> bool:
     fit = scene.fit(key, bucket, metric)
     return fit is not None and not fit.refused and bool(np.isfinite(fit.before_beta))
 
 
-def _decay_headline(scene: Scene, metric: str) -> str:
+def _decay_headline(scene: ReportData, metric: str) -> str:
     labels = scene.fitted.table.by[: len(scene.series[0])]
     parts = []
     for c in scene.compared("decay_change", scene.focus, metric):
@@ -187,11 +187,11 @@ def _decay_headline(scene: Scene, metric: str) -> str:
     return f"The decay changes beta of {what} by {joined(parts)}." if parts else f"beta of {what} before and after."
 
 
-def learning_rates(scene: Scene) -> Drawing:
+def learning_rates(scene: ReportData) -> ReportFigure:
     """Exponent, rank and loss against the learning rate, for runs that differ in nothing else."""
     metric = "hard_rank" if "hard_rank" in scene.metrics else scene.metrics[0]
     if not scene.ladders:
-        return Drawing(
+        return ReportFigure(
             None,
             "No learning-rate sensitivity: no two series differ in nothing but the learning rate.",
             "Add an axis with other learning rates to the sweep, at some widths.",
@@ -249,7 +249,7 @@ def learning_rates(scene: Scene) -> Drawing:
         if sentences
         else f"{where} and loss at each learning rate ({scene.ladders[0].where}); no slope below 3 widths."
     )
-    return Drawing(
+    return ReportFigure(
         figure,
         head,
         "Only runs whose recipes differ in nothing but the learning rate, on the widths and seeds that all of them "
@@ -267,7 +267,7 @@ def _rate_ticks(rates: list[float]) -> list[float]:
     return out
 
 
-def _rows(scene: Scene, ax: Axes, keys: list[tuple[str, ...]]) -> None:
+def _rows(scene: ReportData, ax: Axes, keys: list[tuple[str, ...]]) -> None:
     """One row a series, the first on top."""
     ax.set_yticks(range(len(keys)), [scene.looks[key].name for key in reversed(keys)])
     ax.set_ylim(-0.6, len(keys) - 0.4)

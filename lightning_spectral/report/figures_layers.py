@@ -6,14 +6,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_spectral.report.scene import Drawing, Scene, joined
+from lightning_spectral.report.scene import ReportData, ReportFigure, joined
 from lightning_spectral.report.style import BUCKET_NAMES, METRIC_NAMES, label_right, log2_axis, tall
 
 
-def layer_map(scene: Scene) -> Drawing:
+def layer_map(scene: ReportData) -> ReportFigure:
     """Exponent of every layer, and ranks by layer at the widest FFN."""
     if len(scene.layers) < 2:
-        return Drawing(None, "No layer map: the runs have one layer.")
+        return ReportFigure(None, "No layer map: the runs have one layer.")
     metric = "hard_rank" if "hard_rank" in scene.metrics else scene.metrics[0]
     grid = np.full((len(scene.layers), len(scene.series)), np.nan)
     for c, key in enumerate(scene.series):
@@ -48,22 +48,22 @@ def layer_map(scene: Scene) -> Drawing:
         for c, key in enumerate(scene.series)
         if key in scene.plain and np.isfinite(grid[:, c]).any()
     ]
-    return Drawing(
+    return ReportFigure(
         figure,
         f"Layers differ: beta of {where} runs over {joined(spans)}.",
         "The median over layers can move because one layer joins or leaves the middle: look here before trusting it.",
     )
 
 
-def _only_ranks(scene: Scene, metric: str) -> Drawing:
+def _only_ranks(scene: ReportData, metric: str) -> ReportFigure:
     figure = Figure(figsize=(11.5, tall(3.4, len(scene.series))))
     ax = figure.subplots()
     figure.subplots_adjust(left=0.065, right=0.6, top=0.9, bottom=0.14)
     _ranks_by_layer(scene, ax, metric)
-    return Drawing(figure, "Ranks by layer; no exponent of a layer could be fitted.", "Mean over seeds.")
+    return ReportFigure(figure, "Ranks by layer; no exponent of a layer could be fitted.", "Mean over seeds.")
 
 
-def _ranks_by_layer(scene: Scene, ax: Axes, metric: str) -> None:
+def _ranks_by_layer(scene: ReportData, ax: Axes, metric: str) -> None:
     widest = scene.widths[-1]
     ends = []
     for key in scene.series:

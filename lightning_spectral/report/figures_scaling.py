@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lightning_spectral.analysis.caveats import FEW_WIDTHS
-from lightning_spectral.report.scene import Drawing, Scene, beta_text
+from lightning_spectral.report.scene import ReportData, ReportFigure, beta_text
 from lightning_spectral.report.style import BUCKET_NAMES, METRIC_NAMES, label_right, log2_axis, tall, width_ticks
 
 _RANKS = ("hard_rank", "soft_rank")
 _LEGEND_COLUMNS = 6
 
 
-def _limits(scene: Scene, panels: list[tuple[str, str]]) -> list[tuple[float, float]]:
+def _limits(scene: ReportData, panels: list[tuple[str, str]]) -> list[tuple[float, float]]:
     """Y limits of (bucket, metric) panels, all of them equally many octaves long."""
     ranges = []
     for bucket, metric in panels:
@@ -30,7 +30,7 @@ def _limits(scene: Scene, panels: list[tuple[str, str]]) -> list[tuple[float, fl
     return [(2 ** ((low + high - length) / 2), 2 ** ((low + high + length) / 2)) for low, high in ranges]
 
 
-def _law(scene: Scene, ax: Axes, bucket: str, metric: str, limits: tuple[float, float]) -> None:
+def _law(scene: ReportData, ax: Axes, bucket: str, metric: str, limits: tuple[float, float]) -> None:
     widths = np.array(scene.widths, dtype=float)
     span = np.geomspace(widths[0], widths[-1], 60)
     log2_axis(ax, "x", widths[0] / 1.12, widths[-1] * 1.12, width_ticks(widths.tolist()))
@@ -84,7 +84,7 @@ def _guide(ax: Axes, span: NDArray[np.float64], below: float, low: float) -> Non
     ax.annotate("slope 1", at, xytext=(-5, 1), textcoords="offset points", color="#777777", fontsize=8, ha="right")
 
 
-def _null(scene: Scene, bucket: str, metric: str) -> tuple[float, float] | None:
+def _null(scene: ReportData, bucket: str, metric: str) -> tuple[float, float] | None:
     """(rank at the smallest width, slope) of the untrained network."""
     fits = [scene.fit(key, bucket, metric) for key in scene.series]
     slopes = [fit.null_beta for fit in fits if fit is not None and np.isfinite(fit.null_beta)]
@@ -98,7 +98,7 @@ def _null(scene: Scene, bucket: str, metric: str) -> tuple[float, float] | None:
     return (float(np.exp(np.mean(np.log(found)))), float(np.mean(slopes))) if found and slopes else None
 
 
-def laws(scene: Scene) -> Drawing:
+def scaling_laws(scene: ReportData) -> ReportFigure:
     """Rank against width for the headline bucket."""
     metrics = [metric for metric in _RANKS if metric in scene.metrics] or scene.metrics[:2]
     figure = Figure(figsize=(11.5, tall(4.6, len(scene.series) + 1)))
@@ -110,7 +110,7 @@ def laws(scene: Scene) -> Drawing:
         label_right(ax, [(min(y, ends[1]), text, color) for y, text, color in _ends(scene, metric)])
         ax.set_title(f"{BUCKET_NAMES.get(scene.focus, scene.focus)}: {METRIC_NAMES.get(metric, metric)}")
         ax.set_xlabel("FFN width D")
-    return Drawing(
+    return ReportFigure(
         figure,
         _steepest(scene, metrics[0]),
         "Point: median of the last windows in each layer, then of the layers; thin bar: one SD over layers; small "
@@ -119,7 +119,7 @@ def laws(scene: Scene) -> Drawing:
     )
 
 
-def _steepest(scene: Scene, metric: str) -> str:
+def _steepest(scene: ReportData, metric: str) -> str:
     name = f"{BUCKET_NAMES.get(scene.focus, scene.focus)} {METRIC_NAMES.get(metric, metric)}"
     fits = [
         (fit.beta, key, fit) for key in scene.series if (fit := scene.fit(key, scene.focus, metric)) and not fit.refused
@@ -135,7 +135,7 @@ def _steepest(scene: Scene, metric: str) -> str:
     return text + (f"; untrained {null[1]:.2f}." if null else ".")
 
 
-def _ends(scene: Scene, metric: str) -> list[tuple[float, str, str]]:
+def _ends(scene: ReportData, metric: str) -> list[tuple[float, str, str]]:
     out = []
     for key in scene.series:
         look, fit = scene.looks[key], scene.fit(key, scene.focus, metric)
@@ -153,7 +153,7 @@ def _ends(scene: Scene, metric: str) -> list[tuple[float, str, str]]:
     return out
 
 
-def bucket_grid(scene: Scene) -> Drawing:
+def bucket_grid(scene: ReportData) -> ReportFigure:
     """Soft and hard rank against width, for HEAD, MID and TAIL."""
     buckets = [bucket for bucket in ("head", "mid", "tail") if bucket in scene.buckets] or scene.buckets[:3]
     metrics = [metric for metric in ("soft_rank", "hard_rank") if metric in scene.metrics] or scene.metrics[:2]
@@ -176,14 +176,14 @@ def bucket_grid(scene: Scene) -> Drawing:
     for ax in axes[:, 0]:
         ax.set_ylabel("eigenmodes")
     _legend(scene, figure)
-    return Drawing(
+    return ReportFigure(
         figure,
         "The same laws for frequent (HEAD), middling (MID) and rare (TAIL) tokens.",
         "One y scale in a row: levels can be compared across buckets, slopes within and across.",
     )
 
 
-def _legend(scene: Scene, figure: Figure) -> None:
+def _legend(scene: ReportData, figure: Figure) -> None:
     from matplotlib.lines import Line2D
 
     handles = [

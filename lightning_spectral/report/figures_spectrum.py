@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from lightning_spectral.analysis.health import ROWS_PER_RANK
 from lightning_spectral.analysis.points import nanmedian
 from lightning_spectral.analysis.runs import Run
-from lightning_spectral.report.scene import Drawing, Scene, Series
+from lightning_spectral.records import EIGENVALUES_FOLDER
+from lightning_spectral.report.scene import ReportData, ReportFigure, Series
 from lightning_spectral.report.style import BUCKET_NAMES, label_right, log2_axis, tall
 
-EIGENVALUES = "eigenvalues"
 _SMALLEST_SHARE = 1e-9
 
 
-def renyi(scene: Scene) -> Drawing:
+def renyi(scene: ReportData) -> ReportFigure:
     """Renyi rank against its order before and after the nonlinearity, and their ratio."""
     panels = [("pre", "renyi", "before the nonlinearity"), ("post", "renyi", "after the nonlinearity")]
     panels.append(("post", "reinjection", "reinjection: after / before"))
@@ -30,7 +30,7 @@ def renyi(scene: Scene) -> Drawing:
     }
     shown = [title for title, found in curves.items() if found]
     if not shown:
-        return Drawing(None, "No Renyi ranks in the records.")
+        return ReportFigure(None, "No Renyi ranks in the records.")
     figure = Figure(figsize=(11.5, tall(3.5, len(scene.series))))
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
     figure.subplots_adjust(left=0.065, right=0.86 if len(shown) > 1 else 0.55, top=0.9, bottom=0.15, wspace=0.24)
@@ -54,7 +54,7 @@ def renyi(scene: Scene) -> Drawing:
     note = "Low orders count weak directions, high orders only the strongest. Mean over seeds of the layer median."
     if panels[0][2] not in shown:
         note += " The ranks before the nonlinearity were not measured: add `pre` to the callback's sites."
-    return Drawing(
+    return ReportFigure(
         figure,
         f"Renyi ranks on {BUCKET_NAMES.get(scene.focus, scene.focus)} at D = {scene.widths[-1]}: "
         "order 1 is the soft, order 2 the hard rank.",
@@ -62,7 +62,7 @@ def renyi(scene: Scene) -> Drawing:
     )
 
 
-def _mean_orders(scene: Scene, key: Series, site: str, name: str) -> dict[float, float]:
+def _mean_orders(scene: ReportData, key: Series, site: str, name: str) -> dict[float, float]:
     """Order -> geometric mean over the seeds at the widest FFN; empty if it was not measured."""
     runs = [run for run in scene.groups[key] if run.width == scene.widths[-1]]
     curves = [curve for run in runs if (curve := _orders(run, site, scene.focus, name, scene.last))]
@@ -84,7 +84,7 @@ def _orders(run: Run, site: str, bucket: str, name: str, last: int) -> dict[floa
     return out
 
 
-def waterfall(scene: Scene) -> Drawing:
+def waterfall(scene: ReportData) -> ReportFigure:
     """Normalised eigenvalues over training for the widest run of each series."""
     found = []
     for key in scene.plain:
@@ -93,7 +93,7 @@ def waterfall(scene: Scene) -> Drawing:
         if len(spectra) > 1:
             found.append((key, run, spectra))
     if not found:
-        return Drawing(
+        return ReportFigure(
             None, "No eigenspectra were saved.", "Set `eigenvalues: true` on the callback to see the spectrum move."
         )
     found = found[:5]
@@ -119,7 +119,7 @@ def waterfall(scene: Scene) -> Drawing:
     bar.set_label("optimizer step")
     axes[0].set_ylabel("p_i")
     layer = _middle_layer(found[0][1])
-    return Drawing(
+    return ReportFigure(
         figure,
         f"Eigenspectrum of {layer.replace('_', ' ')}, {BUCKET_NAMES.get(scene.focus, scene.focus)}, over training.",
         "Share of the variance by mode; dark: early, bright: late.",
@@ -132,7 +132,7 @@ def _middle_layer(run: Run) -> str:
 
 def read_spectra(run: Run, site: str, bucket: str) -> dict[int, NDArray[np.float64]]:
     """Step -> eigenvalues, descending, of the run's middle layer; empty if none were saved."""
-    files = sorted((run.folder / EIGENVALUES).glob("*.safetensors"))
+    files = sorted((run.folder / EIGENVALUES_FOLDER).glob("*.safetensors"))
     if not files:
         return {}
     from safetensors import SafetensorError, safe_open
@@ -155,10 +155,10 @@ def read_spectra(run: Run, site: str, bucket: str) -> dict[int, NDArray[np.float
     return out
 
 
-def phase_map(scene: Scene) -> Drawing:
+def phase_map(scene: ReportData) -> ReportFigure:
     """Soft against hard rank; hard > soft is impossible."""
     if not {"soft_rank", "hard_rank"} <= set(scene.metrics):
-        return Drawing(None, "No phase map: it needs soft and hard rank.", "Run the report without --metrics.")
+        return ReportFigure(None, "No phase map: it needs soft and hard rank.", "Run the report without --metrics.")
     buckets = [bucket for bucket in ("head", "mid", "tail") if bucket in scene.buckets] or scene.buckets[:3]
     figure = Figure(figsize=(11.5, tall(3.7, len(scene.series))))
     axes = figure.subplots(1, len(buckets), squeeze=False, sharex=True, sharey=True)[0]
@@ -188,7 +188,7 @@ def phase_map(scene: Scene) -> Drawing:
         if bucket == buckets[-1] and values:
             last = ends
     if not values:
-        return Drawing(None, "No phase map: no point holds both ranks.")
+        return ReportFigure(None, "No phase map: no point holds both ranks.")
     low, high = min(values) / 1.25, max(values) * 1.25
     for ax in axes:
         log2_axis(ax, "x", low, high)
@@ -197,7 +197,7 @@ def phase_map(scene: Scene) -> Drawing:
         ax.text(0.04, 0.93, "impossible: hard > soft", transform=ax.transAxes, color="#777777", fontsize=8, va="top")
     label_right(axes[-1], last)
     axes[0].set_ylabel("hard rank")
-    return Drawing(
+    return ReportFigure(
         figure,
         "Soft against hard rank: how far a spectrum is from flat.",
         "Marker grows with width. On the diagonal the spectrum is flat; far below it a few strong directions "
@@ -205,7 +205,7 @@ def phase_map(scene: Scene) -> Drawing:
     )
 
 
-def health(scene: Scene) -> Drawing:
+def health(scene: ReportData) -> ReportFigure:
     """Rows behind each number: N over D and N over the rank found."""
     figure = Figure(figsize=(11.5, 3.2))
     left, right = figure.subplots(1, 2)
@@ -220,7 +220,7 @@ def health(scene: Scene) -> Drawing:
             for key in scene.series:
                 for p in scene.points(key, bucket, metric):
                     below = p.x if ax is left else p.value
-                    by_width.setdefault(p.x, []).append(p.num_rows / below)
+                    by_width.setdefault(p.x, []).append(p.num_tokens / below)
             xs = sorted(by_width)
             if not xs:
                 continue
@@ -252,7 +252,7 @@ def health(scene: Scene) -> Drawing:
         if np.isfinite(worst)
         else "No rows known"
     )
-    return Drawing(
+    return ReportFigure(
         figure,
         head
         + (

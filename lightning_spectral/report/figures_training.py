@@ -12,16 +12,16 @@ from matplotlib.figure import Figure
 
 from lightning_spectral.analysis.matched import MatchedPair, loss_curve
 from lightning_spectral.analysis.points import nanmedian
-from lightning_spectral.report.scene import Drawing, Scene, Series, joined
+from lightning_spectral.report.scene import ReportData, ReportFigure, Series, joined
 from lightning_spectral.report.style import BUCKET_NAMES, METRIC_NAMES, label_right, log2_axis, tall, width_ticks
 
 
-def beta_of_t(scene: Scene) -> Drawing:
+def exponent_over_training(scene: ReportData) -> ReportFigure:
     """Exponent at every window, by bucket and metric."""
     buckets = [bucket for bucket in ("head", "mid", "tail") if bucket in scene.buckets] or scene.buckets[:3]
     metrics = [metric for metric in ("soft_rank", "hard_rank") if metric in scene.metrics] or scene.metrics[:2]
     if not any(len(path.steps) > 1 for path in scene.trajectories):
-        return Drawing(
+        return ReportFigure(
             None, "No beta(t): no two widths share two windows.", "Let the widths of a sweep run equally long."
         )
     figure = Figure(figsize=(11.5, 2.5 * len(metrics) + 0.5))
@@ -66,15 +66,15 @@ def beta_of_t(scene: Scene) -> Drawing:
     smoothed = f"Trailing median of {scene.smoothing} windows" if scene.smoothing > 1 else "Every window by itself"
     note = f"{smoothed}; band: 95 % interval over widths at that window"
     note += "; vertical line: the learning rate starts to decay." if scene.decay_steps else "."
-    return Drawing(figure, head, note)
+    return ReportFigure(figure, head, note)
 
 
-def _decay_line(scene: Scene, ax: Axes) -> None:
+def _decay_line(scene: ReportData, ax: Axes) -> None:
     for step in scene.decay_steps if len(scene.decay_steps) == 1 else []:
         ax.axvline(step, color="#AAAAAA", lw=1, ls="--", zorder=0)
 
 
-def rank_curves(scene: Scene) -> Drawing:
+def rank_curves(scene: ReportData) -> ReportFigure:
     """Rank over training, one panel a series, one line a width."""
     metric = "hard_rank" if "hard_rank" in scene.metrics else scene.metrics[0]
     columns = min(len(scene.series), 5)
@@ -121,7 +121,7 @@ def rank_curves(scene: Scene) -> Drawing:
         ax.set_title(scene.looks[key].name, color=scene.looks[key].text_color)
         ax.margins(x=0.01)
     if not high:
-        return Drawing(None, "No rank curves: no window holds a number.")
+        return ReportFigure(None, "No rank curves: no window holds a number.")
     for k, ends in labels:
         log2_axis(axes.flat[k], "y", low / 1.2, high * 1.2)
         label_right(axes.flat[k], ends, size=7.5)
@@ -131,16 +131,16 @@ def rank_curves(scene: Scene) -> Drawing:
         ax.set_xlabel("optimizer step")
     where = f"{BUCKET_NAMES.get(scene.focus, scene.focus)} {METRIC_NAMES.get(metric, metric)}"
     axes[0, 0].set_ylabel(where)
-    return Drawing(
+    return ReportFigure(
         figure, f"{where} over training, by FFN width.", "Number at a line: FFN width D; paler: further seeds."
     )
 
 
-def bucket_losses(scene: Scene) -> Drawing:
+def bucket_losses(scene: ReportData) -> ReportFigure:
     """Final loss against width, for each bucket."""
     buckets = [b for b in scene.buckets if any(len(loss_curve(run, b)[0]) for run in scene.runs.runs)]
     if not buckets:
-        return Drawing(
+        return ReportFigure(
             None, "No losses: the runs have no losses.jsonl.", "TailTokenProbe and SpectralRankCallback write it."
         )
     figure = Figure(figsize=(11.5, tall(3.1, len(scene.series))))
@@ -180,19 +180,19 @@ def bucket_losses(scene: Scene) -> Drawing:
         if ax is axes[-1]:
             label_right(ax, ends)
     axes[0].set_ylabel("loss, nats")
-    return Drawing(
+    return ReportFigure(
         figure, best or "Loss by bucket.", "Mean over seeds; small dots: single seeds. Every panel has its own scale."
     )
 
 
-def matched(scene: Scene) -> Drawing:
+def matched(scene: ReportData) -> ReportFigure:
     """Rank ratio to a reference optimizer at equal loss."""
     metrics = [metric for metric in ("hard_rank", "soft_rank") if metric in scene.metrics] or scene.metrics[:1]
     reference = scene.series[0]
     others = [key for key in scene.series if key != reference]
     own = [pair for pair in scene.pairs if reference in (pair.a, pair.b) and pair.bucket == scene.focus]
     if not own:
-        return Drawing(
+        return ReportFigure(
             None,
             "No runs of two series could be matched on loss.",
             "It needs losses.jsonl and two series with common widths and seeds.",
@@ -226,7 +226,7 @@ def matched(scene: Scene) -> Drawing:
         ax.set_xlabel("FFN width D")
         label_right(ax, ends)
     axes[0].set_ylabel(f"ratio to {scene.looks[reference].name}")
-    return Drawing(
+    return ReportFigure(
         figure,
         _matched_headline(scene, reference),
         "Each pair of runs (same width and seed) is read off, by interpolation, at the lowest validation loss "
@@ -239,7 +239,7 @@ def _ratio(pair: MatchedPair, reference: Series) -> float:
     return pair.rank_b / pair.rank_a if pair.a == reference else pair.rank_a / pair.rank_b
 
 
-def _matched_headline(scene: Scene, reference: Series) -> str:
+def _matched_headline(scene: ReportData, reference: Series) -> str:
     metric = "hard_rank" if "hard_rank" in scene.metrics else scene.metrics[0]
     name = " ".join(filter(None, reference))
     parts = []

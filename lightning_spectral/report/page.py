@@ -30,10 +30,10 @@ from lightning_spectral.report.rows import (
     focus_name,
     headline_name,
     headline_rows,
-    leads_of,
     run_summary,
+    summary_sentences,
 )
-from lightning_spectral.report.scene import Drawing, Scene
+from lightning_spectral.report.scene import ReportData, ReportFigure
 from lightning_spectral.report.template import TEMPLATE
 
 REPORT: Final = "report.html"
@@ -58,7 +58,12 @@ class Written:
 
 
 def write_report(
-    scene: Scene, folder: str | Path, *, title: str = "Spectral scaling report", command: str = "", png: bool = False
+    scene: ReportData,
+    folder: str | Path,
+    *,
+    title: str = "Spectral scaling report",
+    command: str = "",
+    png: bool = False,
 ) -> Written:
     """Draw everything and write the page last: an old page stays whole until the new one is.
 
@@ -86,7 +91,7 @@ def write_report(
     return Written(write_atomic(folder / REPORT, page.encode()), tuple(figures), tuple(tables), tuple(found))
 
 
-def write_tables(scene: Scene, folder: Path) -> list[Path]:
+def write_tables(scene: ReportData, folder: Path) -> list[Path]:
     """Every number of the page as CSV."""
     by = scene.fitted.table.by
     paths = [
@@ -115,7 +120,7 @@ def write_tables(scene: Scene, folder: Path) -> list[Path]:
     ]
 
 
-def warnings_of(scene: Scene) -> list[str]:
+def warnings_of(scene: ReportData) -> list[str]:
     """What nobody may miss: bad inputs, few widths or seeds, wide intervals, duplicates, the null."""
     out = [
         problem.message for problem in scene.fitted.problems if problem.kind == "duplicate_values" or problem.refused
@@ -140,7 +145,7 @@ def warnings_of(scene: Scene) -> list[str]:
     return [*out, *_null_warnings(scene)]
 
 
-def _level_warnings(scene: Scene) -> list[str]:
+def _level_warnings(scene: ReportData) -> list[str]:
     return [
         f"A slope is not a level: on {focus_name(scene)} the hard-rank lines of {c.a} and {c.b} cross at "
         f"D = {c.estimate:.0f}, inside the measured widths."
@@ -149,7 +154,7 @@ def _level_warnings(scene: Scene) -> list[str]:
     ][:3]
 
 
-def _null_warnings(scene: Scene) -> list[str]:
+def _null_warnings(scene: ReportData) -> list[str]:
     fits = [scene.fit(key, scene.focus, "hard_rank") for key in scene.series]
     known = [fit for fit in fits if fit is not None and math.isfinite(fit.null_beta)]
     if not known:
@@ -162,15 +167,15 @@ def _null_warnings(scene: Scene) -> list[str]:
     return [text + "."]
 
 
-def _missing(scene: Scene) -> list[str]:
+def _missing(scene: ReportData) -> list[str]:
     return missing_runs(
         {scene.looks[key].name: [(run.width, run.seed) for run in scene.groups[key]] for key in scene.series}
     )
 
 
 def render(
-    scene: Scene,
-    drawings: dict[str, Drawing],
+    scene: ReportData,
+    drawings: dict[str, ReportFigure],
     pictures: dict[str, str],
     found: Sequence[str],
     title: str,
@@ -193,7 +198,7 @@ def render(
                 f"windows at steps {steps[0]} to {steps[-1]}, median per layer, then over layers",
             ]
         ),
-        leads=leads_of(scene),
+        leads=summary_sentences(scene),
         warnings=found,
         headline=headline_rows(scene),
         headline_what=headline_name(scene),
@@ -231,7 +236,7 @@ def render(
     )
 
 
-def _before_step(scene: Scene) -> str:
+def _before_step(scene: ReportData) -> str:
     steps = {int(fit.before_step) for fit in scene.fitted.fits if math.isfinite(fit.before_step)}
     return f" (step {', '.join(map(str, sorted(steps)))})" if steps else ""
 

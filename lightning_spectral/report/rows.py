@@ -10,16 +10,16 @@ from lightning_spectral.analysis.fits import PowerLawFit
 from lightning_spectral.analysis.points import LAYER_MEDIAN
 from lightning_spectral.analysis.recipe_facts import learning_rate
 from lightning_spectral.analysis.runs import Run
-from lightning_spectral.report.scene import Scene, beta_text, joined
+from lightning_spectral.report.scene import ReportData, beta_text, joined
 from lightning_spectral.report.style import BUCKET_NAMES, METRIC_NAMES
 
 _SHOWN_KINDS: Final = (
     "slope_difference",
     "slope_difference_paired",
     "slope_difference_over_seeds",
-    "slope_difference_before_decay",
-    "slope_difference_paired_before_decay",
-    "slope_difference_over_seeds_before_decay",
+    "slope_difference_pre_decay",
+    "slope_difference_paired_pre_decay",
+    "slope_difference_over_seeds_pre_decay",
     "level_difference",
     "crossover_width",
     "decay_change",
@@ -28,10 +28,10 @@ _SHOWN_KINDS: Final = (
 )
 
 # differences of the headline table
-_GAPS: Final = ("slope_difference", "slope_difference_over_seeds", "slope_difference_before_decay")
+_GAPS: Final = ("slope_difference", "slope_difference_over_seeds", "slope_difference_pre_decay")
 
 
-def leads_of(scene: Scene) -> list[str]:
+def summary_sentences(scene: ReportData) -> list[str]:
     """The first sentences: the exponents of the headline bucket, and the difference clearest against its noise."""
     metric = "hard_rank" if "hard_rank" in scene.metrics else scene.metrics[0]
     what = f"{focus_name(scene)} {METRIC_NAMES.get(metric, metric)}"
@@ -43,7 +43,7 @@ def leads_of(scene: Scene) -> list[str]:
     return [f"{what} grows with width as D^beta: {joined(parts)}.", comparison_headline(scene)]
 
 
-def comparison_headline(scene: Scene) -> str:
+def comparison_headline(scene: ReportData) -> str:
     """Which slopes are separated, with interval and p."""
     metric = "hard_rank" if "hard_rank" in scene.metrics else scene.metrics[0]
     found = [c for c in scene.compared("slope_difference", scene.focus, metric) if math.isfinite(c.p)]
@@ -60,7 +60,7 @@ def comparison_headline(scene: Scene) -> str:
     return f"The slope of {a} exceeds that of {b} {gap}{more}."
 
 
-def headline_rows(scene: Scene) -> list[dict[str, Any]]:
+def headline_rows(scene: ReportData) -> list[dict[str, Any]]:
     """One row a series: its headline exponent, and everything it must be read with.
 
     Differences are against the first series (AdamW, if there is one): no choice among pairs, nothing is the best of
@@ -83,7 +83,7 @@ def headline_rows(scene: Scene) -> list[dict[str, Any]]:
     return out
 
 
-def _gaps(scene: Scene, metric: str, kind: str) -> dict[str, str]:
+def _gaps(scene: ReportData, metric: str, kind: str) -> dict[str, str]:
     """Series -> its slope minus the first series', with interval."""
     reference = " ".join(filter(None, scene.series[0]))
     out = {reference: ""}
@@ -99,7 +99,7 @@ def _status(fit: PowerLawFit) -> str:
     return fit.status.replace("_", " ").replace("+", " + ")
 
 
-def fit_rows(scene: Scene) -> list[dict[str, Any]]:
+def fit_rows(scene: ReportData) -> list[dict[str, Any]]:
     """Rows of the table of exponents: layer medians at the headline's site."""
     by = scene.fitted.table.by
     out = []
@@ -152,7 +152,7 @@ def _numbers(fit: PowerLawFit) -> dict[str, Any]:
     }
 
 
-def comparison_rows(scene: Scene) -> list[dict[str, Any]]:
+def comparison_rows(scene: ReportData) -> list[dict[str, Any]]:
     """Rows of the table of differences, in the headline's bucket."""
     wanted = {"bucket": scene.focus, "site": scene.site, "layer": LAYER_MEDIAN}
     shown = [
@@ -190,13 +190,13 @@ def _text(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "-"
 
 
-def headline_name(scene: Scene) -> str:
+def headline_name(scene: ReportData) -> str:
     """What the headline is about: TAIL hard rank, where both were measured."""
     metric = "hard_rank" if "hard_rank" in scene.metrics else scene.metrics[0]
     return f"{focus_name(scene)} {METRIC_NAMES.get(metric, metric)}"
 
 
-def focus_name(scene: Scene) -> str:
+def focus_name(scene: ReportData) -> str:
     """The headline's bucket, for people."""
     return BUCKET_NAMES.get(scene.focus, scene.focus)
 

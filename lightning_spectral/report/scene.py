@@ -10,21 +10,21 @@ from matplotlib.figure import Figure
 
 from lightning_spectral.analysis.compare import Comparison
 from lightning_spectral.analysis.fits import PowerLawFit
-from lightning_spectral.analysis.learning_rates import Ladder, ladders_of
+from lightning_spectral.analysis.learning_rates import LearningRateSweep, ladders_of
 from lightning_spectral.analysis.matched import MatchedPair
 from lightning_spectral.analysis.points import LAST_WINDOWS, LAYER_MEDIAN, Point
 from lightning_spectral.analysis.recipe_facts import decay_step, learning_rate
 from lightning_spectral.analysis.runs import Run, RunSet
 from lightning_spectral.analysis.study import Fitted
 from lightning_spectral.analysis.trajectory import SMOOTHING_WINDOWS, Trajectory, group_runs
-from lightning_spectral.report.style import FIXED, Look, family, looks_of
+from lightning_spectral.report.style import FIXED, SeriesStyle, family, looks_of
 
 Series = tuple[str, ...]
 FOCUS_BUCKETS = ("tail", "pooled", "mid", "head")
 
 
 @dataclass(frozen=True)
-class Drawing:
+class ReportFigure:
     """A finished figure, or the reason why there is none.
 
     Attributes:
@@ -39,7 +39,7 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Scene:
+class ReportData:
     """Everything a figure may show.
 
     Attributes:
@@ -94,7 +94,7 @@ class Scene:
         return [key for key in self.series if not self.looks[key].variant]
 
     @cached_property
-    def looks(self) -> dict[Series, Look]:
+    def looks(self) -> dict[Series, SeriesStyle]:
         """How each series is drawn."""
         return looks_of(self.series)
 
@@ -127,7 +127,7 @@ class Scene:
         return sorted({name for run in self.runs.runs for name in run.layers})
 
     @cached_property
-    def ladders(self) -> list[Ladder]:
+    def ladders(self) -> list[LearningRateSweep]:
         """Configurations at several learning rates."""
         return ladders_of(self.runs)
 

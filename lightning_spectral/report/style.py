@@ -29,7 +29,7 @@ FIXED: Final = {
 _SPARE: Final = (("#D55E00", "p"), ("#444444", "<"), ("#2F4B7C", ">"), ("#A05195", "H"), ("#665191", "8"))
 _NAMES: Final = {"adamw": "AdamW", "muon": "Muon", "normuon": "NorMuon", "dion": "Dion", "lion": "Lion", "sgd": "SGD"}
 BUCKET_NAMES: Final = {"pooled": "ALL", "head": "HEAD", "mid": "MID", "tail": "TAIL"}
-METRIC_NAMES: Final = {"soft_rank": "soft rank", "hard_rank": "hard rank", "hard_rank_unbiased": "hard rank, unbiased"}
+METRIC_NAMES: Final = {"soft_rank": "soft rank", "hard_rank": "hard rank", "hard_rank_debiased": "hard rank, debiased"}
 
 _LINES: Final = ("-", "--", ":", "-.")
 
@@ -57,7 +57,7 @@ RC: Final[Any] = {
 
 
 @dataclass(frozen=True)
-class Look:
+class SeriesStyle:
     """How one series is drawn.
 
     Attributes:
@@ -103,9 +103,9 @@ def family(label: str) -> tuple[str, str]:
     return "", text
 
 
-def looks_of(series: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], Look]:
+def looks_of(series: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], SeriesStyle]:
     """A look for each series (optimizer, other labels ...); the same optimizer looks the same in every report."""
-    out: dict[tuple[str, ...], Look] = {}
+    out: dict[tuple[str, ...], SeriesStyle] = {}
     spare = iter(_SPARE * 4)
     seen: Counter[str] = Counter()
     for key in series:
@@ -113,11 +113,11 @@ def looks_of(series: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], Look]:
         labels = " ".join(filter(None, key[1:]))
         if not base:
             color, marker = next(spare)
-            out[key] = Look(" ".join(filter(None, (key[0], labels))), color, marker)
+            out[key] = SeriesStyle(" ".join(filter(None, (key[0], labels))), color, marker)
             continue
         color, marker = FIXED[base]
         first = _NAMES[base.split(" ")[0]] + (f" ({base.split(' ')[1]})" if " " in base else "")
-        out[key] = Look(" ".join(filter(None, (first, rest, labels))), color, marker, variant=seen[base])
+        out[key] = SeriesStyle(" ".join(filter(None, (first, rest, labels))), color, marker, variant=seen[base])
         seen[base] += 1
     return out
 

@@ -38,7 +38,7 @@ class Running:
 
 
 @dataclass
-class Board:
+class SweepProgress:
     """What the live table shows.
 
     Attributes:
@@ -60,14 +60,16 @@ class Board:
     note: str = ""
 
 
-def run_all(found: Plan, launcher: Launcher, show: Callable[[Board], None], *, poll_s: float = _POLL_S) -> Board:
+def run_all(
+    found: Plan, launcher: Launcher, show: Callable[[SweepProgress], None], *, poll_s: float = _POLL_S
+) -> SweepProgress:
     """Run what is to do; a failure is recorded and does not stop the rest.
 
     ``KeyboardInterrupt`` stops the running workers (they resume at the next start) and is raised again.
     """
     to_do = found.to_do()
     finished = sum(state.name == "finished" for state in found.states.values())
-    board = Board(len(found.jobs), finished, waiting=list(to_do))
+    board = SweepProgress(len(found.jobs), finished, waiting=list(to_do))
     free = list(launcher.slots)
     started = time.monotonic()
     for job in to_do:

@@ -11,13 +11,13 @@ from typing import Any, Final
 from lightning_spectral.records import PROGRESS_FILE
 from lightning_spectral.sweep import plan as sweep
 from lightning_spectral.sweep.plan import Job
-from lightning_spectral.sweep.run import Board, Running
+from lightning_spectral.sweep.run import Running, SweepProgress
 
 EVERY_S: Final = 30.0  # between two lines in a log
 _SHOWN_FAILURES: Final = 5
 
 
-class Screen:
+class ProgressDisplay:
     """Redraws the table in place on a terminal; elsewhere a line a finished run, and one every half a minute.
 
     Args:
@@ -34,7 +34,7 @@ class Screen:
         self._said = -every_s
         self._note = ""
 
-    def __call__(self, board: Board) -> None:
+    def __call__(self, board: SweepProgress) -> None:
         """Show the board."""
         for run in board.running:
             step, _, _ = progress_of(run.job)
@@ -58,7 +58,7 @@ class Screen:
         self._stream.write(up + "".join(f"{line}\n" for line in [*news, *lines]))
         self._lines = lines
 
-    def _log(self, news: list[str], board: Board) -> None:
+    def _log(self, news: list[str], board: SweepProgress) -> None:
         over = not (board.running or board.waiting)
         due = time.monotonic() - self._said >= self._every_s
         lines = [*news, *(table(board)[:1] if over else table(board) if due or board.note != self._note else [])]
@@ -68,7 +68,7 @@ class Screen:
             self._said, self._note = time.monotonic(), board.note
 
 
-def table(board: Board) -> list[str]:
+def table(board: SweepProgress) -> list[str]:
     """The live table: one line for the sweep, one for each running job, and the last failures."""
     seconds = list(board.done.values())
     first = (
@@ -97,7 +97,7 @@ def _progress(run: Running) -> str:
     return f"{step:>5}/{num_steps:<5}  {left:>12}  {shown}"
 
 
-def _endings(board: Board) -> list[tuple[str, str]]:
+def _endings(board: SweepProgress) -> list[tuple[str, str]]:
     """(run id, line) of every run that has ended."""
     out = []
     for run_id, seconds in board.done.items():
@@ -119,7 +119,7 @@ def left_of(run: Running) -> float | None:
     return (time.monotonic() - since) * (num_steps - step) / advanced if advanced > 0 and num_steps else None
 
 
-def remaining(board: Board) -> float | None:
+def remaining(board: SweepProgress) -> float | None:
     """Seconds until the sweep is done, or ``None`` while nothing is known."""
     if not (board.running or board.waiting):
         return 0.0

@@ -58,7 +58,7 @@ def measure_checkpoint(
     batch_size: int = 8,
     sites: Sequence[str] = ("post",),
     modules: Sequence[str] | None = None,
-    num_shards: int = 1,
+    num_jackknife_groups: int = 1,
     device: str = "auto",
 ) -> Measured:
     """Run a checkpoint over text and write its records to ``folder``.
@@ -74,7 +74,7 @@ def measure_checkpoint(
         batch_size: Sequences a forward pass.
         sites: ``post``, ``pre`` or both.
         modules: Globs of down projections, for a model of no known family.
-        num_shards: As in ``SpectralRankCallback``: more than 1 gives intervals.
+        num_jackknife_groups: As in ``SpectralRankCallback``: more than 1 gives intervals.
         device: ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
@@ -106,7 +106,7 @@ def measure_checkpoint(
     options = ProbeOptions(
         sites=tuple(sites),
         modules=None if modules is None else tuple(modules),
-        num_shards=num_shards,
+        num_jackknife_groups=num_jackknife_groups,
         with_losses=True,
     )
     conventions = conventions_of(

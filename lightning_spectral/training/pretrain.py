@@ -35,15 +35,11 @@ from lightning_spectral.training.document import RecipeError, named_config
 from lightning_spectral.training.factories import make_logger, make_strategy
 from lightning_spectral.training.recipe import Recipe
 from lightning_spectral.training.schema import instantiate
-from lightning_spectral.training.validation import EdgeValidation
+from lightning_spectral.training.validation import InitialAndFinalValidation
 
 RECIPE_FILE = "hyperparameters.yaml"
 RUN_CONTENT = (
-    records.RUN_FILE,
-    records.SPECTRAL_FILE,
-    records.LOSSES_FILE,
-    "weights.jsonl",
-    "eigenvalues",
+    *records.RUN_FILES,
     checkpoints.FOLDER,
     "final",
     "logs",
@@ -52,7 +48,7 @@ RUN_CONTENT = (
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunResult:
     """How a run ended.
 
     Attributes:
@@ -103,7 +99,7 @@ def run(recipe: Recipe, *, progress_bar: bool = True) -> Path:
     return pretrain(recipe, progress_bar=progress_bar).run_folder
 
 
-def pretrain(recipe: Recipe, *, progress_bar: bool = True) -> Outcome:
+def pretrain(recipe: Recipe, *, progress_bar: bool = True) -> RunResult:
     """Run a recipe and say how it ended; :func:`run` says the rest."""
     content, out_dir = recipe.content, recipe.out_dir
     objects = instantiate(content, out_dir)
@@ -131,7 +127,7 @@ def pretrain(recipe: Recipe, *, progress_bar: bool = True) -> Outcome:
             recipe=content,
         )
         pl.seed_everything(content["seed"], verbose=False)
-        edges = EdgeValidation(first=evaluation.initial_validation, last=evaluation.final_validation)
+        edges = InitialAndFinalValidation(first=evaluation.initial_validation, last=evaluation.final_validation)
         trainer = pl.Trainer(
             accelerator=content["accelerator"],
             devices=lengths.devices,
@@ -164,7 +160,7 @@ def pretrain(recipe: Recipe, *, progress_bar: bool = True) -> Outcome:
     done = checkpoints.step_of(resume) if resume else None
     if done is not None and done >= lengths.num_steps and (out_dir / "final" / "lit_model.pth").is_file():
         rank_zero_info(f"`{out_dir}` is finished at step {done}: nothing to do (raise `train.max_steps` to go on).")
-        return Outcome(out_dir, done, done * tokens_per_step, None, entropy, already_done=True)
+        return RunResult(out_dir, done, done * tokens_per_step, None, entropy, already_done=True)
     if is_first_rank():
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / RECIPE_FILE).write_text(recipe.text())
@@ -177,7 +173,7 @@ def pretrain(recipe: Recipe, *, progress_bar: bool = True) -> Outcome:
             trainer.validate(module, datamodule=data, verbose=False)
     save_final(trainer, module, data, tokenizer_dir, out_dir / "final", recipe.text())
     val_loss = trainer.callback_metrics.get("val_loss")
-    return Outcome(
+    return RunResult(
         out_dir,
         trainer.global_step,
         trainer.global_step * tokens_per_step,

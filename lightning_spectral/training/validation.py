@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 
-class EdgeValidation(Callback):
+class InitialAndFinalValidation(Callback):
     """Run the fit's own validation loop at its edges, as litgpt's ``eval.initial_validation`` and ``final_validation``.
 
     Args:

@@ -67,7 +67,7 @@ def write_study(
     sites: Sequence[str] = ("post",),
     noise: float = 0.02,
     labels: dict[str, str] | None = None,
-    num_rows: int = 200_000,
+    num_tokens: int = 200_000,
     recipes: bool = False,
 ) -> list[Path]:
     """A study in which hard rank = 2 * D ** (slope of the optimizer), soft rank 1.5 times as large in ln."""
@@ -83,7 +83,7 @@ def write_study(
             sites,
             noise,
             labels or {},
-            num_rows,
+            num_tokens,
             recipe(kind=name) if recipes else None,
         )
         for name, slope in slopes.items()
@@ -123,7 +123,7 @@ def write_one(
     sites: Sequence[str] = ("post",),
     noise: float = 0.02,
     labels: dict[str, str] | None = None,
-    num_rows: int = 200_000,
+    num_tokens: int = 200_000,
     hparams: dict[str, Any] | None = None,
 ) -> Path:
     extra = labels or {}
@@ -165,15 +165,15 @@ def write_one(
                             module=f"transformer.h.{layer}.mlp.proj",
                             site=site,
                             bucket=bucket,
-                            num_rows=num_rows,
+                            num_tokens=num_tokens,
                             width=width,
-                            rows_per_dim=num_rows / width,
+                            tokens_per_dim=num_tokens / width,
                             status="ok",
                             soft_rank=soft,
                             hard_rank=hard,
-                            hard_rank_unbiased=hard,
+                            hard_rank_debiased=hard,
                             spectral_entropy=float(np.log(soft)),
-                            eee=0.5,
+                            early_enrichment=0.5,
                             top_share=0.1,
                             trace=1.0,
                             renyi=renyi,

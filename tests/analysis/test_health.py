@@ -13,14 +13,14 @@ from lightning_spectral.analysis.study import fit_points
 from lightning_spectral.records import SPECTRAL_FILE, append_records, read_run, read_spectral, write_run
 from tests.analysis.synthetic import power_law_points, table, write_study
 
-SOUND = [replace(p, num_rows=1e6, rank=p.value, steps=(1, 2)) for p in power_law_points(0.5, noise=0.1)]
+SOUND = [replace(p, num_tokens=1e6, rank=p.value, steps=(1, 2)) for p in power_law_points(0.5, noise=0.1)]
 
 
 @pytest.mark.parametrize(
     ("flag", "points"),
     [
-        ("few_rows", [*SOUND[1:], replace(SOUND[0], num_rows=49 * SOUND[0].value)]),
-        ("unequal_rows", [*SOUND[1:], replace(SOUND[0], num_rows=0.98e6)]),
+        ("few_tokens", [*SOUND[1:], replace(SOUND[0], num_tokens=49 * SOUND[0].value)]),
+        ("unequal_rows", [*SOUND[1:], replace(SOUND[0], num_tokens=0.98e6)]),
         ("mixed_windows", [*SOUND[1:], replace(SOUND[0], steps=(1,))]),
         ("mixed_conventions", [*SOUND[1:], replace(SOUND[0], conventions=("other",))]),
         ("repeated_rows", [*SOUND, SOUND[0]]),

@@ -25,7 +25,7 @@ def assert_same(path: Path) -> None:
     columns = scan_spectral(path)
     assert len(columns) == len(oracle.records)
     assert [number for number, _ in columns.skipped] == [number for number, _ in oracle.skipped]
-    for name in ("step", "layer", "num_rows", "width"):
+    for name in ("step", "layer", "num_tokens", "width"):
         assert columns.ints[name].tolist() == [getattr(record, name) for record in oracle.records]
     for name, column in columns.floats.items():
         expected = [getattr(record, name) for record in oracle.records]

@@ -182,9 +182,9 @@ def test_with_other_ranks_results_wait_for_all_of_them_and_an_error_waits_for_no
     assert published == []
     solver.drain()
     assert published == [1]
-    assert solver.rescue()
+    assert solver.drain_after_error()
     solver.submit(solve, publish)
-    assert not solver.rescue()
+    assert not solver.drain_after_error()
     solver.close()
     assert published == [1]
 

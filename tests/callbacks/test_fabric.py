@@ -61,7 +61,7 @@ def test_equal_to_a_trainer(tmp_path):
     found = by_key(read_spectral(tmp_path / "fabric").records)
     assert found.keys() == expected.keys()
     for key, record in found.items():
-        assert (record.num_rows, record.num_sequences) == (expected[key].num_rows, expected[key].num_sequences)
+        assert (record.num_tokens, record.num_sequences) == (expected[key].num_tokens, expected[key].num_sequences)
         assert (record.tokens_seen, record.status, record.stage) == (
             expected[key].tokens_seen,
             expected[key].status,
@@ -81,7 +81,7 @@ def test_equal_to_a_trainer(tmp_path):
 def test_micro_batches_are_one_window_and_validation_is_not_in_it(tmp_path, accumulate):
     run(tmp_path, SpectralRankCallback(1), steps=2, accumulate=accumulate, validate=True)
     records = read_spectral(tmp_path).records
-    assert [(r.step, r.layer, r.num_rows, r.tokens_seen) for r in records] == [
+    assert [(r.step, r.layer, r.num_tokens, r.tokens_seen) for r in records] == [
         (0, 0, ROWS, 0), (0, 1, ROWS, 0), (1, 0, ROWS, ROWS), (1, 1, ROWS, ROWS),
     ]  # fmt: skip
 
@@ -94,7 +94,7 @@ def test_schedule_and_last_step(tmp_path):
 def test_losses_by_bucket(tmp_path):
     run(tmp_path, TailTokenProbe(1, counts=tiny.counts()), steps=1)
     pooled = {record.bucket: record for record in read_losses(tmp_path).records}["pooled"]
-    assert pooled.num_rows == 8 * (tiny.LENGTH - 1)  # the loop knows the last position's target, the model does not
+    assert pooled.num_tokens == 8 * (tiny.LENGTH - 1)  # the loop knows the last position's target, the model does not
     ids = tiny.data()[:8, :-1]
     with torch.no_grad():
         logits = model()(ids)[:, :-1]
@@ -114,7 +114,7 @@ def test_compiled(tmp_path, when):
     )
     assert found.keys() == reference.keys()
     for key, record in found.items():
-        assert (record.num_rows, record.tokens_seen) == (ROWS, reference[key].tokens_seen)
+        assert (record.num_tokens, record.tokens_seen) == (ROWS, reference[key].tokens_seen)
         assert record.hard_rank == pytest.approx(reference[key].hard_rank, rel=1e-4)  # fp32, other kernels
 
 
@@ -125,10 +125,10 @@ def read_of(function, path, *args, **options):
 
 def test_bf16_mixed_and_experts(tmp_path):
     run(tmp_path / "bf16", SpectralRankCallback(1), steps=1, fabric_options={"precision": "bf16-mixed"})
-    assert {(r.dtype, r.num_rows) for r in read_spectral(tmp_path / "bf16").records} == {("bfloat16", ROWS)}
+    assert {(r.dtype, r.num_tokens) for r in read_spectral(tmp_path / "bf16").records} == {("bfloat16", ROWS)}
     run(tmp_path / "moe", SpectralRankCallback(1), module=model("LLaMAMoE"), steps=1)
     records = read_spectral(tmp_path / "moe").records
-    assert sum(r.num_rows for r in records if r.layer == 1) == 2 * ROWS
+    assert sum(r.num_tokens for r in records if r.layer == 1) == 2 * ROWS
 
 
 def test_activation_checkpointing_is_not_counted_twice(tmp_path):
@@ -139,7 +139,7 @@ def test_activation_checkpointing_is_not_counted_twice(tmp_path):
         inner = block.forward
         block.forward = lambda *a, inner=inner, **k: checkpoint(inner, *a, use_reentrant=False, **k)
     run(tmp_path, SpectralRankCallback(1), module=module, steps=2, accumulate=2)
-    assert {r.num_rows for r in read_spectral(tmp_path).records} == {ROWS}
+    assert {r.num_tokens for r in read_spectral(tmp_path).records} == {ROWS}
 
 
 def test_padding_by_keyword(tmp_path):
@@ -151,7 +151,7 @@ def test_padding_by_keyword(tmp_path):
     mask = (torch.arange(tiny.LENGTH) < torch.arange(4, 12).unsqueeze(1)).long()
     fabric.backward(module(input_ids=ids, attention_mask=mask).logits.square().mean())
     optimizer.step()
-    assert {r.num_rows for r in read_spectral(tmp_path).records} == {int(mask.sum())}
+    assert {r.num_tokens for r in read_spectral(tmp_path).records} == {int(mask.sum())}
     assert probe.tokens_seen == ids.numel()
 
 
@@ -178,7 +178,7 @@ def test_a_loop_that_calls_training_step(tmp_path):
         step()
     step()
     records = read_spectral(tmp_path).records
-    assert [(r.step, r.num_rows) for r in records if r.layer == 0] == [(0, ROWS), (1, ROWS)]
+    assert [(r.step, r.num_tokens) for r in records if r.layer == 0] == [(0, ROWS), (1, ROWS)]
     assert {r.tokens_seen for r in records if r.step == 1} == {None}
 
 
@@ -190,10 +190,10 @@ def test_weights_are_bit_identical_with_and_without(tmp_path):
         train(fabric, wrapped, optimizer)
         return torch.cat([p.detach().flatten() for p in module.parameters()]), torch.get_rng_state()
 
-    probe = FabricSpectralProbe(SpectralRankCallback(1, dirpath=str(tmp_path), keep_share=0.5))
+    probe = FabricSpectralProbe(SpectralRankCallback(1, dirpath=str(tmp_path), token_fraction=0.5))
     for with_it, without in zip(weights([probe]), weights([]), strict=True):
         assert torch.equal(with_it, without)
-    assert {r.num_rows for r in read_spectral(tmp_path).records} == {ROWS // 2}
+    assert {r.num_tokens for r in read_spectral(tmp_path).records} == {ROWS // 2}
 
 
 def test_scalars_and_records_beside_the_loggers_files(tmp_path):

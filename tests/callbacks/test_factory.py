@@ -77,8 +77,17 @@ def test_a_trainer_is_measured_without_an_edit(tmp_path, monkeypatch):
     monkeypatch.setenv(factory.VARIABLE, probe_file(tmp_path, rank(tmp_path), "WeightSpectrumCallback"))
     tiny.trainer(tmp_path / "run", []).fit(tiny.Module(), tiny.loader())
     records = read_spectral(tmp_path / "records").records
-    assert [(r.step, r.num_rows) for r in records if r.layer == 0] == [(step, ROWS) for step in range(4)]
+    assert [(r.step, r.num_tokens) for r in records if r.layer == 0] == [(step, ROWS) for step in range(4)]
     assert read_weights(tmp_path / "run").records
+
+
+def test_on_is_a_word_in_a_probe_file(tmp_path, monkeypatch):
+    (tmp_path / "probe.yaml").write_text(
+        "callbacks: [{class_path: SpectralRankCallback, init_args: {on: [train, validation], every_n_steps: 1e1}}]"
+    )
+    monkeypatch.setenv(factory.VARIABLE, str(tmp_path / "probe.yaml"))
+    (callback,) = factory.trainer_callbacks()
+    assert callback._on == ("train", "validation")
 
 
 @installed
@@ -144,7 +153,7 @@ def test_pytorch_lightning_imports_work(tmp_path, monkeypatch):
     )  # fmt: skip
     trainer.fit(Module(), tiny.loader())
     records = read_spectral(tmp_path / "records").records
-    assert [(r.step, r.num_rows) for r in records if r.layer == 1] == [(0, ROWS), (1, ROWS)]
+    assert [(r.step, r.num_tokens) for r in records if r.layer == 1] == [(0, ROWS), (1, ROWS)]
 
 
 def test_an_old_pytorch_lightning_is_refused_in_one_sentence(tmp_path, monkeypatch):
@@ -164,7 +173,7 @@ def test_a_fabric_loop_is_measured_without_an_edit(tmp_path, monkeypatch):
     wrapped, optimizer = fabric.setup(module, torch.optim.AdamW(module.parameters(), lr=1e-3))
     train(fabric, wrapped, optimizer, steps=2, accumulate=2, validate=True)
     records = read_spectral(tmp_path / "records").records
-    assert [(r.step, r.num_rows) for r in records if r.layer == 0 and r.bucket == "pooled"] == [(0, ROWS), (1, ROWS)]
+    assert [(r.step, r.num_tokens) for r in records if r.layer == 0 and r.bucket == "pooled"] == [(0, ROWS), (1, ROWS)]
     assert len(records) == 2 * 2 * 4
     assert len(read_losses(tmp_path / "records").records) == 2 * 4
 
@@ -199,7 +208,7 @@ def test_two_schedules_share_a_folder_in_fabric(tmp_path, monkeypatch):
             "does not know `count`; did you mean `counts`",
         ),
         (
-            "callbacks: [{class_path: SpectralRankCallback, init_args: {keep_share: 2e+0}}]",
+            "callbacks: [{class_path: SpectralRankCallback, init_args: {token_fraction: 2e+0}}]",
             r"must be in \(0, 1\], got 2\.",
         ),
         ("callbacks: [{class_path: TailTokenProbe, init_args: {counts: none.npy}}]", "no file `none.npy`"),
@@ -274,12 +283,12 @@ def test_litgpt_pretrain_itself_compiled_and_unmodified(tmp_path, precision):
     records = read_spectral(folder).records
     pooled = [r for r in records if r.bucket == "pooled" and r.layer == 0]
     # 4 sequences of 8 tokens a step; validation before, between and after is not in them
-    assert [(r.step, r.num_rows, r.num_sequences, r.tokens_seen) for r in pooled] == [
+    assert [(r.step, r.num_tokens, r.num_sequences, r.tokens_seen) for r in pooled] == [
         (0, 32, 4, 0), (2, 32, 4, 64), (4, 32, 4, 128),
     ]  # fmt: skip
     assert len(records) == 3 * 2 * 4
     for step in (0, 2, 4):
-        assert sum(r.num_rows for r in records if r.step == step and r.layer == 1 and r.bucket != "pooled") == 32
+        assert sum(r.num_tokens for r in records if r.step == step and r.layer == 1 and r.bucket != "pooled") == 32
     assert {r.dtype for r in records} == {"bfloat16" if precision == "bf16-mixed" else "float32"}
     assert read_run(folder).hparams["model_config"]["n_embd"] == 16
     assert "spectral/hard_rank.tail" in (folder / "metrics.csv").read_text()

@@ -42,7 +42,7 @@ def test_tensorboard_and_csv_show_what_the_records_say(events):
         "spectral/tail_integrity",
     ):
         assert tag in tags["scalars"]
-    for tag in ("spectral_health/rows_per_dim.tail", "spectral_health/window_s", "spectral_loss/loss.tail"):
+    for tag in ("spectral_health/tokens_per_dim.tail", "spectral_health/window_s", "spectral_loss/loss.tail"):
         assert tag in tags["scalars"]
     assert "spectral_pictures/hard_rank.tail" in tags["images"]
     assert any(tag.startswith("spectral_pictures/eigenspectrum") for tag in tags["images"])

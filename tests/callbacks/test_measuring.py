@@ -54,11 +54,11 @@ def test_step_0_is_the_untrained_model_bucket_by_bucket(tmp_path):
         for code, name in enumerate(("head", "mid", "tail", "pooled")):
             own = rows if name == "pooled" else rows[buckets == code]
             record = records[0, layer, "post", name]
-            assert record.num_rows == len(own)
+            assert record.num_tokens == len(own)
             # fp32 products; one token's rows are equal at layer 0, and 64 null modes of 1e-7 add 1e-4 to the entropy
             assert (record.soft_rank, record.hard_rank) == pytest.approx(oracle_ranks(own), rel=1e-5, abs=1e-4)
             assert record.width == 64
-            assert record.rows_per_dim == len(own) / 64
+            assert record.tokens_per_dim == len(own) / 64
             assert record.num_sequences <= 8
 
 
@@ -86,8 +86,16 @@ def test_a_window_of_fewer_rows_than_features_is_the_same_by_gram_and_by_covaria
     assert set(states) == {"Moments"}
     assert few.keys() == many.keys()
     for key, record in few.items():
-        assert (record.num_rows, record.status, record.width) == (many[key].num_rows, many[key].status, 192)
-        for name in ("soft_rank", "hard_rank", "hard_rank_unbiased", "eee", "top_share", "trace", "js_divergence"):
+        assert (record.num_tokens, record.status, record.width) == (many[key].num_tokens, many[key].status, 192)
+        for name in (
+            "soft_rank",
+            "hard_rank",
+            "hard_rank_debiased",
+            "early_enrichment",
+            "top_share",
+            "trace",
+            "js_divergence",
+        ):
             ours, theirs = getattr(record, name), getattr(many[key], name)
             # fp32 products; 192 - 128 null modes of 1e-7 that one has and the other has not
             assert ours is theirs is None or ours == pytest.approx(theirs, rel=1e-5, abs=1e-4), (key, name)
@@ -107,7 +115,7 @@ def test_micro_batches_of_a_step_are_one_window(tmp_path, accumulate):
     )
     assert whole.keys() == parts.keys()
     for key, record in whole.items():
-        assert parts[key].num_rows == record.num_rows == 8 * tiny.LENGTH
+        assert parts[key].num_tokens == record.num_tokens == 8 * tiny.LENGTH
         assert parts[key].hard_rank == pytest.approx(record.hard_rank, rel=1e-6)  # fp32, another order of sums
         assert parts[key].tokens_seen == record.tokens_seen == 0
 
@@ -134,13 +142,13 @@ def test_padding_is_not_a_row(tmp_path):
     labels = torch.where(mask, ids, -100)
     for name, batch in {"mask": {"attention_mask": mask.long()}, "labels": {"labels": labels}}.items():
         record = records(name, {"input_ids": ids, **batch})[0, 1, "post", "pooled"]
-        assert record.num_rows == int(mask.sum())
+        assert record.num_tokens == int(mask.sum())
         assert record.hard_rank == pytest.approx(oracle_ranks(rows)[1], rel=1e-5)
     callback = SpectralRankCallback(1, mask_fn=lambda batch: batch["real"])
     record = by_key(
         fit(tmp_path / "fn", callback, Padded(), max_steps=1, batches=one({"input_ids": ids, "real": mask}))
     )
-    assert record[0, 0, "post", "pooled"].num_rows == int(mask.sum())
+    assert record[0, 0, "post", "pooled"].num_tokens == int(mask.sum())
 
 
 def test_pre_and_post_with_reinjection(tmp_path):
@@ -162,7 +170,7 @@ def test_losses_by_target_bucket(tmp_path):
     per_token = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
     codes = frequency_buckets(tiny.counts())[batch[:, 1:].flatten()]
     for code, name in enumerate(("head", "mid", "tail")):
-        assert losses[name].num_rows == int((codes == code).sum())
+        assert losses[name].num_tokens == int((codes == code).sum())
         assert losses[name].loss == pytest.approx(float(per_token[codes == code].mean()), rel=1e-5)
     assert losses["pooled"].loss == pytest.approx(float(module.loss(batch).detach()), rel=1e-5)
 
@@ -170,7 +178,7 @@ def test_losses_by_target_bucket(tmp_path):
 def test_target_attribution_and_positions(tmp_path):
     records = by_key(fit(tmp_path / "t", TailTokenProbe(1, counts=tiny.counts(), attribute_to="target"), max_steps=1))
     codes = frequency_buckets(tiny.counts())[tiny.data()[:8, 1:].flatten()]
-    assert records[0, 0, "post", "tail"].num_rows == int((codes == 2).sum())
+    assert records[0, 0, "post", "tail"].num_tokens == int((codes == 2).sum())
     records = by_key(fit(tmp_path / "p", TailTokenProbe(1, group_by="position", num_position_groups=4), max_steps=1))
     rows = activations(tiny.Module(), tiny.data()[:8, :-1], 1).view(8, 4, 4, 64)[:, 2].flatten(0, 1)
     assert records[0, 1, "post", "position_02"].hard_rank == pytest.approx(oracle_ranks(rows)[1], rel=1e-5)
@@ -206,7 +214,7 @@ def test_evaluation_leaves_no_records_unless_asked(tmp_path):
         ("validation", 1),
         ("validation", 2),
     ]
-    assert {r.num_rows for r in records if r.stage == "validation"} == {16 * tiny.LENGTH}
+    assert {r.num_tokens for r in records if r.stage == "validation"} == {16 * tiny.LENGTH}
 
 
 @pytest.mark.parametrize("stage", ["validation", "test", "predict"])
@@ -225,7 +233,7 @@ def test_validation_between_two_micro_batches_does_not_disturb_the_window(tmp_pa
     callback = SpectralRankCallback(1, on=["train", "validation"])
     trainer = tiny.trainer(tmp_path, [callback], max_steps=1, accumulate_grad_batches=4, val_check_interval=3)
     trainer.fit(tiny.Module(), tiny.loader(batch_size=2), tiny.loader(16))
-    assert [r.num_rows for r in read_spectral(tmp_path).records if r.stage == "train"] == [8 * tiny.LENGTH] * 2
+    assert [r.num_tokens for r in read_spectral(tmp_path).records if r.stage == "train"] == [8 * tiny.LENGTH] * 2
 
 
 def test_manual_optimization_checkpointing_and_compile(tmp_path):
@@ -261,7 +269,7 @@ def test_manual_optimization_checkpointing_and_compile(tmp_path):
         records = by_key(fit(tmp_path / kind.__name__, SpectralRankCallback(2), kind()))
         assert records.keys() == reference.keys()
         for key, record in records.items():
-            assert record.num_rows == reference[key].num_rows
+            assert record.num_tokens == reference[key].num_tokens
             assert record.hard_rank == pytest.approx(reference[key].hard_rank, rel=1e-4)  # fp32, two AdamW steps apart
 
 
@@ -290,7 +298,7 @@ def models_custom():
 def test_blocks_run_by_hand_inside_the_training_step(tmp_path):
     callback = SpectralRankCallback(1, modules=["custom.blocks.*.down"])
     records = fit(tmp_path, callback, BlocksInStep(), max_steps=2)
-    assert {(r.layer, r.num_rows, r.width) for r in records} == {(0, 128, 40), (1, 128, 40)}
+    assert {(r.layer, r.num_tokens, r.width) for r in records} == {(0, 128, 40), (1, 128, 40)}
 
 
 def test_experts_keep_the_buckets_of_their_tokens(tmp_path):
@@ -301,7 +309,7 @@ def test_experts_keep_the_buckets_of_their_tokens(tmp_path):
         strict=True,
     ):
         # every token goes to two experts of each layer
-        assert sum(r.num_rows for r in records if r.bucket == bucket and r.layer == 1) == 2 * int(rows)
+        assert sum(r.num_tokens for r in records if r.bucket == bucket and r.layer == 1) == 2 * int(rows)
     assert {r.expert for r in records} == {0, 1, 2, 3}
 
 

@@ -23,8 +23,8 @@ from tests.callbacks import tiny
         (SpectralRankCallback, {"sites": ["middle"]}, "`sites` must list"),
         (SpectralRankCallback, {"on": ["training"]}, "`on` must be a list of stages"),
         (SpectralRankCallback, {"on": []}, "`on` must be"),
-        (SpectralRankCallback, {"keep_share": 0.0}, r"`keep_share` must be in \(0, 1\], got 0.0"),
-        (SpectralRankCallback, {"num_shards": 0}, "`num_shards`"),
+        (SpectralRankCallback, {"token_fraction": 0.0}, r"`token_fraction` must be in \(0, 1\], got 0.0"),
+        (SpectralRankCallback, {"num_jackknife_groups": 0}, "`num_jackknife_groups`"),
         (SpectralRankCallback, {"renyi_orders": [-1.0]}, "`renyi_orders` must be > 0"),
         (SpectralRankCallback, {"on_nonfinite": "ignore"}, "`on_nonfinite` must be one of"),
         (SpectralRankCallback, {"convention": "mine"}, "`convention` must be one of"),
@@ -79,7 +79,7 @@ def test_counts_of_every_kind_give_the_same_buckets(tmp_path):
         module = tiny.Module()
         # the stream holds one token more per sequence than the model is given: count the same ids
         tiny.trainer(folder, [TailTokenProbe(counts=source)], max_steps=1).fit(module, tiny.loader())
-        rows.append([(r.bucket, r.num_rows) for r in read_spectral(folder).records])
+        rows.append([(r.bucket, r.num_tokens) for r in read_spectral(folder).records])
     assert all(found == rows[0] for found in rows)
 
 
@@ -176,7 +176,7 @@ def test_nan_activations_are_a_status_and_one_warning(tmp_path):
     records = read_spectral(tmp_path).records
     bad = [r for r in records if r.status == "nonfinite"]
     assert {(r.step, r.layer) for r in bad} == {(2, 1)}
-    assert all(r.hard_rank is None and r.num_rows > 0 for r in bad)
+    assert all(r.hard_rank is None and r.num_tokens > 0 for r in bad)
     assert {r.step for r in records if r.layer == 0 and r.hard_rank} == {0, 1, 2, 3}
 
 

@@ -22,8 +22,8 @@ def test_precision(tmp_path, precision, dtype):
     records = by_key(
         fit(tmp_path, TailTokenProbe(2, counts=tiny.counts(), losses=False), max_steps=3, precision=precision)
     )
-    assert {(r.dtype, r.status) for r in records.values() if r.bucket == "pooled"} == {(dtype, "few_rows")}
-    assert {r.num_rows for r in records.values() if r.bucket == "pooled"} == {ROWS}
+    assert {(r.dtype, r.status) for r in records.values() if r.bucket == "pooled"} == {(dtype, "few_tokens")}
+    assert {r.num_tokens for r in records.values() if r.bucket == "pooled"} == {ROWS}
     module = tiny.Module()
     rows = activations(module, tiny.data()[:8, :-1], 1)
     # 8 bits of mantissa move each activation by up to 0.4 %, and the ranks of 128 of them less than that
@@ -59,7 +59,7 @@ def test_fp16_overflow_is_a_status_not_a_crash(tmp_path):
 
     callback = SpectralRankCallback(1, on_nonfinite="record")
     records = by_key(fit(tmp_path, callback, Overflow(), max_steps=1, precision="16-true"))
-    assert records[0, 0, "post", "pooled"].status == "few_rows"
+    assert records[0, 0, "post", "pooled"].status == "few_tokens"
     assert (records[0, 1, "post", "pooled"].status, records[0, 1, "post", "pooled"].hard_rank) == ("nonfinite", None)
 
 
@@ -73,8 +73,8 @@ def test_packed_sequences_need_no_mask(tmp_path):
     records = by_key(fit(tmp_path, callback, max_steps=1, batches=one(packed)))
     codes = frequency_buckets(counts)[packed[:, :-1].flatten()]
     for code, name in enumerate(("head", "mid", "tail")):
-        assert records[0, 1, "post", name].num_rows == int((codes == code).sum())
-    assert records[0, 1, "post", "pooled"].num_rows == ROWS
+        assert records[0, 1, "post", name].num_tokens == int((codes == code).sum())
+    assert records[0, 1, "post", "pooled"].num_tokens == ROWS
     rows = activations(tiny.Module(), packed[:, :-1], 1)
     assert records[0, 1, "post", "pooled"].hard_rank == pytest.approx(oracle_ranks(rows)[1], rel=1e-5)
 
@@ -88,7 +88,7 @@ def test_packed_labels_mask_the_prompt(tmp_path):
     labels = torch.where(torch.arange(tiny.LENGTH) % 5 == 0, -100, ids)
     batch = {"input_ids": ids, "labels": labels}
     records = by_key(fit(tmp_path, SpectralRankCallback(1), Packed(), max_steps=1, batches=one(batch)))
-    assert records[0, 0, "post", "pooled"].num_rows == int((labels != -100).sum())
+    assert records[0, 0, "post", "pooled"].num_tokens == int((labels != -100).sum())
 
 
 def test_several_training_dataloaders_are_one_window(tmp_path):
@@ -98,7 +98,7 @@ def test_several_training_dataloaders_are_one_window(tmp_path):
 
     loaders = {"web": tiny.loader(16, 4), "code": tiny.loader(16, 4, seed=1)}
     records = fit(tmp_path, SpectralRankCallback(1), Both(), max_steps=2, batches=loaders)
-    assert {(r.step, r.num_rows) for r in records} == {(0, ROWS), (1, ROWS)}
+    assert {(r.step, r.num_tokens) for r in records} == {(0, ROWS), (1, ROWS)}
     rows = activations(tiny.Module(), torch.cat([tiny.data(16)[:4, :-1], tiny.data(16, 1)[:4, :-1]]), 1)
     assert by_key(records)[0, 1, "post", "pooled"].hard_rank == pytest.approx(oracle_ranks(rows)[1], rel=1e-5)
 
@@ -112,12 +112,12 @@ def test_several_validation_dataloaders_are_one_window(tmp_path):
     trainer = tiny.trainer(tmp_path, [callback])
     trainer.validate(Module(), [tiny.loader(16), tiny.loader(8, seed=1)], verbose=False)
     records = read_spectral(tmp_path).records
-    assert {(r.stage, r.num_rows) for r in records} == {("validation", 24 * tiny.LENGTH)}
+    assert {(r.stage, r.num_tokens) for r in records} == {("validation", 24 * tiny.LENGTH)}
 
 
 def test_overfit_batches(tmp_path):
     records = fit(tmp_path, SpectralRankCallback(2), max_steps=5, max_epochs=-1, overfit_batches=1)
-    assert [(r.step, r.num_rows) for r in records if r.layer == 0] == [(0, ROWS), (2, ROWS), (4, ROWS)]
+    assert [(r.step, r.num_tokens) for r in records if r.layer == 0] == [(0, ROWS), (2, ROWS), (4, ROWS)]
     rows = activations(tiny.Module(), tiny.data()[:8, :-1], 1)
     assert by_key(records)[0, 1, "post", "pooled"].hard_rank == pytest.approx(oracle_ranks(rows)[1], rel=1e-5)
 
@@ -129,7 +129,7 @@ def test_fast_dev_run(tmp_path, batches):
     trainer.fit(tiny.Module(), tiny.loader(), tiny.loader(32))
     steps = {r.step for r in read_spectral(tmp_path).records if r.stage == "train"}
     assert steps == ({0} if batches is True else {0, 2})
-    validated = {r.num_rows for r in read_spectral(tmp_path).records if r.stage == "validation"}
+    validated = {r.num_tokens for r in read_spectral(tmp_path).records if r.stage == "validation"}
     assert validated == {ROWS * int(batches)}
 
 
@@ -153,7 +153,7 @@ def test_a_last_short_batch_and_iterable_data(tmp_path):
     loader = DataLoader(Stream(), batch_size=8)
     tiny.trainer(tmp_path, [SpectralRankCallback(1)], max_steps=3).fit(tiny.Module(), loader)
     records = read_spectral(tmp_path).records
-    assert [r.num_rows for r in records if r.layer == 0] == [ROWS, ROWS, ROWS // 2]
+    assert [r.num_tokens for r in records if r.layer == 0] == [ROWS, ROWS, ROWS // 2]
 
 
 # Dynamo looks at `.grad` of every tensor that it meets, and silences torch's remark only where it is not an error
@@ -174,5 +174,5 @@ def test_model_compiled_before_or_after_the_callback_attaches(tmp_path, when):
     if when == "before":
         module.gpt.compile(backend=counter, fullgraph=True)
     records = fit(tmp_path, SpectralRankCallback(2), module, max_steps=4, accumulate_grad_batches=2, max_epochs=-1)
-    assert [(r.step, r.num_rows) for r in records if r.layer == 1] == [(step, 2 * ROWS) for step in (0, 2, 3)]
+    assert [(r.step, r.num_tokens) for r in records if r.layer == 1] == [(step, 2 * ROWS) for step in (0, 2, 3)]
     assert counter.frame_count == 2  # one graph that measures, one that does not; no graph break

@@ -28,7 +28,7 @@ def run(path, callbacks, **options):
 def test_weights_and_random_states_are_bit_identical(tmp_path, counts):
     def callbacks():
         given = tiny.counts() if counts == "given" else "stream"
-        common = {"on": ["train", "validation"], "keep_share": 0.5, "sites": ["pre", "post"]}
+        common = {"on": ["train", "validation"], "token_fraction": 0.5, "sites": ["pre", "post"]}
         return [SpectralRankCallback(3), TailTokenProbe(4, counts=given, eigenvalues=True, **common)]
 
     plain_weights, plain_states, plain_trace = run(tmp_path / "plain", [], accumulate_grad_batches=2)

@@ -118,3 +118,13 @@ def test_flattening_finds_the_reach_of_five_steps():
             flattening(bad)
     with pytest.raises(ValueError, match="`steps`"):
         flattening(torch.eye(2), steps=0)
+
+
+def test_a_child_named_module_keeps_its_name():
+    net = torch.nn.ModuleDict(
+        {"fc": torch.nn.Linear(2, 2, bias=False), "module": torch.nn.ModuleDict({"fc": torch.nn.Linear(2, 2)})}
+    )
+    net["submodule"] = torch.nn.Linear(2, 2, bias=False)
+    root = torch.nn.ModuleDict({"net": net})
+    names = [name for name, _ in WeightSpectrumCallback()._choose(root)]
+    assert names == ["net.fc.weight", "net.module.fc.weight", "net.submodule.weight"]

@@ -81,15 +81,15 @@ def test_equal_to_an_oracle(trained, text, tmp_path):
         logits = model(ids)
     soft, hard = oracle_ranks(rows[0].flatten(0, 1).double())
     record = records[1, "pooled"]
-    assert (record.num_rows, record.num_sequences, record.width) == (NUM, NUM // LENGTH, 64)
+    assert (record.num_tokens, record.num_sequences, record.width) == (NUM, NUM // LENGTH, 64)
     assert (record.soft_rank, record.hard_rank) == pytest.approx((soft, hard), rel=1e-5)  # fp32 products
     assert (record.stage, record.step, record.tokens_seen) == ("measure", 0, None)
     assert record.conventions["counts"] == "measured text"
     assert record.conventions["step"] == "unknown, written as 0"
-    assert sum(records[1, bucket].num_rows for bucket in ("head", "mid", "tail")) == NUM
+    assert sum(records[1, bucket].num_tokens for bucket in ("head", "mid", "tail")) == NUM
     loss = {r.bucket: r for r in read_losses(tmp_path / "out").records}["pooled"]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    assert (loss.num_rows, loss.loss) == (NUM, pytest.approx(float(expected), rel=1e-5))
+    assert (loss.num_tokens, loss.loss) == (NUM, pytest.approx(float(expected), rel=1e-5))
 
 
 def test_the_ckpt_is_the_final_model_and_two_stand_side_by_side(trained, text, tmp_path, capsys):
@@ -134,7 +134,7 @@ def test_tables_of_text_stop_when_there_is_enough(hugging_face, tmp_path, suffix
     measured = measure_checkpoint(
         hugging_face, Corpus((path,), "body"), tmp_path / "out", num_tokens=100, seq_length=LENGTH
     )
-    assert {r.num_rows for r in measured.spectral if r.bucket == "pooled"} == {96}
+    assert {r.num_tokens for r in measured.spectral if r.bucket == "pooled"} == {96}
 
 
 def test_litgpts_own_folder_of_a_step_says_its_step(trained, text, tmp_path):

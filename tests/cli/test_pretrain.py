@@ -28,11 +28,11 @@ def test_a_run_ends_in_the_table_and_the_way_to_the_curves(tmp_path: Path, capsy
     lines = [line.split() for line in printed.splitlines()]
     rows = {line[0]: line[1:] for line in lines if line and line[0] in ("pooled", "head", "mid", "tail")}
     assert list(rows) == ["pooled", "head", "mid", "tail"]
-    for soft, hard, rows_per_dim, loss, status in rows.values():
+    for soft, hard, tokens_per_dim, loss, status in rows.values():
         assert 1 <= float(hard) <= float(soft) <= 64
-        assert float(rows_per_dim) <= 1.0  # 64 rows, D = 64
+        assert float(tokens_per_dim) <= 1.0  # 64 rows, D = 64
         assert 0 < float(loss) < 10
-        assert status == "few_rows"
+        assert status == "few_tokens"
     assert "validation   loss" in printed
     assert "token frequencies alone" in printed
     assert f"tensorboard --logdir {tmp_path / 'run' / 'logs'}" in printed

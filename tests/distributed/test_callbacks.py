@@ -31,7 +31,7 @@ def measure_strategy(
     rank: int, world_size: int, path: str, strategy: object, module_class: type, background: bool | None = None
 ) -> None:
     callback = TailTokenProbe(
-        2, counts=tiny.counts(), sites=["pre", "post"], dirpath=path, num_shards=2, background=background
+        2, counts=tiny.counts(), sites=["pre", "post"], dirpath=path, num_jackknife_groups=2, background=background
     )
     trainer = tiny.trainer(
         path, [callback], strategy=strategy() if callable(strategy) else strategy, devices=world_size,
@@ -82,7 +82,7 @@ def check(single, path: Path, *, rel: float, world_size: int) -> None:
     found = by_key(path)
     assert found.keys() == single.keys()
     for key, record in found.items():
-        assert record.num_rows == single[key].num_rows
+        assert record.num_tokens == single[key].num_tokens
         assert record.num_sequences == single[key].num_sequences
         assert record.world_size == world_size
         if key[1] == 0:  # later windows see weights that were trained in another order of sums
@@ -99,7 +99,7 @@ def test_ddp(tmp_path, single, world_size):
     check(single, path, rel=1e-5, world_size=world_size)
     losses = {record.key: record for record in read_losses(path).records}
     for record in read_losses(tmp_path / "single").records:
-        assert losses[record.key].num_rows == record.num_rows
+        assert losses[record.key].num_tokens == record.num_tokens
         if record.step == 0:
             assert losses[record.key].loss == pytest.approx(record.loss, rel=1e-6)
 
@@ -161,7 +161,7 @@ def test_tensor_parallel_slices_are_assembled_and_peers_not_added(tmp_path):
 
 
 def measure_same_data(rank: int, world_size: int, path: str, strategy: object, module_class: type) -> None:
-    callback = TailTokenProbe(2, counts=tiny.counts(), sites=["pre", "post"], dirpath=path, num_shards=2)
+    callback = TailTokenProbe(2, counts=tiny.counts(), sites=["pre", "post"], dirpath=path, num_jackknife_groups=2)
     trainer = tiny.trainer(path, [callback], strategy=strategy(), devices=world_size, use_distributed_sampler=False)
     trainer.fit(module_class(), loader(0, 1))
 
@@ -185,7 +185,9 @@ def uneven(rank: int, world_size: int, path: str) -> None:
         probe.tapped.root(ids[:, :-1])
         probe.collect()
     result = probe.end()
-    return [(r.layer, r.bucket, r.measurement.num_rows, r.measurement.hard_rank, r.num_sequences) for r in result.sites]
+    return [
+        (r.layer, r.bucket, r.measurement.num_tokens, r.measurement.hard_rank, r.num_sequences) for r in result.sites
+    ]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -237,4 +239,4 @@ def test_the_papers_convention_takes_rank_0s_rows_and_says_so(tmp_path):
     assert values[0] == values[1]
     records = read_spectral(tmp_path).records
     assert {r.conventions["reduction"] for r in records} == {"rank0_local"}
-    assert {r.num_rows for r in records if r.bucket == "pooled"} == {4 * tiny.LENGTH}
+    assert {r.num_tokens for r in records if r.bucket == "pooled"} == {4 * tiny.LENGTH}

@@ -73,7 +73,7 @@ def test_trainer(tmp_path, single, name):
 
 def fabric_loop(rank: int, world_size: int, path: str, strategy: object, compile_model: bool = False) -> str:
     callback = TailTokenProbe(
-        2, counts=tiny.counts(), sites=["pre", "post"], dirpath=path, num_shards=2, losses=False
+        2, counts=tiny.counts(), sites=["pre", "post"], dirpath=path, num_jackknife_groups=2, losses=False
     )  # fmt: skip
     probe = FabricSpectralProbe(callback, num_steps=4)
     options = {"devices": world_size, "accelerator": "cpu", "callbacks": [probe]}
@@ -114,7 +114,7 @@ def test_fabric(tmp_path, single_fabric, name):
     kinds = run_ranks(fabric_loop, 2, str(path), lambda: CpuFabricFsdp(**STRATEGIES[name]), init=False)
     assert kinds == [FullyShardedDataParallel.__name__] * 2
     check(single_fabric, path, rel=1e-5, world_size=2)
-    assert {r.num_rows for r in read_spectral(path).records if r.bucket == "pooled"} == {8 * tiny.LENGTH}
+    assert {r.num_tokens for r in read_spectral(path).records if r.bucket == "pooled"} == {8 * tiny.LENGTH}
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -51,7 +51,7 @@ def test_uneven_and_empty_ranks_equal_one_process(world_size, owner):
             continue
         for group, (numbers, soft, covariance_DD) in enumerate(result):
             expected = sample(single, [group])
-            assert numbers.num_rows == expected.num_rows
+            assert numbers.num_tokens == expected.num_tokens
             for name in ("trace", "frobenius_sq", "quartic"):
                 assert getattr(numbers, name) == pytest.approx(getattr(expected, name), rel=1e-6)  # fp32 products
             assert soft == pytest.approx(measure(single, [group]).soft_rank, rel=1e-6)
@@ -88,7 +88,7 @@ def bad_row(rank: int, world_size: int):
 
 
 def test_nan_on_one_rank_is_a_status_everywhere_and_spoils_one_bucket():
-    assert run_ranks(bad_row, 2) == [["few_rows", "few_rows", "nonfinite"]] * 2
+    assert run_ranks(bad_row, 2) == [["few_tokens", "few_tokens", "nonfinite"]] * 2
 
 
 def peak_memory(rank: int, world_size: int) -> float:

@@ -12,12 +12,12 @@ from lightning_spectral.functional.sample import sample
 GROUPS, WIDTH = 3, 13
 
 
-def rows_and_sizes(seed: int, num_rows: int, *, mean_over_spread: float = 1.0, dtype=torch.float64):
+def rows_and_sizes(seed: int, num_tokens: int, *, mean_over_spread: float = 1.0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     scale = torch.linspace(1, 3, WIDTH, dtype=torch.float64)
-    rows = (torch.randn(num_rows, WIDTH, generator=generator, dtype=torch.float64) + mean_over_spread) * scale
-    cuts = torch.randint(0, num_rows + 1, (GROUPS - 1,), generator=generator).sort().values.tolist()
-    sizes = np.diff([0, *cuts, num_rows]).tolist()
+    rows = (torch.randn(num_tokens, WIDTH, generator=generator, dtype=torch.float64) + mean_over_spread) * scale
+    cuts = torch.randint(0, num_tokens + 1, (GROUPS - 1,), generator=generator).sort().values.tolist()
+    sizes = np.diff([0, *cuts, num_tokens]).tolist()
     return rows.to(dtype), sizes
 
 
@@ -125,7 +125,7 @@ def test_scalars_equal_the_full_matrix():
     numbers = sample(state)
     oracle = numpy_covariance(rows)
     centred = rows - rows.mean(0)
-    assert numbers.num_rows == 400
+    assert numbers.num_tokens == 400
     assert numbers.trace == pytest.approx(np.trace(oracle), rel=1e-10)
     assert numbers.frobenius_sq == pytest.approx((oracle**2).sum(), rel=1e-10)
     assert numbers.quartic == pytest.approx(float(centred.square().sum(1).square().sum()), rel=1e-9)
@@ -153,12 +153,12 @@ def test_products_keep_fp32_inside_autocast_and_leave_the_precision_alone():
     assert relative_error(cov.covariance(state), numpy_covariance(rows)) < 1e-6
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 2])
-def test_few_rows_are_numbers_not_crashes(num_rows):
+@pytest.mark.parametrize("num_tokens", [0, 1, 2])
+def test_few_tokens_are_numbers_not_crashes(num_tokens):
     state = cov.empty_moments(1, WIDTH)
-    cov.update_(state, torch.randn(num_rows, WIDTH), [num_rows])
+    cov.update_(state, torch.randn(num_tokens, WIDTH), [num_tokens])
     numbers = sample(state)
-    assert numbers.num_rows == num_rows
+    assert numbers.num_tokens == num_tokens
     assert np.isfinite(numbers.trace)
 
 

@@ -20,10 +20,10 @@ def product_of(name: str, rows: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ON_CPU)
-@given(num_rows=st.integers(1, 60), width=st.integers(1, 70), seed=st.integers(0, 10**6))
+@given(num_tokens=st.integers(1, 60), width=st.integers(1, 70), seed=st.integers(0, 10**6))
 @settings(max_examples=25, deadline=None)
-def test_every_backend_is_the_symmetric_product(name, num_rows, width, seed):
-    rows = torch.randn(num_rows, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def test_every_backend_is_the_symmetric_product(name, num_tokens, width, seed):
+    rows = torch.randn(num_tokens, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     # fp64 on both sides: 60 terms of order 1 round to 1e-14
     torch.testing.assert_close(unpack(product_of(name, rows), width), rows.mT @ rows, rtol=1e-12, atol=1e-12)
 

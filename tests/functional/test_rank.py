@@ -36,7 +36,7 @@ def oracle(eigs: np.ndarray) -> dict[str, float]:
         "soft_rank": math.exp(entropy),
         "hard_rank": eigs.sum() ** 2 / (eigs**2).sum(),
         "spectral_entropy": entropy,
-        "eee": min(max(area, 0), 1),
+        "early_enrichment": min(max(area, 0), 1),
         "top_share": p.max(),
     }
 
@@ -44,7 +44,7 @@ def oracle(eigs: np.ndarray) -> dict[str, float]:
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("metric", rank.RANK_METRICS)
 def test_every_metric_equals_numpy(name, metric):
-    ours = float(rank.RANK_METRICS[metric](torch.from_numpy(SPECTRA[name])))
+    ours = float(rank.RANK_METRICS[metric].function(torch.from_numpy(SPECTRA[name])))
     assert ours == pytest.approx(oracle(SPECTRA[name])[metric], rel=1e-8, abs=1e-12)
 
 
@@ -117,7 +117,7 @@ def test_js_divergence_is_zero_for_equal_shapes_and_ln2_for_disjoint_ones():
 @pytest.mark.parametrize("metric", rank.RANK_METRICS)
 def test_no_spectrum_is_refused(eigs, metric):
     with pytest.raises(ValueError, match="finite eigenvalues|not of a covariance"):
-        rank.RANK_METRICS[metric](eigs)
+        rank.RANK_METRICS[metric].function(eigs)
 
 
 def test_other_bad_input_is_refused():
@@ -154,7 +154,7 @@ def row_wise_oracle(rows: np.ndarray) -> float:
 def corrected(rows: np.ndarray) -> float:
     covariance = np.cov(rows, rowvar=False)
     quartic = ((rows - rows.mean(0)) ** 2).sum(1) ** 2
-    return rank.unbiased_hard_rank(len(rows), np.trace(covariance), (covariance**2).sum(), quartic.sum())
+    return rank.debiased_hard_rank(len(rows), np.trace(covariance), (covariance**2).sum(), quartic.sum())
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -163,13 +163,13 @@ def test_unbiased_hard_rank_equals_the_row_wise_estimator(seed):
     assert corrected(rows) == pytest.approx(row_wise_oracle(rows), rel=1e-9)
 
 
-@pytest.mark.parametrize("rows_per_dim", [1, 2, 4])
-def test_unbiased_hard_rank_is_near_the_truth_where_the_plain_one_is_far(rows_per_dim):
+@pytest.mark.parametrize("tokens_per_dim", [1, 2, 4])
+def test_unbiased_hard_rank_is_near_the_truth_where_the_plain_one_is_far(tokens_per_dim):
     rng = np.random.default_rng(0)
     width = 256
     scale = np.arange(1, width + 1.0) ** -0.25  # eigenvalues k^-0.5
     truth = (scale**2).sum() ** 2 / (scale**4).sum()
-    draws = [rng.normal(size=(rows_per_dim * width, width)) * scale for _ in range(6)]
+    draws = [rng.normal(size=(tokens_per_dim * width, width)) * scale for _ in range(6)]
     plain = np.mean(
         [float(rank.hard_rank(torch.from_numpy(np.linalg.eigvalsh(np.cov(d, rowvar=False))))) for d in draws]
     )
@@ -178,20 +178,20 @@ def test_unbiased_hard_rank_is_near_the_truth_where_the_plain_one_is_far(rows_pe
 
 
 def test_unbiased_hard_rank_needs_four_rows():
-    assert math.isnan(rank.unbiased_hard_rank(3, 1.0, 1.0, 1.0))
+    assert math.isnan(rank.debiased_hard_rank(3, 1.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "width", "trace", "status"),
+    ("num_tokens", "width", "trace", "status"),
     [
         (0, 8, 0.0, "empty"),
         (1, 8, 1.0, "degenerate"),
         (5000, 8, 0.0, "degenerate"),
         (5000, 8, math.nan, "nonfinite"),
-        (999, 8, 1.0, "few_rows"),
+        (999, 8, 1.0, "few_tokens"),
         (2000, 4096, 1.0, "undersampled"),
         (5000, 8, 1.0, "ok"),
     ],
 )
-def test_sampling_status(num_rows, width, trace, status):
-    assert rank.sampling_status(num_rows, width, trace) == status
+def test_sampling_status(num_tokens, width, trace, status):
+    assert rank.sampling_status(num_tokens, width, trace) == status

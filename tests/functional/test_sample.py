@@ -16,10 +16,10 @@ from lightning_spectral.probe.ranks_of import measure
 WIDTH = 40
 
 
-def rows_of(num_rows: int, *, far: float = 3.0, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
+def rows_of(num_tokens: int, *, far: float = 3.0, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     scale = torch.arange(1, WIDTH + 1) ** -0.5
-    return ((torch.randn(num_rows, WIDTH, generator=generator, dtype=torch.float64) + far) * scale).to(dtype)
+    return ((torch.randn(num_tokens, WIDTH, generator=generator, dtype=torch.float64) + far) * scale).to(dtype)
 
 
 def both(rows, sizes, order=None):
@@ -34,8 +34,16 @@ def test_every_number_is_that_of_the_covariance(dtype, rel, groups):
     rows = rows_of(35, dtype=dtype)
     order = torch.randperm(35, generator=torch.Generator().manual_seed(1))[:30]
     few, many = (measure(state, groups) for state in both(rows, [7, 3, 20], order))
-    assert (few.num_rows, few.width, few.status) == (many.num_rows, many.width, many.status)
-    for name in ("soft_rank", "hard_rank", "hard_rank_unbiased", "spectral_entropy", "eee", "top_share", "trace"):
+    assert (few.num_tokens, few.width, few.status) == (many.num_tokens, many.width, many.status)
+    for name in (
+        "soft_rank",
+        "hard_rank",
+        "hard_rank_debiased",
+        "spectral_entropy",
+        "early_enrichment",
+        "top_share",
+        "trace",
+    ):
         ours, theirs = getattr(few, name), getattr(many, name)
         # the correction of the hard rank needs four rows
         assert ours is theirs is None or ours == pytest.approx(theirs, rel=rel), name
@@ -44,7 +52,7 @@ def test_every_number_is_that_of_the_covariance(dtype, rel, groups):
     assert [few.renyi[order] for order in above] == pytest.approx([many.renyi[order] for order in above], rel=rel)
     largest = float(many.eigenvalues[0])
     torch.testing.assert_close(few.eigenvalues, many.eigenvalues, rtol=rel, atol=rel * largest)
-    for name in ("soft_rank_ci", "hard_rank_ci", "soft_rank_unbiased"):
+    for name in ("soft_rank_ci", "hard_rank_ci", "soft_rank_debiased"):
         ours, theirs = getattr(few, name), getattr(many, name)
         # an interval reaches from differences of the ranks: a digit less
         assert ours is theirs is None or ours == pytest.approx(theirs, rel=10 * rel), name
@@ -58,7 +66,7 @@ def test_merged_groups_are_their_rows_together(seed, sizes, far):
     few, many = few.take_groups(merges), take_groups(many, merges)
     for group in range(2):
         ours, theirs = sample(few, [group]), sample(many, [group])
-        assert ours.num_rows == theirs.num_rows
+        assert ours.num_tokens == theirs.num_tokens
         for name in ("trace", "frobenius_sq", "quartic"):
             # fp64 with a mean 30 times the spread: 1e-16 * 30^4 is lost in the fourth moment about the shift
             assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=1e-8, abs=1e-8), name

@@ -49,10 +49,10 @@ def test_sorting_drops_the_excluded_and_spares_one_group_the_sort():
         sort_by_group(torch.tensor([1, 3]), 3)
 
 
-def moments_of_shards(rows: torch.Tensor, num_shards: int):
-    moments = empty_moments(num_shards, rows.shape[1], dtype=torch.float64)
-    shards = torch.arange(len(rows)) * num_shards // len(rows)
-    update_(moments, rows, *sort_by_group(shards, num_shards))
+def moments_of_shards(rows: torch.Tensor, num_jackknife_groups: int):
+    moments = empty_moments(num_jackknife_groups, rows.shape[1], dtype=torch.float64)
+    shards = torch.arange(len(rows)) * num_jackknife_groups // len(rows)
+    update_(moments, rows, *sort_by_group(shards, num_jackknife_groups))
     return moments
 
 
@@ -91,7 +91,7 @@ def test_half_split_correction_removes_most_of_the_soft_ranks_bias():
         rows = torch.randn(2 * width, width, generator=generator, dtype=torch.float64) * scale
         result = measure(moments_of_shards(rows, 2), range(2))
         plain.append(result.soft_rank / truth)
-        corrected.append(result.soft_rank_unbiased / truth)
+        corrected.append(result.soft_rank_debiased / truth)
     assert np.mean(plain) < 0.90
     assert 0.95 < np.mean(corrected) < 1.03  # PERFORMANCE.md F2: .96-.985 at N/D = 2
 
@@ -103,13 +103,13 @@ def test_half_split_correction_removes_most_of_the_soft_ranks_bias():
         (torch.zeros(1, 4), "degenerate"),
         (torch.ones(50, 4), "degenerate"),
         (torch.full((50, 4), torch.nan), "nonfinite"),
-        (torch.randn(50, 4), "few_rows"),
+        (torch.randn(50, 4), "few_tokens"),
     ],
 )
 def test_bad_data_is_a_status(rows, status):
     result = measure(moments_of_shards(rows.double(), 1))
     assert result.status == status
-    assert (result.hard_rank is None) == (status != "few_rows")
+    assert (result.hard_rank is None) == (status != "few_tokens")
 
 
 def test_bucket_losses_equal_torch():

@@ -17,12 +17,12 @@ def step(model, ids) -> torch.Tensor:
     return logits.detach()
 
 
-@pytest.mark.parametrize(("backend", "keep_share"), [("eager", 1.0), ("aot_eager", 0.25)])
-def test_compiled_hooks_fire_exactly_with_two_graphs_and_no_break(backend, keep_share):
+@pytest.mark.parametrize(("backend", "token_fraction"), [("eager", 1.0), ("aot_eager", 0.25)])
+def test_compiled_hooks_fire_exactly_with_two_graphs_and_no_break(backend, token_fraction):
     torch._dynamo.reset()
     model, counter = tiny.litgpt(), CompileCounterWithBackend(backend)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    taps = Taps(resolve(compiled, sites=("post", "pre")), keep_share=keep_share, with_logits=True)
+    taps = Taps(resolve(compiled, sites=("post", "pre")), token_fraction=token_fraction, with_logits=True)
     for index in range(6):
         ids = tiny.ids(seed=index)
         if index % 2 == 0:
@@ -33,7 +33,7 @@ def test_compiled_hooks_fire_exactly_with_two_graphs_and_no_break(backend, keep_
         for forward in passes:
             assert torch.equal(forward.ids_BT, ids)
             torch.testing.assert_close(forward.logits_BTV, logits)
-            assert all(len(rows) == 24 * keep_share for rows in forward.rows.values())
+            assert all(len(rows) == 24 * token_fraction for rows in forward.rows.values())
     assert counter.frame_count == 2  # armed and not
     taps.remove()
 
@@ -77,7 +77,7 @@ def test_recomputation_is_not_counted_twice(mode):
 
 def test_thinned_positions_cover_every_sequence_and_depend_on_the_seed_only():
     model = tiny.litgpt()
-    taps = Taps(resolve(model, sites=("post", "pre")), keep_share=0.25)
+    taps = Taps(resolve(model, sites=("post", "pre")), token_fraction=0.25)
 
     def kept(seed: int) -> torch.Tensor:
         taps.start(seed=seed)
@@ -101,7 +101,7 @@ def test_thinned_rows_are_rows_of_the_whole():
     model = tiny.litgpt()
     rows = {}
     for share in (1.0, 0.5):
-        taps = Taps(resolve(model), keep_share=share)
+        taps = Taps(resolve(model), token_fraction=share)
         taps.start(seed=3)
         with torch.no_grad():
             model(tiny.ids())

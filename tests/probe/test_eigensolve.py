@@ -15,14 +15,14 @@ WIDTH = eigensolve.MIN_WIDTH
 
 
 def sample_of(
-    alpha: float, num_rows: int = 3 * WIDTH, dtype: torch.dtype = torch.float32, width: int = WIDTH
+    alpha: float, num_tokens: int = 3 * WIDTH, dtype: torch.dtype = torch.float32, width: int = WIDTH
 ) -> Sample:
     generator = torch.Generator().manual_seed(0)
     mixed = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64)).Q
     scale = torch.arange(1, width + 1, dtype=torch.float64) ** (-alpha / 2)
-    rows = (torch.randn(num_rows, width, generator=generator, dtype=torch.float64) * scale) @ mixed
+    rows = (torch.randn(num_tokens, width, generator=generator, dtype=torch.float64) * scale) @ mixed
     moments = empty_moments(1, width, dtype=dtype)
-    update_(moments, rows.to(dtype), [num_rows])
+    update_(moments, rows.to(dtype), [num_tokens])
     return sample(moments)
 
 
@@ -56,13 +56,13 @@ def test_null_modes_cost_the_soft_rank_less_than_the_products_of_the_matrix_do_t
     assert abs(half[0] / half[1] - 1) < abs(half[1] / half[2] - 1)
 
 
-def test_what_fp32_cannot_resolve_is_solved_in_fp64_and_so_is_what_has_as_few_rows():
-    num_rows = 6 * WIDTH
-    own = sample_of(5.0, num_rows, width=2 * WIDTH)  # steep
+def test_what_fp32_cannot_resolve_is_solved_in_fp64_and_so_is_what_has_as_few_tokens():
+    num_tokens = 6 * WIDTH
+    own = sample_of(5.0, num_tokens, width=2 * WIDTH)  # steep
     solve, exact = Eigensolver(), torch.linalg.eigvalsh(own.matrix_MM).flip(-1).clamp(min=0)
     assert torch.equal(solve(own), exact)
-    assert solve.fp64_up_to == num_rows
-    for rows_of_flat, same in ((num_rows, True), (num_rows + WIDTH, False)):
+    assert solve.fp64_up_to == num_tokens
+    for rows_of_flat, same in ((num_tokens, True), (num_tokens + WIDTH, False)):
         flat = sample_of(0.0, rows_of_flat)
         exact = torch.linalg.eigvalsh(flat.matrix_MM).flip(-1).clamp(min=0)
         assert torch.equal(solve(flat), exact) is same

@@ -17,7 +17,7 @@ from lightning_spectral.report.figures import FIGURES
 from lightning_spectral.report.figures_spectrum import read_spectra
 from lightning_spectral.report.page import warnings_of, write_report
 from lightning_spectral.report.rows import headline_rows
-from lightning_spectral.report.scene import Scene
+from lightning_spectral.report.scene import ReportData
 from lightning_spectral.report.style import FIXED, family, looks_of, spread_labels
 from tests.analysis.synthetic import recipe, write_one, write_spectra, write_study
 
@@ -27,9 +27,9 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def scene_of(root: Path, **changes: object) -> Scene:
+def scene_of(root: Path, **changes: object) -> ReportData:
     scene = make_scene(Namespace(inputs=[str(root)], **(OPTIONS | changes)))
-    assert isinstance(scene, Scene)
+    assert isinstance(scene, ReportData)
     return scene
 
 
@@ -144,11 +144,20 @@ def test_warnings_that_cannot_be_missed(study: Path, tmp_path: Path) -> None:
     assert "The learning rate alone moves adamw's beta of TAIL hard rank (D = 128, 256, 512, seed 0)" in found
     assert "adamw lr x3 has no run at" in found.replace("AdamW", "adamw")
     assert "across_decay" in found
-    write_study(tmp_path, {"muon": 0.9, "adamw": 0.3}, widths=(128, 256, 512), steps=(20, 40), noise=0.6, num_rows=900)
+    write_study(
+        tmp_path, {"muon": 0.9, "adamw": 0.3}, widths=(128, 256, 512), steps=(20, 40), noise=0.6, num_tokens=900
+    )
     write_one(tmp_path, "muon", 0.9, 1024, steps=(20, 40))
     alone = " ".join(warnings_of(scene_of(tmp_path)))
     assert "No state before the learning-rate decay" in alone
-    for text in ("One seed a width", "Wide interval", "few_rows", "unequal_rows", "No null", "has no run at D = 1024"):
+    for text in (
+        "One seed a width",
+        "Wide interval",
+        "few_tokens",
+        "unequal_rows",
+        "No null",
+        "has no run at D = 1024",
+    ):
         assert text in alone
 
 

@@ -217,7 +217,7 @@ def found(file: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch) -> Plan:
 def test_failures_are_reported_and_do_not_stop_the_rest(found: Plan, file: Path) -> None:
     screen = io.StringIO()
     launcher = PretendLauncher(2)
-    board = sweep_run.run_all(found, launcher, sweep_screen.Screen(screen), poll_s=0)
+    board = sweep_run.run_all(found, launcher, sweep_screen.ProgressDisplay(screen), poll_s=0)
     assert launcher.most == 2
     assert len(board.done) == 5
     assert len(board.failed) == 4
@@ -236,7 +236,7 @@ def test_failures_are_reported_and_do_not_stop_the_rest(found: Plan, file: Path)
 def test_an_interrupt_stops_the_workers(found: Plan) -> None:
     launcher = PretendLauncher(2)
 
-    def show(board: sweep_run.Board) -> None:
+    def show(board: sweep_run.SweepProgress) -> None:
         if board.running:
             raise KeyboardInterrupt
 
@@ -255,7 +255,7 @@ def test_different_data_show(found: Plan) -> None:
 def test_the_table_counts_down(found: Plan) -> None:
     job = found.jobs[0]
     run = sweep_run.Running(job, "s0", None, time.monotonic() - 10.0, 0)
-    board = sweep_run.Board(9, 1, {"x": 40.0}, {}, [run], list(found.jobs[1:3]))
+    board = sweep_run.SweepProgress(9, 1, {"x": 40.0}, {}, [run], list(found.jobs[1:3]))
     assert sweep_screen.left_of(run) is None
     sweep.write_json(Path(job.folder) / PROGRESS_FILE, {"step": 25, "num_steps": 100, "losses": {"train": 2.0}})
     assert sweep_screen.left_of(run) == pytest.approx(30.0, rel=0.05)  # 10 s for a quarter

@@ -15,8 +15,8 @@ from lightning_spectral.sweep import cost as sweep_cost
 from lightning_spectral.sweep import plan as sweep
 from lightning_spectral.sweep import screen as sweep_screen
 from lightning_spectral.sweep.plan import Job
-from lightning_spectral.sweep.run import Board, Running
-from lightning_spectral.sweep.screen import Screen
+from lightning_spectral.sweep.run import Running, SweepProgress
+from lightning_spectral.sweep.screen import ProgressDisplay
 
 
 class Terminal(io.StringIO):
@@ -38,7 +38,7 @@ def test_a_log_gets_a_line_a_run_and_one_every_half_minute(tmp_path: Path, monke
     now = [100.0]
     monkeypatch.setattr(sweep_screen.time, "monotonic", lambda: now[0])
     stream = io.StringIO()
-    screen = Screen(stream)
+    screen = ProgressDisplay(stream)
 
     def said() -> list[str]:
         lines = stream.getvalue().splitlines()
@@ -46,7 +46,7 @@ def test_a_log_gets_a_line_a_run_and_one_every_half_minute(tmp_path: Path, monke
         stream.truncate()
         return lines
 
-    board = Board(3, 0, note="preparing tokenizer")
+    board = SweepProgress(3, 0, note="preparing tokenizer")
     screen(board)
     assert said() == ["0 of 3 runs finished (0 before), 0 running, 0 waiting, 0 failed; preparing tokenizer"]
     board.note = ""
@@ -73,8 +73,8 @@ def test_a_log_gets_a_line_a_run_and_one_every_half_minute(tmp_path: Path, monke
 def test_a_terminal_is_redrawn_in_place_and_never_wraps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     stream = Terminal()
-    screen = Screen(stream)
-    board = Board(9, 0, running=[running(job_of(tmp_path, "long" * 20, step=3, num_steps=9))])
+    screen = ProgressDisplay(stream)
+    board = SweepProgress(9, 0, running=[running(job_of(tmp_path, "long" * 20, step=3, num_steps=9))])
     screen(board)
     screen(board)  # nothing new: at most the clock moves
     board.failed = {f"r{k}": "out of memory" for k in range(9)}
@@ -90,7 +90,7 @@ def test_a_terminal_is_redrawn_in_place_and_never_wraps(tmp_path: Path, monkeypa
 def test_a_run_starts_moves_and_finishes(tmp_path: Path) -> None:
     starting, ending = running(job_of(tmp_path, "a")), running(job_of(tmp_path, "b", step=9, num_steps=9))
     ending.moving = (time.monotonic() - 1, 1)
-    lines = sweep_screen.table(Board(2, 0, running=[starting, ending]))
+    lines = sweep_screen.table(SweepProgress(2, 0, running=[starting, ending]))
     assert "starting" in lines[1]
     assert "0:10" in lines[1]
     assert "finishing" in lines[2]
@@ -102,7 +102,7 @@ def test_the_pace_is_taken_from_where_a_run_began_to_move(tmp_path: Path) -> Non
     assert sweep_screen.left_of(run) == pytest.approx(10.0, rel=0.05)
     waiting = [job_of(tmp_path, "b")]
     fresh = running(job_of(tmp_path, "c"), ago=15.0)
-    board = Board(4, 0, done={"z": 40.0}, running=[fresh], waiting=waiting)
+    board = SweepProgress(4, 0, done={"z": 40.0}, running=[fresh], waiting=waiting)
     assert sweep_screen.remaining(board) == pytest.approx(25.0 + 40.0, rel=0.05)
 
 

@@ -19,7 +19,7 @@ from lightning_spectral import records
 from lightning_spectral.gpt.export import load_final
 from lightning_spectral.gpt.module import LitGPT
 from lightning_spectral.training import checkpoints
-from lightning_spectral.training.pretrain import Outcome, pretrain
+from lightning_spectral.training.pretrain import RunResult, pretrain
 from lightning_spectral.training.recipe import RecipeError, load
 from tests.tiny import LIGHTNING_WARNINGS, tiny_tree, write_recipe
 
@@ -31,12 +31,12 @@ PROBES = [
 ]
 
 
-def _run(folder: Path, out: str = "run", **changes: Any) -> Outcome:
+def _run(folder: Path, out: str = "run", **changes: Any) -> RunResult:
     overrides = {"out_dir": str(folder / out), **{key.replace("__", "."): value for key, value in changes.items()}}
     return pretrain(load(write_recipe(folder), overrides), progress_bar=False)
 
 
-def _weights(outcome: Outcome) -> dict[str, torch.Tensor]:
+def _weights(outcome: RunResult) -> dict[str, torch.Tensor]:
     weights: dict[str, torch.Tensor] = torch.load(outcome.run_folder / "final" / "lit_model.pth", weights_only=True)
     return weights
 

@@ -8,7 +8,7 @@ import pytest
 
 from lightning_spectral.analysis.caveats import caveats_of, decay_sentences
 from lightning_spectral.analysis.health import flags_of
-from lightning_spectral.analysis.points import before_decay, default_by, points_of_runs
+from lightning_spectral.analysis.points import default_by, points_of_runs, pre_decay
 from lightning_spectral.analysis.runs import RunSet, load_runs
 from lightning_spectral.analysis.study import Fitted, comparisons_of, finished_only, fit_points
 from tests.analysis.synthetic import recipe, write_one, write_study
@@ -19,7 +19,7 @@ TAIL = ("post", "tail", "hard_rank", "median")
 def fitted_of(root: Path, last: int = 1) -> tuple[Fitted, RunSet]:
     runs = load_runs([root])
     table = points_of_runs(runs, last=last)
-    before = points_of_runs(runs, by=default_by(runs), last=last, until_step=before_decay(runs))
+    before = points_of_runs(runs, by=default_by(runs), last=last, until_step=pre_decay(runs))
     return fit_points(table, before=before), runs
 
 
@@ -44,7 +44,7 @@ def test_both_states_and_the_change_between_them(tmp_path: Path) -> None:
     assert change.estimate == pytest.approx(-0.1, abs=0.01)
     assert change.separated
     assert found["slope_difference", "adamw", "muon"].estimate == pytest.approx(-0.7, abs=0.01)
-    assert found["slope_difference_before_decay", "adamw", "muon"].estimate == pytest.approx(-0.56, abs=0.01)
+    assert found["slope_difference_pre_decay", "adamw", "muon"].estimate == pytest.approx(-0.56, abs=0.01)
     assert found["slope_difference_over_seeds", "adamw", "muon"].df == 2
     (_, sentence) = decay_sentences(fitted)
     assert sentence.startswith("muon: before decay beta 0.86 [")
@@ -57,7 +57,7 @@ def test_where_there_is_no_state_before(tmp_path: Path) -> None:
     write_one(tmp_path / "b", "muon", 0.9, 128, steps=(0, 20, 40), hparams=recipe())  # stopped before the decay
     write_one(tmp_path / "c", "muon", 0.9, 128, steps=(0, 40, 100))  # no recipe
     for name in "abc":
-        assert before_decay(load_runs([tmp_path / name])) == {}
+        assert pre_decay(load_runs([tmp_path / name])) == {}
     said = {name: " ".join(caveats_of(*fitted_of(tmp_path / name))) for name in "abc"}
     assert "no window lies before it" in said["a"]
     assert "All windows lie before the learning-rate decay (step 80)" in said["b"]

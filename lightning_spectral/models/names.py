@@ -1,0 +1,24 @@
+"""Names of modules and parameters without what DDP, FSDP, torch.compile and checkpointing put into them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+_WRAPPERS = re.compile(
+    r"(?:_forward_module|_original_module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)"
+)
+_DDP_ROOT = re.compile(r"^module(?:\.|$)")
+
+
+def clean_name(name: str) -> str:
+    """A module's name without the wrappers of DDP, FSDP, compile and checkpointing."""
+    return _DDP_ROOT.sub("", _WRAPPERS.sub("", name)).rstrip(".")
+
+
+def clean_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name and its :func:`clean_name`; a name that two would share stays as it is, so that none is lost."""
+    cleaned = {name: clean_name(name) for name in names}
+    shared = {name for name, times in Counter(cleaned.values()).items() if times > 1}
+    return {raw: raw if name in shared else name for raw, name in cleaned.items()}

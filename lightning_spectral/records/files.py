@@ -1,0 +1,217 @@
+"""Reading and writing what a run leaves behind: one JSON object per line, readable without torch.
+
+A run folder holds up to four files, each written by one place and read through this module:
+
+* ``run.json``: what was run (a :class:`RunInfo`), written once at fit start;
+* ``spectral.jsonl``: one :class:`SpectralRecord` per (window, layer, site, bucket);
+* ``losses.jsonl``: one :class:`LossRecord` per (window, bucket);
+* ``weights.jsonl``: one :class:`WeightRecord` per (window, parameter, what of it).
+
+The JSONL files only ever grow. A line is whole or it is not a record: a file cut at any byte gives back every
+whole line, and :func:`append_records` first closes a torn tail so that what follows stays readable.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from lightning_spectral.records.schema import (
+    LOSSES_FILE,
+    RUN_FILE,
+    SCHEMA_VERSION,
+    SPECTRAL_FILE,
+    WEIGHTS_FILE,
+    LossRecord,
+    RunInfo,
+    SpectralRecord,
+    WeightRecord,
+)
+from lightning_spectral.records.upgrade import upgraded
+from lightning_spectral.text import write_text
+
+RecordT = TypeVar("RecordT", SpectralRecord, LossRecord, WeightRecord)
+
+
+@dataclass(frozen=True)
+class ReadReport(Generic[RecordT]):
+    """Records read from one file and what had to be left out.
+
+    Attributes:
+        records: Whole, valid records in file order, first one of each key.
+        skipped: ``(line number, reason)`` of every line left out.
+    """
+
+    records: list[RecordT]
+    skipped: list[tuple[int, str]]
+
+
+def append_records(path: str | Path, records: Sequence[SpectralRecord | LossRecord | WeightRecord]) -> None:
+    """Append ``records`` in one flushed write; a torn tail left by a killed run is closed first."""
+    if not records:
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    payload = "".join(to_json(record) + "\n" for record in records).encode()
+    with path.open("ab") as file:
+        if file.tell() and not _ends_with_newline(path):
+            payload = b"\n" + payload
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def to_json(record: SpectralRecord | LossRecord | WeightRecord) -> str:
+    """One line of a JSONL file; further metrics (``extra``) stand beside the other fields."""
+    content = asdict(record)
+    content |= content.pop("extra", {})
+    return json.dumps(_finite(content), allow_nan=False)
+
+
+def read_spectral(path: str | Path) -> ReadReport[SpectralRecord]:
+    """Read ``spectral.jsonl`` (a file or its run folder), salvaging every whole record.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    return _read(_file(path, SPECTRAL_FILE), SpectralRecord)
+
+
+def read_losses(path: str | Path) -> ReadReport[LossRecord]:
+    """Read ``losses.jsonl`` (a file or its run folder), salvaging every whole record.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    return _read(_file(path, LOSSES_FILE), LossRecord)
+
+
+def read_weights(path: str | Path) -> ReadReport[WeightRecord]:
+    """Read ``weights.jsonl`` (a file or its run folder), salvaging every whole record.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    return _read(_file(path, WEIGHTS_FILE), WeightRecord)
+
+
+def parse_record(line: bytes, kind: type[RecordT]) -> RecordT:
+    """One line of a JSONL file as a record.
+
+    Raises:
+        ValueError: If it is not a whole JSON object, not one of our records, or one of a newer schema.
+    """
+    try:
+        content = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError("not a whole JSON object") from None
+    return _build(content, kind)
+
+
+def write_run(folder: str | Path, info: RunInfo) -> None:
+    """Write ``run.json`` atomically."""
+    write_text(Path(folder) / RUN_FILE, json.dumps(_finite(asdict(info)), indent=2, default=str) + "\n")
+
+
+def read_run(folder: str | Path) -> RunInfo:
+    """Read ``run.json`` of a run folder.
+
+    Raises:
+        FileNotFoundError: If the folder has none.
+        ValueError: If it is not a run description, or one of a newer schema.
+    """
+    path = _file(folder, RUN_FILE)
+    try:
+        return _build(json.loads(path.read_text()), RunInfo)
+    except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"`{path}` is not a run description: {error}. Was it edited by hand?") from error
+
+
+def _read(path: Path, kind: type[RecordT]) -> ReadReport[RecordT]:
+    records: list[RecordT] = []
+    skipped: list[tuple[int, str]] = []
+    seen: set[tuple[Any, ...]] = set()
+    for number, line in _lines(path):
+        try:
+            record: RecordT = parse_record(line, kind)
+            key = (record.run_id, *record.key)
+            repeated = key in seen
+        except ValueError as error:
+            skipped.append((number, str(error)))
+            continue
+        except TypeError:  # a list or an object where a key has a name or a number
+            skipped.append((number, "a field holds a value of the wrong type"))
+            continue
+        if repeated:
+            skipped.append((number, f"duplicate of {key}"))
+        else:
+            seen.add(key)
+            records.append(record)
+    if skipped:
+        number, reason = skipped[0]
+        warnings.warn(
+            f"`{path}`: {len(skipped)} of {len(records) + len(skipped)} lines left out; the first is line {number}: "
+            f"{reason}.",
+            stacklevel=3,
+        )
+    return ReadReport(records, skipped)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line
+
+
+BuiltT = TypeVar("BuiltT", SpectralRecord, LossRecord, WeightRecord, RunInfo)
+
+
+def _build(content: Any, kind: type[BuiltT]) -> BuiltT:
+    if not isinstance(content, dict) or "schema_version" not in content:
+        raise ValueError("no schema_version: not one of our records")
+    version = content["schema_version"]
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise ValueError(f"schema_version {version} is newer than {SCHEMA_VERSION}: upgrade lightning-spectral")
+    content = upgraded(content, version)
+    known = {f.name for f in fields(kind)}
+    given = {name: value for name, value in content.items() if name in known}
+    if "extra" in known:
+        given["extra"] = {name: value for name, value in content.items() if name not in known}
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise ValueError(f"not a {kind.__name__}: {error}") from error
+
+
+def _file(path: str | Path, name: str) -> Path:
+    path = Path(path)
+    return path / name if path.is_dir() else path
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a number that could not be computed is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def known_keys(records: Iterable[SpectralRecord | LossRecord | WeightRecord]) -> set[tuple[Any, ...]]:
+    """Keys already on disk: what a resumed run must not write again."""
+    return {record.key for record in records}

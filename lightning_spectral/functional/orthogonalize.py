@@ -44,6 +44,7 @@ __all__ = [
     "same_shape_runs",
     "smoothed_sign",
     "steps_to_flatten",
+    "unit_scale",
 ]
 
 # M rows, N columns, B matrices of one shape
@@ -54,7 +55,8 @@ _BATCH_WHILE_SHORT_SIDE = 256  # above it one product fills the core and batchin
 # measured at d=256, 1 MiB is 1.25 times as fast as 16 MiB. A GPU wants few large products.
 _CPU_BATCH_BYTES = 1 << 20
 _BATCH_BYTES = 16 << 20
-_TINY = 1e-30  # keeps 0 / 0 out of zero matrices; far below any norm a gradient can have in fp32
+_TINY = 1e-30  # keeps 0 / 0 out of zero matrices; every other norm is scaled to 1e-7 or more first
+_SAFE_NORMS = (1e-15, 1e15)  # Frobenius norms whose square is far from both ends of fp32 and bf16
 
 
 def polar_svd(matrix: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -107,8 +109,12 @@ def newton_schulz(
     steps: int | None = 5,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    eps: float = 0.0,
 ) -> Tensor:
     """Approximate polar factor by ``steps`` polynomials in the matrix itself.
+
+    Right for every scale of the input, from the smallest subnormal number to the largest: before its norm is taken the
+    matrix is scaled by a power of two, which changes no digit of the result. A zero matrix stays zero.
 
     Args:
         matrix: (..., M, N), any floating dtype; leading dimensions are a batch.
@@ -117,6 +123,8 @@ def newton_schulz(
         dtype: Precision of the products; that of ``matrix`` when None. bf16 costs about 1e-2 of accuracy and is
             four times as fast where the hardware has it.
         overwrite: Use ``matrix`` as workspace, which saves two copies of it.
+        eps: Frobenius norm below which the result fades to zero with the input, >= 0. A positive one also multiplies
+            tall matrices as wide ones: together, torch.optim.Muon's digits (its eps is 1e-7).
 
     Returns:
         (..., M, N) in ``dtype``.
@@ -129,9 +137,37 @@ def newton_schulz(
     iterate = matrix.to(matrix.dtype if dtype is None else dtype)
     if iterate.ndim > 3:
         iterate = iterate.flatten(0, -3)
-    norm: Tensor = torch.linalg.vector_norm(iterate, dim=(-2, -1), keepdim=True).clamp(min=_TINY)
-    iterate = iterate.div_(norm) if overwrite else iterate / norm
+    iterate = _unit_norm(iterate, overwrite, eps)
+    if eps > 0 and matrix.shape[-2] > matrix.shape[-1]:
+        return _iterate(iterate.mT, rows, normalizer == "schatten4", False).mT.reshape(matrix.shape)
     return _iterate(iterate, rows, normalizer == "schatten4", overwrite).reshape(matrix.shape)
+
+
+def unit_scale(matrix: Tensor) -> Tensor:
+    """Power of two (..., 1, 1) that brings the largest magnitude of (..., M, N) near one; one for a zero matrix.
+
+    Multiplying by it is exact. It is limited to normal numbers, so that what is subnormal may stay as small as 2^-23.
+    """
+    largest = torch.linalg.vector_norm(matrix, float("inf"), dim=(-2, -1), keepdim=True)
+    wide = largest.to(torch.promote_types(largest.dtype, torch.float32))
+    exponent = torch.frexp(wide).exponent
+    limit = 1022 if wide.dtype == torch.float64 else 126
+    factor = torch.ldexp(torch.ones_like(wide), -exponent.clamp(-limit, limit))
+    return factor.to(matrix.dtype)
+
+
+def _unit_norm(iterate: Tensor, overwrite: bool, eps: float) -> Tensor:
+    """Divide (..., M, N) by its Frobenius norm, or by ``eps`` if that is larger."""
+    norm: Tensor = torch.linalg.vector_norm(iterate, dim=(-2, -1), keepdim=True)
+    low, high = _SAFE_NORMS
+    if norm.device.type == "cpu" and bool(((norm > low) & (norm < high)).all()):  # asking a GPU would stall it
+        norm = norm.clamp(min=eps)
+        return iterate.div_(norm) if overwrite else iterate / norm
+    scale = unit_scale(iterate)
+    iterate = iterate.mul_(scale) if overwrite else iterate * scale
+    norm = torch.linalg.vector_norm(iterate, dim=(-2, -1), keepdim=True)
+    norm = torch.maximum(norm, (scale * eps).clamp(min=_TINY))
+    return iterate.div_(norm)
 
 
 def polar_express(matrix: Tensor, steps: int | None = 5, dtype: torch.dtype | None = None) -> Tensor:
@@ -171,16 +207,28 @@ def orthogonalize(
 
 
 def orthogonalize_stack(
-    stacked_BMN: Tensor, method: str, steps: int | None = None, dtype: torch.dtype | None = None
+    stacked_BMN: Tensor,
+    method: str,
+    steps: int | None = None,
+    dtype: torch.dtype | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
-    """``orthogonalize`` for matrices that are stacked already, (B, M, N) -> (B, M, N); the input may be overwritten."""
+    """``orthogonalize`` for matrices that are stacked already, (B, M, N) -> (B, M, N); the input may be overwritten.
+
+    Args:
+        stacked_BMN: Matrices of one shape.
+        method: A name in ``METHODS``.
+        steps: Steps of the iteration; the set's own number when None.
+        dtype: Precision of the products; that of the input when None.
+        eps: See ``newton_schulz``; the other methods have none.
+    """
     if method == "identity":
         return stacked_BMN
     if method == "svd":
         return polar_svd(stacked_BMN)
     if stacked_BMN.shape[0] == 1:  # the 2-D product has less overhead than a batch of one
-        return newton_schulz(stacked_BMN[0], method, steps, dtype, overwrite=True).unsqueeze(0)
-    return newton_schulz(stacked_BMN, method, steps, dtype, overwrite=True)
+        return newton_schulz(stacked_BMN[0], method, steps, dtype, overwrite=True, eps=eps).unsqueeze(0)
+    return newton_schulz(stacked_BMN, method, steps, dtype, overwrite=True, eps=eps)
 
 
 def check_method(method: str) -> None:

@@ -112,6 +112,44 @@ def test_muon_equals_torch_bit_for_bit():
         assert torch.equal(newton_schulz(matrix, "muon", 5, torch.bfloat16), theirs)
 
 
+@pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16), (96, 40), (256, 64), (300, 7)])
+@pytest.mark.parametrize("scale", [1e-12, 1e-8, 1e-5, 1.0, 1e15])
+def test_muon_with_eps_equals_torch_bit_for_bit_at_every_scale_and_tall(shape, scale):
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
+    for seed in range(3):
+        matrix = matrix_with("gaussian", *shape, seed=seed).float() * scale
+        theirs = _zeropower_via_newtonschulz(matrix.clone(), (3.4445, -4.7750, 2.0315), 5, 1e-7)
+        assert torch.equal(newton_schulz(matrix, "muon", 5, torch.bfloat16, eps=1e-7), theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_no_scale_of_the_input_changes_a_digit_or_gives_nan(name, dtype):
+    matrix = matrix_with("gaussian", 12, 20).to(dtype)
+    expected = newton_schulz(matrix, name, steps=None)
+    stacked = newton_schulz(torch.stack([matrix, matrix]), name, steps=None)
+    for exponent in (-149, -148, -140, -133, -100, -60, -30, 0, 30, 60, 100, 120):
+        scaled = (matrix.double() * 2.0**exponent).to(dtype)
+        one, two = newton_schulz(scaled, name, None), newton_schulz(torch.stack([scaled, matrix]), name, None)
+        assert one.isfinite().all()
+        assert two.isfinite().all()
+        if exponent > -100:  # below, entries become subnormal and lose digits
+            assert torch.equal(one, expected)
+            assert torch.equal(two, stacked)
+    assert not newton_schulz(torch.zeros(4, 4, dtype=dtype), name).any()
+
+
+def test_scaling_on_a_device_that_must_not_be_asked_gives_the_same_digits(monkeypatch):
+    from lightning_spectral.functional import orthogonalize as module
+
+    matrix = matrix_with("gaussian", 12, 20).float()
+    expected = newton_schulz(matrix, "muon")
+    monkeypatch.setattr(module, "_SAFE_NORMS", (math.inf, 0.0))
+    assert torch.equal(newton_schulz(matrix, "muon"), expected)
+    assert torch.equal(newton_schulz(matrix.clone(), "muon", overwrite=True), expected)
+
+
 def test_polar_express_rows_are_minimax_and_nested():
     rows = polar_express_rows(8)
     assert polar_express_rows(5) == rows[:5]

@@ -332,6 +332,7 @@ class SpectralCallback(EvaluationHooks):
         assert self._probe is not None
         assert self.run_folder is not None
         window = WindowId(self.run_folder.run_id, stage, step, tokens_seen)
+        self._probe.settle(alone=trainer.world_size == 1 or not self.options.reduce)
         closed = self._probe.close(data_parallel_group(pl_module))
         publish = partial(self._publish_result, trainer, window, closed)
         if self._solver is None:

@@ -8,6 +8,7 @@ Axes: B sequences, T positions, N rows, D features, K buckets.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +44,19 @@ class OpenWindow:
     num_sequences: int = 0
     num_passes: int = 0
     busy_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one rank saw in a window.
+
+    Attributes:
+        num_passes: Forward passes.
+        widths: Features of each site that had a row, by site key.
+    """
+
+    num_passes: int
+    widths: dict[str, int]
 
 
 class SpectralProbe:
@@ -127,44 +141,82 @@ class SpectralProbe:
         self.window.busy_s += time.perf_counter() - began
 
     def end(self, process_group: dist.ProcessGroup | None = None) -> WindowResult:
-        """Close the window and solve it. Every rank of the group must call it; the result is equal on all.
-
-        Raises:
-            RuntimeError: On every rank, if the model did not run at all in this window.
-        """
+        """Close the window and solve it. Every rank of the group must call it; the result is equal on all."""
+        self.settle(alone=self._world_size(process_group) == 1)
         closed = self.close(process_group)
         return closed.share(closed.solve())
 
-    def close(self, process_group: dist.ProcessGroup | None = None) -> ClosedWindow:
-        """Close the window and add the states of all ranks; what is left is to solve it and to share the results.
+    def settle(self, *, alone: bool) -> Seen:
+        """Before a window is closed: multiply the rows that still wait, and say what this rank saw. No collective.
 
-        Raises:
-            RuntimeError: On every rank, if the model did not run at all in this window.
+        Args:
+            alone: No other rank's rows are added.
         """
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
-            distributed = self.options.reduce and dist.is_available() and dist.is_initialized()
-            world_size = dist.get_world_size(process_group) if distributed else 1
-            self._flush(to_be_added=world_size > 1)
-            num_sequences = self._sequence_counts(process_group, world_size)
+            self._flush(to_be_added=not alone)
+        self.window.busy_s += time.perf_counter() - began
+        return Seen(self.window.num_passes, {key: state.width for key, state in self.window.states.items()})
+
+    def close(
+        self, process_group: dist.ProcessGroup | None = None, widths: Mapping[str, int] | None = None
+    ) -> ClosedWindow:
+        """Add the states of all ranks; what is left is to solve the window and to share the results.
+
+        Every rank of the group must call it, after :meth:`settle`.
+
+        Args:
+            process_group: Default: the world.
+            widths: Features of the sites that any rank saw a row of, where modules do not declare them.
+
+        Raises:
+            RuntimeError: If a site saw no row on this rank and nothing says how wide it is.
+        """
+        began = time.perf_counter()
+        with torch.inference_mode(False), torch.no_grad():
+            world_size = self._world_size(process_group)
+            num_sequences, num_passes = self._sequence_counts(process_group, world_size)
+            if num_passes == 0:
+                return self.lose("no_forward", "the model did not run in this window, or a compiled one skipped hooks")
             if world_size > 1:
-                self._complete_states()
+                self._complete_states(widths or {})
             losses = self._bucket_losses(process_group, world_size)
             window = self.begin()
-            closed = ClosedWindow(
-                sites=self.tapped.sites,
-                states=window.states,
-                buckets=self.buckets,
-                num_sequences=num_sequences,
-                dtypes=window.dtypes,
-                losses=losses,
-                options=self.options,
-                process_group=process_group,
-                world_size=world_size,
-            )
+            closed = self._closed(window, losses, num_sequences, process_group, world_size)
             closed.reduce()
         closed.busy_s = window.busy_s + time.perf_counter() - began
         return closed
+
+    def lose(self, status: str, reason: str) -> ClosedWindow:
+        """Give the window up: every site and bucket gets a result without a number. No collective."""
+        window = self.begin()
+        closed = self._closed(window, [], {}, None, 1)
+        closed.lost, closed.busy_s = (status, reason), window.busy_s
+        return closed
+
+    def _closed(
+        self,
+        window: OpenWindow,
+        losses: list[BucketLoss],
+        num_sequences: Mapping[str, int],
+        process_group: dist.ProcessGroup | None,
+        world_size: int,
+    ) -> ClosedWindow:
+        return ClosedWindow(
+            sites=self.tapped.sites,
+            states=window.states,
+            buckets=self.buckets,
+            num_sequences=num_sequences,
+            dtypes=window.dtypes,
+            losses=losses,
+            options=self.options,
+            process_group=process_group,
+            world_size=world_size,
+        )
+
+    def _world_size(self, process_group: dist.ProcessGroup | None) -> int:
+        distributed = self.options.reduce and dist.is_available() and dist.is_initialized()
+        return dist.get_world_size(process_group) if distributed else 1
 
     def remove(self) -> None:
         """Take the hooks off and free the state."""
@@ -261,16 +313,17 @@ class SpectralProbe:
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         return empty_moments(self.buckets.num_groups, width, dtype=dtype, device=device)
 
-    def _complete_states(self) -> None:
+    def _complete_states(self, widths: Mapping[str, int]) -> None:
         """A rank that saw no row of a site still takes part in its reduction."""
         for site in self.tapped.sites:
             if site.key not in self.window.states:
-                width = declared_width(site)
+                width = declared_width(site) or widths.get(site.key)
                 if width is None:
                     raise RuntimeError(f"`{site.name}` saw no row on this rank and does not declare its width.")
                 self.window.states[site.key] = self._empty_state(width, torch.float32, self.device)
 
-    def _sequence_counts(self, process_group: dist.ProcessGroup | None, world_size: int) -> dict[str, int]:
+    def _sequence_counts(self, process_group: dist.ProcessGroup | None, world_size: int) -> tuple[dict[str, int], int]:
+        """Sequences by bucket and forward passes, over all ranks."""
         counts_K = self.window.sequences_K
         if counts_K is None:
             counts_K = torch.zeros(len(self.grouping.names) + 1, dtype=torch.int64, device=self.device)
@@ -278,13 +331,7 @@ class SpectralProbe:
         if world_size > 1:
             dist.all_reduce(counts_K, group=process_group)
         *counts, num_passes = counts_K.tolist()
-        if num_passes == 0:
-            raise RuntimeError(
-                f"No forward pass of `{type(self.tapped.root).__name__}` was seen in a whole window. A compiled model "
-                "that ran before the callback attached skips hooks: call `torch._dynamo.reset()` once after attaching. "
-                "If the Trainer trains another copy of the model, attach to that one."
-            )
-        return dict(zip(self.buckets.reported, counts, strict=False))
+        return dict(zip(self.buckets.reported, counts, strict=False)), num_passes
 
     def _bucket_losses(self, process_group: dist.ProcessGroup | None, world_size: int) -> list[BucketLoss]:
         if self.window.losses is None:

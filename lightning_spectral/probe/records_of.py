@@ -45,6 +45,7 @@ def _record(site: SiteResult, result: WindowResult, window: WindowId, convention
         width=measured.width,
         tokens_per_dim=measured.num_tokens / max(measured.width, 1),
         status=measured.status,
+        reason=site.reason,
         soft_rank=values.pop("soft_rank", None),
         hard_rank=values.pop("hard_rank", None),
         spectral_entropy=values.pop("spectral_entropy", None),

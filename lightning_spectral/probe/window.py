@@ -25,6 +25,7 @@ from lightning_spectral.probe.options import ProbeOptions
 from lightning_spectral.probe.ranks_of import RankMeasurement, measure
 from lightning_spectral.probe.sync import reduce_
 from lightning_spectral.records import POOLED
+from lightning_spectral.text import one_line
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class SiteResult:
     measurement: RankMeasurement
     reinjection: dict[str, float] = field(default_factory=dict)
     js_divergence: float | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class ClosedWindow:
         process_group: Ranks to reduce over.
         world_size: How many; 1 for no reduction.
         busy_s: Time that this rank has spent on the window so far.
+        lost: Status and reason of a window that gives no number, else ``None``.
     """
 
     sites: Sequence[Site]
@@ -126,10 +129,11 @@ class ClosedWindow:
     process_group: dist.ProcessGroup | None
     world_size: int
     busy_s: float = 0.0
+    lost: tuple[str, str] | None = None
 
     def reduce(self) -> None:
         """Add the states of all ranks at each layer's owner; what a rank does not own it frees."""
-        if self.world_size == 1:
+        if self.world_size == 1 or self.lost:
             return
         for owner, members in self._layers():
             for site in members:
@@ -145,7 +149,7 @@ class ClosedWindow:
         with torch.inference_mode(False), torch.no_grad():
             for owner, members in self._layers():
                 if owner == self._rank:
-                    owned += self._solve_layer(members, eigensolver)
+                    owned += self._solve_or_say_why(members, eigensolver)
         self.busy_s += time.perf_counter() - began
         return owned
 
@@ -153,7 +157,9 @@ class ClosedWindow:
         """The results of all ranks on every rank."""
         began = time.perf_counter()
         results = owned
-        if not self.options.reduce:
+        if self.lost:
+            results = self.without_numbers(*self.lost)
+        elif not self.options.reduce:
             results = _from_first_rank(owned)
         elif self.world_size > 1:
             shared: list[list[SiteResult] | None] = [None] * self.world_size
@@ -161,6 +167,25 @@ class ClosedWindow:
             results = [result for part in shared if part for result in part]
         self.busy_s += time.perf_counter() - began
         return WindowResult(results, self.losses, self.world_size, self.busy_s)
+
+    def without_numbers(self, status: str, reason: str) -> list[SiteResult]:
+        """A result for every site and bucket that says why there is no number."""
+        return self._unsolved(self.sites, status, reason)
+
+    def _unsolved(self, sites: Sequence[Site], status: str, reason: str) -> list[SiteResult]:
+        return [
+            replace(self._result(site, bucket, RankMeasurement(0, 0, status)), reason=reason)
+            for site in sites
+            for bucket in self.buckets.reported
+        ]
+
+    def _solve_or_say_why(self, members: Sequence[Site], eigensolver: Eigensolver) -> list[SiteResult]:
+        if self.lost:
+            return []
+        try:
+            return self._solve_layer(members, eigensolver)
+        except Exception as error:  # a layer that cannot be solved must neither end the run nor keep the others waiting
+            return self._unsolved(members, "solve_failed", one_line(f"{type(error).__name__}: {error}"))
 
     @property
     def _rank(self) -> int:
@@ -175,20 +200,25 @@ class ClosedWindow:
 
     def _solve_layer(self, members: Sequence[Site], eigensolver: Eigensolver) -> list[SiteResult]:
         solved = {
-            (site.site, bucket): SiteResult(
-                site.layer,
-                site.name,
-                site.expert,
-                site.site,
-                bucket,
-                self.num_sequences.get(bucket, 0),
-                self.dtypes.get(site.key, ""),
-                _measure(self.states.get(site.key), self.buckets, bucket, self.options, eigensolver),
+            (site.site, bucket): self._result(
+                site, bucket, _measure(self.states.get(site.key), self.buckets, bucket, self.options, eigensolver)
             )
             for site in members
             for bucket in self.buckets.reported
         }
         return [_with_reinjection(result, solved.get(("pre", result.bucket))) for result in solved.values()]
+
+    def _result(self, site: Site, bucket: str, measurement: RankMeasurement) -> SiteResult:
+        return SiteResult(
+            site.layer,
+            site.name,
+            site.expert,
+            site.site,
+            bucket,
+            self.num_sequences.get(bucket, 0),
+            self.dtypes.get(site.key, ""),
+            measurement,
+        )
 
 
 def _from_first_rank(sites: list[SiteResult]) -> list[SiteResult]:

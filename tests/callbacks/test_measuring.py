@@ -64,7 +64,7 @@ def test_step_0_is_the_untrained_model_bucket_by_bucket(tmp_path):
 
 def test_a_window_of_fewer_rows_than_features_is_the_same_by_gram_and_by_covariance(tmp_path, monkeypatch):
     """128 rows of width 192: no covariance is made, unless more rows come after the flush."""
-    states, close = [], SpectralProbe.close
+    states, settle = [], SpectralProbe.settle
     monkeypatch.setattr(
         SpectralProbe,
         "_flush",
@@ -81,7 +81,7 @@ def test_a_window_of_fewer_rows_than_features_is_the_same_by_gram_and_by_covaria
 
     few = records("gram")
     assert set(states) == {"Gram"}
-    monkeypatch.setattr(SpectralProbe, "close", lambda self, *args: (self._flush(), close(self, *args))[1])
+    monkeypatch.setattr(SpectralProbe, "settle", lambda self, *, alone: settle(self, alone=False))
     many = records("covariance")
     assert set(states) == {"Moments"}
     assert few.keys() == many.keys()

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from lightning_spectral.text import CommandError
+from lightning_spectral import __version__
+from lightning_spectral.text import CommandError, did_you_mean
 
 # verb -> (module with a ``main(argv) -> int``, one line of help)
 VERBS: dict[str, tuple[str, str]] = {
@@ -32,8 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0 if arguments else 2
     verb, *rest = arguments
+    if verb in ("-V", "--version"):
+        print(f"lightning-spectral {__version__}")
+        return 0
     if verb not in VERBS:
-        print(f"lightning-spectral: unknown verb `{verb}`.\n{_usage()}", file=sys.stderr)
+        hint = did_you_mean(verb, VERBS, otherwise="there are")
+        print(f"lightning-spectral: unknown verb `{verb}`; {hint}\n{_usage()}", file=sys.stderr)
         return 2
     try:
         return int(import_module(VERBS[verb][0]).main(rest))
@@ -47,4 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     rows = "\n".join(f"  {verb:<14}{help_line}" for verb, (_, help_line) in VERBS.items())
-    return f"usage: lightning-spectral VERB [options]\n\nverbs (each has its own --help):\n{rows}"
+    return (
+        "usage: lightning-spectral VERB [options]\n       lightning-spectral --version\n\n"
+        f"verbs (each has its own --help):\n{rows}"
+    )

@@ -24,7 +24,7 @@ Train a litgpt GPT with Lightning, as a recipe says: litgpt's own `pretrain` sch
   --any.key VALUE       override a key; lists by place or class name, `--callbacks+ CLASS` appends
   --data PATH           train on your own .txt, .jsonl or .parquet file, glob or folder
   --resume auto         continue an interrupted run
-  --print_recipe        show the complete, checked recipe and stop
+  --print_recipe        show the complete, checked recipe and stop (also: --print_config)
   --help_keys           every key with its type, default and meaning (imports litgpt: some seconds)
 
 examples:
@@ -34,6 +34,8 @@ examples:
       --callbacks.SpectralRankCallback.init_args.every_n_steps 10
 
 The run folder (`out_dir`) gets the records, `checkpoints/` (for `--resume`), `final/` (a litgpt model) and `logs/`."""
+
+_SHOW = ("--help_keys", "--print_recipe", "--print_config")
 
 # what Lightning says on every run and nobody can act on
 _CHATTER = ("Tip:", "`weights_only` was not set", "TPU available", "Restored all states", "`Trainer.fit` stopped")
@@ -54,21 +56,39 @@ def main(argv: list[str]) -> int:
         return 0
     if config is None:
         raise CommandError("no recipe: give `--config FILE` or a shipped name, e.g. `--config quickstart`.")
+    try:
+        _check_names(config, words)
+        return _show(config, words) if show else _train(config, words)
+    except RecipeError as error:
+        raise CommandError(str(error)) from error
+
+
+def _check_names(config: str, words: list[str]) -> None:
+    """A misspelled name is said at once, before litgpt and Lightning are imported."""
+    from lightning_spectral.training.document import find, overridden, read_tree
+    from lightning_spectral.training.names import refuse_unknown_names, with_class_paths
+
+    refuse_unknown_names(with_class_paths(overridden(read_tree(find(config)), words)))
+
+
+def _show(config: str, words: list[str]) -> int:
+    _quieten()
+    from lightning_spectral.training.recipe import load
+
+    print(load(config, words).text(), end="")
+    return 0
+
+
+def _train(config: str, words: list[str]) -> int:
     # OpenMP threads that spin while they wait make a small model ten times slower on a machine that has other work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _quieten()
+    from lightning_spectral.training.pretrain import is_first_rank, pretrain
+    from lightning_spectral.training.recipe import load
+
+    recipe = load(config, words)
     try:
-        from lightning_spectral.training.recipe import load
-
-        recipe = load(config, words)
-        if show == "--print_recipe":
-            print(recipe.text(), end="")
-            return 0
-        from lightning_spectral.training.pretrain import is_first_rank, pretrain
-
         outcome = pretrain(recipe)
-    except RecipeError as error:
-        raise CommandError(str(error)) from error
     except SystemExit as error:
         if type(error).__name__ != "SIGTERMException":
             raise
@@ -153,7 +173,7 @@ def _split(argv: list[str]) -> tuple[str | None, str | None, list[str]]:
     rest = list(argv)
     while rest:
         word = rest.pop(0)
-        if word in ("--help_keys", "--print_recipe"):
+        if word in _SHOW:
             show = word
         elif word.startswith("--config="):
             config = word.partition("=")[2]

@@ -42,23 +42,16 @@ def main(argv: list[str]) -> int:
         raise CommandError(f"--workers must be >= 1, got {options.workers}.")
 
     from lightning_spectral.sweep import plan as sweep
-    from lightning_spectral.sweep.launchers import LAUNCHERS
-    from lightning_spectral.training.recipe import RecipeError
 
+    what = {"axes": options.axis, "overrides": words}
     try:
+        sweep.read(options.recipe, **what)  # a misspelled name is said before anything is started or imported
+        from lightning_spectral.sweep.launchers import LAUNCHERS
+
         # before the plan is made: workers import torch meanwhile
         launcher = None if options.dry_run else LAUNCHERS[options.launcher](options.workers)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-    try:
-        found = sweep.plan(
-            options.recipe,
-            axes=options.axis,
-            overrides=words,
-            out_dir=options.out,
-            rerun_changed=options.rerun_changed,
-        )
-    except RecipeError as error:
+        found = sweep.plan(options.recipe, **what, out_dir=options.out, rerun_changed=options.rerun_changed)
+    except ValueError as error:  # RecipeError, too
         raise CommandError(str(error)) from error
     if launcher is None:
         for job in found.jobs:

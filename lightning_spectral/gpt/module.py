@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_spectral.gpt.architecture import Architecture, adapt_config, build_gpt
 from lightning_spectral.gpt.learning_rate import LRPlan
+from lightning_spectral.text import did_you_mean, import_class
 
 OptimizerSpec = str | Mapping[str, Any]
 
@@ -144,10 +144,10 @@ def optimizer_class(spec: OptimizerSpec) -> type[Optimizer]:
         ValueError: If there is no such class, or it does not know one of the ``init_args``.
     """
     path, init_args = _optimizer_parts(spec)
-    module_name, _, name = path.rpartition(".")
+    name = path.rpartition(".")[2]
     try:
-        found = getattr(import_module(module_name or "torch.optim"), name)
-    except (ImportError, AttributeError) as error:
+        found = import_class(path, bare_names_in="torch.optim")
+    except ImportError as error:
         raise ValueError(
             f"no optimizer `{path}` ({error}): give a name in torch.optim, such as AdamW, or a class path, such as "
             "lightning_spectral.optim.Muon."
@@ -158,8 +158,8 @@ def optimizer_class(spec: OptimizerSpec) -> type[Optimizer]:
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         unknown = sorted(set(init_args) - set(known))
         if unknown:
-            names = ", ".join(name for name in known if name != "params")
-            raise ValueError(f"`optimizer.init_args` has `{unknown[0]}`, which {name} does not know; it knows {names}.")
+            hint = did_you_mean(unknown[0], [name for name in known if name != "params"], otherwise="it knows")
+            raise ValueError(f"`optimizer.init_args` has `{unknown[0]}`, which {name} does not know; {hint}")
     return found
 
 

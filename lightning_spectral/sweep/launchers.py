@@ -24,7 +24,21 @@ LOG_FILE: Final = "sweep_worker.log"
 _WORKER: Final = "lightning_spectral.sweep.worker"
 _THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # What a run imports, torch and Lightning with it: 5 to 10 seconds, which workers forked from one process share.
-_PRELOADED: Final = [_WORKER, *(f"lightning_spectral.{name}" for name in ("pretrain", "data", "callbacks", "optim"))]
+PRELOADED: Final = [
+    _WORKER,
+    *(
+        f"lightning_spectral.{name}"
+        for name in (
+            "training.pretrain",
+            "data.modules",
+            "callbacks.spectral_rank",
+            "callbacks.tail_token_probe",
+            "callbacks.weight_spectrum",
+            "optim",
+            "sweep.monitor",
+        )
+    ),
+]
 
 
 class Launcher(Protocol):
@@ -134,7 +148,7 @@ class LocalLauncher:
         if self.gpus or sys.platform != "linux":
             return multiprocessing.get_context("spawn")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context.set_forkserver_preload(PRELOADED)
         with _one_thread():
             forkserver.ensure_running()
         return context

@@ -25,15 +25,19 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from lightning_spectral.records import PROGRESS_FILE
+from lightning_spectral.text import write_text
 from lightning_spectral.training import document
-from lightning_spectral.training import recipe as recipes
-from lightning_spectral.training.recipe import Recipe, RecipeError
+from lightning_spectral.training.document import RecipeError
+from lightning_spectral.training.names import refuse_unknown_names, with_class_paths
+
+if TYPE_CHECKING:  # imported when a plan is made: names are checked before, without litgpt
+    from lightning_spectral.training.recipe import Recipe
 
 JOB_FILE: Final = "sweep_job.json"
 STATE_FILE: Final = "sweep_state.json"
@@ -127,17 +131,12 @@ def plan(
     Raises:
         RecipeError: If the recipe or an axis cannot be read, or two runs have one id.
     """
-    file = document.find(source)
-    common = dict(document.parse_words(overrides))
-    tree = document.read_tree(file)
-    grids = read_grids(tree, file)
-    given = [parse_axis(text) for text in axes]
-    if given:
-        grids = [_with_axes(grids[0] if grids else [], given)]
-    if not grids:
-        raise RecipeError(f"`{file}` has no `sweep:` block and no --axis was given: nothing varies.")
-    base = recipes.load(file, common)
-    _check_values(file, common, grids)
+    file, tree, common, grids = read(source, axes=axes, overrides=overrides)
+    from lightning_spectral.training.recipe import load
+
+    base = load(file, common)
+    for own in _distinct(grids):
+        load(file, {**common, **own})
     folder = Path(out_dir) if out_dir is not None else base.out_dir
     jobs = [
         _job(file, tree, folder, common, base.content, zip([axis.name for axis in grid], chosen, strict=True))
@@ -152,6 +151,34 @@ def plan(
     if rerun_changed:
         states = {key: State("new") if state.name == "changed" else state for key, state in states.items()}
     return Plan(folder, tuple(jobs), str(file), states)
+
+
+def read(
+    source: str | Path, *, axes: Sequence[str] = (), overrides: Sequence[str] = ()
+) -> tuple[Path, dict[str, Any], dict[str, Any], list[list[Axis]]]:
+    """File, tree, common overrides and grids of a sweep, every name in them checked; imports neither torch nor litgpt.
+
+    Args:
+        source: As for :func:`plan`.
+        axes: As for :func:`plan`.
+        overrides: As for :func:`plan`.
+
+    Raises:
+        RecipeError: If the recipe or an axis cannot be read, or a name is not known.
+    """
+    file = document.find(source)
+    common = dict(document.parse_words(overrides))
+    tree = document.read_tree(file)
+    grids = read_grids(tree, file)
+    given = [parse_axis(text) for text in axes]
+    if given:
+        grids = [_with_axes(grids[0] if grids else [], given)]
+    if not grids:
+        raise RecipeError(f"`{file}` has no `sweep:` block and no --axis was given: nothing varies.")
+    values = [own for grid in grids for axis in grid for _, own in axis.values]
+    for own in ({}, *values):
+        refuse_unknown_names(with_class_paths(document.overridden(tree, {**common, **own})))
+    return file, tree, common, grids
 
 
 def read_grids(tree: Mapping[str, Any], file: Path) -> list[list[Axis]]:
@@ -212,18 +239,18 @@ def _with_axes(grid: list[Axis], given: list[Axis]) -> list[Axis]:
     return list(own.values())
 
 
-def _check_values(file: Path, common: dict[str, Any], grids: list[list[Axis]]) -> None:
-    """Each labelled value, and one value of each key, must make a recipe; the rest shows in the run that has it.
+def _distinct(grids: list[list[Axis]]) -> Iterator[dict[str, Any]]:
+    """Overrides of each labelled value, and of one value of each key: the rest shows in the run that has it.
 
-    Checking a recipe takes most of a second, too long to do it for each of a hundred runs.
+    Checking a recipe in full takes most of a second, too long to do it for each of a hundred runs.
     """
-    checked: list[Any] = []
+    seen: list[Any] = []
     for axis in (axis for grid in grids for axis in grid):
         for _, overrides in axis.values:
             key = axis.name if set(overrides) == {axis.name} else overrides
-            if key not in checked:
-                recipes.load(file, {**common, **overrides})
-                checked.append(key)
+            if key not in seen:
+                seen.append(key)
+                yield overrides
 
 
 def _job(
@@ -318,8 +345,10 @@ def same_data(found: Plan) -> dict[str, list[str]]:
 
 def load_job(path: Path) -> tuple[Job, Recipe]:
     """A job file and its recipe, for the worker."""
+    from lightning_spectral.training.recipe import load
+
     job = Job(**json.loads(path.read_text()))
-    return job, recipes.load(job.source, job.overrides)
+    return job, load(job.source, job.overrides)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -332,9 +361,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:
-    """Write a JSON object atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    partial.replace(path)
+    """Write a JSON object, whole or not at all."""
+    write_text(path, json.dumps(content, indent=1, default=str) + "\n")
     return path

@@ -6,16 +6,18 @@ Every key may be overridden with a dotted path; an item of a list is named by it
 
 from __future__ import annotations
 
-import difflib
+import copy
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lightning_spectral.data.corpus import READERS
-from lightning_spectral.text import one_line, read_yaml
+from lightning_spectral.text import did_you_mean, one_line, read_yaml
 
 OUR_DATA = (
     "StateOfTheUnion",
@@ -54,7 +56,8 @@ def find(path: str | Path) -> Path:
     shipped = folder_of_recipes() / f"{name}.yaml"
     if shipped.is_file():
         return shipped
-    raise RecipeError(f"no recipe `{path}`: give a YAML file or one of the shipped names: {', '.join(names())}.")
+    hint = did_you_mean(name, names(), otherwise="give a YAML file or one of the shipped names")
+    raise RecipeError(f"no recipe `{path}`: {hint}")
 
 
 def parse_words(words: Sequence[str]) -> list[tuple[str, Any]]:
@@ -91,6 +94,23 @@ def text_data(value: str) -> dict[str, Any] | None:
     if any(sign in value for sign in "/*\\") or Path(value).suffix in READERS or Path(value).exists():
         return {"class_path": "lightning_spectral.data.TextFiles", "init_args": {"path": value}}
     return None
+
+
+def overridden(tree: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a recipe's tree with values set at dotted keys, without its ``sweep:`` block.
+
+    Args:
+        tree: From :func:`read_tree`.
+        overrides: Command-line words, or dotted keys with values; see :func:`lightning_spectral.training.recipe.load`.
+
+    Raises:
+        RecipeError: If a word is no option or a key leads nowhere.
+    """
+    out = copy.deepcopy({key: value for key, value in tree.items() if key != "sweep"})
+    pairs = list(overrides.items()) if isinstance(overrides, Mapping) else parse_words(overrides)
+    for key, value in pairs:
+        set_value(out, key, value)
+    return out
 
 
 def read_tree(file: Path) -> dict[str, Any]:
@@ -162,15 +182,35 @@ def _place(node: Any, step: str, here: str) -> Any:
 
 
 def named_config(name: str) -> dict[str, Any]:
-    """The fields that litgpt sets for a named model, so that one of them can be overridden."""
-    from litgpt.config import configs, name_to_config
+    """The fields that litgpt sets for a named model, so that one of them can be overridden.
 
-    if name in name_to_config:
-        return dict(name_to_config[name])
-    for config in configs:
+    Raises:
+        RecipeError: If litgpt knows no such model.
+    """
+    litgpt = _litgpt_config()
+    if name in litgpt.name_to_config:
+        return dict(litgpt.name_to_config[name])
+    for config in litgpt.configs:
         hf = config["hf_config"]
         if name in (hf["name"], f"{hf['org']}/{hf['name']}"):
             return dict(config)
-    close = difflib.get_close_matches(name, name_to_config, n=3)
-    hint = f" Did you mean {', '.join(close)}?" if close else ""
-    raise RecipeError(f"litgpt knows no model `{name}`.{hint} Or describe one under `model_config`.")
+    hint = did_you_mean(name, litgpt.name_to_config, otherwise="")
+    hint = f"; {hint}" if hint.endswith("?") else ":"
+    raise RecipeError(f"litgpt knows no model `{name}`{hint} give one of its names, or describe one in `model_config`.")
+
+
+def _litgpt_config() -> Any:
+    """``litgpt.config`` without the rest of litgpt, whose import takes seconds: the file is made to be used alone."""
+    if "litgpt.config" in sys.modules:
+        return sys.modules["litgpt.config"]
+    alone = "_litgpt_config_alone"
+    if alone not in sys.modules:
+        package = find_spec("litgpt")
+        if package is None or package.origin is None:
+            raise RecipeError("recipes need litgpt: `pip install litgpt`.")
+        spec = spec_from_file_location(alone, Path(package.origin).with_name("config.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[alone] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[alone])
+    return sys.modules[alone]

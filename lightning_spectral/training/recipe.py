@@ -22,7 +22,7 @@ import yaml
 
 from lightning_spectral.gpt.architecture import Architecture
 from lightning_spectral.gpt.learning_rate import LRSchedule
-from lightning_spectral.training.document import RecipeError, find, parse_words, read_tree, set_value
+from lightning_spectral.training.document import RecipeError, find, overridden, read_tree
 from lightning_spectral.training.schema import check
 
 __all__ = ["Recipe", "RecipeError", "load"]
@@ -51,15 +51,11 @@ class Recipe:
     @property
     def architecture(self) -> Architecture:
         """Changes to litgpt's model."""
-        from lightning_spectral.gpt.architecture import Architecture
-
         return Architecture(**self.content["architecture"])
 
     @property
     def lr_schedule(self) -> LRSchedule:
         """Shape of the learning rate."""
-        from lightning_spectral.gpt.learning_rate import LRSchedule
-
         return LRSchedule(**self.content["lr_schedule"])
 
     def text(self) -> str:
@@ -80,9 +76,4 @@ def load(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
             key is set to something that cannot be honoured.
     """
     file = find(path)
-    tree = read_tree(file)
-    tree.pop("sweep", None)  # axes of `lightning-spectral sweep`; alone, the recipe is one run
-    pairs = list(overrides.items()) if isinstance(overrides, Mapping) else parse_words(overrides)
-    for key, value in pairs:
-        set_value(tree, key, value)
-    return Recipe(str(file), check(tree))
+    return Recipe(str(file), check(overridden(read_tree(file), overrides)))

@@ -7,36 +7,24 @@ import inspect
 import pickle
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import litgpt.data
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.callbacks import Callback
-from litgpt.args import EvalArgs, LogArgs, TrainArgs
-from litgpt.config import Config
 from litgpt.pretrain import setup as litgpt_setup
 
-from lightning_spectral import callbacks as our_callbacks
 from lightning_spectral.gpt.architecture import Architecture
 from lightning_spectral.gpt.learning_rate import LRSchedule
 from lightning_spectral.gpt.module import optimizer_class
 from lightning_spectral.text import did_you_mean, import_class, one_line
-from lightning_spectral.training.document import OUR_DATA, RecipeError, text_data
+from lightning_spectral.training.document import RecipeError
+from lightning_spectral.training.names import GROUPS, refuse_unknown_names, with_class_paths
 
 _APART = ("model_config", "data", "callbacks", "optimizer")  # what takes jsonargparse most of its time
-
-GROUPS = {
-    "model_config": Config,
-    "train": TrainArgs,
-    "eval": EvalArgs,
-    "log": LogArgs,
-    "architecture": Architecture,
-    "lr_schedule": LRSchedule,
-}
 
 
 def our_keys(
@@ -82,12 +70,12 @@ def check(tree: dict[str, Any]) -> dict[str, Any]:
     Raises:
         RecipeError: As :func:`lightning_spectral.training.recipe.load`.
     """
-    _refuse_unknown_keys(tree)
+    # an empty block means its defaults
     tree = {
-        **tree,
-        "data": _data(tree.get("data")),
-        "callbacks": [_named_class(c) for c in tree.get("callbacks") or []],
+        key: value for key, value in tree.items() if value is not None or key not in GROUPS or key == "model_config"
     }
+    tree = with_class_paths(tree)
+    refuse_unknown_names(tree)
     if tree.get("model_name") is None and tree.get("model_config") is None:
         raise RecipeError(
             "the recipe names no model: set `model_name` (litgpt's names) or describe one in `model_config`."
@@ -184,7 +172,7 @@ def _what_does_not_fit(message: str) -> str:
 def _choices(key: str) -> list[Any]:
     """The values that a key with a closed choice takes."""
     group, _, field = key.rpartition(".")
-    owners = [GROUPS[group]] if group in GROUPS else [litgpt_setup, our_keys]
+    owners = [import_class(GROUPS[group])] if group in GROUPS else [litgpt_setup, our_keys]
     found: list[Any] = []
     for owner in owners:
         waiting = [get_type_hints(owner).get(field)]
@@ -214,55 +202,6 @@ def _check_class(key: str, spec: Any) -> None:
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         hint = did_you_mean(unknown[0], known, otherwise="it knows")
         raise RecipeError(f"`{key}`: {name} does not know `{unknown[0]}`; {hint}")
-
-
-def _refuse_unknown_keys(tree: dict[str, Any]) -> None:
-    _known(tree, defaults(), "")
-    for group, kind in GROUPS.items():
-        value = tree.get(group)
-        if value is None:
-            if group in tree and group not in ("model_config",):
-                del tree[group]  # an empty block means its defaults
-            continue
-        if not isinstance(value, dict):
-            raise RecipeError(f"`{group}` must hold keys and values, got {value!r}.")
-        _known(value, [f.name for f in fields(kind)], f"{group}.")
-
-
-def _known(given: dict[str, Any], known: Any, prefix: str) -> None:
-    for key in given:
-        if key not in known:
-            raise RecipeError(f"unknown key `{prefix}{key}`; {did_you_mean(key, known, prefix=prefix)}")
-
-
-def _data(value: Any) -> Any:
-    """A name, a class path or a file of text -> ``{class_path, init_args}``."""
-    if isinstance(value, dict):
-        return {**value, "class_path": _data_class(str(value.get("class_path")))}
-    if value is None:
-        raise RecipeError(
-            "the recipe names no `data`: use `data: StateOfTheUnion`, `--data path/to/text.txt`, or a class path."
-        )
-    return text_data(str(value)) or {"class_path": _data_class(str(value))}
-
-
-def _data_class(name: str) -> str:
-    if "." in name:
-        return name
-    if name in OUR_DATA:
-        return f"lightning_spectral.data.{name}"
-    if name in litgpt.data.__all__:
-        return f"litgpt.data.{name}"
-    known = [*OUR_DATA, *(n for n in litgpt.data.__all__ if n[0].isupper() and n not in ("DataModule", "SFTDataset"))]
-    raise RecipeError(f"`data: {name}` is neither a file nor a data module; by name there are {', '.join(known)}.")
-
-
-def _named_class(callback: Any) -> Any:
-    if isinstance(callback, str):
-        callback = {"class_path": callback}
-    if isinstance(callback, dict) and callback.get("class_path") in our_callbacks.__all__:
-        return {**callback, "class_path": f"lightning_spectral.callbacks.{callback['class_path']}"}
-    return callback
 
 
 def _refuse_what_cannot_be_honoured(content: dict[str, Any]) -> None:

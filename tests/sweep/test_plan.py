@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -398,3 +399,8 @@ def test_a_real_sweep_runs_resumes_and_is_reported(tmp_path: Path) -> None:
     report = [*command, "report", str(tmp_path / "out"), "--out", str(tmp_path / "report"), "--last", "1"]
     subprocess.run(report, check=True, capture_output=True)
     assert "AdamW" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_what_forked_workers_share_can_be_imported():
+    for module in sweep_launchers.PRELOADED:  # the fork server itself passes over a name that is not there
+        assert find_spec(module) is not None, module

@@ -213,9 +213,11 @@ def test_no_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"no recipe `quickstrat`: give a YAML file or one of .*quickstart"):
+    with pytest.raises(RecipeError, match=r"no recipe `quickstrat`: did you mean `quickstart`\?"):
         load("quickstrat")
     (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(RecipeError, match=r"no recipe `zzz`: give a YAML file or one of .*quickstart"):
+        load("zzz")
     with pytest.raises(RecipeError, match=r"list.yaml` holds list, not keys and values"):
         load(tmp_path / "list.yaml")
     (tmp_path / "torn.yaml").write_text("train: {max_steps: 3\n")

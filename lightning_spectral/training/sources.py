@@ -1,0 +1,190 @@
+"""What the source of an installed module says about its names, without importing it.
+
+Importing litgpt, torch and Lightning takes about ten seconds of CPU time, too long for reporting a misspelled name.
+A function here that cannot tell returns ``None``; the full check after the import then decides.
+"""
+
+from __future__ import annotations
+
+import ast
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+_HOPS = 6  # imports followed from a package's front page to the module that defines a class
+
+Definition = ast.ClassDef | ast.FunctionDef
+
+
+@lru_cache(maxsize=256)
+def tree_of(module: str) -> ast.Module | None:
+    """The parsed source of an installed module; ``None`` if it has no Python source."""
+    file = _file_of(module)
+    return ast.parse(file.read_text(encoding="utf-8")) if file else None
+
+
+@lru_cache(maxsize=256)
+def _file_of(module: str) -> Path | None:
+    top, *rest = module.split(".")
+    spec = find_spec(top) if top else None  # of a top-level name: imports nothing
+    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+        return None
+    place = Path(spec.origin)
+    if not rest:
+        return place
+    place = place.parent.joinpath(*rest)
+    return next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()), None)
+
+
+def is_missing(path: str) -> bool:
+    """Whether a class path surely names nothing: no such package, or a module whose ``__all__`` and code lack it."""
+    module, _, name = path.rpartition(".")
+    if find_spec(path.partition(".")[0]) is None:
+        return True
+    tree = tree_of(module)
+    if tree is None:
+        return False
+    listed = public_names(module)
+    return bool(listed) and name not in listed and name not in _bound(tree)
+
+
+def public_names(module: str) -> list[str]:
+    """``__all__`` of a module; empty if its source has no such list."""
+    for node in getattr(tree_of(module), "body", []):
+        if isinstance(node, ast.Assign) and any(_is_name(target, "__all__") for target in node.targets):
+            return _strings(node.value)
+    return []
+
+
+def choices(path: str) -> list[str]:
+    """The strings of an alias ``Name = Literal["a", "b"]``."""
+    module, _, name = path.rpartition(".")
+    for node in getattr(tree_of(module), "body", []):
+        if isinstance(node, ast.Assign) and any(_is_name(target, name) for target in node.targets):
+            return _strings(node.value)
+    return []
+
+
+def fields_of(path: str) -> list[str]:
+    """Annotated names in a class body, bases first: the fields of a dataclass or of a ``TypedDict``."""
+    found = _definition(path)
+    if found is None:
+        return []
+    module, node = found
+    if not isinstance(node, ast.ClassDef):
+        return []
+    bases: list[ast.expr] = node.bases
+    inherited = [name for base in bases for name in fields_of(_path_in(module, base))]
+    if not (inherited or _is_dataclass(node) or any(_last_name(base) == "TypedDict" for base in bases)):
+        return []
+    annotated = [item for item in node.body if isinstance(item, ast.AnnAssign) and not _is_no_argument(item.value)]
+    own = [item.target.id for item in annotated if isinstance(item.target, ast.Name)]
+    return list(dict.fromkeys([*inherited, *own]))
+
+
+def _is_dataclass(node: ast.ClassDef) -> bool:
+    return any(_last_name(getattr(mark, "func", mark)) == "dataclass" for mark in node.decorator_list)
+
+
+def _is_no_argument(value: ast.expr | None) -> bool:
+    """Whether a dataclass field is declared as ``field(init=False)``."""
+    return isinstance(value, ast.Call) and any(
+        word.arg == "init" and isinstance(word.value, ast.Constant) and word.value.value is False
+        for word in value.keywords
+    )
+
+
+def arguments_of(path: str) -> list[str] | None:
+    """Names that a function or a class takes; ``None`` if the source alone does not say."""
+    found = _definition(path)
+    if found is None:
+        return None
+    module, node = found
+    if isinstance(node, ast.FunctionDef):
+        return _arguments(module, node.args)
+    return _arguments_of_class(path, module, node)
+
+
+def _arguments_of_class(path: str, module: str, node: ast.ClassDef) -> list[str] | None:
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            known = _arguments(module, item.args)
+            return None if known is None else known[1:]  # without ``self``
+    if _is_dataclass(node):
+        return fields_of(path)
+    return arguments_of(_path_in(module, node.bases[0])) if node.bases else None
+
+
+def _arguments(module: str, args: ast.arguments) -> list[str] | None:
+    known = [arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+    if args.kwarg is None:
+        return known
+    hint = args.kwarg.annotation  # ``**shared: Unpack[SomeTypedDict]``
+    if isinstance(hint, ast.Subscript) and _last_name(hint.value) == "Unpack":
+        shared = fields_of(_path_in(module, hint.slice))
+        return [*known, *shared] if shared else None
+    return None
+
+
+@lru_cache(maxsize=512)
+def _definition(path: str, hops: int = _HOPS) -> tuple[str, Definition] | None:
+    """``(module, node)`` of a class or a function, imports followed."""
+    module, _, name = path.rpartition(".")
+    tree = tree_of(module)
+    if tree is None or not hops:
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name:
+            return module, node
+    home = _imported_from(tree, module, name)
+    return _definition(home, hops - 1) if home else None
+
+
+def _path_in(module: str, node: ast.expr) -> str:
+    """The path of a name that a module uses, as far as its imports say."""
+    name = _last_name(node)
+    tree = tree_of(module)
+    return (_imported_from(tree, module, name) if tree else None) or f"{module}.{name}"
+
+
+def _imported_from(tree: ast.Module, module: str, name: str) -> str | None:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    return f"{_absolute(module, node)}.{alias.name}"
+    return None
+
+
+def _absolute(module: str, node: ast.ImportFrom) -> str:
+    if not node.level:
+        return node.module or ""
+    file = _file_of(module)
+    is_package = file is not None and file.name == "__init__.py"
+    parts = module.split(".")
+    parts = parts[: len(parts) - node.level + is_package]
+    return ".".join([*parts, *([node.module] if node.module else [])])
+
+
+def _bound(tree: ast.Module) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.alias):
+            found.add(node.asname or node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
+def _strings(node: ast.AST) -> list[str]:
+    return [item.value for item in ast.walk(node) if isinstance(item, ast.Constant) and isinstance(item.value, str)]
+
+
+def _is_name(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def _last_name(node: ast.AST) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""

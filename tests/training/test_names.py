@@ -1,0 +1,108 @@
+"""Names read from sources are those that exist after the import, and a wrong one is reported without any import."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from dataclasses import fields
+
+import litgpt.data
+import pytest
+import torch
+
+import lightning_spectral
+from lightning_spectral.text import import_class
+from lightning_spectral.training import names, sources
+from lightning_spectral.training.schema import defaults
+
+HEAVY = ("torch", "lightning", "litgpt", "jsonargparse", "transformers", "datasets", "scipy", "matplotlib")
+
+
+def test_keys_are_those_of_the_schema():
+    assert names.keys() == list(defaults())
+
+
+@pytest.mark.parametrize("group", names.GROUPS)
+def test_fields_are_those_of_the_dataclass(group):
+    assert sources.fields_of(names.GROUPS[group]) == [f.name for f in fields(import_class(names.GROUPS[group]))]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(f"lightning_spectral.{name}" for name in ("SpectralRankCallback", "TailTokenProbe", "Muon", "Dion", "AdamW")),
+        "lightning_spectral.WeightSpectrumCallback",
+        "lightning_spectral.data.StateOfTheUnion",  # its base's arguments
+        "lightning_spectral.memory.module.AssociativeMemory",
+        "torch.optim.AdamW",
+        "litgpt.data.TextFiles",  # a dataclass with fields that are no arguments
+        "litgpt.data.TinyStories",
+        "lightning.pytorch.callbacks.ModelCheckpoint",
+    ],
+)
+def test_arguments_are_those_of_the_signature(path):
+    assert sources.arguments_of(path) == list(inspect.signature(import_class(path)).parameters)
+    assert not sources.is_missing(path)
+
+
+def test_arguments_that_the_source_does_not_say_are_left_to_the_full_check():
+    assert sources.arguments_of("torch.nn.Linear.nothing") is None
+    assert sources.arguments_of("collections.abc.Callable") is None
+
+
+def test_public_names_are_those_of_the_package():
+    assert sources.public_names("litgpt.data") == litgpt.data.__all__
+    assert sources.public_names("torch.optim") == torch.optim.__all__
+    assert sources.public_names("lightning_spectral") == lightning_spectral.__all__
+
+
+@pytest.mark.parametrize("path", ["torch.optim.Adamw", "lightning_spectral.Moun", "lightning_spectral.optim.X", "no.X"])
+def test_missing(path):
+    assert sources.is_missing(path)
+
+
+QUICK = ("pretrain", "--config", "quickstart")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("pretrian",), "unknown verb `pretrian`; did you mean `pretrain`?"),
+        (("pretrain", "--config", "quikstart"), "no recipe `quikstart`: did you mean `quickstart`?"),
+        ((*QUICK, "--trian.max_steps", "3"), "unknown key `trian`; did you mean `train`?"),
+        ((*QUICK, "--train.max_step", "3"), "unknown key `train.max_step`; did you mean `train.max_steps`?"),
+        ((*QUICK, "--optimizer", "Moun"), "no optimizer `Moun`; did you mean `Muon`?"),
+        ((*QUICK, "--optimizer", "lightning_spectral.Moun"), "did you mean `lightning_spectral.Muon`?"),
+        ((*QUICK, "--optimizer.init_args.lrr", "1"), "does not know; did you mean `lr`?"),
+        ((*QUICK, "--callbacks+", "SpectralRank"), "did you mean `SpectralRankCallback`?"),
+        ((*QUICK, "--callbacks.TailTokenProbe.init_args.count", "x"), "does not know `count`; did you mean `counts`?"),
+        ((*QUICK, "--data", "StateOfUnion"), "did you mean `StateOfTheUnion`?"),
+        ((*QUICK, "--data.init_args.vocab", "5"), "did you mean `vocab_size`?"),
+        ((*QUICK, "--logger_name", "tensorbord"), "`logger_name` must be one of csv, tensorboard"),
+        ((*QUICK, "--model_name", "pythia-14", "--model_config", "null"), "did you mean `pythia-14m`?"),
+        (("sweep", "quikstart"), "did you mean `quickstart`?"),
+        (("sweep", "quickstart", "--axis", "sed=1,2"), "unknown key `sed`; did you mean `seed`?"),
+        (("sweep", "quickstart", "--axis", "optimizer=SGD,AdamWW"), "no optimizer `AdamWW`; did you mean `AdamW`?"),
+    ],
+)
+def test_a_wrong_name_is_reported_before_anything_heavy_is_imported(words, message):
+    command = [sys.executable, "-X", "importtime", "-m", "lightning_spectral", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert message in "\n".join(line for line in lines if not line.startswith("import time:"))
+    imported = {re.split(r"[ |]+", line)[-1].partition(".")[0] for line in lines if line.startswith("import time:")}
+    assert "lightning_spectral" in imported
+    assert not imported & set(HEAVY)
+
+
+@pytest.mark.parametrize("words", [("--help",), ("--version",), ("pretrain", "--help"), ("sweep", "--help")])
+def test_help_and_version_import_nothing_heavy(words):
+    command = [sys.executable, "-X", "importtime", "-m", "lightning_spectral", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = {re.split(r"[ |]+", line)[-1].partition(".")[0] for line in done.stderr.splitlines()}
+    assert not imported & set(HEAVY)
+    if words == ("--version",):
+        assert done.stdout == f"lightning-spectral {lightning_spectral.__version__}\n"

@@ -29,14 +29,15 @@ def main(argv: list[str]) -> int:
         raise CommandError(f"`--out` must end in .npy, got `{arguments.out}`.")
     import numpy as np
 
-    from lightning_spectral.data.corpus import Corpus, find_files, state_of_the_union_files
+    from lightning_spectral.data.corpus import Corpus, state_of_the_union_files
+    from lightning_spectral.data.files import FoundFiles, find_files
     from lightning_spectral.data.tokens import prepare_tokens
 
     try:
         own = arguments.data == "StateOfTheUnion"
-        files = state_of_the_union_files() if own else find_files(arguments.data)
+        files = FoundFiles(state_of_the_union_files()) if own else find_files(arguments.data)
         cache = prepare_tokens(
-            Corpus(files, arguments.text_column),
+            Corpus.of(files, arguments.text_column),
             vocab_size=arguments.vocab_size,
             tokenizer_dir=arguments.tokenizer_dir,
             cache_dir=arguments.cache_dir,

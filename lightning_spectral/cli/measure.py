@@ -57,11 +57,12 @@ def main(argv: list[str]) -> int:
 
 
 def _measure(options: argparse.Namespace) -> list[Measured]:
-    from lightning_spectral.data.corpus import Corpus, find_files
+    from lightning_spectral.data.corpus import Corpus
+    from lightning_spectral.data.files import find_files
     from lightning_spectral.training.measure import measure_checkpoint
 
     try:
-        corpus = Corpus(find_files(options.data), options.text_column)
+        corpus = Corpus(find_files(options.data).all, options.text_column)
         two = len(options.checkpoints) == 2
         return [
             measure_checkpoint(

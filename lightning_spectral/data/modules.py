@@ -7,6 +7,7 @@ and tell ``TailTokenProbe`` how often each token occurs.
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_spectral.data.batches import ResumableLoader, StepBatches, TokenBlocks
-from lightning_spectral.data.corpus import Corpus, find_files, state_of_the_union_files
+from lightning_spectral.data.corpus import Corpus, state_of_the_union_files
+from lightning_spectral.data.files import FoundFiles, find_files
 from lightning_spectral.data.tokens import TokenCache, prepare_tokens
 
 
@@ -111,6 +113,7 @@ class TextBlocks(DataModule):  # type: ignore[misc]
                 vocab_size=self._vocab_size,
                 tokenizer_dir=self._tokenizer_dir,
                 cache_dir=self._cache_dir,
+                report=rank_zero_info,
             )
         return self._cache
 
@@ -198,7 +201,9 @@ class StateOfTheUnion(TextBlocks):
 
 
 class TextFiles(TextBlocks):
-    """Your own text: a ``.txt``, ``.jsonl`` or ``.parquet`` file, a glob, or a folder of such files.
+    """Your own text: a ``.txt``, ``.jsonl`` or ``.parquet`` file (also compressed), a glob, or a folder of such files.
+
+    Files whose names say ``validation`` (or, without such, ``test``) are held out; test text is never trained on.
 
     Args:
         path: File, glob or folder.
@@ -223,5 +228,16 @@ class TextFiles(TextBlocks):
         self.text_column = text_column
 
     def corpus(self) -> Corpus:
-        """The files behind ``path``."""
-        return Corpus(find_files(self.path), self.text_column)
+        """The files behind ``path``; names that say ``train``, ``validation`` or ``test`` are honoured."""
+        return Corpus.of(self.files, self.text_column)
+
+    @cached_property
+    def files(self) -> FoundFiles:
+        """What is trained on, held out and left out."""
+        return find_files(self.path)
+
+    def prepare_data(self) -> None:
+        """Build the cache, or say that it is reused, and which files were left out."""
+        if self._cache is None and (self.files.held_out or self.files.left_out):
+            rank_zero_info(f"`{self.path}`: {self.files}.")
+        super().prepare_data()

@@ -1,8 +1,9 @@
 """From text to cached tokens: a tokenizer, two token arrays and one count per id, built once per (text, settings).
 
 The cache folder of one corpus holds ``tokenizer.json``, ``tokenizer_config.json`` (litgpt reads both), ``train.npy``,
-``validation.npy``, ``counts.npy`` (int64, one entry per id, training split only) and ``about.json``. It appears under
-its final name only when complete, so an interrupted build leaves nothing that a later run could mistake for a cache.
+``validation.npy``, ``counts.npy`` (int64, one entry per id, training split only) and ``about.json``, which has the size
+and a digest of each. It appears under its final name only when complete. One process builds, others wait for it; text
+is read as a stream, in memory that does not grow with it; an interrupted build goes on from what it has finished.
 """
 
 from __future__ import annotations
@@ -12,23 +13,31 @@ import json
 import os
 import shutil
 import time
-import uuid
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from lightning_spectral.data.corpus import Corpus, Split, documents, split_blocks
+from lightning_spectral.data.corpus import Block, Corpus, blocks, document_pieces, joined
+from lightning_spectral.data.files import digest_of
+from lightning_spectral.text import one_line, whole_file, write_text
 
 CACHE_VARIABLE = "LIGHTNING_SPECTRAL_CACHE"
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
 SMALLEST_VOCAB = 257  # every byte, and the end-of-text token
 
-_LAYOUT = 1  # raise when the cache's content changes meaning
-_ENCODE_BLOCKS = 256
+_LAYOUT = 2  # raise when the cache's content changes meaning
+_ENCODE_BLOCKS = 256  # blocks that the tokenizer gets at once
+_UNIT_BLOCKS = 2_048  # blocks (40 MB of text) that an interrupted build need not encode again
+_TOKENIZER_CHARS = 200_000_000  # a tokenizer is trained on no more text than this, from the beginning
+_REPORT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,12 @@ def unigram_entropy(counts: NDArray[np.int64]) -> float:
 
 
 def prepare_tokens(
-    corpus: Corpus, *, vocab_size: int, tokenizer_dir: Path | None = None, cache_dir: Path | None = None
+    corpus: Corpus,
+    *,
+    vocab_size: int,
+    tokenizer_dir: Path | None = None,
+    cache_dir: Path | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> TokenCache:
     """Tokenizer, tokens and counts of a corpus, from the cache if an earlier run left them there.
 
@@ -94,26 +108,60 @@ def prepare_tokens(
         vocab_size: Ids of the byte-level BPE that is trained on the training blocks; not used with ``tokenizer_dir``.
         tokenizer_dir: Folder of an existing tokenizer, as litgpt lays it out.
         cache_dir: Default: :func:`default_cache_dir`.
+        report: Told now and then how far a long build is, and that another process is being waited for.
 
     Raises:
-        ValueError: If the text is empty or unreadable, or ``vocab_size`` is too small for a byte-level tokenizer.
+        ValueError: If the text is empty or unreadable, ``vocab_size`` is too small for a byte-level tokenizer, or the
+            cache cannot be written.
         FileNotFoundError: If ``tokenizer_dir`` holds no tokenizer.
     """
     if tokenizer_dir is None and vocab_size < SMALLEST_VOCAB:
         raise ValueError(f"`vocab_size` must be >= {SMALLEST_VOCAB} (256 bytes, one end of text), got {vocab_size}.")
     key = _key(corpus, vocab_size, tokenizer_dir)
     folder = (cache_dir or default_cache_dir()) / "tokens" / key
-    if (folder / "about.json").is_file():
-        return _open(folder, None)
-    started = time.perf_counter()
-    partial = folder.with_name(f"{key}.partial-{uuid.uuid4().hex[:8]}")
-    partial.mkdir(parents=True)
+    found = _opened(folder, None)
+    if found is not None:
+        return found
+    say = report or (lambda _: None)
     try:
-        _build(partial, corpus, vocab_size, tokenizer_dir)
-        _publish(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return _open(folder, time.perf_counter() - started)
+        _make_private(folder.parent)
+        with _only_builder(folder, say):
+            found = _opened(folder, None)  # another process may have built it by now
+            if found is not None:
+                return found
+            started = time.perf_counter()
+            partial = folder.with_name(f"{key}.partial")
+            partial.mkdir(exist_ok=True)
+            _build(partial, corpus, vocab_size, tokenizer_dir, say)
+            shutil.rmtree(folder, ignore_errors=True)  # one that failed its check
+            os.replace(partial, folder)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and error.filename is None:
+            raise  # the text's own
+        raise ValueError(
+            f"cannot write the token cache `{folder.parent}`: {one_line(error)}. Free space there, or set "
+            f"`{CACHE_VARIABLE}` to a folder that can be written."
+        ) from error
+    built = _opened(folder, time.perf_counter() - started)
+    assert built is not None
+    return built
+
+
+def _make_private(folder: Path) -> None:
+    """What is read from a cache is trained on: others must not be able to write it."""
+    if not folder.exists():
+        folder.mkdir(parents=True, mode=0o700)
+
+
+def _only_builder(folder: Path, say: Callable[[str], None]) -> FileLock:
+    """A lock that the system frees when its holder dies; entered by ``with``."""
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0.1)
+        lock.release()
+    except Timeout:
+        say(f"another process is building the token cache `{folder}`: waiting for it.")
+    return lock
 
 
 def _key(corpus: Corpus, vocab_size: int, tokenizer_dir: Path | None) -> str:
@@ -132,51 +180,143 @@ def _key(corpus: Corpus, vocab_size: int, tokenizer_dir: Path | None) -> str:
     return digest.hexdigest()[:20]
 
 
-def _open(folder: Path, seconds: float | None) -> TokenCache:
-    about = json.loads((folder / "about.json").read_text())
-    return TokenCache(folder, about["vocab_size"], about["num_documents"], seconds)
-
-
-def _publish(partial: Path, folder: Path) -> None:
+def _opened(folder: Path, seconds: float | None) -> TokenCache | None:
+    """The cache, if it is there and whole; one that fails its check is named and will be built again."""
     try:
-        os.replace(partial, folder)
-    except OSError:  # another process was first: its cache has the same content
-        if not (folder / "about.json").is_file():
-            raise
+        about = json.loads((folder / "about.json").read_text())
+        for name, (size, digest) in about["files_written"].items():
+            file = folder / name
+            if file.stat().st_size != size or digest_of(file) != digest:
+                raise ValueError(f"`{name}` is not what was written")
+        return TokenCache(folder, about["vocab_size"], about["num_documents"], seconds)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if folder.is_dir():
+            warnings.warn(
+                f"the token cache `{folder}` is damaged ({one_line(error)}) and is built again.", stacklevel=3
+            )
+        return None
 
 
-def _build(folder: Path, corpus: Corpus, vocab_size: int, tokenizer_dir: Path | None) -> None:
-    texts = list(documents(corpus))
-    if not any(text.strip() for text in texts):
-        raise ValueError(f"the {len(corpus.files)} file(s) at `{corpus.files[0]}` hold no text.")
+def _build(
+    folder: Path, corpus: Corpus, vocab_size: int, tokenizer_dir: Path | None, say: Callable[[str], None]
+) -> None:
     if tokenizer_dir is None:
-        # the tokenizer, like the counts, must not see what is held out
-        _train_tokenizer(folder, split_blocks(texts, "\n\n"), vocab_size)
+        if not (folder / "tokenizer_config.json").exists():
+            # the tokenizer, like the counts, must not see what is held out
+            _train_tokenizer(
+                folder, (block.text for block in _blocks(corpus, "\n\n") if not block.held_out), vocab_size
+            )
     else:
         for name in TOKENIZER_FILES:
             if (tokenizer_dir / name).is_file():
                 shutil.copy(tokenizer_dir / name, folder)
     encode = Encoder(folder)
-    split = split_blocks(texts, encode.separator)
-    train, validation = encode(split.train), encode(split.validation)
-    known = max(encode.vocab_size, 1 + int(max(train.max(initial=0), validation.max(initial=0))))
-    np.save(folder / "train.npy", train)
-    np.save(folder / "validation.npy", validation)
-    np.save(folder / "counts.npy", np.bincount(train, minlength=known).astype(np.int64))
+    counter = _Counter()
+    units = _encoded_units(folder, _blocks(corpus, encode.separator, counter), encode, say)
+    num_train, num_validation, counts = _assemble(folder, units, encode)
+    if num_train == 0 or not counter.has_text:
+        raise ValueError(f"the {len(corpus.files)} file(s) at `{corpus.files[0]}` hold no text.")
+    np.save(folder / "counts.npy", counts)
+    for unit in folder.glob("unit-*"):
+        unit.unlink()
     about = {
         "layout": _LAYOUT,
-        "vocab_size": known,
-        "num_documents": len(texts),
-        "num_chars": split.num_chars,
-        "num_train_tokens": len(train),
-        "num_validation_tokens": len(validation),
+        "vocab_size": len(counts),
+        "num_documents": counter.documents,
+        "num_chars": counter.chars,
+        "num_train_tokens": num_train,
+        "num_validation_tokens": num_validation,
         "files": [str(file) for file in corpus.files[:8]],
+        "files_written": {file.name: [file.stat().st_size, digest_of(file)] for file in sorted(folder.iterdir())},
     }
-    (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+    write_text(folder / "about.json", json.dumps(about, indent=2) + "\n")
 
 
-def _train_tokenizer(folder: Path, split: Split, vocab_size: int) -> None:
+@dataclass
+class _Counter:
+    """Documents and characters that a stream has passed on."""
+
+    documents: int = 0
+    chars: int = 0
+    has_text: bool = False
+
+    def over(self, pieces: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+        first = self.documents
+        for number, piece in pieces:
+            self.documents = first + number + 1
+            self.chars += len(piece)
+            self.has_text = self.has_text or not (piece == "" or piece.isspace())
+            yield number, piece
+
+
+def _blocks(corpus: Corpus, separator: str, counter: _Counter | None = None) -> Iterator[Block]:
+    """Blocks of the training files, with every 18th held out, or with the held-out files' blocks after them."""
+    counter = counter or _Counter()
+    text = joined(counter.over(document_pieces(corpus.files, corpus.text_column)), separator)
+    yield from blocks(text, hold_out=not corpus.held_out)
+    if corpus.held_out:
+        text = joined(counter.over(document_pieces(corpus.held_out, corpus.text_column)), separator)
+        yield from (Block(block.text, True) for block in blocks(text, hold_out=False))
+
+
+def _encoded_units(
+    folder: Path, stream: Iterator[Block], encode: Encoder, say: Callable[[str], None]
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """Training and held-out tokens of one unit of blocks after the other; a finished unit is read, not encoded."""
+    told, number, chars = time.monotonic(), 0, 0
+    while unit := list(islice(stream, _UNIT_BLOCKS)):
+        file = folder / f"unit-{number:06d}.npz"
+        if file.exists():
+            with np.load(file) as kept:
+                yield {name: kept[name] for name in ("train", "validation")}
+        else:
+            tokens = {
+                "train": encode([block.text for block in unit if not block.held_out]),
+                "validation": encode([block.text for block in unit if block.held_out]),
+            }
+            with whole_file(file) as partial, partial.open("wb") as content:
+                np.savez(content, **tokens)  # type: ignore[arg-type]
+            yield tokens
+        number += 1
+        chars += sum(len(block.text) for block in unit)
+        if time.monotonic() - told > _REPORT_S:
+            told = time.monotonic()
+            say(f"tokenising: {chars / 1e6:,.0f} million characters so far.")
+
+
+def _assemble(
+    folder: Path, units: Iterable[dict[str, NDArray[Any]]], encode: Encoder
+) -> tuple[int, int, NDArray[np.int64]]:
+    """Write ``train.npy`` and ``validation.npy``; returns their lengths and the counts of the training tokens."""
+    counts = np.zeros(encode.vocab_size, dtype=np.int64)
+    lengths = {"train": 0, "validation": 0}
+    raw = {name: (folder / f"unit-{name}.raw") for name in lengths}
+    with raw["train"].open("wb") as train, raw["validation"].open("wb") as validation:
+        for unit in units:
+            for name, out in (("train", train), ("validation", validation)):
+                unit[name].tofile(out)
+                lengths[name] += len(unit[name])
+            largest = 1 + max((int(tokens.max()) for tokens in unit.values() if len(tokens)), default=0)
+            counts = np.pad(counts, (0, max(0, largest - len(counts))))
+            counts += np.bincount(unit["train"], minlength=len(counts))
+    for name, length in lengths.items():
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(encode.dtype)), "fortran_order": False}
+        with (folder / f"{name}.npy").open("wb") as out, raw[name].open("rb") as content:
+            np.lib.format.write_array_header_1_0(out, {**header, "shape": (length,)})
+            shutil.copyfileobj(content, out, 1 << 22)
+    return lengths["train"], lengths["validation"], counts
+
+
+def _train_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    def beginning() -> Iterator[str]:
+        chars = 0
+        for text in texts:
+            yield text
+            chars += len(text)
+            if chars >= _TOKENIZER_CHARS:
+                return
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -187,10 +327,11 @@ def _train_tokenizer(folder: Path, split: Split, vocab_size: int) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(split.train, trainer)
+    tokenizer.train_from_iterator(beginning(), trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**about, "add_bos_token": False}, indent=2) + "\n")
+    # last: with it the tokenizer is whole
+    write_text(folder / "tokenizer_config.json", json.dumps({**about, "add_bos_token": False}, indent=2) + "\n")
 
 
 class Encoder:
@@ -210,16 +351,16 @@ class Encoder:
             processor.id_to_token(self._tokenizer.eos_id) if self._fast and self._tokenizer.eos_id is not None else None
         )
         self.separator = end or "\n\n"
+        self.dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
 
     def __call__(self, blocks: list[str]) -> NDArray[Any]:
         """Ids of the blocks, one after the other."""
-        kind = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
-        parts = [np.zeros(0, dtype=kind)]
+        parts: list[NDArray[Any]] = [np.zeros(0, dtype=self.dtype)]
         for first in range(0, len(blocks), _ENCODE_BLOCKS):
             chunk = blocks[first : first + _ENCODE_BLOCKS]
             if self._fast:
                 rows = [row.ids for row in self._tokenizer.processor.encode_batch_fast(chunk, add_special_tokens=False)]
             else:
                 rows = self._tokenizer.processor.encode(chunk)
-            parts += [np.asarray(row, dtype=kind) for row in rows]
+            parts += [np.asarray(row, dtype=self.dtype) for row in rows]
         return np.concatenate(parts)

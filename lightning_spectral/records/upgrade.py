@@ -10,6 +10,7 @@ _RENAMED_IN_2 = {
     "hard_rank_unbiased": "hard_rank_debiased",
     "soft_rank_unbiased": "soft_rank_debiased",
     "eee": "early_enrichment",
+    "keep_share": "token_fraction",
 }
 _STATUS_RENAMED_IN_2 = {"few_rows": "few_tokens"}
 
@@ -19,6 +20,10 @@ def upgraded(content: dict[str, Any], version: int) -> dict[str, Any]:
     if version >= 2:
         return content
     renamed = {_RENAMED_IN_2.get(name, name): value for name, value in content.items()}
+    if isinstance(renamed.get("conventions"), dict):
+        renamed["conventions"] = {
+            _RENAMED_IN_2.get(name, name): value for name, value in renamed["conventions"].items()
+        }
     if "status" in renamed and isinstance(renamed["status"], str):
         renamed["status"] = _STATUS_RENAMED_IN_2.get(renamed["status"], renamed["status"])
     return renamed

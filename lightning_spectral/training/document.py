@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from lightning_spectral.data.corpus import READERS
+from lightning_spectral.data.files import reader_of
 from lightning_spectral.text import did_you_mean, one_line, read_yaml
 
 OUR_DATA = (
@@ -91,7 +91,7 @@ def read_value(text: str) -> Any:
 
 def text_data(value: str) -> dict[str, Any] | None:
     """The data module for ``data: my.txt``, if the value names files of text."""
-    if any(sign in value for sign in "/*\\") or Path(value).suffix in READERS or Path(value).exists():
+    if any(sign in value for sign in "/*\\") or reader_of(Path(value)) is not None or Path(value).exists():
         return {"class_path": "lightning_spectral.data.TextFiles", "init_args": {"path": value}}
     return None
 

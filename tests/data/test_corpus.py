@@ -12,21 +12,125 @@ from hypothesis import strategies as st
 from lightning_spectral.data.corpus import (
     BLOCK_CHARS,
     HOLD_OUT_EVERY,
+    Block,
     Corpus,
+    blocks,
+    document_pieces,
     documents,
-    find_files,
-    split_blocks,
+    joined,
     state_of_the_union_files,
 )
+from lightning_spectral.data.files import digest_of, find_files
+
+
+def naive_blocks(text: str) -> list[Block]:
+    """The rule, from the whole text at once."""
+    size = min(BLOCK_CHARS, max(1, len(text) // HOLD_OUT_EVERY))
+    cut, start = [], 0
+    while start < len(text):
+        end = start + size
+        spaces = [place for place in range(end, min(end + max(64, size // 20), len(text))) if text[place].isspace()]
+        end = spaces[0] + 1 if spaces else end
+        cut.append(text[start:end])
+        start = end
+    made = [Block(piece, number % HOLD_OUT_EVERY == 0) for number, piece in enumerate(cut, start=1)]
+    if len(made) > 1 and not any(block.held_out for block in made):
+        made[-1] = Block(made[-1].text, True)
+    return made
 
 
 def test_files_by_path_glob_and_folder(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     for name in ("b.txt", "a.txt", "deep/c.jsonl", "notes.py"):
         (tmp_path / name).write_text("{}")
-    assert find_files(tmp_path / "a.txt") == (tmp_path / "a.txt",)
-    assert find_files(f"{tmp_path}/*.txt") == (tmp_path / "a.txt", tmp_path / "b.txt")
-    assert find_files(tmp_path) == (tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "deep" / "c.jsonl")
+    assert find_files(tmp_path / "a.txt").train == (tmp_path / "a.txt",)
+    assert find_files(f"{tmp_path}/*.txt").train == (tmp_path / "a.txt", tmp_path / "b.txt")
+    found = find_files(tmp_path)
+    assert found.train == found.all == (tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "deep" / "c.jsonl")
+    assert found.left_out == ((tmp_path / "notes.py", "no reader for `.py`"),)
+
+
+def test_split_names_are_honoured_and_test_text_is_never_trained_on(tmp_path: Path) -> None:
+    for name in ("train.txt", "validation.txt", "test.txt", "notes.txt"):
+        (tmp_path / name).write_text(name)
+    found = find_files(tmp_path)
+    assert [file.name for file in found.train] == ["train.txt"]
+    assert [file.name for file in found.held_out] == ["validation.txt"]
+    assert {file.name: why for file, why in found.left_out} == {
+        "notes.txt": "no split in its name, beside files of a train split",
+        "test.txt": "test split",
+    }
+    assert str(found) == (
+        "1 file(s) of training text; held out: validation.txt; left out: notes.txt (no split in its name, beside files "
+        "of a train split), test.txt (test split)"
+    )
+
+
+@pytest.mark.parametrize("names", [("book.txt", "book_test.txt"), ("a/train/0.txt", "a/test/0.txt")])
+def test_without_a_validation_split_the_test_split_is_held_out(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = find_files(tmp_path)
+    assert (found.train, found.held_out) == ((tmp_path / names[0],), (tmp_path / names[1],))
+
+
+def test_a_word_that_only_contains_a_split_is_none(tmp_path: Path) -> None:
+    for name in ("latest.txt", "trains.txt", "evaluate.txt"):
+        (tmp_path / name).write_text(name)
+    assert len(find_files(tmp_path).train) == 3
+
+
+def test_a_snapshot_of_a_data_set_is_not_trained_on_its_card(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# card")
+    (tmp_path / ".gitattributes").write_text("x")
+    (tmp_path / "part.txt").write_text("text")
+    found = find_files(tmp_path)
+    assert found.train == (tmp_path / "part.txt",)
+    assert [file.name for file, _ in found.left_out] == ["README.md"]
+    assert find_files(f"{tmp_path}/*.md").train == (tmp_path / "README.md",)  # asked for
+
+
+def test_compressed_files_are_read(tmp_path: Path) -> None:
+    import bz2
+    import gzip
+    import lzma
+
+    for suffix, module in ((".gz", gzip), (".bz2", bz2), (".xz", lzma)):
+        with module.open(tmp_path / f"t.txt{suffix}", "wt", encoding="utf-8") as file:
+            file.write(f"text in {suffix} \u00fc")
+    with gzip.open(tmp_path / "z.json.gz", "wt") as file:
+        file.write(json.dumps({"text": "a row"}) + "\n")
+    found = find_files(tmp_path)
+    assert (len(found.train), found.left_out) == (4, ())
+    texts = [f"text in {suffix} \u00fc" for suffix in (".bz2", ".gz", ".xz")]
+    assert list(documents(Corpus.of(found))) == [*texts, "a row"]
+
+
+def test_a_cut_compressed_file_is_named(tmp_path: Path) -> None:
+    import gzip
+
+    (tmp_path / "t.txt.gz").write_bytes(gzip.compress(b"text " * 1000)[:-20])
+    with pytest.raises(ValueError, match=r"cannot read `.*t.txt.gz` as text"):
+        list(documents(Corpus((tmp_path / "t.txt.gz",))))
+
+
+def test_a_long_document_comes_in_pieces(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("x" * 2_500_000)
+    sizes = [len(piece) for _, piece in document_pieces([tmp_path / "t.txt"])]
+    assert sum(sizes) == 2_500_000
+    assert max(sizes) <= 1 << 20
+
+
+def test_the_digest_of_a_large_file_sees_a_cut_and_zeros(tmp_path: Path) -> None:
+    file = tmp_path / "large.bin"
+    content = bytes(range(1, 256)) * 300_000  # 76 MB
+    file.write_bytes(content)
+    whole = digest_of(file)
+    file.write_bytes(content[:-1_000_000] + bytes(1_000_000))
+    assert digest_of(file) != whole
+    file.write_bytes(content[:-1])
+    assert digest_of(file) != whole
 
 
 def test_a_missing_path_and_a_foreign_suffix_are_named(tmp_path: Path) -> None:
@@ -50,7 +154,7 @@ def test_the_same_text_in_three_formats(tmp_path: Path) -> None:
     (tmp_path / "2.txt").write_text(texts[1])
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"body": text, "n": 1}) + "\n" for text in texts))
     pq.write_table(pa.table({"body": texts, "n": [1, 2]}), tmp_path / "rows.parquet")
-    assert list(documents(Corpus(find_files(f"{tmp_path}/*.txt")))) == texts
+    assert list(documents(Corpus.of(find_files(f"{tmp_path}/*.txt")))) == texts
     assert list(documents(Corpus((tmp_path / "rows.jsonl",), "body"))) == texts
     assert list(documents(Corpus((tmp_path / "rows.parquet",), "body"))) == texts
 
@@ -71,26 +175,27 @@ def test_a_torn_file_is_named(tmp_path: Path) -> None:
         list(documents(Corpus((tmp_path / "latin.txt",))))
 
 
-@given(st.lists(st.text(min_size=1, max_size=400), min_size=1, max_size=20))
-def test_a_split_loses_no_character(texts: list[str]) -> None:
-    split = split_blocks(texts, "\n\n")
-    assert sum(map(len, split.train)) + sum(map(len, split.validation)) == len("\n\n".join(texts)) == split.num_chars
+@given(st.lists(st.text(max_size=400), min_size=1, max_size=20))
+def test_short_texts_are_cut_as_the_whole_would_be(texts: list[str]) -> None:
+    text = "\n\n".join(text for text in texts if text)
+    assert list(blocks(joined(enumerate(texts), "\n\n"))) == naive_blocks(text)
 
 
-def test_every_18th_block_of_20_000_characters_is_held_out() -> None:
-    words = " ".join(f"w{number}" for number in range(150_000))
-    split = split_blocks([words], "\n\n")
-    blocks = len(split.train) + len(split.validation)
-    assert len(split.validation) == blocks // HOLD_OUT_EVERY > 1
-    assert all(BLOCK_CHARS <= len(block) <= BLOCK_CHARS * 1.05 for block in split.validation)
-    assert all(block.split()[0] in words.split() for block in split.validation)  # never inside a word
+@pytest.mark.parametrize("piece_chars", [999, 20_000, 70_001, 2_000_000])
+def test_a_stream_is_cut_as_the_whole_text_whatever_its_pieces(piece_chars: int) -> None:
+    text = " ".join(f"w{number}" for number in range(120_000)) + "x" * 50_000 + " end"
+    pieces = [text[first : first + piece_chars] for first in range(0, len(text), piece_chars)]
+    made = list(blocks(pieces))
+    assert made == naive_blocks(text)
+    assert sum(block.held_out for block in made) == len(made) // HOLD_OUT_EVERY > 1
 
 
-@given(st.integers(min_value=40, max_value=3000))
-def test_a_short_text_has_a_held_out_part(num_chars: int) -> None:
-    split = split_blocks([("word " * num_chars)[:num_chars]], "\n\n")
-    assert split.validation
-    assert split.train
+def test_nothing_is_held_out_where_held_out_text_comes_from_elsewhere() -> None:
+    assert not any(block.held_out for block in blocks(["word " * 200_000], hold_out=False))
+
+
+def test_empty_documents_leave_no_separator() -> None:
+    assert "".join(joined([(0, "a"), (0, "b"), (1, ""), (2, "c")], "|")) == "ab|c"
 
 
 def test_the_fingerprint_follows_content_not_path(tmp_path: Path) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lightning_spectral.data import tokens
-from lightning_spectral.data.corpus import Corpus, split_blocks
+from lightning_spectral.data.corpus import Corpus, blocks
+from lightning_spectral.data.files import find_files
 from lightning_spectral.data.tokens import prepare_tokens, unigram_entropy
 from tests.tiny import tiny_text, write_text
 
@@ -32,10 +34,14 @@ def test_tokens_spell_the_split(tmp_path: Path) -> None:
     from litgpt.tokenizer import Tokenizer
 
     cache = prepare_tokens(_corpus(tmp_path), vocab_size=300, cache_dir=tmp_path / "cache")
-    split = split_blocks([tiny_text()], "")
+    made = list(blocks([tiny_text()]))
     tokenizer = Tokenizer(cache.folder)
-    assert tokenizer.processor.decode(cache.train.tolist()) == "".join(split.train)
-    assert tokenizer.processor.decode(cache.validation.tolist()) == "".join(split.validation)
+    assert tokenizer.processor.decode(cache.train.tolist()) == "".join(
+        block.text for block in made if not block.held_out
+    )
+    assert tokenizer.processor.decode(cache.validation.tolist()) == "".join(
+        block.text for block in made if block.held_out
+    )
     assert tokenizer.eos_id == 0
 
 
@@ -79,28 +85,95 @@ def test_a_given_tokenizer_is_used(tmp_path: Path) -> None:
     assert np.array_equal(given.train, own.train)
 
 
-def test_a_failed_build_leaves_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_build_goes_on_from_its_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = _corpus(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "bincount", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache")
-    assert list((tmp_path / "cache" / "tokens").iterdir()) == []
-    assert prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache").seconds is not None
+    whole = prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "other")
+    monkeypatch.setattr(tokens, "_UNIT_BLOCKS", 4)
+    encoded: list[int] = []
+    encode = tokens.Encoder.__call__
 
+    def interrupted(self: tokens.Encoder, texts: list[str]) -> np.ndarray:
+        encoded.append(len(texts))
+        if len(encoded) == 5:
+            raise KeyboardInterrupt
+        return encode(self, texts)
 
-def test_the_slower_of_two_builders_takes_the_other_ones_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    corpus = _corpus(tmp_path)
-    build = tokens._build
-
-    def overtaken(folder: Path, *rest: object) -> None:
-        build(folder, *rest)  # type: ignore[arg-type]
-        shutil.copytree(folder, folder.with_name(folder.name.partition(".")[0]))
-
-    monkeypatch.setattr(tokens, "_build", overtaken)
+    monkeypatch.setattr(tokens.Encoder, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache" / "tokens" / whole.folder.name).exists()
+    done_before = len(encoded)
     cache = prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache")
-    assert len(cache.train) > 0
-    assert [path.name for path in (tmp_path / "cache" / "tokens").iterdir()] == [cache.folder.name]
+    num_blocks = len(list(blocks([tiny_text()])))
+    assert sum(encoded[done_before:]) == num_blocks - 8  # two units of four blocks were whole
+    for name in ("train.npy", "validation.npy", "counts.npy", "tokenizer.json"):
+        assert (cache.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    assert sorted(path.name for path in cache.folder.parent.iterdir()) == [
+        cache.folder.name,
+        f"{cache.folder.name}.lock",
+    ]
+
+
+@pytest.mark.parametrize("harm", ["zeros", "cut", "empty", "about", "missing"])
+def test_a_damaged_cache_is_built_again_with_a_word(tmp_path: Path, harm: str) -> None:
+    corpus = _corpus(tmp_path)
+    whole = prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache")
+    before, file = whole.train.tolist(), whole.folder / "train.npy"
+    content = file.read_bytes()
+    if harm == "zeros":
+        file.write_bytes(content[:200] + bytes(len(content) - 200))
+    elif harm == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif harm == "empty":
+        file.write_bytes(b"")
+    elif harm == "missing":
+        file.unlink()
+    else:
+        (whole.folder / "about.json").write_text("")
+    with pytest.warns(UserWarning, match=rf"token cache `.*{whole.folder.name}` is damaged"):
+        again = prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache")
+    assert again.seconds is not None
+    assert again.train.tolist() == before
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("a file where the folder should be")
+    with pytest.raises(ValueError, match=r"cannot write the token cache `.*tokens`: .*LIGHTNING_SPECTRAL_CACHE"):
+        prepare_tokens(_corpus(tmp_path), vocab_size=300, cache_dir=tmp_path)
+
+
+def test_two_builders_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = _corpus(tmp_path)
+    build, built, said = tokens._build, [], []
+
+    def slow(*arguments: object) -> None:
+        built.append(1)
+        time.sleep(0.5)
+        build(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tokens, "_build", slow)
+    with ThreadPoolExecutor(2) as pool:
+        made = list(
+            pool.map(
+                lambda _: prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache", report=said.append),
+                range(2),
+            )
+        )
+    assert len(built) == 1
+    assert len({cache.folder for cache in made}) == 1
+    assert sorted(cache.seconds is None for cache in made) == [False, True]
+    assert [line.partition(":")[2] for line in said] == [" waiting for it."]
+
+
+def test_held_out_files_are_the_validation_tokens(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text(tiny_text(500))
+    (tmp_path / "valid.txt").write_text(tiny_text(200, seed=1))
+    cache = prepare_tokens(Corpus.of(find_files(tmp_path)), vocab_size=300, cache_dir=tmp_path / "cache")
+    encoder = tokens.Encoder(cache.folder)
+    texts = [block.text for block in blocks([tiny_text(500)], hold_out=False)]
+    held_out = [block.text for block in blocks([tiny_text(200, seed=1)], hold_out=False)]
+    assert cache.train.tolist() == encoder(texts).tolist()
+    assert cache.validation.tolist() == encoder(held_out).tolist()
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:

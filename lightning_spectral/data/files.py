@@ -1,0 +1,155 @@
+"""Which files are text, which of them are held out, and which are left out and why.
+
+A single file or the files of a glob or folder; compressed ones too. Names that say which split a file is of (``train``,
+``validation``, ``test``) are honoured: test text is never trained on.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+READERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+_PAGE = 1 << 16
+_WHOLE_BELOW = 1 << 26  # smaller files are digested whole
+_NUM_PAGES = 64
+
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "test": "test",
+}
+_SPLIT = re.compile(rf"(?:^|[./\\_-])({'|'.join(_SPLITS)})(?=$|[./\\_-])", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class FoundFiles:
+    """What a path, glob or folder holds.
+
+    Attributes:
+        train: Files to train on, sorted by name.
+        held_out: Files whose name says ``validation``, or else ``test``; empty if no name says so.
+        left_out: Files that are not read, each with the reason.
+    """
+
+    train: tuple[Path, ...]
+    held_out: tuple[Path, ...] = ()
+    left_out: tuple[tuple[Path, str], ...] = ()
+
+    @property
+    def all(self) -> tuple[Path, ...]:
+        """Every file that is read, sorted by name."""
+        return tuple(sorted((*self.train, *self.held_out)))
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.train)} file(s) of training text"]
+        if self.held_out:
+            parts.append(f"held out: {_listed(file.name for file in self.held_out)}")
+        if self.left_out:
+            parts.append(f"left out: {_listed(f'{file.name} ({why})' for file, why in self.left_out)}")
+        return "; ".join(parts)
+
+
+def find_files(path: str | Path) -> FoundFiles:
+    """Files behind a path, a glob or a folder.
+
+    Raises:
+        FileNotFoundError: If nothing readable is there; it names what was left out.
+        ValueError: If a named file has a suffix that no reader knows.
+    """
+    text = str(Path(path).expanduser())
+    if Path(text).is_file():
+        if reader_of(Path(text)) is None:
+            raise ValueError(f"`{text}` ends in `{Path(text).suffix}`; the readers know {', '.join(READERS)}.")
+        return FoundFiles((Path(text),))
+    if Path(text).is_dir():
+        root, candidates = Path(text), [file for file in Path(text).rglob("*") if file.is_file()]
+    else:
+        candidates = [Path(file) for file in glob.glob(text, recursive=True) if Path(file).is_file()]
+        root = Path(re.split(r"[*?\[]", text)[0] + "x").parent  # the last folder that is not a pattern
+    wants_markdown = re.search(r"\.md$", text) is not None
+    readable, left_out = [], []
+    for file in sorted(candidates):
+        why = _why_left_out(file, wants_markdown)
+        if why is None:
+            readable.append(file)
+        elif why:
+            left_out.append((file, why))
+    found = _by_split(readable, root, left_out)
+    if not found.train:
+        seen = (
+            f" Left out there: {_listed(f'{file.name} ({why})' for file, why in found.left_out)}." if left_out else ""
+        )
+        raise FileNotFoundError(
+            f"no text at `{path}`: give a {', '.join(READERS)} file, a glob, or a folder that holds such files.{seen}"
+        )
+    return found
+
+
+def reader_of(file: Path) -> str | None:
+    """``text``, ``json`` or ``parquet``; ``None`` if no reader knows the file. Compression does not matter."""
+    suffix = file.suffix.lower()
+    if suffix in COMPRESSED:
+        suffix = Path(file.stem).suffix.lower()
+    return READERS.get(suffix)
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file; above 64 MiB of its size and of 64 pages spread over it, first and last included.
+
+    A page of 64 KiB in the middle of a large file that changes alone may go unnoticed; a cut or zero-filled file does
+    not.
+    """
+    size = file.stat().st_size
+    digest = hashlib.sha256(f"{size}:".encode())
+    with file.open("rb") as content:
+        if size <= _WHOLE_BELOW:
+            while chunk := content.read(1 << 22):
+                digest.update(chunk)
+        else:
+            for page in range(_NUM_PAGES):
+                content.seek((size - _PAGE) * page // (_NUM_PAGES - 1))
+                digest.update(content.read(_PAGE))
+    return digest.hexdigest()
+
+
+def _why_left_out(file: Path, wants_markdown: bool) -> str | None:
+    """``None`` if it is read, an empty reason for what nobody would call data."""
+    if file.name.startswith("."):
+        return ""
+    if reader_of(file) is None:
+        return f"no reader for `{file.suffix}`"
+    if file.suffix.lower() == ".md" and not wants_markdown:
+        return "Markdown is read only where it is asked for, as `*.md`"
+    return None
+
+
+def _by_split(readable: list[Path], root: Path, left_out: list[tuple[Path, str]]) -> FoundFiles:
+    by_split: dict[str, list[Path]] = {}
+    for file in readable:
+        relative = str(file.relative_to(root)) if file.is_relative_to(root) else file.name
+        named = [_SPLITS[word.lower()] for word in _SPLIT.findall(relative)]
+        by_split.setdefault(named[-1] if named else "", []).append(file)
+    unnamed, train = by_split.get("", []), by_split.get("train", [])
+    validation, test = by_split.get("validation", []), by_split.get("test", [])
+    if train:
+        left_out += [(file, "no split in its name, beside files of a train split") for file in unnamed]
+    if validation:
+        left_out += [(file, "test split") for file in test]
+    return FoundFiles(tuple(train or unnamed), tuple(validation or test), tuple(sorted(left_out)))
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -23,6 +23,7 @@ from lightning_spectral.callbacks.evaluation import EvaluationHooks
 from lightning_spectral.callbacks.run_folder import open_run_folder
 from lightning_spectral.callbacks.tensorboard import Pictures
 from lightning_spectral.functional.products import is_full_precision
+from lightning_spectral.models.calls import ForwardCall
 from lightning_spectral.probe import batch_formats as batches
 from lightning_spectral.probe.background import BackgroundSolver, has_free_core
 from lightning_spectral.probe.grouping import Grouping
@@ -129,12 +130,12 @@ class SpectralCallback(EvaluationHooks):
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if self._probe is not None:
-            self._probe.taps.arm(False)  # checkpointed blocks run again during the backward pass
+            self._probe.pause()  # checkpointed blocks run again during the backward pass
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._probe is not None:
-            self._probe.taps.arm(True)
+            self._probe.resume()
 
     @override
     def on_train_batch_end(
@@ -284,17 +285,15 @@ class SpectralCallback(EvaluationHooks):
         self._num_micro_batches += 1
 
     def _collect(self, batch: Any) -> None:
-        probe = self._probe
-        assert probe is not None
-        shape = probe.taps.ids_shape
-        if shape is None:
-            probe.collect()
-            return
+        assert self._probe is not None
+
+        def mask_of(call: ForwardCall) -> Tensor | None:
+            return self._mask_fn(batch) if self._mask_fn else batches.padding_mask(batch, call.shape)
+
+        calls = self._probe.collect(mask_of, lambda call: batches.targets(batch, call.shape))
         ids_BT = batches.ids(batch)
-        if ids_BT is not None:
-            self._extra_columns = max(ids_BT.shape[1] - shape[1], 0)
-        mask = self._mask_fn(batch) if self._mask_fn else batches.padding_mask(batch, shape)
-        probe.collect(mask, batches.targets(batch, shape))
+        if calls and ids_BT is not None:
+            self._extra_columns = max(ids_BT.shape[1] - calls[-1].shape[-1], 0)
 
     @override
     def begin_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -26,6 +26,7 @@ from lightning_spectral.callbacks import sinks
 from lightning_spectral.callbacks.base import SpectralCallback
 from lightning_spectral.callbacks.run_folder import global_seed
 from lightning_spectral.callbacks.tail_token_probe import TailTokenProbe, is_stream
+from lightning_spectral.models.calls import ForwardCall
 from lightning_spectral.probe import batch_formats as batches
 from lightning_spectral.probe.probe import SpectralProbe
 from lightning_spectral.probe.records_of import WindowId
@@ -200,7 +201,7 @@ class FabricSpectralProbe:
 
     def _gate(self, module: nn.Module, args: Any) -> None:
         assert self._probe is not None
-        self._probe.taps.open = self._measuring and module.training
+        self._probe.recorder.open = self._measuring and module.training
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # where a loop compiles the module that Fabric gave it
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -221,16 +222,15 @@ class FabricSpectralProbe:
             self._start_micro_batch()
 
     def _collect(self) -> None:
-        probe = self._probe
-        assert probe is not None
-        shape = probe.taps.ids_shape
+        assert self._probe is not None
         args, kwargs = self._inputs
         self._inputs = ((), {})
-        mask_BT: Tensor | None = None
-        if shape is not None:
-            mask_fn = self.callback._mask_fn
-            mask_BT = mask_fn(kwargs or args) if mask_fn else batches.padding_mask(kwargs, shape)
-        probe.collect(mask_BT)
+        mask_fn = self.callback._mask_fn
+
+        def mask_of(call: ForwardCall) -> Tensor | None:
+            return mask_fn(kwargs or args) if mask_fn else batches.padding_mask(kwargs, call.shape)
+
+        self._probe.collect(mask_of)
 
     def _close(self, strategy: Any, optimizer: Optimizer) -> None:
         probe, fabric = self._probe, self._fabric

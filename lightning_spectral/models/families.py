@@ -14,9 +14,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lightning_spectral.models.names import clean_name
-from lightning_spectral.records import layer_name
-
-# What Lightning, DDP, FSDP, torch.compile and activation checkpointing put into module names.
+from lightning_spectral.models.stacks import Site
 
 
 @dataclass(frozen=True)
@@ -116,34 +114,6 @@ FAMILIES: tuple[ModelFamily, ...] = (
 
 
 @dataclass(frozen=True)
-class Site:
-    """One place to measure.
-
-    Attributes:
-        name: Clean module name.
-        layer: Block index.
-        site: ``post`` (input of the module) or ``pre`` (its output).
-        module: The module itself.
-        expert: Expert index, or ``None``.
-        router: The expert's router, or ``None``.
-        num_experts_per_token: How many experts the router picks.
-    """
-
-    name: str
-    layer: int
-    site: str
-    module: nn.Module
-    expert: int | None = None
-    router: nn.Module | None = None
-    num_experts_per_token: int = 1
-
-    @property
-    def key(self) -> str:
-        """``layer_03.post``, or ``layer_03.expert_01.post``."""
-        return f"{layer_name(self.layer, self.expert)}.{self.site}"
-
-
-@dataclass(frozen=True)
 class TappedModel:
     """What :func:`resolve` found.
 
@@ -193,7 +163,15 @@ def resolve(
     token_embedding_name, token_embedding = _embedding(named, embedding, found)
     head = _head(named)
     root = _common_root(model, [site.name for site in found] + [token_embedding_name])
-    return TappedModel(tuple(sorted(found, key=_order)), token_embedding, head, root)
+    with_widths = [replace(site, width=declared_width(site.module, site.site)) for site in sorted(found, key=_order)]
+    return TappedModel(tuple(with_widths), token_embedding, head, root)
+
+
+def declared_width(module: nn.Module, site: str) -> int | None:
+    """Features of a site as its module declares them (``Linear``, Hugging Face's ``Conv1D``), or ``None``."""
+    names = ("in_features", "nx") if site == "post" else ("out_features", "nf")
+    widths = [getattr(module, name, None) for name in names]
+    return next((width for width in widths if isinstance(width, int)), None)
 
 
 def _family_sites(named: dict[str, nn.Module], sites: Iterable[str]) -> list[Site]:
@@ -206,7 +184,8 @@ def _family_sites(named: dict[str, nn.Module], sites: Iterable[str]) -> list[Sit
                 continue
             prefix, numbers = name[: match.start()], match.groupdict()
             expert = None if numbers.get("expert") is None else int(numbers["expert"])
-            site = Site(name, int(numbers["layer"]), "post", module, expert)
+            stack = prefix + family.post.partition(".{layer}")[0]
+            site = Site(name, int(numbers["layer"]), "post", module, expert, stack=stack)
             if family.router:
                 site = _with_router(site, named, prefix + family.router.format(**numbers))
             up_names = [prefix + up.format(**numbers) for up in family.pre]
@@ -231,7 +210,7 @@ def _named_sites(named: dict[str, nn.Module], globs: Sequence[str], sites: Seque
     indices = [re.findall(r"\d+", name) for name in names]
     own = [int(numbers[0]) if numbers else -1 for numbers in indices]
     layers = own if len(set(own)) == len(own) and -1 not in own else range(len(names))
-    return [Site(name, layer, "post", named[name]) for name, layer in zip(names, layers, strict=True)]
+    return [Site(name, layer, "post", named[name], stack="") for name, layer in zip(names, layers, strict=True)]
 
 
 def _with_router(site: Site, named: dict[str, nn.Module], router: str) -> Site:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_spectral.models.families import Site, TappedModel
+from lightning_spectral.models.families import TappedModel
+from lightning_spectral.models.stacks import Site
 
 # Numbers that jitter the kept positions; more positions than this reuse them cyclically.
 _NUM_JITTERS = 1 << 16

@@ -17,7 +17,7 @@ IGNORE_INDEX = -100
 _LABEL_KEYS = ("labels", "targets", "target")
 
 
-def padding_mask(batch: Any, ids_shape: tuple[int, int]) -> Tensor | None:
+def padding_mask(batch: Any, ids_shape: tuple[int, ...]) -> Tensor | None:
     """True where a position is real, or ``None`` if the batch does not say.
 
     An ``attention_mask`` is believed first. Without one, positions whose label is ``IGNORE_INDEX`` are not rows.
@@ -32,9 +32,10 @@ def padding_mask(batch: Any, ids_shape: tuple[int, int]) -> Tensor | None:
     return None
 
 
-def targets(batch: Any, ids_shape: tuple[int, int]) -> Tensor | None:
+def targets(batch: Any, ids_shape: tuple[int, ...]) -> Tensor | None:
     """The token to predict at each position where the batch holds one more column than the model was given."""
-    if isinstance(batch, Tensor) and _has_shape(batch, (ids_shape[0], ids_shape[1] + 1)):
+    if len(ids_shape) == 2 and _has_shape(batch, (ids_shape[0], ids_shape[1] + 1)):
+        assert isinstance(batch, Tensor)
         return batch[:, 1:]
     if isinstance(batch, (list, tuple)) and len(batch) == 2 and _has_shape(batch[1], ids_shape):
         return batch[1]
@@ -60,5 +61,5 @@ def _labels(batch: Any) -> Any:
     return None
 
 
-def _has_shape(value: Any, shape: tuple[int, int]) -> bool:
+def _has_shape(value: Any, shape: tuple[int, ...]) -> bool:
     return isinstance(value, Tensor) and tuple(value.shape) == shape and not value.is_floating_point()

@@ -8,7 +8,7 @@ Axes: B sequences, T positions, N rows, D features, K buckets.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,8 +20,10 @@ from lightning_spectral.functional.covariance import Moments, empty_moments, upd
 from lightning_spectral.functional.packed import packed_size
 from lightning_spectral.functional.products import Calibration, calibrate, strips
 from lightning_spectral.functional.sample import Gram, gram
-from lightning_spectral.models.families import Site, resolve
-from lightning_spectral.models.taps import ForwardPass, Taps
+from lightning_spectral.models.calls import ForwardCall
+from lightning_spectral.models.families import resolve
+from lightning_spectral.models.recorder import Recorder
+from lightning_spectral.models.stacks import Site
 from lightning_spectral.probe.grouping import Grouping, check_vocabulary
 from lightning_spectral.probe.losses import BucketLosses
 from lightning_spectral.probe.options import ProbeOptions
@@ -31,18 +33,43 @@ from lightning_spectral.probe.window import BucketLoss, Buckets, ClosedWindow, W
 FLUSH_ROWS = 2_048
 
 
+# what a caller can say about a forward call: its padding mask, or the token that each place is to predict
+OfCall = Callable[[ForwardCall], Tensor | None]
+
+
+@dataclass
+class StackSeen:
+    """What a window has seen of one stack.
+
+    Attributes:
+        num_calls: Forward calls.
+        num_sequences: Sequences dealt to shards so far.
+        sequences_K: Sequences with rows in each bucket, and in any.
+        layout: How rows were matched to tokens in the first call.
+        agreement: Smallest share of rows that the match was proven for.
+        reason: Why at least one call could not be matched; empty if all were. The rows of such a call are all in the
+            first bucket: pooled numbers are right, those of the stack's buckets are ``not_matched``.
+    """
+
+    num_calls: int = 0
+    num_sequences: int = 0
+    sequences_K: Tensor | None = None
+    layout: str = ""
+    agreement: float | None = None
+    reason: str = ""
+
+
 @dataclass
 class OpenWindow:
-    """What a window has taken in so far."""
+    """What a window has taken in so far; all keys but those of ``stacks`` are ``Site.key``."""
 
     states: dict[str, Moments | Gram] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     waiting: dict[str, list[Tensor]] = field(default_factory=dict)
-    waiting_groups: list[Tensor] = field(default_factory=list)
+    groups: dict[str, list[Tensor]] = field(default_factory=dict)
+    stacks: dict[str, StackSeen] = field(default_factory=dict)
     losses: BucketLosses | None = None
-    sequences_K: Tensor | None = None
-    num_sequences: int = 0
-    num_passes: int = 0
+    num_waiting: int = 0
     busy_s: float = 0.0
 
 
@@ -51,12 +78,14 @@ class Seen:
     """What one rank saw in a window.
 
     Attributes:
-        num_passes: Forward passes.
+        num_passes: Forward calls.
         widths: Features of each site that had a row, by site key.
+        unmatched: Why rows could not be matched to tokens, by stack; stacks whose rows all were are absent.
     """
 
     num_passes: int
     widths: dict[str, int]
+    unmatched: dict[str, str] = field(default_factory=dict)
 
 
 class SpectralProbe:
@@ -83,9 +112,10 @@ class SpectralProbe:
             num_known = getattr(config, "vocab_size", None) if hasattr(config, "padded_vocab_size") else None
             check_vocabulary(grouping.vocab_size, vocab, num_known)
         _forget_compiled_code(model)
+        self.sites: list[Site] = list(self.tapped.sites)
         # Blocks that a LightningModule runs one by one inside `training_step` have no forward to follow.
         self.follows_forward = not (self.tapped.root is model and hasattr(model, "training_step"))
-        self.taps = Taps(
+        self.recorder = Recorder(
             self.tapped,
             token_fraction=options.token_fraction,
             with_logits=options.with_losses,
@@ -99,7 +129,7 @@ class SpectralProbe:
     @property
     def state_mib(self) -> float | None:
         """Memory of the moments during a window, MiB; ``None`` if a width is not known before the first forward."""
-        widths = [declared_width(site) for site in self.tapped.sites]
+        widths = [site.width for site in self.tapped.sites]
         if None in widths:
             return None
         return sum(4 * self.buckets.num_groups * packed_size(width) for width in widths if width) / 2**20
@@ -107,38 +137,52 @@ class SpectralProbe:
     @property
     def waiting_mib(self) -> float:
         """Rows that may wait for a product, as fp32, MiB: a model in bf16 keeps half of it."""
-        widths = sum(declared_width(site) or 0 for site in self.tapped.sites if site.router is None)
+        widths = sum(site.width or 0 for site in self.tapped.sites if site.router is None)
         return 4 * self._waiting_rows * widths / 2**20
 
     def begin(self) -> OpenWindow:
         """Start a window with nothing in it; the one open before is returned, to be put back as ``window``."""
-        self.taps.discard()
+        self.recorder.discard()
         before = self.window
         self.window = OpenWindow(losses=BucketLosses(len(self.grouping.names)) if self.options.with_losses else None)
         return before
 
-    def start(self, seed: int) -> None:
-        """Before a micro-batch of the window; ``seed`` draws the kept positions, equal on all ranks."""
-        self.taps.start(seed=seed)
-
-    def collect(self, mask_BT: Tensor | None = None, targets_BT: Tensor | None = None) -> None:
-        """After a micro-batch: take its rows in.
+    def start(self, seed: int, *, training: bool = True) -> None:
+        """Before a micro-batch of the window.
 
         Args:
-            mask_BT: False where a position is padding.
-            targets_BT: The token to predict at each position; default the next one.
+            seed: Draws the kept rows; must be equal on all ranks.
+            training: Count only forwards with gradients, of modules in training mode; ``False`` counts every forward.
+        """
+        self.recorder.start(seed=seed, training=training)
 
-        Raises:
-            ValueError: If the mask does not have the shape of the ids.
-            RuntimeError: If a site did not run as often as the embedding.
+    def pause(self) -> None:
+        """Before the backward pass, whose recomputation must not be counted."""
+        self.recorder.pause()
+
+    def resume(self) -> None:
+        """After the backward pass."""
+        self.recorder.resume()
+
+    def collect(self, mask_of: OfCall | None = None, targets_of: OfCall | None = None) -> list[ForwardCall]:
+        """After a micro-batch: accumulate its rows.
+
+        Args:
+            mask_of: False where a place of the call is padding, of the call's ``shape``; ``None``: the call's own.
+            targets_of: The token to predict at each place; ``None``: the next one of the sequence.
+
+        Returns:
+            The forward calls, with what they say about ids, layout and arguments.
         """
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
-            for forward in self.taps.collect():
-                self._take(forward, mask_BT, targets_BT)
-            if sum(len(groups) for groups in self.window.waiting_groups) >= self._waiting_rows:
+            calls = self.recorder.collect()
+            for call in calls:
+                self._take(call, mask_of, targets_of)
+            if self.window.num_waiting >= self._waiting_rows:
                 self._flush()
         self.window.busy_s += time.perf_counter() - began
+        return calls
 
     def end(self, process_group: dist.ProcessGroup | None = None) -> WindowResult:
         """Close the window and solve it. Every rank of the group must call it; the result is equal on all."""
@@ -156,7 +200,10 @@ class SpectralProbe:
         with torch.inference_mode(False), torch.no_grad():
             self._flush(to_be_added=not alone)
         self.window.busy_s += time.perf_counter() - began
-        return Seen(self.window.num_passes, {key: state.width for key, state in self.window.states.items()})
+        return Seen(
+            sum(seen.num_calls for seen in self.window.stacks.values()),
+            {key: state.width for key, state in self.window.states.items()},
+        )
 
     def close(
         self, process_group: dist.ProcessGroup | None = None, widths: Mapping[str, int] | None = None
@@ -198,12 +245,12 @@ class SpectralProbe:
         self,
         window: OpenWindow,
         losses: list[BucketLoss],
-        num_sequences: Mapping[str, int],
+        num_sequences: Mapping[str, Mapping[str, int]],
         process_group: dist.ProcessGroup | None,
         world_size: int,
     ) -> ClosedWindow:
         return ClosedWindow(
-            sites=self.tapped.sites,
+            sites=self.sites,
             states=window.states,
             buckets=self.buckets,
             num_sequences=num_sequences,
@@ -221,69 +268,90 @@ class SpectralProbe:
     def remove(self) -> None:
         """Take the hooks off and free the state."""
         self.begin()
-        self.taps.remove()
+        self.recorder.remove()
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(iter(self.tapped.embedding.parameters())).device
 
-    def _take(self, forward: ForwardPass, mask_BT: Tensor | None, targets_BT: Tensor | None) -> None:
-        ids_BT = forward.ids_BT
-        self.window.num_passes += 1
-        if targets_BT is None or targets_BT.shape != ids_BT.shape:
-            targets_BT = target_ids(ids_BT)
-        real_BT = _real_positions(ids_BT, mask_BT)
-        if self.window.losses is not None and forward.logits_BTV is not None:
-            loss_codes_BT = torch.where(real_BT, self.grouping.loss_codes(targets_BT), EXCLUDED)
-            self.window.losses.add(forward.logits_BTV, targets_BT, loss_codes_BT, forward.kept_N)
-        if forward.kept_N is not None:
-            kept_BT = torch.zeros_like(real_BT)
-            kept_BT.view(-1)[forward.kept_N] = True
-            real_BT = real_BT & kept_BT
-        codes_BT = torch.where(real_BT, self.grouping.codes(ids_BT, targets_BT), EXCLUDED)
-        groups = self._groups(codes_BT).flatten()
-        self.window.waiting_groups.append(groups if forward.kept_N is None else groups[forward.kept_N])
-        for site in self.tapped.sites:
-            rows_ND = forward.rows.get(site.key)
+    def _take(self, call: ForwardCall, mask_of: OfCall | None, targets_of: OfCall | None) -> None:
+        seen = self.window.stacks.setdefault(call.stack, StackSeen())
+        seen.num_calls += 1
+        mask = None if mask_of is None else mask_of(call)
+        real_P = _real_places(call, call.mask if mask is None else mask)
+        codes_P = self._codes(call, seen, real_P, targets_of)
+        groups_P = self._groups(call, seen, codes_P)
+        groups_of: dict[int, Tensor] = {}
+        for site in self.sites:
+            rows_ND = call.rows.get(site.key)
             if rows_ND is None:
                 continue
             self.window.dtypes[site.key] = str(rows_ND.dtype).removeprefix("torch.")
-            if site.router is not None:
+            places_N = call.places[site.key]
+            if site.is_routed:
                 # Each expert has its own few tokens: their rows cannot wait with the others'.
-                expert_groups = groups[forward.tokens[site.key]]
-                self._add(site, rows_ND, *sort_by_group(expert_groups, self.buckets.num_groups))
-            else:
-                self.window.waiting.setdefault(site.key, []).append(rows_ND)
+                self._add(site, rows_ND, *sort_by_group(_of_rows(groups_P, places_N), self.buckets.num_groups))
+                continue
+            groups_N = groups_of.get(id(places_N))
+            if groups_N is None:
+                groups_N = groups_of[id(places_N)] = _of_rows(groups_P, places_N)
+            self.window.waiting.setdefault(site.key, []).append(rows_ND)
+            self.window.groups.setdefault(site.key, []).append(groups_N)
+        self.window.num_waiting += max((len(groups_N) for groups_N in groups_of.values()), default=0)
 
-    def _groups(self, codes_BT: Tensor) -> Tensor:
-        """Bucket codes -> group indices: sequences are dealt to the shards in turn."""
-        present = [(codes_BT == code).any(1).sum() for code in range(len(self.grouping.names))]
-        sequences_K = torch.stack([*present, (codes_BT >= 0).any(1).sum()])
-        self.window.sequences_K = (
-            sequences_K if self.window.sequences_K is None else self.window.sequences_K + sequences_K
-        )
-        sequence_B = torch.arange(len(codes_BT), device=codes_BT.device) + self.window.num_sequences
-        self.window.num_sequences += len(codes_BT)
-        shard_B1 = (sequence_B % self.buckets.num_jackknife_groups).unsqueeze(1)
-        return torch.where(codes_BT >= 0, codes_BT * self.buckets.num_jackknife_groups + shard_B1, EXCLUDED)
+    def _codes(self, call: ForwardCall, seen: StackSeen, real_P: Tensor, targets_of: OfCall | None) -> Tensor:
+        """Bucket of each place ``(P,)``; those of a call without ids are all in the first group."""
+        if call.ids is None:
+            seen.reason = seen.reason or call.reason or "the call has no token ids"
+            return torch.where(real_P, 0, EXCLUDED)
+        seen.layout = seen.layout or call.layout
+        if call.agreement is not None:
+            seen.agreement = call.agreement if seen.agreement is None else min(seen.agreement, call.agreement)
+        ids_BT = call.ids if call.ids.ndim == 2 else call.ids.reshape(1, -1)
+        targets_BT = None if targets_of is None else targets_of(call)
+        if targets_BT is None or targets_BT.shape != ids_BT.shape:
+            targets_BT = target_ids(ids_BT)
+        real_BT = real_P.view_as(ids_BT)
+        if self.window.losses is not None and call.logits is not None:
+            loss_codes_BT = torch.where(real_BT, self.grouping.loss_codes(targets_BT), EXCLUDED)
+            self.window.losses.add(call.logits, targets_BT, loss_codes_BT, _kept(call))
+        return torch.where(real_BT, self.grouping.codes(ids_BT, targets_BT), EXCLUDED).flatten()
+
+    def _groups(self, call: ForwardCall, seen: StackSeen, codes_P: Tensor) -> Tensor:
+        """Bucket codes -> group indices ``(P,)``: sequences are dealt to the shards in turn."""
+        present = _places_with_rows(call, codes_P)
+        num_codes = len(self.grouping.names)
+        sequences_K = codes_P.new_zeros(num_codes + 1)
+        for code in (*range(num_codes), None):
+            member_P = present & (codes_P >= 0 if code is None else codes_P == code)
+            of_sequence = codes_P.new_zeros(call.num_sequences)
+            of_sequence.index_add_(0, call.sequences_P, member_P.to(codes_P.dtype))
+            sequences_K[num_codes if code is None else code] = (of_sequence > 0).sum()
+        seen.sequences_K = sequences_K if seen.sequences_K is None else seen.sequences_K + sequences_K
+        shard_P = (call.sequences_P + seen.num_sequences) % self.buckets.num_jackknife_groups
+        seen.num_sequences += call.num_sequences
+        return torch.where(codes_P >= 0, codes_P * self.buckets.num_jackknife_groups + shard_P, EXCLUDED)
 
     def _flush(self, to_be_added: bool = True) -> None:
         """Multiply the rows that wait. ``to_be_added``: more rows may come, from here or from other ranks."""
-        if not self.window.waiting_groups:
-            return
-        sizes, order_M = sort_by_group(torch.cat(self.window.waiting_groups), self.buckets.num_groups)
-        for site in self.tapped.sites:
-            waiting = self.window.waiting.get(site.key)
-            if not waiting:
+        sorted_by: dict[tuple[int, ...], tuple[list[int], Tensor | None]] = {}  # one sort serves all sites alike
+        for site in self.sites:
+            waiting, groups = self.window.waiting.get(site.key), self.window.groups.get(site.key)
+            if not waiting or not groups:
                 continue
+            same = tuple(id(groups_N) for groups_N in groups)
+            if same not in sorted_by:
+                sorted_by[same] = sort_by_group(torch.cat(groups), self.buckets.num_groups)
+            sizes, order_M = sorted_by[same]
             rows_ND = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
             waiting.clear()
             if not to_be_added and site.key not in self.window.states and sum(sizes) < rows_ND.shape[1]:
                 self.window.states[site.key] = gram(rows_ND, sizes, order_M)
             else:
                 self._add(site, rows_ND, sizes, order_M)
-        self.window.waiting_groups.clear()
+        self.window.groups.clear()
+        self.window.num_waiting = 0
 
     def _add(self, site: Site, rows_ND: Tensor, sizes: list[int], order_M: Tensor | None) -> None:
         width = rows_ND.shape[1]
@@ -297,14 +365,14 @@ class SpectralProbe:
 
     def _rows_to_wait_for(self) -> int:
         """Rows may wait while they take no more memory than the moments would: fewer than D of them need no moments."""
-        widths = [declared_width(site) for site in self.tapped.sites]
+        widths = [site.width for site in self.tapped.sites]
         groups = self.buckets.num_groups
         return max([FLUSH_ROWS, *(min(width, groups * packed_size(width) // width) for width in widths if width)])
 
     def _choose_products(self) -> dict[int, Calibration]:
         """The fastest correct product for each width that is known before the first forward."""
         parameter = next(iter(self.tapped.embedding.parameters()))
-        widths = sorted({width for site in self.tapped.sites if (width := declared_width(site)) is not None})
+        widths = sorted({width for site in self.tapped.sites if (width := site.width) is not None})
         if parameter.dtype == torch.float64:
             return {}
         return {width: calibrate(width, device=parameter.device, activations=parameter.dtype) for width in widths}
@@ -315,23 +383,32 @@ class SpectralProbe:
 
     def _complete_states(self, widths: Mapping[str, int]) -> None:
         """A rank that saw no row of a site still takes part in its reduction."""
-        for site in self.tapped.sites:
+        for site in self.sites:
             if site.key not in self.window.states:
-                width = declared_width(site) or widths.get(site.key)
+                width = site.width or widths.get(site.key)
                 if width is None:
                     raise RuntimeError(f"`{site.name}` saw no row on this rank and does not declare its width.")
                 self.window.states[site.key] = self._empty_state(width, torch.float32, self.device)
 
-    def _sequence_counts(self, process_group: dist.ProcessGroup | None, world_size: int) -> tuple[dict[str, int], int]:
-        """Sequences by bucket and forward passes, over all ranks."""
-        counts_K = self.window.sequences_K
-        if counts_K is None:
-            counts_K = torch.zeros(len(self.grouping.names) + 1, dtype=torch.int64, device=self.device)
-        counts_K = torch.cat([counts_K, counts_K.new_tensor([self.window.num_passes])])
+    def _sequence_counts(
+        self, process_group: dist.ProcessGroup | None, world_size: int
+    ) -> tuple[dict[str, dict[str, int]], int]:
+        """Sequences of each reported bucket by stack, and forward calls, over all ranks."""
+        stacks = sorted({site.stack for site in self.sites})
+        counts_SK = torch.zeros(len(stacks), len(self.grouping.names) + 2, dtype=torch.int64, device=self.device)
+        for counts_K, name in zip(counts_SK, stacks, strict=True):
+            seen = self.window.stacks.get(name)
+            if seen is not None and seen.sequences_K is not None:
+                counts_K[:-1] = seen.sequences_K
+                counts_K[-1] = seen.num_calls
         if world_size > 1:
-            dist.all_reduce(counts_K, group=process_group)
-        *counts, num_passes = counts_K.tolist()
-        return dict(zip(self.buckets.reported, counts, strict=False)), num_passes
+            dist.all_reduce(counts_SK, group=process_group)
+        reported = self.buckets.reported
+        by_stack = {
+            name: dict(zip(reported, counts, strict=False))
+            for name, counts in zip(stacks, counts_SK.tolist(), strict=True)
+        }
+        return by_stack, int(counts_SK[:, -1].sum())
 
     def _bucket_losses(self, process_group: dist.ProcessGroup | None, world_size: int) -> list[BucketLoss]:
         if self.window.losses is None:
@@ -342,22 +419,34 @@ class SpectralProbe:
         return [BucketLoss(name, *values) for name, values in zip(self.buckets.reported, sums, strict=False)]
 
 
-def declared_width(site: Site) -> int | None:
-    """Features of a site as its module declares them (``Linear``, Hugging Face's ``Conv1D``), or ``None``."""
-    names = ("in_features", "nx") if site.site == "post" else ("out_features", "nf")
-    widths = [getattr(site.module, name, None) for name in names]
-    return next((width for width in widths if isinstance(width, int)), None)
+def _of_rows(values_P: Tensor, places_N: Tensor) -> Tensor:
+    """What is said of each place, for each row; rows that are no place are left out."""
+    return torch.where(places_N >= 0, values_P[places_N.clamp(min=0)], EXCLUDED)
 
 
-def _real_positions(ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
-    if mask_BT is None:
-        return torch.ones_like(ids_BT, dtype=torch.bool)
-    if mask_BT.shape != ids_BT.shape:
+def _places_with_rows(call: ForwardCall, codes_P: Tensor) -> Tensor:
+    present = torch.zeros_like(codes_P, dtype=torch.bool)
+    for places_N in {id(places_N): places_N for places_N in call.places.values()}.values():
+        present[places_N[places_N >= 0]] = True
+    return present
+
+
+def _kept(call: ForwardCall) -> Tensor | None:
+    """Places with a row, where rows were thinned."""
+    places_N = max(call.places.values(), key=len, default=None)
+    return None if places_N is None or len(places_N) == call.sequences_P.numel() else places_N
+
+
+def _real_places(call: ForwardCall, mask: Tensor | None) -> Tensor:
+    """False where a place is padding, ``(P,)``."""
+    if mask is None:
+        return torch.ones_like(call.sequences_P, dtype=torch.bool)
+    if tuple(mask.shape) != call.shape:
         raise ValueError(
-            f"The padding mask has shape {tuple(mask_BT.shape)} but the model was given ids of shape "
-            f"{tuple(ids_BT.shape)}: pass a `mask_fn(batch)` that returns one value per id."
+            f"The padding mask has shape {tuple(mask.shape)} but the model was given ids of shape "
+            f"{call.shape}: pass a `mask_fn(batch)` that returns one value per id."
         )
-    return mask_BT.to(device=ids_BT.device, dtype=torch.bool)
+    return mask.to(device=call.sequences_P.device, dtype=torch.bool).flatten()
 
 
 def _forget_compiled_code(model: nn.Module) -> None:

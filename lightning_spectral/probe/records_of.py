@@ -68,6 +68,9 @@ def _record(site: SiteResult, result: WindowResult, window: WindowId, convention
         world_size=result.world_size,
         window_s=result.window_s,
         conventions=conventions,
+        stack=site.stack,
+        layout=site.layout,
+        layout_agreement=site.layout_agreement,
         extra=values,  # rows of RANK_METRICS that are no fields
     )
 

@@ -19,7 +19,7 @@ from lightning_spectral.functional.covariance import Moments, take_groups
 from lightning_spectral.functional.products import full_precision
 from lightning_spectral.functional.rank import js_divergence
 from lightning_spectral.functional.sample import Gram
-from lightning_spectral.models.families import Site
+from lightning_spectral.models.stacks import Site
 from lightning_spectral.probe.eigensolve import Eigensolver
 from lightning_spectral.probe.options import ProbeOptions
 from lightning_spectral.probe.ranks_of import RankMeasurement, measure
@@ -42,6 +42,9 @@ class SiteResult:
     measurement: RankMeasurement
     reinjection: dict[str, float] = field(default_factory=dict)
     js_divergence: float | None = None
+    stack: str = ""
+    layout: str = ""
+    layout_agreement: float | None = None
     reason: str = ""
 
 
@@ -109,7 +112,7 @@ class ClosedWindow:
         sites: In the same order on all ranks.
         states: This rank's rows by site key; with several ranks every site has moments.
         buckets: Layout of their groups.
-        num_sequences: Sequences that contributed rows to each reported bucket, over all ranks.
+        num_sequences: Sequences that contributed rows to each reported bucket, by stack, over all ranks.
         dtypes: Activation type by site key.
         losses: Already of all ranks.
         options: What to report.
@@ -122,7 +125,7 @@ class ClosedWindow:
     sites: Sequence[Site]
     states: dict[str, Moments | Gram]
     buckets: Buckets
-    num_sequences: Mapping[str, int]
+    num_sequences: Mapping[str, Mapping[str, int]]
     dtypes: Mapping[str, str]
     losses: list[BucketLoss]
     options: ProbeOptions
@@ -193,9 +196,9 @@ class ClosedWindow:
 
     def _layers(self) -> list[tuple[int, list[Site]]]:
         """The owner and the sites of each layer or expert."""
-        layers: dict[tuple[int, int | None], list[Site]] = {}
+        layers: dict[tuple[str, int, int | None], list[Site]] = {}
         for site in self.sites:
-            layers.setdefault((site.layer, site.expert), []).append(site)
+            layers.setdefault((site.stack, site.layer, site.expert), []).append(site)
         return [(index % self.world_size, members) for index, members in enumerate(layers.values())]
 
     def _solve_layer(self, members: Sequence[Site], eigensolver: Eigensolver) -> list[SiteResult]:
@@ -215,9 +218,10 @@ class ClosedWindow:
             site.expert,
             site.site,
             bucket,
-            self.num_sequences.get(bucket, 0),
+            self.num_sequences.get(site.stack, {}).get(bucket, 0),
             self.dtypes.get(site.key, ""),
             measurement,
+            stack=site.stack,
         )
 
 

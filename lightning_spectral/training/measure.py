@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import nn
 
 from lightning_spectral.data.corpus import Corpus, documents
 from lightning_spectral.data.tokens import Encoder
+from lightning_spectral.models.calls import ForwardCall
 from lightning_spectral.models.families import resolve
 from lightning_spectral.probe.grouping import Grouping, by_frequency, check_vocabulary, load_counts
 from lightning_spectral.probe.options import ProbeOptions, conventions_of
@@ -200,12 +202,16 @@ def _run(
     try:
         with torch.no_grad():
             for ids_BT, targets_BT in zip(ids_SL.split(batch_size), targets_SL.split(batch_size), strict=True):
-                probe.start(seed=0)
+                probe.start(seed=0, training=False)
                 model(ids_BT.to(device))
-                probe.collect(targets_BT=targets_BT.to(device))
+                probe.collect(targets_of=partial(_targets_of, targets_BT.to(device)))
         return probe.end()
     finally:
         probe.remove()
+
+
+def _targets_of(targets_BT: torch.Tensor, call: ForwardCall) -> torch.Tensor:
+    return targets_BT
 
 
 def _device(name: str) -> torch.device:

@@ -25,6 +25,7 @@ from lightning_spectral.sweep import run as sweep_run
 from lightning_spectral.sweep import screen as sweep_screen
 from lightning_spectral.sweep.monitor import SweepMonitor, _digest
 from lightning_spectral.sweep.plan import Job, Plan, State
+from lightning_spectral.training import recipe as recipes
 from lightning_spectral.training.recipe import RecipeError
 
 BLOCK = """
@@ -64,9 +65,9 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checking a recipe takes most of a second: leave it out where it is not the point."""
-    base = sweep.recipes.load
-    monkeypatch.setattr(sweep, "_check_values", lambda *_: None)
-    monkeypatch.setattr(sweep.recipes, "load", lambda path, overrides=(): _loaded(base, path, overrides))
+    base = recipes.load
+    monkeypatch.setattr(sweep, "_distinct", lambda *_: [])
+    monkeypatch.setattr(recipes, "load", lambda path, overrides=(): _loaded(base, path, overrides))
 
 
 _CACHE: dict[str, object] = {}

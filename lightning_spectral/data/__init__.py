@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_spectral.data.modules import StateOfTheUnion, TextBlocks, TextFiles
+    from lightning_spectral.data.modules import StateOfTheUnion, TextBlocks, TextFiles, TokenFiles
 
-__all__ = ["StateOfTheUnion", "TextBlocks", "TextFiles"]
+__all__ = ["StateOfTheUnion", "TextBlocks", "TextFiles", "TokenFiles"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lightning_spectral.data.shards import TokenSequence
+
 
 class TokenBlocks(Dataset[Tensor]):
     """Non-overlapping sequences of T inputs and the token after each: items of shape (T + 1,), int64.
@@ -26,7 +28,7 @@ class TokenBlocks(Dataset[Tensor]):
     A split shorter than one sequence is one shorter item; a split of fewer than two tokens has none.
     """
 
-    def __init__(self, tokens: NDArray[Any], seq_length: int) -> None:
+    def __init__(self, tokens: NDArray[Any] | TokenSequence, seq_length: int) -> None:
         self._tokens = tokens
         self.seq_length = max(1, min(seq_length, len(tokens) - 1))
 

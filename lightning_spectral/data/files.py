@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +61,12 @@ class FoundFiles:
         return "; ".join(parts)
 
 
-def find_files(path: str | Path) -> FoundFiles:
+def find_files(path: str | Path, *, suffixes: Collection[str] = READERS) -> FoundFiles:
     """Files behind a path, a glob or a folder.
+
+    Args:
+        path: What to look at.
+        suffixes: What counts as data; by default what the text readers know.
 
     Raises:
         FileNotFoundError: If nothing readable is there; it names what was left out.
@@ -70,8 +74,8 @@ def find_files(path: str | Path) -> FoundFiles:
     """
     text = str(Path(path).expanduser())
     if Path(text).is_file():
-        if reader_of(Path(text)) is None:
-            raise ValueError(f"`{text}` ends in `{Path(text).suffix}`; the readers know {', '.join(READERS)}.")
+        if _data_suffix(Path(text)) not in suffixes:
+            raise ValueError(f"`{text}` ends in `{Path(text).suffix}`; the readers know {', '.join(suffixes)}.")
         return FoundFiles((Path(text),))
     if Path(text).is_dir():
         root, candidates = Path(text), [file for file in Path(text).rglob("*") if file.is_file()]
@@ -81,7 +85,7 @@ def find_files(path: str | Path) -> FoundFiles:
     wants_markdown = re.search(r"\.md$", text) is not None
     readable, left_out = [], []
     for file in sorted(candidates):
-        why = _why_left_out(file, wants_markdown)
+        why = _why_left_out(file, suffixes, wants_markdown)
         if why is None:
             readable.append(file)
         elif why:
@@ -92,17 +96,19 @@ def find_files(path: str | Path) -> FoundFiles:
             f" Left out there: {_listed(f'{file.name} ({why})' for file, why in found.left_out)}." if left_out else ""
         )
         raise FileNotFoundError(
-            f"no text at `{path}`: give a {', '.join(READERS)} file, a glob, or a folder that holds such files.{seen}"
+            f"no text at `{path}`: give a {', '.join(suffixes)} file, a glob, or a folder that holds such files.{seen}"
         )
     return found
 
 
 def reader_of(file: Path) -> str | None:
     """``text``, ``json`` or ``parquet``; ``None`` if no reader knows the file. Compression does not matter."""
+    return READERS.get(_data_suffix(file))
+
+
+def _data_suffix(file: Path) -> str:
     suffix = file.suffix.lower()
-    if suffix in COMPRESSED:
-        suffix = Path(file.stem).suffix.lower()
-    return READERS.get(suffix)
+    return Path(file.stem).suffix.lower() if suffix in COMPRESSED else suffix
 
 
 def digest_of(file: Path) -> str:
@@ -124,11 +130,11 @@ def digest_of(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _why_left_out(file: Path, wants_markdown: bool) -> str | None:
+def _why_left_out(file: Path, suffixes: Collection[str], wants_markdown: bool) -> str | None:
     """``None`` if it is read, an empty reason for what nobody would call data."""
     if file.name.startswith("."):
         return ""
-    if reader_of(file) is None:
+    if _data_suffix(file) not in suffixes:
         return f"no reader for `{file.suffix}`"
     if file.suffix.lower() == ".md" and not wants_markdown:
         return "Markdown is read only where it is asked for, as `*.md`"

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 from lightning_spectral.data.batches import ResumableLoader, StepBatches, TokenBlocks
 from lightning_spectral.data.corpus import Corpus, state_of_the_union_files
 from lightning_spectral.data.files import FoundFiles, find_files
-from lightning_spectral.data.tokens import TokenCache, prepare_tokens
+from lightning_spectral.data.shards import TokenShards, find_shards
+from lightning_spectral.data.tokens import TokenCache, default_cache_dir, prepare_tokens
 
 
 class TextBlocks(DataModule):  # type: ignore[misc]
@@ -49,7 +50,7 @@ class TextBlocks(DataModule):  # type: ignore[misc]
         self._num_workers = num_workers
         self._cache_dir = cache_dir
         self._tokenizer_dir: Path | None = None
-        self._cache: TokenCache | None = None
+        self._cache: TokenCache | TokenShards | None = None
         self._seq_length = 128
         self._micro_batch = 1
         self._global_batch: int | None = None
@@ -105,7 +106,7 @@ class TextBlocks(DataModule):  # type: ignore[misc]
             rank_zero_info(str(self.cache))
 
     @property
-    def cache(self) -> TokenCache:
+    def cache(self) -> TokenCache | TokenShards:
         """Tokenizer, tokens and counts of this corpus."""
         if self._cache is None:
             self._cache = prepare_tokens(
@@ -130,11 +131,13 @@ class TextBlocks(DataModule):  # type: ignore[misc]
     @property
     def tokenizer(self) -> Tokenizer:
         """Litgpt's tokenizer over the cached files."""
+        if self.cache.folder is None:
+            raise ValueError(f"{type(self).__name__} was given tokens and no tokenizer: set `tokenizer_dir`.")
         return Tokenizer(self.cache.folder)
 
     @property
-    def tokenizer_folder(self) -> Path:
-        """Folder of the tokenizer's files."""
+    def tokenizer_folder(self) -> Path | None:
+        """Folder of the tokenizer's files, if there is a tokenizer."""
         return self.cache.folder
 
     @property
@@ -241,3 +244,49 @@ class TextFiles(TextBlocks):
         if self._cache is None and (self.files.held_out or self.files.left_out):
             rank_zero_info(f"`{self.path}`: {self.files}.")
         super().prepare_data()
+
+
+class TokenFiles(TextBlocks):
+    """Text that is tokens already: ``.bin`` shards (modded-nanogpt, llm.c) or 1-D ``.npy`` files.
+
+    Shards are memory-mapped. Those whose names say ``val`` are held out; without any, the last 18th of the tokens is.
+    Token counts are taken once and kept in the cache.
+
+    Args:
+        path: File, glob or folder.
+        vocab_size: Number of ids of the tokenizer that made the tokens, e.g. 50257 for GPT-2's.
+        tokenizer_dir: Folder of that tokenizer, copied beside the trained model.
+        seed: Order of the training blocks; ``None`` takes the run's seed.
+        num_workers: Worker processes of each loader.
+        cache_dir: Where counts are kept.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        vocab_size: int = 50257,
+        tokenizer_dir: Path | None = None,
+        seed: int | None = None,
+        num_workers: int = 0,
+        cache_dir: Path | None = None,
+    ) -> None:
+        super().__init__(vocab_size, seed, num_workers, cache_dir)
+        self.path = path
+        self._tokenizer_dir = Path(tokenizer_dir) if tokenizer_dir else None
+
+    def corpus(self) -> Corpus:
+        """Not known: tokens, no text.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"TokenFiles has tokens, no text: `{self.path}`.")
+
+    @property
+    def cache(self) -> TokenShards:
+        """The shards."""
+        if not isinstance(self._cache, TokenShards):
+            train, held_out = find_shards(self.path)
+            cache_dir = self._cache_dir or default_cache_dir()
+            self._cache = TokenShards(train, held_out, self._vocab_size, self._tokenizer_dir, Path(cache_dir))
+        return self._cache

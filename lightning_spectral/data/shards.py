@@ -1,0 +1,178 @@
+"""Text that is tokens already: ``.bin`` shards of the modded-nanogpt and llm.c format, and 1-D ``.npy`` files.
+
+A ``.bin`` shard is 256 int32 (magic 20240520, version 1, number of tokens, zeros) and then that many uint16. Shards are
+memory-mapped and read as one long sequence of ids; nothing is copied, whatever their size.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_spectral.data.files import digest_of, find_files
+from lightning_spectral.text import one_line, whole_file
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 1024
+SUFFIXES = (".bin", ".npy")
+
+_HOLD_OUT = 18  # without a validation shard, the last 18th of the tokens
+_CHUNK = 1 << 24
+
+
+class TokenSequence:
+    """The ids of several arrays as one sequence: ``len`` and slices, each slice a copy.
+
+    Args:
+        parts: 1-D arrays of ids, in order.
+        start: First id to show.
+        stop: One past the last.
+    """
+
+    def __init__(self, parts: Sequence[NDArray[Any]], start: int = 0, stop: int | None = None) -> None:
+        self._parts = list(parts)
+        self._ends = np.cumsum([len(part) for part in self._parts]).tolist()
+        total = self._ends[-1] if self._ends else 0
+        self._start, self._stop = start, total if stop is None else stop
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def __getitem__(self, index: slice) -> NDArray[Any]:
+        first, last, step = index.indices(len(self))
+        if step != 1:
+            raise IndexError(f"a token sequence is sliced with step 1, got {step}.")
+        first, last = first + self._start, max(first, last) + self._start
+        pieces = []
+        part = bisect.bisect_right(self._ends, first)
+        while first < last:
+            begin = self._ends[part] - len(self._parts[part])
+            end = min(last, self._ends[part])
+            pieces.append(self._parts[part][first - begin : end - begin])
+            first, part = end, part + 1
+        return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint16)
+
+    def split(self, at: int) -> tuple[TokenSequence, TokenSequence]:
+        """The first ``at`` ids and the rest."""
+        middle = self._start + at
+        return TokenSequence(self._parts, self._start, middle), TokenSequence(self._parts, middle, self._stop)
+
+
+@dataclass(frozen=True)
+class TokenShards:
+    """Shards with the same interface as a token cache.
+
+    Attributes:
+        train_files: Shards to train on.
+        held_out_files: Shards to validate on; if empty, the last 18th of the training tokens.
+        vocab_size: Number of token ids, V.
+        folder: Where the tokenizer lies, if there is one.
+        cache_dir: Where counts are kept.
+    """
+
+    train_files: tuple[Path, ...]
+    held_out_files: tuple[Path, ...]
+    vocab_size: int
+    folder: Path | None
+    cache_dir: Path
+
+    @cached_property
+    def train(self) -> TokenSequence:
+        """Training ids."""
+        everything = TokenSequence([open_shard(file) for file in self.train_files])
+        return (
+            everything if self.held_out_files else everything.split(len(everything) - len(everything) // _HOLD_OUT)[0]
+        )
+
+    @cached_property
+    def validation(self) -> TokenSequence:
+        """Held-out ids."""
+        if self.held_out_files:
+            return TokenSequence([open_shard(file) for file in self.held_out_files])
+        everything = TokenSequence([open_shard(file) for file in self.train_files])
+        return everything.split(len(everything) - len(everything) // _HOLD_OUT)[1]
+
+    @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        """Occurrences of each id in the training tokens, shape (V,); counted once, then kept in ``cache_dir``.
+
+        Raises:
+            ValueError: If a shard holds an id of ``vocab_size`` or more.
+        """
+        digest = hashlib.sha256(f"{self.vocab_size}:{len(self.train)}:".encode())
+        for file in self.train_files:
+            digest.update(digest_of(file).encode())
+        kept = self.cache_dir / "counts" / f"{digest.hexdigest()[:20]}.npy"
+        if kept.is_file():
+            counts: NDArray[np.int64] = np.load(kept)
+            return counts
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for first in range(0, len(self.train), _CHUNK):
+            ids = self.train[first : first + _CHUNK]
+            if int(ids.max()) >= self.vocab_size:
+                raise ValueError(
+                    f"the shards hold the id {int(ids.max())}, `vocab_size` is {self.vocab_size}: set it to the number "
+                    "of ids of the tokenizer that made them."
+                )
+            counts += np.bincount(ids, minlength=self.vocab_size)
+        with whole_file(kept) as partial, partial.open("wb") as file_:
+            np.save(file_, counts)
+        return counts
+
+    def __str__(self) -> str:
+        files = len(self.train_files) + len(self.held_out_files)
+        return f"tokens ({len(self.train):,} train, {len(self.validation):,} held out) in {files} shard(s)"
+
+
+def find_shards(path: str | Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Training and held-out shards behind a path, glob or folder; the split is in their names.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    found = find_files(path, suffixes=SUFFIXES)
+    return found.train, found.held_out
+
+
+def open_shard(file: Path) -> NDArray[Any]:
+    """The ids of a shard, memory-mapped, shape (num_tokens,).
+
+    Raises:
+        ValueError: If it is cut, of another format, or not 1-D.
+    """
+    try:
+        if file.suffix == ".npy":
+            tokens: NDArray[Any] = np.load(file, mmap_mode="r")
+        else:
+            tokens = _open_bin(file)
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f"`{file}` is not a token shard: {one_line(error)}") from error
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise ValueError(f"`{file}` holds {tokens.dtype} of shape {tokens.shape}, not a 1-D array of token ids.")
+    return tokens
+
+
+def _open_bin(file: Path) -> NDArray[Any]:
+    size = file.stat().st_size
+    if size < HEADER_BYTES:
+        raise ValueError(f"it has {size} bytes, its header alone takes {HEADER_BYTES}. Was the download cut?")
+    magic, version, num_tokens = np.fromfile(file, dtype=np.int32, count=3).tolist()
+    if (magic, version) != (MAGIC, VERSION):
+        raise ValueError(
+            f"its magic number and version are {magic} and {version}, known are {MAGIC} and {VERSION} (uint16 ids)."
+        )
+    if size != HEADER_BYTES + 2 * num_tokens:
+        raise ValueError(
+            f"its header says {num_tokens:,} tokens, its size is that of {(size - HEADER_BYTES) // 2:,}. Was the "
+            "download cut?"
+        )
+    return np.memmap(file, dtype=np.uint16, mode="r", offset=HEADER_BYTES, shape=(num_tokens,))

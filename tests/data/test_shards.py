@@ -1,0 +1,100 @@
+"""Token shards: the format, one sequence over files, splits, counts, and what is wrong with a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_spectral.data import TokenFiles
+from lightning_spectral.data.shards import MAGIC, TokenSequence, find_shards, open_shard
+
+
+def write_bin(file: Path, ids: np.ndarray, *, magic: int = MAGIC, claimed: int | None = None) -> Path:
+    header = np.zeros(256, np.int32)
+    header[:3] = (magic, 1, len(ids) if claimed is None else claimed)
+    file.write_bytes(header.tobytes() + ids.astype(np.uint16).tobytes())
+    return file
+
+
+@given(st.lists(st.integers(0, 9), max_size=8), st.integers(-5, 60), st.integers(-5, 60), st.integers(0, 30))
+def test_a_sequence_over_parts_is_their_concatenation(sizes: list[int], first: int, last: int, at: int) -> None:
+    everything = np.arange(sum(sizes))
+    parts = np.split(everything, np.cumsum(sizes)[:-1]) if sizes else []
+    sequence = TokenSequence(parts)
+    assert len(sequence) == len(everything)
+    assert sequence[first:last].tolist() == everything[first:last].tolist()
+    at = min(at, len(everything))
+    left, right = sequence.split(at)
+    assert (left[:].tolist(), right[:].tolist()) == (everything[:at].tolist(), everything[at:].tolist())
+    assert right[first:last].tolist() == everything[at:][first:last].tolist()
+
+
+def test_shards_are_trained_on_and_held_out_by_name(tmp_path: Path) -> None:
+    ids = np.arange(600) % 97
+    write_bin(tmp_path / "fineweb_train_000001.bin", ids[:250])
+    write_bin(tmp_path / "fineweb_train_000002.bin", ids[250:])
+    write_bin(tmp_path / "fineweb_val_000000.bin", ids[::-1])
+    data = TokenFiles(str(tmp_path), vocab_size=97, cache_dir=tmp_path / "cache")
+    data.connect(batch_size=2, max_seq_length=16, seed=0)
+    assert data.cache.train[:].tolist() == ids.tolist()
+    assert data.cache.validation[:].tolist() == ids[::-1].tolist()
+    assert data.token_counts.tolist() == np.bincount(ids, minlength=97).tolist()
+    blocks = [tuple(block.tolist()) for batch in data.train_dataloader() for block in batch]
+    assert set(blocks) <= {tuple(ids[start : start + 17]) for start in range(0, 592, 16)}
+    assert len(blocks) == len(set(blocks)) == data.num_train_blocks // 2 * 2
+    assert data.tokenizer_folder is None
+
+
+def test_without_a_validation_shard_the_last_18th_is_held_out(tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", np.arange(180, dtype=np.int32))
+    data = TokenFiles(str(tmp_path / "tokens.npy"), vocab_size=180, cache_dir=tmp_path / "cache")
+    assert data.cache.train[:].tolist() == list(range(170))
+    assert data.cache.validation[:].tolist() == list(range(170, 180))
+
+
+def test_counts_are_taken_once_and_again_when_a_shard_changes(tmp_path: Path) -> None:
+    file = write_bin(tmp_path / "a.bin", np.zeros(100))
+
+    def counts() -> list[int]:
+        return TokenFiles(str(file), vocab_size=2, cache_dir=tmp_path / "cache").token_counts.tolist()
+
+    assert counts() == [95, 0]
+    (kept,) = (tmp_path / "cache" / "counts").iterdir()
+    np.save(kept, np.array([7, 7]))
+    assert counts() == [7, 7]  # read, not taken again
+    write_bin(file, np.ones(100))
+    assert counts() == [0, 95]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"short", r"it has 5 bytes, its header alone takes 1024"),
+        (bytes(2000), r"its magic number and version are 0 and 0, known are 20240520 and 1"),
+    ],
+)
+def test_a_foreign_or_cut_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"`.*a.bin` is not a token shard: {message}"):
+        open_shard(tmp_path / "a.bin")
+
+
+def test_a_cut_shard_a_wrong_vocabulary_and_an_empty_folder_are_named(tmp_path: Path) -> None:
+    write_bin(tmp_path / "cut.bin", np.zeros(100), claimed=1000)
+    with pytest.raises(
+        ValueError, match=r"its header says 1,000 tokens, its size is that of 100. Was the download cut"
+    ):
+        open_shard(tmp_path / "cut.bin")
+    write_bin(tmp_path / "big.bin", np.full(100, 300))
+    with pytest.raises(ValueError, match=r"the shards hold the id 300, `vocab_size` is 257"):
+        _ = TokenFiles(str(tmp_path / "big.bin"), vocab_size=257, cache_dir=tmp_path).token_counts
+    np.save(tmp_path / "two.npy", np.zeros((2, 2), np.int32))
+    with pytest.raises(ValueError, match=r"holds int32 of shape \(2, 2\), not a 1-D array"):
+        open_shard(tmp_path / "two.npy")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no text at `.*empty`: give a .bin, .npy file"):
+        find_shards(tmp_path / "empty")

@@ -8,6 +8,7 @@ from lightning_spectral.records.files import (
     append_records,
     known_keys,
     parse_record,
+    read_alarms,
     read_losses,
     read_run,
     read_spectral,
@@ -16,6 +17,7 @@ from lightning_spectral.records.files import (
     write_run,
 )
 from lightning_spectral.records.schema import (
+    ALARMS_FILE,
     BUCKETS,
     EIGENVALUES_FOLDER,
     LOSSES_FILE,
@@ -27,6 +29,7 @@ from lightning_spectral.records.schema import (
     SPECTRAL_FILE,
     STATUSES,
     WEIGHTS_FILE,
+    AlarmRecord,
     LossRecord,
     RunInfo,
     SpectralRecord,
@@ -35,6 +38,7 @@ from lightning_spectral.records.schema import (
 )
 
 __all__ = [
+    "ALARMS_FILE",
     "BUCKETS",
     "EIGENVALUES_FOLDER",
     "LOSSES_FILE",
@@ -46,6 +50,7 @@ __all__ = [
     "SPECTRAL_FILE",
     "STATUSES",
     "WEIGHTS_FILE",
+    "AlarmRecord",
     "LossRecord",
     "ReadReport",
     "RunInfo",
@@ -55,6 +60,7 @@ __all__ = [
     "known_keys",
     "layer_name",
     "parse_record",
+    "read_alarms",
     "read_losses",
     "read_run",
     "read_spectral",

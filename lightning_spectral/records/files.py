@@ -1,11 +1,12 @@
 """Reading and writing what a run leaves behind: one JSON object per line, readable without torch.
 
-A run folder holds up to four files, each written by one place and read through this module:
+A run folder holds up to five files, each written by one place and read through this module:
 
 * ``run.json``: what was run (a :class:`RunInfo`), written once at fit start;
 * ``spectral.jsonl``: one :class:`SpectralRecord` per (window, layer, site, bucket);
 * ``losses.jsonl``: one :class:`LossRecord` per (window, bucket);
-* ``weights.jsonl``: one :class:`WeightRecord` per (window, parameter, what of it).
+* ``weights.jsonl``: one :class:`WeightRecord` per (window, parameter, what of it);
+* ``alarms.jsonl``: one :class:`AlarmRecord` per alarm.
 
 The JSONL files only ever grow. A line is whole or it is not a record: a file cut at any byte gives back every
 whole line, and :func:`append_records` first closes a torn tail so that what follows stays readable.
@@ -20,14 +21,16 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from lightning_spectral.records.schema import (
+    ALARMS_FILE,
     LOSSES_FILE,
     RUN_FILE,
     SCHEMA_VERSION,
     SPECTRAL_FILE,
     WEIGHTS_FILE,
+    AlarmRecord,
     LossRecord,
     RunInfo,
     SpectralRecord,
@@ -36,7 +39,8 @@ from lightning_spectral.records.schema import (
 from lightning_spectral.records.upgrade import upgraded
 from lightning_spectral.text import write_text
 
-RecordT = TypeVar("RecordT", SpectralRecord, LossRecord, WeightRecord)
+RecordT = TypeVar("RecordT", SpectralRecord, LossRecord, WeightRecord, AlarmRecord)
+Record: TypeAlias = SpectralRecord | LossRecord | WeightRecord | AlarmRecord
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class ReadReport(Generic[RecordT]):
     skipped: list[tuple[int, str]]
 
 
-def append_records(path: str | Path, records: Sequence[SpectralRecord | LossRecord | WeightRecord]) -> None:
+def append_records(path: str | Path, records: Sequence[Record]) -> None:
     """Append ``records`` in one flushed write; a torn tail left by a killed run is closed first."""
     if not records:
         return
@@ -67,7 +71,7 @@ def append_records(path: str | Path, records: Sequence[SpectralRecord | LossReco
         os.fsync(file.fileno())
 
 
-def to_json(record: SpectralRecord | LossRecord | WeightRecord) -> str:
+def to_json(record: Record) -> str:
     """One line of a JSONL file; further metrics (``extra``) stand beside the other fields."""
     content = asdict(record)
     content |= content.pop("extra", {})
@@ -99,6 +103,15 @@ def read_weights(path: str | Path) -> ReadReport[WeightRecord]:
         FileNotFoundError: If there is no such file.
     """
     return _read(_file(path, WEIGHTS_FILE), WeightRecord)
+
+
+def read_alarms(path: str | Path) -> ReadReport[AlarmRecord]:
+    """Read ``alarms.jsonl`` (a file or its run folder), salvaging every whole record.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    return _read(_file(path, ALARMS_FILE), AlarmRecord)
 
 
 def parse_record(line: bytes, kind: type[RecordT]) -> RecordT:
@@ -170,7 +183,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-BuiltT = TypeVar("BuiltT", SpectralRecord, LossRecord, WeightRecord, RunInfo)
+BuiltT = TypeVar("BuiltT", SpectralRecord, LossRecord, WeightRecord, AlarmRecord, RunInfo)
 
 
 def _build(content: Any, kind: type[BuiltT]) -> BuiltT:
@@ -212,6 +225,6 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def known_keys(records: Iterable[SpectralRecord | LossRecord | WeightRecord]) -> set[tuple[Any, ...]]:
+def known_keys(records: Iterable[Record]) -> set[tuple[Any, ...]]:
     """Keys already on disk: what a resumed run must not write again."""
     return {record.key for record in records}

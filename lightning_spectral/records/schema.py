@@ -12,8 +12,9 @@ RUN_FILE = "run.json"
 SPECTRAL_FILE = "spectral.jsonl"
 LOSSES_FILE = "losses.jsonl"
 WEIGHTS_FILE = "weights.jsonl"
+ALARMS_FILE = "alarms.jsonl"
 EIGENVALUES_FOLDER = "eigenvalues"
-RUN_FILES = (RUN_FILE, SPECTRAL_FILE, LOSSES_FILE, WEIGHTS_FILE, EIGENVALUES_FOLDER)
+RUN_FILES = (RUN_FILE, SPECTRAL_FILE, LOSSES_FILE, WEIGHTS_FILE, ALARMS_FILE, EIGENVALUES_FOLDER)
 PROGRESS_FILE = "sweep_progress.json"  # what a sweep's monitor writes beside them
 
 POOLED = "pooled"
@@ -248,6 +249,44 @@ class WeightRecord:
     def key(self) -> tuple[Any, ...]:
         """What makes a record unique inside its run."""
         return (self.step, self.parameter, self.what)
+
+
+@dataclass(frozen=True)
+class AlarmRecord:
+    """A rank that crossed the threshold of a :class:`~lightning_spectral.SpectralAlarm`.
+
+    Attributes:
+        run_id: The run that it happened in.
+        stage: Stage of the records that it is about.
+        step: Optimizer steps done at the window that raised it.
+        metric: Name of the rank.
+        site: ``post`` or ``pre``.
+        bucket: As in :class:`SpectralRecord`.
+        value: The rank: median over layers.
+        reference: What it was compared with: the width, the untrained network's rank, or the highest one so far.
+        relative_to: ``width``, ``untrained`` or ``past``.
+        threshold: Share of ``reference`` that the rank fell below, or rose above.
+        message: One sentence for people.
+        schema_version: :data:`SCHEMA_VERSION` at writing time.
+    """
+
+    run_id: str
+    stage: str
+    step: int
+    metric: str
+    site: str
+    bucket: str
+    value: float
+    reference: float
+    relative_to: str
+    threshold: float
+    message: str
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes a record unique inside its run."""
+        return (self.stage, self.step, self.metric, self.site, self.bucket, self.relative_to, self.threshold)
 
 
 @dataclass(frozen=True)

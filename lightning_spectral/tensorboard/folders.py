@@ -1,0 +1,81 @@
+"""Run folders below a TensorBoard logdir."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Final
+
+from lightning_spectral.records import EIGENVALUES_FOLDER, RUN_FILE, SPECTRAL_FILE
+
+# what a run folder holds beside its records: nothing in these is a run of its own
+_NOT_LOOKED_INTO: Final = {EIGENVALUES_FOLDER, "previous", "checkpoints", "final"}
+_LEVELS_ABOVE: Final = 3  # `out/run/logs/tensorboard/version_0` belongs to the run folder `out/run`
+RESCAN_SECONDS: Final = 2.0
+
+
+def roots_of(logdir: str, logdir_spec: str = "") -> dict[str, Path]:
+    """Local folders that TensorBoard was pointed at, by the prefix of their runs' names.
+
+    Args:
+        logdir: ``--logdir``; may be empty.
+        logdir_spec: ``--logdir_spec``, as in ``a:/runs/a,b:/runs/b`` or ``/runs/a,/runs/b``.
+    """
+    if logdir:
+        return {} if "://" in logdir else {"": Path(logdir).expanduser()}
+    roots = {}
+    for part in filter(None, logdir_spec.split(",")):
+        name, colon, path = part.partition(":")
+        if "://" in part:
+            continue
+        roots[name if colon else path or name] = Path(path if colon else name).expanduser()
+    return roots
+
+
+def find_runs(roots: dict[str, Path]) -> dict[str, Path]:
+    """Name -> folder of every run at or below the roots; where there is none, of the run that a root lies in."""
+    found: dict[str, Path] = {}
+    for prefix, root in roots.items():
+        below = {_name(prefix, root, folder): folder for folder in _below(root)}
+        found |= below or _around(prefix, root)
+    return dict(sorted(found.items()))
+
+
+class FoundRuns:
+    """:func:`find_runs`, looked for again when the last look is older than :data:`RESCAN_SECONDS`."""
+
+    def __init__(self, roots: dict[str, Path]) -> None:
+        self._roots = roots
+        self._found: dict[str, Path] = {}
+        self._looked_at = -float("inf")
+
+    def __call__(self) -> dict[str, Path]:
+        """Name -> folder."""
+        if time.monotonic() - self._looked_at > RESCAN_SECONDS:
+            self._found = find_runs(self._roots)
+            self._looked_at = time.monotonic()
+        return self._found
+
+
+def _below(root: Path) -> list[Path]:
+    folders = []
+    for folder, below, files in os.walk(root):
+        below[:] = sorted(name for name in below if name not in _NOT_LOOKED_INTO and not name.startswith("."))
+        if RUN_FILE in files or SPECTRAL_FILE in files:
+            folders.append(Path(folder))
+    return folders
+
+
+def _around(prefix: str, root: Path) -> dict[str, Path]:
+    for folder in list(root.absolute().parents)[:_LEVELS_ABOVE]:
+        if (folder / RUN_FILE).is_file() and (folder / SPECTRAL_FILE).is_file():
+            return {_name(prefix, folder, folder): folder}
+    return {}
+
+
+def _name(prefix: str, root: Path, folder: Path) -> str:
+    below = folder.relative_to(root).as_posix()
+    if below == ".":
+        return prefix or root.resolve().name
+    return f"{prefix}/{below}" if prefix else below

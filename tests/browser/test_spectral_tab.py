@@ -1,0 +1,201 @@
+"""The tab SPECTRAL in a real browser: curves, hover, slider, filter, without an error on the console."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tensorboard.plugins.base_plugin import TBContext
+from werkzeug import Response
+from werkzeug.serving import make_server
+
+from lightning_spectral.records import ALARMS_FILE, SPECTRAL_FILE, AlarmRecord, append_records, read_spectral
+from lightning_spectral.records.looks import BUCKET_COLORS
+from lightning_spectral.tensorboard.plugin import SpectralPlugin
+from tests.analysis.synthetic import write_one, write_spectra, write_study
+from tests.browser.test_report_page import chromium
+
+pytestmark = pytest.mark.browser
+
+PAGE = """<!DOCTYPE html><head><base href="/plugin/"></head><body><script type="module">
+const errors = [];
+addEventListener("error", (event) => errors.push(String(event.message)));
+addEventListener("unhandledrejection", (event) => errors.push(String(event.reason)));
+const result = {errors};
+const main = () => document.querySelector(".main");
+const completed = () => Number(main()?.dataset.complete ?? 0);
+async function after(change) {
+  const before = completed();
+  change();
+  for (let k = 0; k < 400 && completed() === before; k += 1) await new Promise((go) => setTimeout(go, 25));
+}
+const lines = (chart) => [...document.querySelectorAll(`[data-chart="${chart}"] .line`)];
+const charts = () => [...document.querySelectorAll("[data-chart]")].map((node) => node.dataset.chart);
+const choose = (label, value) => {
+  const box = document.querySelector(`select[aria-label="${label}"]`);
+  box.value = value;
+  box.dispatchEvent(new Event("change"));
+};
+try {
+  const page = await import("./static/index.js");
+  await after(() => page.render());
+  STEPS
+} catch (error) {
+  errors.push(String(error.stack));
+}
+const node = document.createElement("script");
+node.type = "application/json";
+node.id = "probe-result";
+node.textContent = JSON.stringify(result);
+document.body.append(node);
+</script></body>"""
+
+
+def look(logdir: Path, tmp_path: Path, steps: str, size: str = "1400,1200") -> dict:
+    """What ``steps`` put into ``result`` after the page was drawn."""
+    apps = SpectralPlugin(TBContext(logdir=str(logdir))).get_plugin_apps()
+
+    def app(environ, start_response):
+        path = environ["PATH_INFO"].removeprefix("/plugin")
+        own = apps["/static/*"] if path.startswith("/static/") else apps.get(path)
+        if own is None:
+            found = path == "/page"
+            own = Response(PAGE.replace("STEPS", steps) if found else "", 200 if found else 204, mimetype="text/html")
+        return own(environ, start_response)
+
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={size}", "--dump-dom"]
+        command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0"]
+        command += ["--virtual-time-budget=20000", f"http://127.0.0.1:{server.server_port}/page"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert [line for line in done.stderr.splitlines() if ":CONSOLE" in line] == []
+    found = re.search(r'<script type="application/json" id="probe-result">(.*?)</script>', done.stdout, re.DOTALL)
+    assert found is not None, done.stdout[-2000:]
+    result = json.loads(found[1])
+    assert result["errors"] == []
+    return result
+
+
+def test_one_run(tmp_path: Path) -> None:
+    run = write_one(tmp_path / "runs", "muon", 0.9, 128, layers=3)
+    write_spectra(run, 128)
+    records = read_spectral(run).records
+    bad = [replace(record, step=120, status="undersampled") for record in records if record.step == 100]
+    append_records(run / SPECTRAL_FILE, bad)
+    alarm = AlarmRecord("muon_128_0", "train", 60, "hard_rank", "post", "tail", 3.0, 128.0, "width", 0.05, "tail fell")
+    append_records(run / ALARMS_FILE, [alarm])
+    result = look(
+        tmp_path / "runs",
+        tmp_path,
+        """
+        result.charts = charts();
+        result.colors = lines("hard_rank.all").map((line) => line.getAttribute("stroke"));
+        result.points = lines("hard_rank.all")[0].getAttribute("d").match(/[ML]/g).length;
+        result.levels = document.querySelectorAll('[data-chart="hard_rank.all"] .level').length;
+        result.hollow = document.querySelectorAll('[data-chart="hard_rank.all"] .hollow').length;
+        result.alarm = document.querySelector('[data-chart="hard_rank.all"] .alarm title').textContent;
+        const hover = document.querySelector('[data-chart="hard_rank.all"] .hover');
+        const box = hover.getBoundingClientRect();
+        for (let down = 0; down < box.height; down += 8) {
+          hover.dispatchEvent(new MouseEvent("mousemove", {clientX: box.left + 8, clientY: box.top + down}));
+          if (!document.querySelector(".tooltip").hidden) break;
+        }
+        result.tip = document.querySelector(".tooltip").innerText;
+        const slider = document.querySelector(".slider input");
+        result.last = document.querySelector(".slider output").textContent;
+        slider.value = 0;
+        slider.dispatchEvent(new Event("input"));
+        result.first = document.querySelector(".slider output").textContent;
+        result.notes = [...document.querySelectorAll('[data-chart="spectrum"] .note')].map((node) => node.textContent);
+        const heat = document.querySelector('[data-chart="layers.muon_128_0"]');
+        const area = heat.getBoundingClientRect();
+        heat.dispatchEvent(new MouseEvent("mousemove", {clientX: area.left + 120, clientY: area.top + 10}));
+        result.cell = document.querySelector(".tooltip").innerText;
+        const before = lines("hard_rank.all")[0].getAttribute("d");
+        await after(() => choose("x axis", "tokens"));
+        await after(() => choose("y axis", "untrained"));
+        result.label = [...document.querySelectorAll('[data-chart="hard_rank.all"] .label')].map((n) => n.textContent);
+        result.moved = lines("hard_rank.all")[0].getAttribute("d") !== before;
+        const box_ = document.querySelector(".flags input");
+        await after(() => { box_.checked = true; box_.dispatchEvent(new Event("change")); });
+        result.ticks = [...document.querySelectorAll('[data-chart="hard_rank.all"] .tick')].map((n) => n.textContent);
+        await after(() => choose("metric", "asymmetry"));
+        result.asymmetry = lines("asymmetry.all").length;
+        result.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+        """,
+    )
+    assert {"hard_rank.all", "soft_rank.all", "loss.all", "layers.muon_128_0", "spectrum"} <= set(result["charts"])
+    assert result["colors"] == [BUCKET_COLORS[bucket] for bucket in ("pooled", "head", "mid", "tail")]
+    assert result["points"] == 7  # every window is drawn as it was measured
+    assert result["levels"] == 4  # the untrained network, by bucket
+    assert result["hollow"] == 4  # the undersampled window
+    assert result["alarm"] == "tail fell"
+    untrained = [r.hard_rank for r in records if r.step == 0 and r.bucket == "tail"]
+    assert "step 0" in result["tip"]
+    assert "hard rank" in result["tip"]
+    assert "of width D = 128" in result["tip"]
+    assert (result["first"], result["last"]) == ("step 20", "step 100")
+    assert [note.split()[0] for note in result["notes"]] == ["hard", "soft"]
+    assert "layer_02, step 0" in result["cell"]
+    shown = float(result["cell"].splitlines()[1].removeprefix("hard rank "))
+    assert shown == pytest.approx(untrained[2], rel=1e-3)  # shown with four digits
+    assert "training tokens" in result["label"]
+    assert "hard rank / untrained" in result["label"]
+    assert result["moved"]
+    assert "0" in result["ticks"]  # the untrained network has its place on a logarithmic axis
+    assert result["asymmetry"] == 4
+    assert result["wide"] <= 0
+
+
+def test_twelve_runs_and_an_exponent(tmp_path: Path) -> None:
+    write_study(tmp_path / "runs", {"muon": 0.9, "adamw": 0.3}, (128, 256, 512), seeds=(0, 1), layers=2)
+    result = look(
+        tmp_path / "runs",
+        tmp_path,
+        """
+        result.charts = charts();
+        result.lines = lines("hard_rank.tail").length;
+        result.colors = [...new Set(lines("hard_rank.tail").map((line) => line.getAttribute("stroke")))].length;
+        result.beta = lines("beta.tail").map((line) => line.getAttribute("stroke"));
+        result.bands = document.querySelectorAll('[data-chart="beta.tail"] .band').length;
+        const filter = document.querySelector('[aria-label="filter runs"]');
+        await after(() => { filter.value = "muon_(128|256)_0"; filter.dispatchEvent(new Event("input")); });
+        result.filtered = lines("hard_rank.all").map((line) => line.getAttribute("stroke-dasharray"));
+        result.rows = document.querySelectorAll(".runs li").length;
+        await after(() => choose("charts", "each"));
+        result.each = charts().filter((name) => name.startsWith("hard_rank."));
+        for (const place of [0, 1]) {
+          document.querySelectorAll(".runs input")[place].click();
+          await new Promise((go) => setTimeout(go, 500));
+        }
+        result.none = main().innerText;
+        """,
+    )
+    assert {f"hard_rank.{bucket}" for bucket in ("pooled", "head", "mid", "tail")} <= set(result["charts"])
+    assert sum(name.startswith("layers.") for name in result["charts"]) == 6
+    assert result["lines"] == 12
+    assert result["colors"] == 6  # hue by optimizer, lightness by width; seeds alike
+    assert result["beta"] == ["#E69F00", "#0072B2"]
+    assert result["bands"] == 2
+    assert result["rows"] == 2
+    assert sorted(map(str, result["filtered"])) == ["7 3"] * 4 + ["None"] * 4
+    assert len(result["each"]) == 4
+    assert result["none"] == "No run is selected."
+
+
+def test_a_logdir_without_runs_says_what_to_give(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    result = look(tmp_path / "runs", tmp_path, "result.text = main().innerText;")
+    assert result["text"].startswith("No run folder (one with a run.json) lies below the logdir.")

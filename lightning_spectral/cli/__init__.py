@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "pretrain": ("lightning_spectral.cli.pretrain", "train a recipe and record its ranks"),
     "count-tokens": ("lightning_spectral.cli.count_tokens", "token counts of a text, for TailTokenProbe"),
     "measure": ("lightning_spectral.cli.measure", "ranks of one or two finished models on any text"),
+    "plan": ("lightning_spectral.cli.plan", "what a recipe or sweep takes: tokens, operations, hours, memory, disk"),
     "sweep": ("lightning_spectral.cli.sweep", "many runs from one recipe and axes"),
     "fit": ("lightning_spectral.cli.fit", "scaling exponents of runs or of a table of points"),
     "compare": ("lightning_spectral.cli.compare", "differences of exponents, levels and spectra, with intervals"),

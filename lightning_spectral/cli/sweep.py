@@ -36,6 +36,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--launcher", choices=["local", "ray"], default="local")
     parser.add_argument("--rerun-changed", action="store_true", help="run again what finished under another recipe")
+    parser.add_argument(
+        "--smoke", action="store_true", help="the recipe's tiny form, then fit, compare and report: does it all work?"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their states, run nothing")
     options, words = parser.parse_known_args(argv)
     if options.workers is not None and options.workers < 1:
@@ -43,7 +46,7 @@ def main(argv: list[str]) -> int:
 
     from lightning_spectral.sweep import plan as sweep
 
-    what = {"axes": options.axis, "overrides": words}
+    what = {"axes": options.axis, "overrides": words, "smoke": options.smoke}
     try:
         sweep.read(options.recipe, **what)  # a misspelled name is said before anything is started or imported
         from lightning_spectral.sweep.launchers import LAUNCHERS
@@ -64,7 +67,19 @@ def main(argv: list[str]) -> int:
             f"{len(changed)} run(s) in `{found.out_dir}` finished under another recipe, first `{changed[0]}`: give "
             "another --out, or --rerun-changed to run them again."
         )
-    return _run(found, launcher)
+    code = _run(found, launcher)
+    return code or (_whole_way(str(found.out_dir)) if options.smoke else 0)
+
+
+def _whole_way(out_dir: str) -> int:
+    """``fit``, ``compare`` and ``report`` of what a smoke run has made."""
+    from lightning_spectral.cli import compare, fit, report
+
+    for verb in (fit, compare, report):
+        print(f"\nlightning-spectral {verb.__name__.rpartition('.')[2]} {out_dir}")
+        if code := verb.main([out_dir]):
+            return code
+    return 0
 
 
 def _run(found, launcher) -> int:  # type: ignore[no-untyped-def]

@@ -118,6 +118,7 @@ def plan(
     overrides: Sequence[str] = (),
     out_dir: str | Path | None = None,
     rerun_changed: bool = False,
+    smoke: bool = False,
 ) -> Plan:
     """Expand a recipe into runs and look at what is there already.
 
@@ -127,17 +128,18 @@ def plan(
         overrides: Command-line words for every run, as for ``pretrain``.
         out_dir: Folder of the sweep; by default the recipe's ``out_dir``.
         rerun_changed: Run again what finished under another recipe.
+        smoke: Apply the recipe's ``smoke:`` block: the same sweep, tiny.
 
     Raises:
         RecipeError: If the recipe or an axis cannot be read, or two runs have one id.
     """
-    file, tree, common, grids = read(source, axes=axes, overrides=overrides)
+    file, tree, common, grids = read(source, axes=axes, overrides=overrides, smoke=smoke)
     from lightning_spectral.training.recipe import load
 
     base = load(file, common)
     for own in _distinct(grids):
         load(file, {**common, **own})
-    folder = Path(out_dir) if out_dir is not None else base.out_dir
+    folder = Path(out_dir) if out_dir is not None else base.out_dir.with_name(f"{base.out_dir.name}{'-smoke' * smoke}")
     jobs = [
         _job(file, tree, folder, common, base.content, zip([axis.name for axis in grid], chosen, strict=True))
         for grid in grids
@@ -154,7 +156,7 @@ def plan(
 
 
 def read(
-    source: str | Path, *, axes: Sequence[str] = (), overrides: Sequence[str] = ()
+    source: str | Path, *, axes: Sequence[str] = (), overrides: Sequence[str] = (), smoke: bool = False
 ) -> tuple[Path, dict[str, Any], dict[str, Any], list[list[Axis]]]:
     """File, tree, common overrides and grids of a sweep, every name in them checked; imports neither torch nor litgpt.
 
@@ -162,6 +164,7 @@ def read(
         source: As for :func:`plan`.
         axes: As for :func:`plan`.
         overrides: As for :func:`plan`.
+        smoke: As for :func:`plan`.
 
     Raises:
         RecipeError: If the recipe or an axis cannot be read, or a name is not known.
@@ -170,6 +173,9 @@ def read(
     common = dict(document.parse_words(overrides))
     tree = document.read_tree(file)
     grids = read_grids(tree, file)
+    if smoke:
+        settings, grids = smoke_form(tree, file, grids)
+        common = {**settings, **common}
     given = [parse_axis(text) for text in axes]
     if given:
         grids = [_with_axes(grids[0] if grids else [], given)]
@@ -196,6 +202,32 @@ def read_grids(tree: Mapping[str, Any], file: Path) -> list[list[Axis]]:
         )
     grids = [block.get("axes") or {}, *(block.get("also") or [])]
     return [[_axis(str(name), values) for name, values in grid.items()] for grid in grids if grid]
+
+
+def smoke_form(tree: Mapping[str, Any], file: Path, grids: list[list[Axis]]) -> tuple[dict[str, Any], list[list[Axis]]]:
+    """What the ``smoke:`` block sets for every run, and the first grid with the values that it keeps.
+
+    Raises:
+        RecipeError: If there is no such block, or it names an axis or a label that the sweep does not have.
+    """
+    block = tree.get("smoke")
+    if not isinstance(block, dict) or not set(block) <= {"set", "axes"}:
+        raise RecipeError(f"`{file}` has no `smoke:` block with `set` (keys and values) and `axes` (labels to keep).")
+    kept, first = block.get("axes") or {}, grids[0] if grids else []
+    for name, labels in kept.items():
+        axis = next((axis for axis in first if axis.name == name), None)
+        known = [label for label, _ in axis.values] if axis else []
+        missing = [str(label) for label in labels if str(label) not in known]
+        if missing:
+            there = ", ".join(known) or "no values"
+            raise RecipeError(f"`smoke.axes.{name}` keeps `{missing[0]}`; the axis has {there}.")
+    chosen = [
+        Axis(axis.name, tuple(pair for pair in axis.values if pair[0] in map(str, kept[axis.name])))
+        if axis.name in kept
+        else axis
+        for axis in first
+    ]
+    return dict(block.get("set") or {}), [chosen]
 
 
 def parse_axis(text: str) -> Axis:

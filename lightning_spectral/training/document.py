@@ -40,7 +40,9 @@ def names() -> list[str]:
     """Names of the recipes that came with the package (the folder also holds files of other verbs)."""
     root = folder_of_recipes()
     found = [
-        file for file in root.rglob("*.yaml") if re.search(r"^model_(name|config):", file.read_text(), re.MULTILINE)
+        file
+        for file in root.rglob("*.yaml")
+        if re.search(r"^(model_name|model_config|base):", file.read_text(), re.MULTILINE)
     ]
     return sorted(file.relative_to(root).with_suffix("").as_posix() for file in found)
 
@@ -100,7 +102,7 @@ def text_data(value: str) -> dict[str, Any] | None:
 
 
 def overridden(tree: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a recipe's tree with values set at dotted keys, without its ``sweep:`` block.
+    """A copy of a recipe's tree with values set at dotted keys, without its ``sweep:`` and ``smoke:`` blocks.
 
     Args:
         tree: From :func:`read_tree`.
@@ -109,7 +111,7 @@ def overridden(tree: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, 
     Raises:
         RecipeError: If a word is no option or a key leads nowhere.
     """
-    out = copy.deepcopy({key: value for key, value in tree.items() if key != "sweep"})
+    out = copy.deepcopy({key: value for key, value in tree.items() if key not in ("sweep", "smoke")})
     pairs = list(overrides.items()) if isinstance(overrides, Mapping) else parse_words(overrides)
     for key, value in pairs:
         set_value(out, key, value)
@@ -136,14 +138,41 @@ def _read_mapping(file: Path) -> dict[str, Any]:
 
 
 def _on_its_base(tree: dict[str, Any]) -> dict[str, Any]:
-    """Lay a recipe over the one that its ``base`` names; a top-level key replaces the base's whole."""
+    """Lay a recipe over the one that its ``base`` names; a top-level key replaces the base's whole.
+
+    But for two: an axis of ``sweep`` may list labels of the base's axis of that name, and ``smoke`` is laid over the
+    base's part by part.
+    """
     base = tree.pop("base", None)
     if base is None:
         return tree
     below = _read_mapping(find(str(base)))
     if "base" in below:
         raise RecipeError(f"`base: {base}` has a `base` itself: name the recipe at the bottom, `{below['base']}`.")
-    return {**below, **tree}
+    if isinstance(below.get("smoke"), dict) and isinstance(tree.get("smoke"), dict):
+        tree["smoke"] = {**below["smoke"], **tree["smoke"]}
+    return {**below, **_with_labels_of(below, tree)}
+
+
+def _with_labels_of(below: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """``optimizer: [AdamW, Muon]`` in a sweep stands for these labels of the base's axis ``optimizer``."""
+    known = (below.get("sweep") or {}).get("axes") or {}
+    block = tree.get("sweep")
+    if not isinstance(block, dict):
+        return tree
+
+    def axes(grid: Any) -> Any:
+        if not isinstance(grid, dict):
+            return grid
+        return {name: _labelled(values, known.get(name)) for name, values in grid.items()}
+
+    also = [axes(grid) for grid in block["also"]] if isinstance(block.get("also"), list) else block.get("also")
+    return {**tree, "sweep": {**block, "axes": axes(block.get("axes")), **({"also": also} if also else {})}}
+
+
+def _labelled(values: Any, known: Any) -> Any:
+    takes_over = isinstance(values, list) and isinstance(known, dict) and all(value in known for value in values)
+    return {label: known[label] for label in values} if takes_over else values
 
 
 def set_value(tree: dict[str, Any], key: str, value: Any) -> None:

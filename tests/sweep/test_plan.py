@@ -405,3 +405,36 @@ def test_a_real_sweep_runs_resumes_and_is_reported(tmp_path: Path) -> None:
 def test_what_forked_workers_share_can_be_imported():
     for module in sweep_launchers.PRELOADED:  # the fork server itself passes over a name that is not there
         assert find_spec(module) is not None, module
+
+
+def test_the_smoke_form_is_the_same_sweep_made_small(tmp_path):
+    _, _, common, grids = sweep.read("paper/160m", smoke=True, overrides=["--train.max_steps", "3"])
+    assert [[label for label, _ in axis.values] for axis in grids[0]] == [["AdamW", "Muon"], ["1", "2", "4"]]
+    assert (common["model_config.n_embd"], common["train.max_steps"]) == (32, 3)  # the command line has the last word
+
+
+def test_a_recipe_takes_labels_of_its_bases_axis():
+    _, _, _, grids = sweep.read("paper/heads")
+    optimizers = dict(grids[0][0].values)
+    assert list(optimizers) == ["AdamW", "Muon", "NorMuon", "Dion 1/2", "Dion 1/16"]
+    assert optimizers["Dion 1/16"]["optimizer.init_args"]["rank_fraction"] == 0.0625
+
+
+@pytest.mark.parametrize(
+    "name", ["160m", "350m", "dion_rank", "matched_loss", "heads", "positions", "post_norm", "learning_rate", "renyi"]
+)
+def test_every_family_of_the_paper_has_a_sweep_and_a_smoke_form(name):
+    _, _, _, whole = sweep.read(f"paper/{name}")
+    _, _, _, small = sweep.read(f"paper/{name}", smoke=True)
+    assert len(small[0]) == len(whole[0])
+    widths = next(axis for axis in small[0] if axis.name == "architecture.ffn_multiplier")
+    assert len(widths.values) == 3  # a slope needs three
+
+
+def test_a_smoke_block_that_keeps_what_is_not_there_is_named(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("base: paper/160m\nsmoke: {axes: {optimizer: [Adam]}}\n")
+    with pytest.raises(RecipeError, match=r"`smoke.axes.optimizer` keeps `Adam`; the axis has AdamW, Muon"):
+        sweep.read(file, smoke=True)
+    with pytest.raises(RecipeError, match=r"has no `smoke:` block"):
+        sweep.read("quickstart", axes=["seed=0,1"], smoke=True)

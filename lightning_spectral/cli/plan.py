@@ -1,0 +1,86 @@
+"""``lightning-spectral plan RECIPE``: what a run or a sweep takes, before anything starts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+from lightning_spectral.sweep.budget import DEFAULT_MFU, PEAK_FLOPS, RunCost, hours, run_cost
+from lightning_spectral.text import CommandError
+
+_EPILOG = """\
+other options are recipe keys for every run, as for `pretrain`: --train.max_steps 50
+
+examples:
+  lightning-spectral plan paper/160m --gpu h100 --num-gpus 8
+  lightning-spectral plan quickstart
+
+Estimates from the recipe alone: 6 operations per parameter and token, attention, weights, gradients and optimizer state
+in fp32. Activations are not in the memory; hours are at the given share of the GPU's peak (MFU)."""
+
+
+def main(argv: list[str]) -> int:
+    """Print the estimate; 0 done, 2 bad input."""
+    parser = argparse.ArgumentParser(
+        "lightning-spectral plan",
+        description="Runs, tokens, parameters, operations, memory, hours and disk of a recipe or sweep.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", help="a YAML file or a shipped name; its `sweep:` block is expanded")
+    parser.add_argument("--axis", action="append", default=[], metavar="KEY=A,B,C", help="as for `sweep`")
+    parser.add_argument("--smoke", action="store_true", help="the recipe's tiny form")
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"one of {', '.join(PEAK_FLOPS)}")
+    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="GPUs of one run")
+    parser.add_argument("--mfu", type=float, default=DEFAULT_MFU, help="share of the peak that training reaches")
+    options, words = parser.parse_known_args(argv)
+    if not 0 < options.mfu <= 1:
+        raise CommandError(f"--mfu must be in (0, 1], got {options.mfu}.")
+    if options.num_gpus < 1:
+        raise CommandError(f"--num-gpus must be >= 1, got {options.num_gpus}.")
+    try:
+        costs = _costs(options, words)
+    except ValueError as error:  # RecipeError, too
+        raise CommandError(str(error)) from error
+    print("\n".join(_lines(costs, options.gpu, options.mfu, options.num_gpus)))
+    return 0
+
+
+def _costs(options: argparse.Namespace, words: Sequence[str]) -> list[RunCost]:
+    from lightning_spectral.sweep import plan as sweep
+    from lightning_spectral.training import document
+
+    file = document.find(options.recipe)
+    tree = document.read_tree(file)
+    if not options.axis and not options.smoke and not tree.get("sweep"):
+        return [run_cost(file.stem, document.overridden(tree, words))]
+    _, tree, common, grids = sweep.read(options.recipe, axes=options.axis, overrides=words, smoke=options.smoke)
+    costs = []
+    for grid in grids:
+        for chosen in product(*(axis.values for axis in grid)):
+            own: dict[str, Any] = {key: value for _, values in chosen for key, value in values.items()}
+            costs.append(run_cost(" ".join(label for label, _ in chosen), document.overridden(tree, {**common, **own})))
+    return costs
+
+
+def _lines(costs: Sequence[RunCost], gpu: str, mfu: float, num_gpus: int) -> list[str]:
+    total = sum(cost.train_flops for cost in costs)
+    measuring = sum(cost.measure_flops for cost in costs)
+    largest = max(costs, key=lambda cost: cost.state_bytes)
+    widest = max(costs, key=lambda cost: cost.measure_bytes)
+    per_gpu = largest.state_bytes / 2**30
+    rows = [
+        ("runs", f"{len(costs):,}"),
+        ("tokens", f"{sum(cost.tokens for cost in costs):,} ({costs[0].steps:,} steps in the first run)"),
+        ("parameters", f"{min(c.parameters for c in costs):,} to {max(c.parameters for c in costs):,}"),
+        ("operations", f"{total:.3g} FLOP of training, {measuring:.2g} of measuring ({measuring / total:.2%})"),
+        ("hours", f"{hours(total, gpu, mfu, num_gpus):,.1f} on {num_gpus} x {gpu} at {mfu:.0%} of its peak, all runs"),
+        ("longest run", f"{hours(max(c.train_flops for c in costs), gpu, mfu, num_gpus):,.2f} hours"),
+        ("memory", f"{per_gpu:.2f} GiB a GPU under DDP, {per_gpu / num_gpus:.2f} under FSDP; activations on top"),
+        ("a window", f"{widest.measure_bytes / 2**30:.2f} GiB on each rank, {widest.windows} windows in a run"),
+        ("disk", f"{sum(cost.disk_bytes for cost in costs) / 2**30:,.1f} GiB"),
+    ]
+    return [f"{name:<13}{text}" for name, text in rows]

@@ -40,24 +40,28 @@ def did_you_mean(wrong: object, known: Iterable[object], *, otherwise: str = "kn
     return f"did you mean `{prefix}{close[0]}`?" if close else f"{otherwise}: {', '.join(names)}."
 
 
-def import_class(path: str, *, bare_names_in: str | None = None) -> Any:
-    """The object at a dotted path.
+def import_class(path: str, *, bare_names_in: str | None = None, subclass_of: type | None = None) -> Any:
+    """The object at a dotted path; nothing is called.
 
     Args:
         path: ``package.module.Name``.
         bare_names_in: Module in which a name without a dot is looked up.
+        subclass_of: What the class must be a kind of.
 
     Raises:
-        ImportError: If there is none; one sentence, without the path.
+        ImportError: If there is none, or it is something else; one sentence, without the path.
     """
     module_name, _, name = path.rpartition(".")
     module_name = module_name or bare_names_in or ""
     if not module_name:
         raise ImportError("a name without its module; give the full class path")
     try:
-        return getattr(import_module(module_name), name)
+        found = getattr(import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ImportError(one_line(error)) from error
+    if subclass_of is not None and not (isinstance(found, type) and issubclass(found, subclass_of)):
+        raise ImportError(f"it is no {subclass_of.__module__.partition('.')[0]} {subclass_of.__name__}")
+    return found
 
 
 def read_yaml(text: str) -> Any:

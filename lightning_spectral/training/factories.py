@@ -22,7 +22,8 @@ def make_strategy(wanted: Any, world_size: int) -> str | Strategy:
         return ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
     if isinstance(wanted, dict):
         try:
-            made: Strategy = import_class(str(wanted.get("class_path")))(**(wanted.get("init_args") or {}))
+            kind = import_class(str(wanted.get("class_path")), subclass_of=Strategy)  # checked before it is built
+            made: Strategy = kind(**(wanted.get("init_args") or {}))
         except (ImportError, TypeError, ValueError) as error:
             raise RecipeError(f"`strategy: {wanted}` cannot be made: {one_line(error)}") from error
         return made

@@ -115,8 +115,12 @@ def instantiate(content: dict[str, Any], run_folder: Path) -> Namespace:
 def _callback(spec: dict[str, Any], *, only_check: bool = False) -> Callback | None:
     """One at a time, by its own class: in a list of alternatives jsonargparse buries what is wrong."""
     name = spec["class_path"].rpartition(".")[2]
+    try:
+        kind = import_class(spec["class_path"], subclass_of=Callback)  # checked before it is built
+    except ImportError as error:
+        raise RecipeError(f"`callbacks`: `{spec['class_path']}` cannot be used: {error}.") from error
     one = ArgumentParser(exit_on_error=False)
-    one.add_class_arguments(import_class(spec["class_path"]), name, fail_untyped=False)
+    one.add_class_arguments(kind, name, fail_untyped=False)
     try:
         values = one.parse_object({name: spec.get("init_args") or {}})
         return None if only_check else getattr(one.instantiate_classes(values), name)

@@ -250,3 +250,16 @@ def test_on_is_a_key_and_not_true(tmp_path: Path) -> None:
     file.write_text(text.replace("callbacks: []", "") + f"\ncallbacks: [{probe}]\n")
     (callback,) = load(file).content["callbacks"]
     assert callback["init_args"]["on"] == ["train", "validation"]
+
+
+def test_a_foreign_class_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    from lightning_spectral.training.factories import make_strategy
+
+    touch = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(tmp_path / "ran")]}}
+    with pytest.raises(RecipeError, match=r"`strategy: .*` cannot be made: it is no lightning Strategy"):
+        make_strategy(touch, 1)
+    with pytest.raises(
+        RecipeError, match=r"`callbacks`: `subprocess.Popen` cannot be used: it is no lightning Callback"
+    ):
+        load("debug", {"callbacks": [touch]})
+    assert not (tmp_path / "ran").exists()

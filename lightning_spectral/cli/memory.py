@@ -1,51 +1,67 @@
 """``lightning-spectral memory VERB``: the associative memory, simulated and predicted.
 
-Every command writes ``DIR/results.jsonl``, one JSON object per run (``kind`` says which), with all inputs (``d``,
-``n_items``, ``alpha``, ``batch_size``, ``seed``, ``anisotropy``, ``dtype``, ``rule``, ``settings``, ``device``,
-``chunk_size``) and all outputs:
+Every command that runs anything writes ``DIR/results.jsonl``, one JSON object per run as soon as it is done (``kind``
+says which), with all inputs (``d``, ``d_out``, ``n_items``, ``alpha``, ``batch_size``, ``seed``, ``anisotropy``,
+``dtype``, ``rule``, ``settings``, ``device``, ``chunk_size``) and all outputs:
 
+* ``status``: ``ok``, or ``singular`` with the ``reason``: the run could not be made, its ``count`` is null;
 * ``count``, ``prefix``, ``k50``, ``k90``, ``head_recall``, ``tail_recall``, ``mass``, ``curve_rank``, ``curve_recall``,
-  ``distinct``, ``censored``, ``seconds``, ``update_spectrum``: measured;
-* ``predicted_count``, ``predicted_prefix``, ``predicted_spread``, ``predicted_curve_*``, ``prediction_trusted``: the
-  theory for this very run, ``null`` where there is none;
+  ``distinct``, ``censored``, ``seconds``, ``update_spectrum``, ``update_singular_values``: measured;
+* ``predicted_count``, ``predicted_prefix``, ``predicted_spread``, ``predicted_curve_*``: the theory for this very run,
+  null where there is none; ``prediction_trusted``, and in ``prediction_note`` why not;
 * ``asymptotic_exponent``, ``asymptotic_count``: the limiting law, never to be compared with a count at small d;
 * ``batch``: ``expected_distinct``, ``predicted_critical_batch`` (population rows),
   ``asymptotic_critical_batch_exponent``;
-* ``steps``: one row per ``step`` with ``mode``, ``steps``, ``step_scale``, ``schedule``; exact: ``loss``,
-  ``loss_over_tail_mass``, ``best_probability`` and ``worst_probability`` of an item's own output, ``imbalance`` their
-  difference; deflation: ``count`` is d_t and ``new`` its growth;
+* ``steps``: one row per ``step`` with ``mode``, ``steps``, ``step_scale``, ``schedule``, ``information_limit``; exact:
+  ``loss``, ``loss_over_tail_mass``, ``best_probability`` and ``worst_probability`` of an item's own output,
+  ``imbalance`` their difference; deflation: ``count`` is d_t and ``new`` its growth;
 * ``newton-schulz``: ``exact_count``, ``capacity_share``, ``flattened_share``, ``smallest_singular_value`` (over the
   Frobenius norm), ``steps_for_capacity``;
-* ``newton-schulz --checkpoint`` (kind ``flattening``): ``matrix``, ``flattened_share``, ``steps_needed``;
+* ``newton-schulz --checkpoint`` (kind ``flattening``): ``matrix``, ``optimizer``, ``own_settings``,
+  ``flattened_share``, ``steps_needed``;
 * ``theory``: predictions only, with ``predicted_d_t``, ``asymptotic_e_t``, ``predicted_critical_batch``.
+
+A second command in the same folder moves the earlier results to ``previous/``; ``--resume`` continues them.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from lightning_spectral.memory import options as memory_options
 from lightning_spectral.text import CommandError
 
 Row = dict[str, Any]
+_NS_SETS, _NS_STEPS = ["muon", "polar_express", "cubic"], [3, 4, 5, 6, 7, 8, 10, 12, 14]
 
 
 def main(argv: list[str]) -> int:
     """Run one memory command."""
+    from lightning_spectral.memory.plan import refuse_repeats
+
     parser = argparse.ArgumentParser(
-        "lightning-spectral memory", description="The associative memory of arXiv:2603.26554: what one step stores."
+        "lightning-spectral memory",
+        description="The associative memory of arXiv:2603.26554: what one step stores.",
+        epilog="`lightning-spectral memory fields` lists the fields of results.jsonl.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, (help_line, add_options, _) in COMMANDS.items():
-        verb = verbs.add_parser(name, help=help_line, description=help_line)
-        verb.add_argument("--config", metavar="YAML", help="options from a recipe, e.g. recipes/memory/one_step.yaml")
+    for name, (help_line, example, add_options, _) in COMMANDS.items():
+        verb = verbs.add_parser(
+            name, help=help_line, description=help_line, epilog=f"Example: lightning-spectral memory {name} {example}"
+        )
+        if name not in ("report", "fields"):
+            verb.add_argument(
+                "--config", metavar="YAML", help="options from a recipe, e.g. recipes/memory/one_step.yaml"
+            )
         add_options(verb)
     options = parser.parse_args(_with_config(argv, verbs))
+    refuse_repeats(options)
     try:
-        return COMMANDS[options.verb][2](options)
+        return COMMANDS[options.verb][3](options)
     except ValueError as error:
         raise CommandError(str(error)) from error
 
@@ -63,7 +79,7 @@ def _with_config(argv: list[str], verbs: Any) -> list[str]:
     try:
         with open(path) as file:
             content = yaml.safe_load(file)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise CommandError(f"`--config` {path} cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("command", argv[0]) != argv[0]:
         raise CommandError(f"`--config` {path} is no recipe for `memory {argv[0]}`; its `command` must name that verb.")
@@ -95,9 +111,11 @@ def _add_batch(parser: argparse.ArgumentParser) -> None:
 
 def _add_steps(parser: argparse.ArgumentParser) -> None:
     memory_options.add_problem(parser, d=[64, 128])
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps (default: 5)")
+    parser.add_argument("--steps", type=memory_options.whole_number, default=5, help="optimizer steps (default: 5)")
     parser.add_argument("--mode", default="deflation", help="exact softmax dynamics, or deflation (default)")
-    parser.add_argument("--step-scale", type=float, default=2.0, help="exact: c in |dW|_F = c d (default: 2)")
+    parser.add_argument(
+        "--step-scale", type=memory_options.real_number, default=2.0, help="exact: c in |dW|_F = c sqrt(d d_out) (2)"
+    )
     parser.add_argument("--schedule", default="linear", help="exact: constant, or linear to zero (default)")
     memory_options.add_rules(parser, ("sgd", "muon"))
     memory_options.add_run(parser, "out/memory/steps")
@@ -105,7 +123,7 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
 
 def _add_theory(parser: argparse.ArgumentParser) -> None:
     memory_options.add_problem(parser, d=[128, 256, 512, 1024, 2048])
-    parser.add_argument("--steps", type=int, default=0, help="also predict d_t for this many steps")
+    parser.add_argument("--steps", type=memory_options.whole_number, default=0, help="also predict d_t this far")
     memory_options.add_rules(parser, ("sgd", "muon", "newton"))
     memory_options.add_run(parser, "out/memory/theory")
 
@@ -113,9 +131,10 @@ def _add_theory(parser: argparse.ArgumentParser) -> None:
 def _add_newton_schulz(parser: argparse.ArgumentParser) -> None:
     memory_options.add_problem(parser, d=[256])
     group = parser.add_argument_group("iterations")
-    group.add_argument("--coefficients", nargs="+", default=["muon", "polar_express", "cubic"], help="coefficient sets")
-    group.add_argument("--ns-steps", type=int, nargs="+", default=[3, 4, 5, 6, 7, 8, 10, 12, 14])
-    group.add_argument("--checkpoint", metavar="FILE", help="judge the momentum (or matrices) of a checkpoint instead")
+    group.add_argument("--coefficients", nargs="+", help=f"coefficient sets (default: {' '.join(_NS_SETS)})")
+    group.add_argument("--ns-steps", type=memory_options.whole_number, nargs="+", help=f"(default: {_NS_STEPS})")
+    group.add_argument("--checkpoint", metavar="FILE", help="judge the momentum of a run by its own optimizer instead")
+    group.add_argument("--as-gradient", action="store_true", help="--checkpoint without momentum: judge its matrices")
     group.add_argument("--ns-dtype", nargs="+", default=["float32", "bfloat16"])
     memory_options.add_run(parser, "out/memory/newton-schulz")
 
@@ -124,37 +143,38 @@ def _add_reproduce(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget", default="3m", help="wall time, e.g. 90s, 3m, 2h; more reaches larger d (default: 3m)"
     )
-    parser.add_argument("--n-items", type=int, default=30000, help="items N of the one-step runs (default: 30000)")
-    parser.add_argument("--first-seed", type=int, default=0)
-    memory_options.add_run(parser, "out/memory/reproduce")
+    parser.add_argument(
+        "--n-items", type=memory_options.whole_number, default=30000, help="items N, at every d (default: 30000)"
+    )
+    parser.add_argument("--first-seed", type=memory_options.whole_number, default=0)
+    memory_options.add_run(parser, "out/memory/reproduce", resume=False)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", metavar="DIR", help="a folder with results.jsonl, of a finished or interrupted command")
+    parser.add_argument("--no-figures", action="store_true", help="write numbers only")
 
 
 def _one_step(options: argparse.Namespace) -> int:
     from lightning_spectral.memory.runs import one_step_rows
 
-    settings, machine = memory_options.rule_settings(options), memory_options.machine(options)
-    problems = list(memory_options.problems(options))
-    return _write(options, (row for p in problems for row in one_step_rows(p, options.rules, settings, machine)))
+    return _run(options, "one-step", one_step_rows)
 
 
 def _batch(options: argparse.Namespace) -> int:
     from lightning_spectral.memory.runs import batch_rows
 
-    settings, machine = memory_options.rule_settings(options), memory_options.machine(options)
-    problems = list(memory_options.problems(options))
-    return _write(options, (row for p in problems for row in batch_rows(p, options.rules, settings, machine)))
+    return _run(options, "batch", batch_rows)
 
 
 def _steps(options: argparse.Namespace) -> int:
     from lightning_spectral.memory.runs import step_rows
     from lightning_spectral.theory.dynamics import check_run
 
-    settings, machine = memory_options.rule_settings(options), memory_options.machine(options)
     run = {key: getattr(options, key) for key in ("steps", "mode", "step_scale", "schedule")}
     for rule in options.rules:
         check_run(rule, **run)
-    problems = list(memory_options.problems(options))
-    return _write(options, (row for p in problems for row in step_rows(p, options.rules, settings, machine, run)))
+    return _run(options, "steps", partial(step_rows, run=run), run)
 
 
 def _theory(options: argparse.Namespace) -> int:
@@ -162,59 +182,112 @@ def _theory(options: argparse.Namespace) -> int:
     from lightning_spectral.theory.problem import require_integer
 
     require_integer("steps", options.steps, 0, "leave it out to predict one step only")
-    settings = memory_options.rule_settings(options)
     options.seeds, options.no_figures = 1, True
-    problems = list(memory_options.problems(options))
-    return _write(options, (row for p in problems for row in theory_rows(p, options.rules, settings, options.steps)))
+
+    def rows(problem: Any, rules: Sequence[str], settings: Any, machine: Row) -> Iterator[Row]:
+        return theory_rows(problem, rules, settings, options.steps)
+
+    return _run(options, "theory", rows, {"steps": options.steps})
+
+
+def _run(options: argparse.Namespace, kind: str, make: Callable[..., Iterator[Row]], run: Row | None = None) -> int:
+    """One task per problem of the options, with all its rules."""
+    from lightning_spectral.memory.output import run_tasks
+    from lightning_spectral.memory.plan import task_of
+
+    settings, machine = memory_options.rule_settings(options), memory_options.machine(options)
+    tasks = [
+        task_of(kind, p, options.rules, settings, partial(make, p, options.rules, settings, machine), run)
+        for p in memory_options.problems(options)
+    ]
+    return run_tasks(options.out, tasks, resume=options.resume, figures=not options.no_figures)
 
 
 def _newton_schulz(options: argparse.Namespace) -> int:
+    from lightning_spectral.memory.output import run_tasks
+    from lightning_spectral.memory.plan import newton_schulz_task
     from lightning_spectral.memory.runs import newton_schulz_rows
     from lightning_spectral.theory.rules import RuleSettings
 
     machine = memory_options.machine(options)
-    sets, steps, dtypes = options.coefficients, options.ns_steps, options.ns_dtype
-    for name in sets:
-        for k in steps:
-            for dtype in dtypes:
-                RuleSettings(coefficients=name, ns_steps=k, ns_dtype=dtype)
+    sets, steps, dtypes = options.coefficients or _NS_SETS, options.ns_steps or _NS_STEPS, options.ns_dtype
+    settings = [
+        RuleSettings(coefficients=name, ns_steps=k, ns_dtype=dtype) for name in sets for k in steps for dtype in dtypes
+    ]
     if options.checkpoint:
         return _flattening(options)
-    problems = list(memory_options.problems(options))
-    return _write(options, (row for p in problems for row in newton_schulz_rows(p, sets, steps, dtypes, machine)))
+    tasks = [
+        newton_schulz_task(p, settings, partial(newton_schulz_rows, p, sets, steps, dtypes, machine))
+        for p in memory_options.problems(options)
+    ]
+    return run_tasks(options.out, tasks, resume=options.resume, figures=not options.no_figures)
 
 
 def _flattening(options: argparse.Namespace) -> int:
     from lightning_spectral.memory.flattening import checkpoint_rows, table
-    from lightning_spectral.memory.output import write_rows
+    from lightning_spectral.memory.output import prepare, write_rows
 
-    rows = list(checkpoint_rows(options.checkpoint, options.coefficients, options.ns_steps))
+    rows = list(checkpoint_rows(options.checkpoint, options.coefficients, options.ns_steps, options.as_gradient))
+    folder = prepare(options.out, keep=False, say=print)
+    write_rows(folder, rows)
     print("\n".join(table(rows)))
-    print(f"written to {write_rows(options.out, rows)}")
+    print(f"\nwritten to {folder}: results.jsonl")
     return 0
 
 
 def _reproduce(options: argparse.Namespace) -> int:
     begun = time.perf_counter()  # imports count
+    from lightning_spectral.memory.fit import read_results
+    from lightning_spectral.memory.output import INTERRUPTED, conclude, prepare, write_rows
     from lightning_spectral.memory.reproduce import parse_budget, reproduce_rows
 
     seconds = parse_budget(options.budget)
     machine = memory_options.machine(options)
+    folder = prepare(options.out, keep=False, say=print)
     rows = reproduce_rows(seconds, options.n_items, options.first_seed, machine, begun)
-    return _write(options, rows, verdicts=True)
+    interrupted = write_rows(folder, rows)
+    conclude(folder, read_results(folder), figures=not options.no_figures, say=print, laws=True)
+    return INTERRUPTED if interrupted else 0
 
 
-def _write(options: argparse.Namespace, rows: Iterator[Row], verdicts: bool = False) -> int:
-    from lightning_spectral.memory.output import write_outputs
+def _report(options: argparse.Namespace) -> int:
+    from pathlib import Path
 
-    return write_outputs(options.out, rows, figures=not options.no_figures, verdicts=verdicts, say=print)
+    from lightning_spectral.memory.fit import RESULTS_FILE, read_results
+    from lightning_spectral.memory.output import conclude
+
+    folder = Path(options.dir)
+    if not (folder / RESULTS_FILE).is_file():
+        raise CommandError(f"`DIR` {folder} holds no {RESULTS_FILE}; name the `--out` of a memory command.")
+    rows = read_results(folder)
+    if not rows:
+        raise CommandError(f"`DIR` {folder}: {RESULTS_FILE} has no whole row yet.")
+    conclude(folder, rows, figures=not options.no_figures, say=print, laws=True)
+    return 0
 
 
-COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
-    "one-step": ("one step from W = 0: count, curve and spectrum of each rule", _add_one_step, _one_step),
-    "batch": ("one step from a sampled batch: count against batch size", _add_batch, _batch),
-    "steps": ("many steps: exact softmax dynamics, or deflation", _add_steps, _steps),
-    "theory": ("predictions only, nothing simulated", _add_theory, _theory),
-    "newton-schulz": ("capacity kept by k Newton-Schulz steps", _add_newton_schulz, _newton_schulz),
-    "reproduce": ("every law of the paper within a time budget, with verdicts", _add_reproduce, _reproduce),
-}
+def _fields(options: argparse.Namespace) -> int:
+    print(__doc__)
+    return 0
+
+
+def _add_nothing(parser: argparse.ArgumentParser) -> None:
+    """No options."""
+
+
+AddOptions = Callable[[argparse.ArgumentParser], None]
+COMMANDS: dict[str, tuple[str, str, AddOptions, Callable[[argparse.Namespace], int]]] = {
+    "one-step": ("one step from W = 0: count, curve and spectrum of each rule", "--d 128 256 --rules sgd muon ns5",
+                 _add_one_step, _one_step),
+    "batch": ("one step from a sampled batch: count against batch size", "--d 128 --batch-size 64 1024 population",
+              _add_batch, _batch),
+    "steps": ("many steps: exact softmax dynamics, or deflation", "--d 64 128 --steps 5", _add_steps, _steps),
+    "theory": ("predictions only, nothing simulated", "--d 128 512 2048 --n-items 1000000", _add_theory, _theory),
+    "newton-schulz": ("capacity kept by k Newton-Schulz steps", "--d 256, or --checkpoint last.ckpt",
+                      _add_newton_schulz, _newton_schulz),
+    "reproduce": ("every law of the paper within a time budget, with verdicts", "--budget 3m", _add_reproduce,
+                  _reproduce),
+    "report": ("tables, verdicts and figures of a folder of results again, from its rows alone", "out/memory/one-step",
+               _add_report, _report),
+    "fields": ("what the fields of results.jsonl mean", "", _add_nothing, _fields),
+}  # fmt: skip

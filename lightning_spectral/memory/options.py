@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,27 +16,60 @@ if TYPE_CHECKING:
 DEFAULT_RULES = ("sgd", "muon", "ns5", "newton")
 
 
+def whole_number(text: str) -> int:
+    """An integer; says what it got where it is none."""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from error
+
+
+def real_number(text: str) -> float:
+    """A number; says what it got where it is none."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from error
+
+
 def batch_size(text: str) -> int | None:
     """An integer, or ``population``."""
-    return None if text == "population" else int(text)
+    if text == "population":
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a whole number or `population`, got {text!r}") from error
 
 
 def step_count(text: str) -> int | None:
     """An integer, or ``auto``."""
-    return None if text == "auto" else int(text)
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a whole number or `auto`, got {text!r}") from error
 
 
 def add_problem(parser: argparse.ArgumentParser, d: list[int], batches: bool = True) -> None:
     """Options that make problems; those that take several values are combined."""
     problem = parser.add_argument_group("problem")
-    problem.add_argument("--d", type=int, nargs="+", default=d, help=f"features of u and v (default: {d})")
+    problem.add_argument("--d", type=whole_number, nargs="+", default=d, help=f"features of v, and of u (default: {d})")
     problem.add_argument(
-        "--alpha", type=float, nargs="+", default=[1.5], help="power of the frequencies (default: 1.5)"
+        "--d-out", type=whole_number, nargs="+", default=[None], help="features of u, where W is not square"
     )
-    problem.add_argument("--n-items", type=int, default=30000, help="items N, the same at every d (default: 30000)")
-    problem.add_argument("--seeds", type=int, default=3, metavar="K", help="run seeds first..first+K-1 (default: 3)")
-    problem.add_argument("--first-seed", type=int, default=0, help="first seed (default: 0)")
-    problem.add_argument("--anisotropy", type=float, nargs="+", default=[0.0], help="beta of Cov(v)_kk ~ k^-beta")
+    problem.add_argument(
+        "--alpha", type=real_number, nargs="+", default=[1.5], help="power of the frequencies (default: 1.5)"
+    )
+    problem.add_argument(
+        "--n-items", type=whole_number, default=30000, help="items N, the same at every d (default: 30000)"
+    )
+    problem.add_argument(
+        "--seeds", type=whole_number, default=3, metavar="K", help="run seeds first..first+K-1 (default: 3)"
+    )
+    problem.add_argument("--first-seed", type=whole_number, default=0, help="first seed (default: 0)")
+    problem.add_argument("--anisotropy", type=real_number, nargs="+", default=[0.0], help="beta of Cov(v)_kk ~ k^-beta")
     problem.add_argument("--dtype", default="float32", help="of the large products: float32 or float64")
     problem.add_argument("--allow-flat", action="store_true", help="accept 0 < alpha <= 1, where the law says nothing")
     if batches:
@@ -51,26 +85,37 @@ def add_rules(parser: argparse.ArgumentParser, default: tuple[str, ...] = DEFAUL
         "--rules",
         nargs="+",
         default=list(default),
-        help="sgd, sign, muon, newton, ns, ns<steps> (default: %(default)s)",
+        help="sgd, sign, muon, newton, ns, ns<steps>, power<p> (default: %(default)s)",
     )
-    rules.add_argument("--lam", type=float, default=0.0, help="muon: lambda of s / sqrt(s^2 + lambda^2) (default: 0)")
-    rules.add_argument("--lam-scale", type=float, help="muon: lambda in units of p_1 d^-alpha, instead of --lam")
+    rules.add_argument(
+        "--lam", type=real_number, default=0.0, help="muon: lambda of s / sqrt(s^2 + lambda^2) (default: 0)"
+    )
+    rules.add_argument("--lam-scale", type=real_number, help="muon: lambda in units of p_1 d^-alpha, instead of --lam")
     rules.add_argument("--polar", default="newton", help="muon: polar factor by `newton` (matrix products) or `svd`")
     rules.add_argument("--coefficients", default="muon", help="ns: name of the coefficient set (default: muon)")
     rules.add_argument("--ns-steps", type=step_count, default=5, help="ns: steps, or `auto` (default: 5)")
     rules.add_argument("--ns-dtype", default="float32", help="ns: float32, bfloat16 or float64")
-    rules.add_argument("--ridge", type=float, default=0.0, help="newton: ridge, in units of the mean input eigenvalue")
+    rules.add_argument("--power", type=real_number, default=0.5, help="power: p of s^p, between 0 (muon) and 1 (sgd)")
+    rules.add_argument(
+        "--ridge", type=real_number, default=0.0, help="newton: ridge, in units of the mean input eigenvalue"
+    )
 
 
-def add_run(parser: argparse.ArgumentParser, out: str) -> None:
+def add_run(parser: argparse.ArgumentParser, out: str, resume: bool = True) -> None:
     """Options of the machine and of the output."""
     run = parser.add_argument_group("run")
     run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
-    run.add_argument("--chunk-size", type=int, default=4096, help="items whose scores are held at once (default: 4096)")
-    run.add_argument("--cache-gib", type=float, default=4.0, help="draw embeddings larger than this again each pass")
+    run.add_argument(
+        "--chunk-size", type=whole_number, default=4096, help="items whose scores are held at once (default: 4096)"
+    )
+    run.add_argument(
+        "--cache-gib", type=real_number, default=4.0, help="draw embeddings larger than this again each pass"
+    )
     run.add_argument(
         "--out", default=out, metavar="DIR", help="results.jsonl, tables and figures (default: %(default)s)"
     )
+    if resume:
+        run.add_argument("--resume", action="store_true", help="keep the rows that --out holds, run what is missing")
     run.add_argument("--no-figures", action="store_true", help="write numbers only")
 
 
@@ -80,21 +125,20 @@ def problems(options: argparse.Namespace) -> Iterator[MemoryProblem]:
 
     require_integer("seeds", options.seeds, 1, "run at least one seed")
     require_integer("first_seed", options.first_seed, 0, "seeds are non-negative integers")
-    for alpha in options.alpha:
-        for anisotropy in options.anisotropy:
-            for d in options.d:
-                for batch in getattr(options, "batch_size", [None]):
-                    for seed in range(options.first_seed, options.first_seed + options.seeds):
-                        yield MemoryProblem(
-                            d=d,
-                            n_items=options.n_items,
-                            alpha=alpha,
-                            batch_size=batch,
-                            seed=seed,
-                            anisotropy=anisotropy,
-                            dtype=options.dtype,
-                            allow_flat=options.allow_flat,
-                        )
+    lists = (options.alpha, options.anisotropy, options.d_out, options.d, getattr(options, "batch_size", [None]))
+    for alpha, anisotropy, d_out, d, batch in itertools.product(*lists):
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
+            yield MemoryProblem(
+                d=d,
+                n_items=options.n_items,
+                alpha=alpha,
+                batch_size=batch,
+                seed=seed,
+                anisotropy=anisotropy,
+                dtype=options.dtype,
+                allow_flat=options.allow_flat,
+                d_out=d_out,
+            )
 
 
 def rule_settings(options: argparse.Namespace) -> RuleSettings:
@@ -109,6 +153,7 @@ def rule_settings(options: argparse.Namespace) -> RuleSettings:
         ns_dtype=options.ns_dtype,
         ridge=options.ridge,
         polar=options.polar,
+        power=options.power,
     )
     for rule in options.rules:
         parse_rule(rule, settings)

@@ -1,61 +1,145 @@
-"""What a memory command leaves behind: results.jsonl as it goes, then tables, figures and a summary."""
+"""What a memory command leaves behind: results.jsonl as it goes, then tables, figures and a summary.
+
+Nothing written is ever lost: a new command in a used folder moves the old files to ``previous/NNN``, an interrupted one
+leaves its rows, which ``memory report DIR`` draws and ``--resume`` continues.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_spectral.memory import fit as memory_fit
-from lightning_spectral.text import CommandError
+from lightning_spectral.memory.plan import Progress, Task, identity
+from lightning_spectral.memory.summary import summary_lines
+from lightning_spectral.memory.verdicts import Verdict, untested, verdict_table, verdicts
+from lightning_spectral.text import CommandError, write_text
 
 Row = dict[str, Any]
-_SUMMARY = ("rule_label", "alpha", "d", "batch_size", "anisotropy", "step")
+Say = Callable[[str], None]
+INTERRUPTED = 130  # exit code, as of a shell
+_OURS = ("results.jsonl", "results.csv", "verdicts.csv", "verdicts.md", "claims.json", "claims.md", "advice.json")
 
 
-def write_outputs(out: str, rows: Iterable[Row], figures: bool, verdicts: bool, say: Callable[[str], None]) -> int:
-    """Write each row when it is done; print a summary; returns the exit code."""
+def run_tasks(out: str, tasks: Sequence[Task], *, resume: bool = False, figures: bool = True, say: Say = print) -> int:
+    """Make the rows of all tasks, each written when it is done, then tables and figures; returns the exit code.
+
+    Args:
+        out: The folder.
+        tasks: What to run.
+        resume: Keep the rows that are there and run only what is missing.
+        figures: Draw.
+        say: Takes the summary.
+    """
+    folder = prepare(out, keep=resume, say=say)
+    left = _missing(folder, tasks) if resume else list(tasks)
+    if resume:
+        say(f"resume: {len(tasks) - len(left)} of {len(tasks)} runs are there already")
+    progress = Progress(left)
+
+    def rows() -> Iterator[Row]:
+        for number, task in enumerate(left):
+            progress.begin(number)
+            yield from task.make()
+            progress.end(number)
+
+    interrupted = write_rows(folder, rows())
+    if interrupted:
+        say(f"\ninterrupted; the rows so far are in {folder}: the same command with `--resume` runs the rest.")
+    done = memory_fit.read_results(folder)
+    runs = [row for row in done if row.get("kind") != "theory"]
+    if runs and not any(memory_fit.ok(row) for row in runs) and not interrupted:
+        raise CommandError(str(runs[0]["reason"]))
+    conclude(folder, done, figures=figures, say=say)
+    return INTERRUPTED if interrupted else 0
+
+
+def prepare(out: str, *, keep: bool, say: Say) -> Path:
+    """The folder, ready to be written to; results that are there are moved aside unless they are kept."""
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"`--out` {out} is a file; name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    done: list[Row] = []
-    with (folder / memory_fit.RESULTS_FILE).open("w") as file:
-        for row in rows:
-            line = finite(row)
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-            file.flush()
-            done.append(line)
-    _say_summary(done, say)
-    _say_censored(done, say)
-    write_csv(
-        folder / "results.csv", [{k: v for k, v in row.items() if not isinstance(v, (list, dict))} for row in done]
-    )
+    if not keep and (moved := set_aside(folder)) is not None:
+        say(f"the earlier results in {folder} are in {moved} now (`--resume` continues them instead)")
+    return folder
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move everything that a memory command wrote to ``previous/NNN``; returns it, or ``None`` if there was nothing."""
+    from lightning_spectral.memory.figures import FIGURE_FILES
+
+    found = [folder / name for name in (*_OURS, *FIGURE_FILES) if (folder / name).exists()]
+    if not found:
+        return None
+    previous = folder / "previous"
+    number = 1 + max((int(path.name) for path in previous.glob("[0-9]*") if path.name.isdigit()), default=0)
+    target = previous / f"{number:03d}"
+    target.mkdir(parents=True)
+    for path in found:
+        path.rename(target / path.name)
+    return target
+
+
+def write_rows(folder: Path, rows: Iterable[Row]) -> bool:
+    """Append each row when it is made; returns whether the user interrupted."""
+    with (folder / memory_fit.RESULTS_FILE).open("a") as file:
+        try:
+            for row in rows:
+                file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+                file.flush()
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+def _missing(folder: Path, tasks: Sequence[Task]) -> list[Task]:
+    """Tasks whose rows are not all there; rows of a task that was cut short are taken out of the file."""
+    path = folder / memory_fit.RESULTS_FILE
+    if not path.exists():
+        return list(tasks)
+    there = memory_fit.read_results(folder)
+    counts: dict[str, int] = {}
+    for row in there:
+        counts[identity(row)] = counts.get(identity(row), 0) + 1
+    # rows are written in order, so only the last run in the file may have been cut short
+    last = identity(there[-1]) if there else None
+    left: list[Task] = []
+    torn: set[str] = set()
+    for task in tasks:
+        whole = all(name in counts for name in task.identities)
+        if whole and (last not in task.identities or sum(counts[name] for name in task.identities) >= task.rows):
+            continue
+        left.append(task)
+        torn |= task.identities
+    write_text(path, "".join(json.dumps(row) + "\n" for row in there if identity(row) not in torn))
+    return left
+
+
+def conclude(folder: Path, rows: Sequence[Row], *, figures: bool, say: Say, laws: bool = False) -> None:
+    """Summary, ``results.csv``, figures, and with ``laws`` the table of verdicts; all from the rows alone."""
+    for line in summary_lines(rows):
+        say(line)
+    flat = [{k: v for k, v in row.items() if not isinstance(v, (list, dict))} for row in rows]
+    write_csv(folder / "results.csv", flat)
     made = ["results.jsonl", "results.csv"]
-    if verdicts:
-        table = memory_fit.verdicts(done)
+    if laws:
+        table: list[Verdict] = verdicts(rows)
+        table += untested(table)
         write_csv(folder / "verdicts.csv", [vars(verdict) for verdict in table])
         lines = verdict_table(table)
-        (folder / "verdicts.md").write_text("\n".join(lines) + "\n")
+        write_text(folder / "verdicts.md", "\n".join(lines) + "\n")
         say("\n" + "\n".join(lines))
         made += ["verdicts.csv", "verdicts.md"]
     if figures:
         from lightning_spectral.memory.figures import draw_all
 
-        made += [path.name for path in draw_all(done, folder)]
+        made += [path.name for path in draw_all(rows, folder)]
     say(f"\nwritten to {folder}: {', '.join(made)}")
-    return 0
-
-
-def write_rows(out: str, rows: Iterable[Row]) -> Path:
-    """Write ``results.jsonl`` alone; returns its path."""
-    path = Path(out) / memory_fit.RESULTS_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows))
-    return path
 
 
 def finite(value: Any) -> Any:
@@ -69,69 +153,10 @@ def finite(value: Any) -> Any:
     return value
 
 
-def write_csv(path: Path, rows: list[Row]) -> None:
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Rows with the union of their columns, in order of first appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-
-
-def verdict_table(verdicts: list[memory_fit.Verdict]) -> list[str]:
-    """Markdown lines."""
-    lines = [
-        "| law | case | measured | 95 % interval | predicted at this size | asymptote | verdict | over |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for v in verdicts:
-        interval = f"[{v.low:.3f}, {v.high:.3f}]"
-        lines.append(
-            f"| {v.law} | {v.case} | {v.measured:.3f} | {interval} | {_number(v.predicted)} | {_number(v.asymptote)} | "
-            f"{v.verdict} | {v.over} |"
-        )
-    return lines
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _say_summary(rows: list[Row], say: Callable[[str], None]) -> None:
-    for (kind,), members in memory_fit.group(rows, "kind").items():
-        fields = [f for f in _SUMMARY if any(f in row for row in members) and _varies_or_names(members, f)]
-        if kind == "theory":
-            say(f"\n{kind}: " + "  ".join(f"{f:>12}" for f in [*fields, "predicted", "asymptotic", "crit. batch"]))
-        else:
-            say(f"\n{kind}: " + "  ".join(f"{f:>12}" for f in [*fields, "count", "sd", "predicted"]))
-        for key, same in memory_fit.group(members, *fields).items():
-            predicted = [row["predicted_count"] for row in same if row.get("predicted_count") is not None]
-            guess = f"{sum(predicted) / len(predicted):.1f}" if predicted else "-"
-            if kind == "theory":
-                critical = same[0].get("predicted_critical_batch")
-                limit = same[0].get("asymptotic_count")
-                cells = [guess, f"{limit:.1f}" if limit else "-", f"{critical:.0f}" if critical else "-"]
-            else:
-                counts = [row["count"] for row in same]
-                mean = sum(counts) / len(counts)
-                variance = sum((count - mean) ** 2 for count in counts) / max(len(counts) - 1, 1)
-                cells = [f"{mean:.1f}", f"{variance**0.5:.1f}" if len(counts) > 1 else "-", guess]
-            named = [
-                "population" if f == "batch_size" and v is None else str(v) for f, v in zip(fields, key, strict=True)
-            ]
-            say(" " * (len(kind) + 2) + "  ".join(f"{cell:>12}" for cell in [*named, *cells]))
-
-
-def _varies_or_names(rows: list[Row], field: str) -> bool:
-    return field in ("rule_label", "d") or len({row.get(field) for row in rows}) > 1
-
-
-def _say_censored(rows: list[Row], say: Callable[[str], None]) -> None:
-    censored = [row for row in rows if row.get("censored")]
-    if censored:
-        worst = max(censored, key=lambda row: row["count"])
-        say(
-            f"\nwarning: censored: {len(censored)} of {len(rows)} runs recover more than a third of all items (e.g. "
-            f"{worst['rule_label']}, d={worst['d']}: {worst['count']} of n_items={worst['n_items']}); their counts are "
-            f"too low. Use --n-items {3 * worst['count']} or more."
-        )

@@ -7,6 +7,7 @@ reaches larger d by itself. Past the budget nothing new begins, whatever is stil
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -24,13 +25,15 @@ _RULES = ("sgd", "sign", "muon", "ns5", "newton")
 _RESERVE = 0.1  # of the budget, for fits and figures
 _RESERVE_AT_LEAST_S = 10.0
 _RUNGS_OF_A_SLOPE = 2
+_SEEDS = 3  # the fewest that a verdict is given on
+_MUON_ITEMS = 0.22  # count over d^(4/3) at alpha = 1.5 and d >= 512
 
 
 def parse_budget(text: str) -> float:
     """Seconds of ``90s``, ``3m`` or ``2h``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
     if not match or float(match.group(1)) <= 0:
-        raise CommandError(f"`--budget` must be a time like 90s, 3m or 2h, got {text!r}.")
+        raise CommandError(f"`--budget` must be a time above 0 like 90s, 3m or 2h, got {text!r}.")
     return float(match.group(1)) * _UNITS[match.group(2)]
 
 
@@ -97,59 +100,72 @@ def reproduce_rows(
 
 
 def plan(n_items: int, first_seed: int, machine: Row) -> list[Part]:
-    """The ladder of each part."""
+    """The ladder of each part; N is the same at every d, and every cell (d, alpha, batch size) has seeds of its own."""
     settings = RuleSettings()
+    cells = itertools.count()
+
+    def seeds_of_a_cell() -> range:
+        first = first_seed + _SEEDS * next(cells)
+        return range(first, first + _SEEDS)
 
     def problem(d: int, alpha: float, seed: int, items: int = n_items) -> MemoryProblem:
-        return MemoryProblem(d=d, n_items=items, alpha=alpha, seed=first_seed + seed)
+        return MemoryProblem(d=d, n_items=items, alpha=alpha, seed=seed)
 
-    def one_step(d: int, seeds: int) -> Callable[[], Iterator[Row]]:
+    def one_step(d: int) -> Callable[[], Iterator[Row]]:
+        cell = {alpha: seeds_of_a_cell() for alpha in (1.5, 1.2, 2.0)}
+
         def rows() -> Iterator[Row]:
-            for seed in range(seeds):
-                for alpha in (1.5, 1.2, 2.0):
-                    yield from memory_runs.one_step_rows(
-                        problem(d, alpha, seed, max(n_items, d * 15)), _RULES, settings, machine
-                    )
+            for position in range(_SEEDS):
+                for alpha, seeds in cell.items():
+                    whole = problem(d, alpha, seeds[position])
+                    yield from memory_runs.one_step_rows(whole, _RULES, settings, machine)
 
         return rows
 
     def batch(d: int) -> Callable[[], Iterator[Row]]:
+        sizes = (1, 2, 4, 8, *(4**k for k in range(2, 12)), None)
+        cell = {size: seeds_of_a_cell() for size in sizes}
+
         def rows() -> Iterator[Row]:
-            for seed in range(2):
-                for size in (*(4**k for k in range(2, 12)), None):
-                    sampled = problem(d, 1.5, seed).with_(batch_size=size)
+            for position in range(_SEEDS):
+                for size, seeds in cell.items():
+                    sampled = problem(d, 1.5, seeds[position]).with_(batch_size=size)
                     yield from memory_runs.batch_rows(sampled, ("sgd", "muon"), settings, machine)
 
         return rows
 
-    def deflation(d: int) -> Callable[[], Iterator[Row]]:
+    def several(
+        seeds: range, of: Callable[[int], MemoryProblem], machine: Row, run: Row
+    ) -> Callable[[], Iterator[Row]]:
         def rows() -> Iterator[Row]:
-            run = {"steps": 5, "mode": "deflation", "step_scale": 1.0, "schedule": "constant"}
-            for seed in range(2):
-                yield from memory_runs.step_rows(problem(d, 1.5, seed), ("sgd", "muon"), settings, machine, run)
+            for seed in seeds:
+                yield from memory_runs.step_rows(of(seed), ("sgd", "muon"), settings, machine, run)
 
         return rows
+
+    def deflation(d: int) -> Callable[[], Iterator[Row]]:
+        run = {"steps": 5, "mode": "deflation", "step_scale": 1.0, "schedule": "constant"}
+        return several(seeds_of_a_cell(), lambda seed: problem(d, 1.5, seed), machine, run)
 
     def exact(d: int, items: int) -> Callable[[], Iterator[Row]]:
-        def rows() -> Iterator[Row]:
-            run = {"steps": 8, "mode": "exact", "step_scale": 2.0, "schedule": "linear"}
-            small = {**machine, "chunk_size": 1024}
-            for seed in range(2):
-                yield from memory_runs.step_rows(problem(d, 1.5, seed, items), ("sgd", "muon"), settings, small, run)
-
-        return rows
+        run = {"steps": 8, "mode": "exact", "step_scale": 2.0, "schedule": "linear"}
+        small = {**machine, "chunk_size": 1024}
+        return several(seeds_of_a_cell(), lambda seed: problem(d, 1.5, seed, items), small, run)
 
     def newton_schulz(d: int) -> Callable[[], Iterator[Row]]:
+        seed = seeds_of_a_cell()[0]
         return lambda: memory_runs.newton_schulz_rows(
-            problem(d, 1.5, 0),
+            problem(d, 1.5, seed),
             ("muon", "polar_express", "cubic"),
             (3, 5, 7, 9, 11, 14),
             ("float32", "bfloat16"),
             machine,
         )
 
+    # past it Muon would recover more than a third of the items
+    ladder = [d for d in (128, 256, 512, 1024, 2048, 4096) if 3 * _MUON_ITEMS * d ** (4 / 3) <= n_items or d <= 256]
     return [
-        Part("one step", 0.45, 4.0, [one_step(d, 3) for d in (128, 256, 512, 1024, 2048, 4096)]),
+        Part("one step", 0.45, 4.0, [one_step(d) for d in ladder]),
         Part("batch size", 0.15, 4.0, [batch(d) for d in (64, 128, 256, 512)]),
         Part("deflation steps", 0.15, 4.0, [deflation(d) for d in (64, 128, 256, 512)]),
         Part("exact steps", 0.15, 20.0, [exact(32, 2048), exact(64, 4096), exact(128, 16384), exact(256, 65536)]),

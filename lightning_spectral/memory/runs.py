@@ -1,4 +1,8 @@
-"""What the memory commands compute: one flat row per run, with all inputs and outputs."""
+"""What the memory commands compute: one flat row per run, with all inputs and outputs.
+
+A run that cannot be made (Newton on fewer items than inputs have features) is a row as well: ``status`` says
+``singular``, ``reason`` why, ``count`` is null. Rows of the first versions have no ``status``: they are ``ok``.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,24 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from lightning_spectral.functional.matrix_spectrum import matrix_spectrum
 from lightning_spectral.functional.orthogonalize import flattened_share
 from lightning_spectral.theory import dynamics, exponents
-from lightning_spectral.theory.capacity import predict
+from lightning_spectral.theory.capacity import distrust, predict
 from lightning_spectral.theory.one_step import OneStep
 from lightning_spectral.theory.problem import MemoryProblem
-from lightning_spectral.theory.rules import RuleSettings, parse_rule, settings_dict
+from lightning_spectral.theory.rules import RuleSettings, SingularInputError, settings_dict
 
 SCHEMA_VERSION = 1
 SPECTRUM_AT_MOST = 512  # from d = 1024 on the SVD of the update takes as long as the step itself
-# beta up to which predictions met simulations within 3 % (muon at beta = 1.5: 6 % too high at d = 256)
-TRUSTED_ANISOTROPY = {"sgd": 1.0, "muon": 1.0, "newton": float("inf")}
+_SPECTRUM_POINTS = 48  # log-spaced singular values kept in a row, for the figure
+_PREDICTED = (
+    "predicted_count", "predicted_prefix", "predicted_spread", "predicted_curve_rank", "predicted_curve_recall",
+)  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -29,16 +39,35 @@ def one_step_rows(
     """One step from W = 0 with each rule; embeddings and gradient are shared."""
     step = OneStep(problem, **machine)
     for rule in rules:
+        row = inputs(kind, problem, rule, settings, machine)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `censored` is in the row; the command says it once
-            result = step.run(rule, settings)
-        spectrum = matrix_spectrum(result.update_DD).as_dict() if problem.d <= SPECTRUM_AT_MOST else None
+            try:
+                result = step.run(rule, settings)
+            except SingularInputError as error:
+                yield {**row, **singular(error), **theory_outputs(problem, rule, settings)}
+                continue
+        small = max(problem.shape) <= SPECTRUM_AT_MOST
         yield {
-            **inputs(kind, problem, rule, settings, machine),
+            **row,
+            "status": "ok",
             **result.as_dict(),
-            "update_spectrum": spectrum,
+            "update_spectrum": matrix_spectrum(result.update_MD).as_dict() if small else None,
+            "update_singular_values": singular_values(result.update_MD) if small else None,
             **theory_outputs(problem, rule, settings),
         }
+
+
+def singular(error: Exception) -> Row:
+    """Outputs of a run that cannot be made."""
+    return {"status": "singular", "reason": str(error), "count": None, "censored": False}
+
+
+def singular_values(matrix_MD: Tensor) -> list[list[float]]:
+    """``[rank, sigma / sigma_1]`` at log-spaced ranks."""
+    sigma_R = torch.linalg.svdvals(matrix_MD)
+    ranks = np.unique(np.round(np.geomspace(1, len(sigma_R), _SPECTRUM_POINTS)).astype(int))
+    return [[int(rank), float(sigma_R[rank - 1] / sigma_R[0])] for rank in ranks]
 
 
 def batch_rows(problem: MemoryProblem, rules: Sequence[str], settings: RuleSettings, machine: Row) -> Iterator[Row]:
@@ -49,9 +78,8 @@ def batch_rows(problem: MemoryProblem, rules: Sequence[str], settings: RuleSetti
             row["predicted_critical_batch"] = _critical_batch(replace(problem, seed=0), rule, settings)
         else:
             row["expected_distinct"] = exponents.expected_distinct(problem.alpha, problem.n_items, problem.batch_size)
-        law = problem.alpha > 1
         row["asymptotic_critical_batch_exponent"] = (
-            exponents.critical_batch_exponent(rule, problem.alpha) if law else None
+            exponents.critical_batch_exponent(rule, problem.alpha) if _has_law(problem, rule) else None
         )
         yield row
 
@@ -60,24 +88,34 @@ def step_rows(
     problem: MemoryProblem, rules: Sequence[str], settings: RuleSettings, machine: Row, run: Row
 ) -> Iterator[Row]:
     """Several steps; one row per step."""
+    deflation = run["mode"] == "deflation"
     for rule in rules:
-        results = dynamics.run(problem, rule, settings=settings, **run, **machine)
-        deflation = run["mode"] == "deflation"
-        predicted = (
-            _deflation(replace(problem, seed=0), rule, len(results), settings) if deflation and results else None
-        )
+        row = {
+            **inputs("steps", problem, rule, settings, machine),
+            "mode": run["mode"],
+            "steps": run["steps"],
+            "step_scale": None if deflation else run["step_scale"],
+            "schedule": None if deflation else run["schedule"],
+        }
+        try:
+            results = dynamics.run(problem, rule, settings=settings, **run, **machine)
+        except SingularInputError as error:
+            yield {**row, "step": None, **singular(error)}
+            continue
+        predicted = _deflation(_drawn(problem), rule, len(results), settings) if deflation and results else None
+        first = theory_outputs(problem, rule, settings)
+        law = deflation and _has_law(problem, rule) and problem.batch_size is None
         for result in results:
-            law = deflation and problem.alpha > 1
             yield {
-                **inputs("steps", problem, rule, settings, machine),
-                "mode": run["mode"],
-                "steps": run["steps"],
-                "step_scale": None if deflation else run["step_scale"],
-                "schedule": None if deflation else run["schedule"],
+                **row,
+                "status": "ok",
                 "step": result.step,
                 "count": result.count,
                 "predicted_count": predicted[result.step - 1] if predicted else None,
                 "predicted_spread": None,
+                "prediction_trusted": bool(predicted) and first["prediction_trusted"],
+                "prediction_note": first["prediction_note"] if deflation else "no prediction of exact dynamics",
+                "information_limit": exponents.information_limit(min(problem.shape), problem.n_items),
                 "asymptotic_exponent": exponents.multi_step_exponent(rule, problem.alpha, result.step) if law else None,
                 **result.outputs,
             }
@@ -87,10 +125,8 @@ def newton_schulz_rows(
     problem: MemoryProblem, sets: Sequence[str], steps: Sequence[int], dtypes: Sequence[str], machine: Row
 ) -> Iterator[Row]:
     """Capacity that is left after k steps of each coefficient set, beside the exact polar factor's."""
-    import torch
-
     step = OneStep(problem, **machine)
-    sigma = torch.linalg.svdvals(step.gradient.matrix_DD).cpu()
+    sigma = torch.linalg.svdvals(step.gradient.matrix_MD).cpu()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exact = step.run("muon").stats.count
@@ -102,7 +138,9 @@ def newton_schulz_rows(
                     result = step.run("ns", settings)
                     yield {
                         **inputs("newton-schulz", problem, "ns", settings, machine),
+                        "status": "ok",
                         **result.as_dict(),
+                        **theory_outputs(problem, "ns", settings),
                         "exact_count": exact,
                         "capacity_share": result.stats.count / exact if exact else None,
                         "flattened_share": share,
@@ -114,7 +152,8 @@ def newton_schulz_rows(
 def theory_rows(problem: MemoryProblem, rules: Sequence[str], settings: RuleSettings, steps: int) -> Iterator[Row]:
     """Predictions only: nothing is simulated."""
     for rule in rules:
-        law = problem.alpha > 1
+        law = _has_law(problem, rule)
+        sampled = problem.batch_size is not None
         row = {
             **inputs("theory", problem, rule, settings, {}),
             **theory_outputs(problem, rule, settings),
@@ -123,9 +162,10 @@ def theory_rows(problem: MemoryProblem, rules: Sequence[str], settings: RuleSett
             if law
             else None,
             "steps": steps,
-            "predicted_d_t": _deflation(replace(problem, batch_size=None), rule, steps, settings) if steps else None,
+            "predicted_d_t": _deflation(_drawn(problem), rule, steps, settings) if steps else None,
+            "information_limit": exponents.information_limit(min(problem.shape), problem.n_items),
             "asymptotic_e_t": [exponents.multi_step_exponent(rule, problem.alpha, t + 1) for t in range(steps)]
-            if law
+            if law and not sampled
             else None,
         }
         if problem.batch_size is not None:
@@ -159,50 +199,43 @@ def label(rule: str, used: Row) -> str:
         parts.append(used["coefficients"])
     if used.get("ns_dtype") == "bfloat16":
         parts.append("bf16")
+    if "power" in used:
+        parts = [f"power{used['power']:g}"]
     if used.get("ridge"):
         parts.append(f"ridge={used['ridge']:g}")
     return " ".join(parts)
 
 
 def theory_outputs(problem: MemoryProblem, rule: str, settings: RuleSettings) -> Row:
-    """Predicted count and curve, the limiting power law, and whether the prediction is inside its proven range."""
-    key = problem if problem.batch_size is not None else replace(problem, seed=0)
-    prediction = _predict(key, rule, settings)
-    outputs: Row = (
-        prediction.as_dict()
-        if prediction is not None
-        else dict.fromkeys(
-            (
-                "predicted_count",
-                "predicted_prefix",
-                "predicted_spread",
-                "predicted_curve_rank",
-                "predicted_curve_recall",
-            )
-        )
-    )
-    law = problem.alpha > 1
-    isotropic_population = law and problem.batch_size is None
-    name, _ = parse_rule(rule, settings)
-    small_lambda = settings.lambda_of(problem) <= problem.frequencies()[0] * problem.d**-problem.alpha
-    outputs["prediction_trusted"] = (
-        prediction is not None
-        and problem.d >= 128
-        and problem.anisotropy <= TRUSTED_ANISOTROPY.get(name, 0.0)
-        and (name != "muon" or bool(small_lambda))
-    )
-    outputs["asymptotic_exponent"] = exponents.one_step_exponent(rule, problem.alpha) if isotropic_population else None
+    """Predicted count and curve, the limiting power law, and whether the prediction is one that met simulations."""
+    prediction = _predict(_drawn(problem), rule, settings)
+    outputs: Row = prediction.as_dict() if prediction is not None else dict.fromkeys(_PREDICTED)
+    note = distrust(problem, rule, settings, prediction)
+    outputs["prediction_trusted"], outputs["prediction_note"] = note is None, note
+    law = _has_law(problem, rule) and problem.batch_size is None
+    outputs["asymptotic_exponent"] = exponents.one_step_exponent(rule, problem.alpha) if law else None
     outputs["asymptotic_count"] = (
-        exponents.asymptotic_count(rule, problem.alpha, problem.d, problem.n_items) if isotropic_population else None
+        exponents.asymptotic_count(rule, problem.alpha, problem.d, problem.n_items) if law else None
     )
     return outputs
+
+
+def _has_law(problem: MemoryProblem, rule: str) -> bool:
+    """The paper's exponents are for alpha > 1, a square W, and isotropic inputs (which Newton cannot tell)."""
+    isotropic = problem.anisotropy == 0 or rule == "newton"
+    return problem.alpha > 1 and problem.shape[0] == problem.shape[1] and isotropic
+
+
+def _drawn(problem: MemoryProblem) -> MemoryProblem:
+    """What a prediction depends on: the seed only where a batch is drawn with it."""
+    return problem if problem.batch_size is not None else replace(problem, seed=0)
 
 
 def _steps_needed(problem: MemoryProblem, coefficients: str) -> int | None:
     from lightning_spectral.theory.rules import steps_for_capacity
 
     try:
-        return steps_for_capacity(problem.d, problem.alpha + problem.anisotropy / 2, coefficients)
+        return steps_for_capacity(min(problem.shape), problem.alpha + problem.anisotropy / 2, coefficients)
     except RuntimeError:
         return None
 
@@ -214,5 +247,5 @@ _critical_batch = lru_cache(maxsize=128)(exponents.critical_batch)
 
 @lru_cache(maxsize=128)
 def _deflation(problem: MemoryProblem, rule: str, steps: int, settings: RuleSettings) -> tuple[float, ...] | None:
-    made = exponents.predict_deflation(replace(problem, batch_size=None), rule, steps, settings)
+    made = exponents.predict_deflation(problem, rule, steps, settings)
     return None if made is None else tuple(made)

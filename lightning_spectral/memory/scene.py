@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from lightning_spectral.memory.fit import Row, group
 
@@ -26,6 +26,9 @@ MEASURED = Line2D([], [], color="#555555", marker="o", linestyle="none", label="
 MEAN = Line2D([], [], color="#555555", marker="o", linestyle="none", label="measured, mean over seeds")
 PREDICTED = Line2D([], [], color="#555555", label="predicted, no fitted number")
 ASYMPTOTE = Line2D([], [], color="#555555", linestyle=":", label="asymptotic slope")
+CRITICAL = Line2D([], [], color="#555555", linestyle=":", label="predicted critical batch (90 %)")
+NEEDED = Line2D([], [], color="#555555", linestyle=":", label="steps that steps_for_capacity asks for")
+LIMIT = Line2D([], [], color="#999999", linestyle="--", label="information limit d^2 / (2 ln N)")
 
 
 def look(label: str, others: Sequence[str] = ()) -> tuple[str, str, str]:
@@ -44,12 +47,6 @@ def by_rule(rows: Sequence[Row]) -> Iterator[tuple[list[Row], tuple[str, str, st
         yield members, look(label, labels)
 
 
-def by_alpha(rows: Sequence[Row]) -> dict[float, list[Row]]:
-    """Isotropic population rows by alpha, or all of them where there are no such rows."""
-    plain = [row for row in rows if not row["anisotropy"] and row["batch_size"] is None] or list(rows)
-    return dict(sorted((key[0], members) for key, members in group(plain, "alpha").items()))
-
-
 def make_panels(number: int) -> tuple[Figure, list[Axes]]:
     """A figure with ``number`` panels, three in a line."""
     columns = min(number, 3)
@@ -59,13 +56,27 @@ def make_panels(number: int) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def finish(figure: Figure, title: str, handles: list[Line2D]) -> Figure:
-    """Title on the left, one legend for all panels below them."""
+def finish(figure: Figure, title: str, handles: Sequence[Line2D]) -> Figure:
+    """Title on the left, one legend for all panels below them: of what was drawn, named once."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    handles = list({str(handle.get_label()): handle for handle in handles}.values())
     if handles:
         columns = min(len(handles), 7) if figure.get_figwidth() > 7 else 2
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+    for axis in figure.axes:
+        if axis.get_yscale() == "log":
+            _label_short_axis(axis)
     return figure
+
+
+def _label_short_axis(axis: Axes) -> None:
+    """A log axis of less than two decades has labels between the powers of ten as well."""
+    low, high = axis.get_ylim()
+    if high > 100 * low:
+        return
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high > 4 * low else tuple(np.arange(1.0, 10.0))))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def log_log(axis: Axes, xs: Sequence[float]) -> None:
@@ -101,9 +112,3 @@ def name_ends(axis: Axes, ends: Sequence[tuple[float, float, str, str]], log: bo
         ceiling = positions[number] - 0.065
     for position, (_, _, name, color) in zip(positions, ordered, strict=True):
         axis.annotate(name, (1.01, position), xycoords="axes fraction", color=color, fontsize=8, va="center")
-
-
-def span(rows: Sequence[Row], field: str) -> str:
-    """The value of ``field``, or its range."""
-    values = sorted({row[field] for row in rows})
-    return str(values[0]) if len(values) == 1 else f"{values[0]}..{values[-1]}"

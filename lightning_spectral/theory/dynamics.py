@@ -63,8 +63,8 @@ def run(
         steps: >= 0.
         mode: ``exact`` or ``deflation``.
         settings: Options of the rules.
-        step_scale: c in ``|W_{t+1} - W_t|_F = c d``; c sqrt(d) has to exceed ln N for the heads to leave the gradient.
-            Mode ``exact`` only.
+        step_scale: c in ``|W_{t+1} - W_t|_F = c sqrt(d d_out)``; c sqrt(d) has to exceed ln N for the heads to leave
+            the gradient. Mode ``exact`` only.
         schedule: ``constant``, or ``linear``: c falls to c / steps at the last step.
         device: Where to compute.
         chunk_size: Items whose scores are held at once.
@@ -124,18 +124,20 @@ def _descend(
 ) -> list[StepResult]:
     problem = embeddings.problem
     frequencies = problem.frequencies()
-    weight_DD = torch.zeros(problem.d, problem.d, dtype=torch.float64, device=embeddings.device)
+    weight_MD = torch.zeros(*problem.shape, dtype=torch.float64, device=embeddings.device)
     results: list[StepResult] = []
     for step in range(1, steps + 1):
         start = time.perf_counter()
         weights = problem.gradient_weights(step - 1)
-        gradient = _gradient(embeddings, weight_DD, weights, step, chunk_size)
-        update_DD = direction(rule, gradient, settings)
+        gradient = _gradient(embeddings, weight_MD, weights, step, chunk_size)
+        update_MD = direction(rule, gradient, settings)
         scale = step_scale * (1 - (step - 1) / steps if schedule == "linear" else 1.0)
-        weight_DD = weight_DD + update_DD * (scale * problem.d / torch.linalg.matrix_norm(update_DD))
-        mask = recovered_mask(embeddings, weight_DD, max(chunk_size, 4096))
+        weight_MD = weight_MD + update_MD * (
+            scale * math.sqrt(math.prod(problem.shape)) / torch.linalg.matrix_norm(update_MD)
+        )
+        mask = recovered_mask(embeddings, weight_MD, max(chunk_size, 4096))
         stats = recovery_stats(mask, frequencies)
-        log_probability_N = log_probabilities(embeddings, weight_DD, chunk_size)
+        log_probability_N = log_probabilities(embeddings, weight_MD, chunk_size)
         loss = -float(torch.from_numpy(frequencies).to(log_probability_N) @ log_probability_N)
         known = imbalance(log_probability_N)
         outputs = {
@@ -152,12 +154,12 @@ def _descend(
 
 
 def _gradient(
-    embeddings: Embeddings, weight_DD: torch.Tensor, weights: NDArray[np.float64], step: int, chunk_size: int
+    embeddings: Embeddings, weight_MD: torch.Tensor, weights: NDArray[np.float64], step: int, chunk_size: int
 ) -> Gradient:
     if step == 1:
         return Gradient(negative_gradient_at_zero(embeddings, weights), weights, embeddings)
-    matrix_DD, _ = negative_gradient(embeddings, weight_DD, weights, chunk_size)
-    return Gradient(matrix_DD, weights, embeddings, at_zero=False)
+    matrix_MD, _ = negative_gradient(embeddings, weight_MD, weights, chunk_size)
+    return Gradient(matrix_MD, weights, embeddings, at_zero=False)
 
 
 def loss_over_tail_mass(loss: float, frequencies: NDArray[np.float64], recovered: NDArray[np.bool_]) -> float | None:

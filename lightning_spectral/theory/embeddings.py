@@ -5,7 +5,7 @@ time: nothing depends on the order or the size of the chunks they are asked for.
 memory; large ones draw them again whenever they are needed.
 """
 
-# N items, D features
+# N items, D features of the side asked for
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Embeddings:
     """Rows u_i and v_i of one problem, as fp32 numbers.
 
     Args:
-        problem: What to draw; only ``d``, ``n_items``, ``seed`` and ``anisotropy`` matter.
+        problem: What to draw; only ``d``, ``d_out``, ``n_items``, ``seed`` and ``anisotropy`` matter.
         device: Where rows are handed out. They are always drawn on the CPU: the same numbers on every device.
-        cache_bytes: Keep all rows when ``8 N d`` bytes fit into this, else draw them again each time.
+        cache_bytes: Keep all rows when their ``4 N (d + d_out)`` bytes fit into this, else draw them again each time.
     """
 
     def __init__(
@@ -42,7 +42,8 @@ class Embeddings:
     ) -> None:
         self.problem = problem
         self.device = torch.device(device)
-        self.cached = 8 * problem.n_items * problem.d <= cache_bytes
+        self.features = dict(zip(("u", "v"), problem.shape, strict=True))
+        self.cached = 4 * problem.n_items * sum(problem.shape) <= cache_bytes
         self._scale_D = torch.from_numpy(problem.input_scales() ** 0.5).float() if problem.anisotropy else None
         self._rows: dict[str, Tensor] = {}
 
@@ -65,7 +66,7 @@ class Embeddings:
             inside = indices[(indices >= start) & (indices < start + len(block))]
             if len(inside):
                 parts.append(block[inside - start])
-        return torch.cat(parts) if parts else torch.empty(0, self.problem.d, device=self.device)
+        return torch.cat(parts) if parts else torch.empty(0, self.features[side], device=self.device)
 
     def blocks(self, side: Side, rows: int = BLOCK_ROWS) -> Iterator[tuple[int, Tensor]]:
         """(start, rows) over all items in chunks of ``rows``."""
@@ -78,15 +79,16 @@ class Embeddings:
         return self._rows[side]
 
     def _draw(self, side: Side, start: int, stop: int) -> Tensor:
-        out_ND = torch.empty(stop - start, self.problem.d)
+        size = self.features[side]
+        out_ND = torch.empty(stop - start, size)
 
         def fill(block: int) -> None:
             block_start = block * BLOCK_ROWS
             generator = torch.Generator().manual_seed(_mix(self.problem.seed, _SIDE_STREAM[side], block))
             first, last = max(start, block_start), min(stop, block_start + BLOCK_ROWS)
             whole = last - first == BLOCK_ROWS  # then the rows are drawn where they belong, without a copy
-            block_ND = out_ND[first - start : last - start] if whole else torch.empty(BLOCK_ROWS, self.problem.d)
-            block_ND.normal_(0.0, self.problem.d**-0.5, generator=generator)
+            block_ND = out_ND[first - start : last - start] if whole else torch.empty(BLOCK_ROWS, size)
+            block_ND.normal_(0.0, size**-0.5, generator=generator)
             if side == "v" and self._scale_D is not None:
                 block_ND *= self._scale_D
             if not whole:

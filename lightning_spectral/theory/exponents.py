@@ -1,9 +1,8 @@
 """The asymptotic law: exponents, constants and crossings in closed form.
 
-These are limits for d to infinity. At d = 128..512 the local slope of a count is still 0.06 above its limit for Muon
-and 0.2 above it for SGD: compare a measured slope with the finite-size prediction (:mod:`capacity`) and show the limit
-beside
-it, labelled as what it is.
+These are limits for d to infinity and a square W. At d = 128..512 the local slope of a count is still 0.06 above its
+limit for Muon and 0.2 above it for SGD: compare a measured slope with the finite-size prediction (:mod:`capacity`) and
+show the limit beside it, labelled as what it is.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from scipy.integrate import quad
 from scipy.special import log_ndtr, zeta
 
 from lightning_spectral.theory.capacity import predict
-from lightning_spectral.theory.problem import MemoryProblem, require_integer, require_real
+from lightning_spectral.theory.problem import MemoryProblem, power_law, require_integer, require_real
 from lightning_spectral.theory.rules import RuleSettings, parse_rule
 
 SATURATED_SHARE = 0.9  # of the population count, at the critical batch
@@ -84,7 +83,7 @@ def capacity_constant(rule: str, alpha: float) -> float | None:
         heads = np.arange(1, 20001, dtype=np.float64)
 
         def all_heads_lose(x: float) -> float:
-            return float(np.exp(log_ndtr((heads / x) ** alpha).sum()))
+            return float(np.exp(log_ndtr(np.exp(np.minimum(alpha * np.log(heads / x), 50.0))).sum()))
 
         return float(quad(all_heads_lose, 1e-6, 40, limit=400, epsabs=1e-8)[0])
     return None
@@ -101,10 +100,17 @@ def asymptotic_count(rule: str, alpha: float, d: int, n_items: int) -> float | N
     return float(constant * (2 * math.log(n_items)) ** (-1 / (2 * alpha)) * d**exponent)
 
 
+def information_limit(d: int, n_items: int) -> float:
+    """``d^2 / (2 ln N)``: uniform pairs that a d x d map retrieves at best (arXiv:2605.05189, conjectured sharp)."""
+    require_integer("d", d, 2, "a map needs at least two features")
+    require_integer("n_items", n_items, 2, "with a single item every map recovers it")
+    return d**2 / (2 * math.log(n_items))
+
+
 def expected_distinct(alpha: float, n_items: int, batch_size: int) -> float:
-    """Expected number of distinct items among ``batch_size`` draws: ``sum_i 1 - (1 - p_i)^B``."""
+    """Expected number of distinct items among ``batch_size`` draws: ``sum_i 1 - (1 - p_i)^B``; any alpha > 0."""
     require_integer("batch_size", batch_size, 1, "a batch holds at least one item")
-    frequencies = MemoryProblem(d=2, n_items=n_items, alpha=alpha).frequencies()
+    frequencies = power_law(n_items, alpha)
     return float(-np.expm1(batch_size * np.log1p(-frequencies)).sum())
 
 
@@ -129,34 +135,37 @@ def critical_batch(
     for power in range(0, 41):
         batch = 2**power
         sampled = predict(problem.with_(batch_size=batch), rule, settings)
-        assert sampled is not None
-        if sampled.count >= share * whole.count:
+        count = 0.0 if sampled is None else sampled.count  # Newton on fewer items than features
+        if count >= share * whole.count:
             before, count_before = previous
             if count_before <= 0:
                 return float(batch)
-            fraction = math.log(share * whole.count / count_before) / math.log(sampled.count / count_before)
+            fraction = math.log(share * whole.count / count_before) / math.log(count / count_before)
             return float(before * (batch / before) ** fraction)
-        previous = (float(batch), sampled.count)
+        previous = (float(batch), count)
     raise RuntimeError(f"No batch up to 2^40 reaches {share:.0%} of {whole.count:.0f}; please report the problem.")
 
 
 def predict_deflation(
     problem: MemoryProblem, rule: str, steps: int, settings: RuleSettings | None = None
 ) -> list[float] | None:
-    """d_1..d_steps of the deflation law: each step sees the items after d_t only, and stores some of them."""
+    """d_1..d_steps of the deflation law: each step sees the items after d_t only, and stores some of them.
+
+    With a ``batch_size`` each step sees the draws that the solver makes for it. ``None`` where a step has no
+    prediction.
+    """
     require_integer("steps", steps, 1, "predict at least one step")
-    frequencies = problem.frequencies()
     stored: list[float] = []
     reached = 0.0
-    for _ in range(steps):
-        masked = deflated(frequencies, round(reached))
-        if masked is None:
-            stored.append(reached)
-            continue
-        prediction = predict(problem, rule, settings, masked)
-        if prediction is None:
-            return None
-        reached += float(prediction.probability[round(reached) :].sum())
+    for step in range(steps):
+        masked = deflated(problem.gradient_weights(step), round(reached))
+        if masked is not None:
+            prediction = predict(problem, rule, settings, masked)
+            if prediction is None:
+                return None
+            left = prediction.probability[round(reached) :]
+            # d_t is a whole number in the solver and a mean here: each item left has the mean chance of those unmasked
+            reached += float(left.mean()) * (problem.n_items - reached)
         stored.append(reached)
     return stored
 

@@ -42,7 +42,7 @@ def imbalance(log_probability_N: Tensor) -> Imbalance:
     return Imbalance(math.exp(float(log_probability_N.max())), math.exp(float(log_probability_N.min())))
 
 
-def rho(embeddings: Embeddings, direction_DD: Tensor, epsilon: float = 0.1, chunk_size: int = 1024) -> float:
+def rho(embeddings: Embeddings, direction_MD: Tensor, epsilon: float = 0.1, chunk_size: int = 1024) -> float:
     """Worst correct probability along ``W = t direction`` at the first t where the best one reaches ``1 - epsilon``.
 
     One step of a rule from W = 0, its step size chosen so that one item is known: 1 - epsilon for a rule that serves
@@ -50,7 +50,7 @@ def rho(embeddings: Embeddings, direction_DD: Tensor, epsilon: float = 0.1, chun
 
     Args:
         embeddings: The items.
-        direction_DD: The step, shape (D, D).
+        direction_MD: The step, shape (M, D).
         epsilon: In (0, 1), below ``1 - 1/N``.
         chunk_size: Items whose scores are held at once.
 
@@ -59,12 +59,12 @@ def rho(embeddings: Embeddings, direction_DD: Tensor, epsilon: float = 0.1, chun
     """
     if not 0 < epsilon < 1 - 1 / embeddings.problem.n_items:
         raise ValueError(f"`epsilon` must lie in (0, 1 - 1/N), got {epsilon}.")
-    norm = float(torch.linalg.matrix_norm(direction_DD))
+    norm = float(torch.linalg.matrix_norm(direction_MD))
     if norm == 0:
         raise ValueError("`direction` is all zero: it makes no item known.")
 
     def at(scale: float) -> Imbalance:
-        return imbalance(log_probabilities(embeddings, direction_DD * (scale / norm), chunk_size))
+        return imbalance(log_probabilities(embeddings, direction_MD * (scale / norm), chunk_size))
 
     low, high = 0.0, 1.0
     while at(high).best < 1 - epsilon:

@@ -30,7 +30,7 @@ class OneStepResult:
         censored: More than a third of all items are recovered: the count feels the end of the list.
         seconds: Wall time by phase: ``embeddings`` (0 when shared with an earlier rule), ``gradient``, ``direction``,
             ``recovery``.
-        update_DD: The direction, shape (D, D), fp64.
+        update_MD: The direction, shape (M, D), fp64.
         recovered: Mask, shape (N,).
     """
 
@@ -40,7 +40,7 @@ class OneStepResult:
     distinct: int
     censored: bool
     seconds: dict[str, float]
-    update_DD: Tensor
+    update_MD: Tensor
     recovered: NDArray[np.bool_]
 
     def as_dict(self) -> dict[str, Any]:
@@ -89,9 +89,9 @@ class OneStep:
     def run(self, rule: str, settings: RuleSettings | None = None, screen: str = "auto") -> OneStepResult:
         """Take the step and test every item."""
         start = time.perf_counter()
-        update_DD = direction(rule, self.gradient, settings)
+        update_MD = direction(rule, self.gradient, settings)
         stepped = time.perf_counter()
-        mask = recovered_mask(self.embeddings, update_DD, self.chunk_size, screen)
+        mask = recovered_mask(self.embeddings, update_MD, self.chunk_size, screen)
         seconds = {**self._seconds, "direction": stepped - start, "recovery": time.perf_counter() - stepped}
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         stats = recovery_stats(mask, self.problem.frequencies())
@@ -105,7 +105,7 @@ class OneStep:
             distinct=int((self.weights > 0).sum()),
             censored=censored,
             seconds=seconds,
-            update_DD=update_DD,
+            update_MD=update_MD,
             recovered=mask,
         )
 

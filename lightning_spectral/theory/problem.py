@@ -5,7 +5,7 @@ probability p_i proportional to i^-alpha. A linear map W is to send v_i to u_i, 
 outputs.
 """
 
-# N items, D features
+# N items, D features of v (inputs), M features of u (outputs)
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MemoryProblem:
     """One associative-memory problem; equal fields give equal embeddings and equal batches.
 
     Args:
-        d: Features of u and v, >= 2.
+        d: Features of v, and of u unless ``d_out`` says otherwise, >= 2.
         n_items: Items N, >= 2 (with one item every map recovers it).
         alpha: Power of the item frequencies, > 1 unless ``allow_flat``.
         batch_size: Items drawn for one gradient; ``None`` is the population gradient.
@@ -36,6 +36,7 @@ class MemoryProblem:
         anisotropy: beta in ``v ~ N(0, Sigma)``, ``Sigma_kk`` proportional to ``k^-beta``, trace 1; 0 is isotropic.
         dtype: Type of the large products, ``float32`` or ``float64``. Embeddings are the same numbers in both.
         allow_flat: Accept ``0 < alpha <= 1``, where the capacity law makes no promise.
+        d_out: Features of u, >= 2: W has the shape (d_out, d). ``None`` is ``d``, a square W.
 
     Raises:
         ValueError: A field is out of range; the message names it.
@@ -49,9 +50,12 @@ class MemoryProblem:
     anisotropy: float = 0.0
     dtype: str = "float32"
     allow_flat: bool = False
+    d_out: int | None = None
 
     def __post_init__(self) -> None:
         require_integer("d", self.d, 2, "a map needs at least two features")
+        if self.d_out is not None:
+            require_integer("d_out", self.d_out, 2, "leave it out for a square map")
         require_integer("n_items", self.n_items, 2, "with a single item every map recovers it")
         require_integer("seed", self.seed, 0, "seeds are non-negative integers")
         require_real("alpha", self.alpha)
@@ -60,7 +64,8 @@ class MemoryProblem:
         if self.alpha <= 1 and not self.allow_flat:
             raise ValueError(
                 f"`alpha` must be > 1 for the capacity law, got {self.alpha}; "
-                "pass `allow_flat=True` (--allow-flat) to run it all the same, without predictions to trust."
+                "pass `allow_flat=True` (--allow-flat) to run it all the same: counts are still predicted, their "
+                "growth with d is not."
             )
         require_real("anisotropy", self.anisotropy)
         if self.anisotropy < 0:
@@ -69,11 +74,17 @@ class MemoryProblem:
             require_integer("batch_size", self.batch_size, 1, "leave it out for the population gradient")
         if self.dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
-        if self.n_items * self.d > MAX_ITEM_FEATURES:
+        widest = max(self.shape)
+        if self.n_items * widest > MAX_ITEM_FEATURES:
             raise ValueError(
-                f"`n_items` x `d` = {self.n_items * self.d:.3g} exceeds {MAX_ITEM_FEATURES:.3g} "
-                f"(n_items={self.n_items}, d={self.d}); lower one of them."
+                f"`n_items` x `d` = {self.n_items * widest:.3g} exceeds {MAX_ITEM_FEATURES:.3g} "
+                f"(n_items={self.n_items}, d={widest}); lower one of them."
             )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of W: (features of u, features of v)."""
+        return (self.d if self.d_out is None else self.d_out, self.d)
 
     def with_(self, **changes: Any) -> MemoryProblem:
         """The same problem with some fields changed."""
@@ -81,7 +92,7 @@ class MemoryProblem:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain fields, for ``results.jsonl``."""
-        return asdict(self)
+        return {**asdict(self), "d_out": self.shape[0]}
 
     def frequencies(self) -> NDArray[np.float64]:
         """p_i proportional to i^-alpha, shape (N,), sum 1, descending."""

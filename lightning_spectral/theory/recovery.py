@@ -5,7 +5,7 @@ drop out when an output beats them clearly. The stages run in a cheap type; pair
 tell are decided again in fp64, so the result is the brute-force fp64 one.
 """
 
-# N items, D features, C candidates of a chunk, A rows of outputs in one stage
+# N items, D features of v, M features of u, C candidates of a chunk, A rows of outputs in one stage
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class RecoveryStats:
 
 
 def recovered_mask(
-    embeddings: Embeddings, weight_DD: Tensor, chunk_size: int = 4096, screen: str = "auto"
+    embeddings: Embeddings, weight_MD: Tensor, chunk_size: int = 4096, screen: str = "auto"
 ) -> NDArray[np.bool_]:
     """Whether each item is recovered, shape (N,).
 
@@ -70,7 +70,7 @@ def recovered_mask(
 
     Args:
         embeddings: The items.
-        weight_DD: W, shape (D, D).
+        weight_MD: W, shape (M, D).
         chunk_size: Items whose scores are held at once.
         screen: Type of the screening stages: ``bfloat16``, ``float32``, ``float64`` (no screening: every score in
             fp64), or ``auto``: bf16 where the hardware multiplies it fast, else fp32.
@@ -79,22 +79,22 @@ def recovered_mask(
         ValueError: W has the wrong shape or is not finite, or ``screen`` is unknown.
     """
     problem = embeddings.problem
-    check_map(weight_DD, problem.d)
+    check_map(weight_MD, problem.shape)
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be >= 1, got {chunk_size}.")
-    map_DD = weight_DD.to(embeddings.device, torch.float64)
-    scale = float(map_DD.abs().amax())
+    map_MD = weight_MD.to(embeddings.device, torch.float64)
+    scale = float(map_MD.abs().amax())
     if scale == 0:
         return np.zeros(problem.n_items, dtype=np.bool_)
-    map_DD = map_DD / scale  # the argmax has no scale; bf16 and fp32 have a range
+    map_MD = map_MD / scale  # the argmax has no scale; bf16 and fp32 have a range
     dtype = _screen_dtype(screen, embeddings.device)
     if dtype is torch.float64:
         everyone_N = torch.arange(problem.n_items, device=embeddings.device)
-        return _decide(embeddings, map_DD, everyone_N, chunk_size, dtype).cpu().numpy()
-    won_N, unsure_N = _screen(embeddings, map_DD, dtype, chunk_size)
+        return _decide(embeddings, map_MD, everyone_N, chunk_size, dtype).cpu().numpy()
+    won_N, unsure_N = _screen(embeddings, map_MD, dtype, chunk_size)
     unsure = torch.nonzero(unsure_N)[:, 0]
     if len(unsure):
-        won_N[unsure] = _decide(embeddings, map_DD, unsure, chunk_size, dtype)
+        won_N[unsure] = _decide(embeddings, map_MD, unsure, chunk_size, dtype)
     return won_N.cpu().numpy()
 
 
@@ -149,35 +149,35 @@ def _cpu_has_fast_bf16() -> bool:
     return bool(supported and supported())
 
 
-def _screen(embeddings: Embeddings, map_DD: Tensor, dtype: torch.dtype, chunk_size: int) -> tuple[Tensor, Tensor]:
+def _screen(embeddings: Embeddings, map_MD: Tensor, dtype: torch.dtype, chunk_size: int) -> tuple[Tensor, Tensor]:
     """(won, unsure): won counts only where not unsure."""
     problem, device = embeddings.problem, embeddings.device
-    cheap_map_DD = map_DD.to(dtype)
+    cheap_map_MD = map_MD.to(dtype)
     bounds = sorted({0, *(min(stage, problem.n_items) for stage in _STAGES)})
     first_stages = [(a, b, embeddings.rows("u", a, b).to(dtype)) for a, b in itertools.pairwise(bounds)]
     rows = _whole_blocks(chunk_size)
     kept: list[tuple[Tensor, ...]] = []
     for start, v_CD in embeddings.blocks("v", rows):
         index_C = torch.arange(start, start + len(v_CD), device=device)
-        image_CD = v_CD.to(dtype) @ cheap_map_DD.mT
-        own_C = (embeddings.rows("u", start, start + len(v_CD)).to(dtype) * image_CD).sum(1, dtype=torch.float32)
-        tolerance_C = _tolerance(image_CD, own_C, dtype)
+        image_CM = v_CD.to(dtype) @ cheap_map_MD.mT
+        own_C = (embeddings.rows("u", start, start + len(v_CD)).to(dtype) * image_CM).sum(1, dtype=torch.float32)
+        tolerance_C = _tolerance(image_CM, own_C, dtype)
         rival_C = torch.full_like(own_C, -torch.inf)
-        for first, last, other_AD in first_stages:
-            rival_C = torch.maximum(rival_C, _best_rival(image_CD, index_C, other_AD, first, last))
+        for first, last, other_AM in first_stages:
+            rival_C = torch.maximum(rival_C, _best_rival(image_CM, index_C, other_AM, first, last))
             alive = rival_C - own_C <= tolerance_C + _relative(rival_C, dtype)
-            index_C, image_CD, own_C, tolerance_C, rival_C = (
-                part[alive] for part in (index_C, image_CD, own_C, tolerance_C, rival_C)
+            index_C, image_CM, own_C, tolerance_C, rival_C = (
+                part[alive] for part in (index_C, image_CM, own_C, tolerance_C, rival_C)
             )
-        kept.append((index_C, image_CD, own_C, tolerance_C, rival_C))
+        kept.append((index_C, image_CM, own_C, tolerance_C, rival_C))
     left = tuple(torch.cat(parts) for parts in zip(*kept, strict=True))
     del kept
     for first in range(bounds[-1], problem.n_items, rows):
         last = min(first + rows, problem.n_items)
-        other_AD = embeddings.rows("u", first, last).to(dtype)
+        other_AM = embeddings.rows("u", first, last).to(dtype)
         for part in (slice(a, a + chunk_size) for a in range(0, len(left[0]), chunk_size)):
-            index_C, image_CD, _, _, rival_C = (each[part] for each in left)
-            torch.maximum(rival_C, _best_rival(image_CD, index_C, other_AD, first, last), out=rival_C)
+            index_C, image_CM, _, _, rival_C = (each[part] for each in left)
+            torch.maximum(rival_C, _best_rival(image_CM, index_C, other_AM, first, last), out=rival_C)
         lost = left[4] - left[2] > left[3] + _relative(left[4], dtype)
         if int(lost.sum()) * _WORTH_DROPPING > len(lost):  # dropping copies the images of those that stay
             left = tuple(each[~lost] for each in left)
@@ -190,19 +190,19 @@ def _screen(embeddings: Embeddings, map_DD: Tensor, dtype: torch.dtype, chunk_si
     return won_N, unsure_N
 
 
-def _best_rival(image_CD: Tensor, index_C: Tensor, other_AD: Tensor, first: int, last: int) -> Tensor:
+def _best_rival(image_CM: Tensor, index_C: Tensor, other_AM: Tensor, first: int, last: int) -> Tensor:
     """Highest score of outputs ``first``..``last`` for each candidate, its own output left out."""
     if not len(index_C):
-        return torch.empty(0, device=image_CD.device)
-    score_CA = image_CD @ other_AD.mT
+        return torch.empty(0, device=image_CM.device)
+    score_CA = image_CM @ other_AM.mT
     own = torch.nonzero((index_C >= first) & (index_C < last))[:, 0]
     score_CA[own, index_C[own] - first] = -torch.inf
     return score_CA.amax(1).float()
 
 
-def _tolerance(image_CD: Tensor, own_C: Tensor, dtype: torch.dtype) -> Tensor:
-    wide = torch.promote_types(image_CD.dtype, torch.float32)
-    spread_C = torch.linalg.vector_norm(image_CD, dim=1, dtype=wide) / image_CD.shape[1] ** 0.5
+def _tolerance(image_CM: Tensor, own_C: Tensor, dtype: torch.dtype) -> Tensor:
+    wide = torch.promote_types(image_CM.dtype, torch.float32)
+    spread_C = torch.linalg.vector_norm(image_CM, dim=1, dtype=wide) / image_CM.shape[1] ** 0.5
     return _TOLERANCE[dtype][0] * spread_C + _TOLERANCE[dtype][1] * own_C.abs()
 
 
@@ -211,7 +211,7 @@ def _relative(rival_C: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _decide(
-    embeddings: Embeddings, map_DD: Tensor, index_A: Tensor, chunk_size: int, screen: torch.dtype = torch.float64
+    embeddings: Embeddings, map_MD: Tensor, index_A: Tensor, chunk_size: int, screen: torch.dtype = torch.float64
 ) -> Tensor:
     """Whether the named items are recovered, decided in fp64.
 
@@ -219,33 +219,33 @@ def _decide(
     """
     won = []
     for index_C in index_A.split(chunk_size):
-        image_CD = embeddings.select("v", index_C).double() @ map_DD.mT
-        own_C = _pair_scores(embeddings.select("u", index_C), image_CD)
-        cheap_CD = image_CD.to(screen)
-        slack_C, share = _tolerance(image_CD, own_C, screen), _TOLERANCE[screen][1]
+        image_CM = embeddings.select("v", index_C).double() @ map_MD.mT
+        own_C = _pair_scores(embeddings.select("u", index_C), image_CM)
+        cheap_CD = image_CM.to(screen)
+        slack_C, share = _tolerance(image_CM, own_C, screen), _TOLERANCE[screen][1]
         wide = torch.promote_types(screen, torch.float32)
         # a cheap score below the floor belongs to a rival that loses, one above the ceiling to a rival that wins
         floor_C = (own_C - slack_C - share * own_C.abs()).to(wide)
         ceiling_C = own_C + slack_C + share * own_C.abs()
         ceiling_C = torch.maximum(ceiling_C, ceiling_C / (1 - share)).to(wide)
-        lost_C = torch.zeros(len(index_C), dtype=torch.bool, device=image_CD.device)
-        for first, u_AD in embeddings.blocks("u", _whole_blocks(chunk_size)):
-            score_CA = cheap_CD @ u_AD.to(screen).mT
-            mine = torch.nonzero((index_C >= first) & (index_C < first + len(u_AD)))[:, 0]
+        lost_C = torch.zeros(len(index_C), dtype=torch.bool, device=image_CM.device)
+        for first, u_AM in embeddings.blocks("u", _whole_blocks(chunk_size)):
+            score_CA = cheap_CD @ u_AM.to(screen).mT
+            mine = torch.nonzero((index_C >= first) & (index_C < first + len(u_AM)))[:, 0]
             score_CA[mine, index_C[mine] - first] = -torch.inf
             lost_C |= score_CA.amax(1) > ceiling_C
             near_CA = (score_CA >= floor_C[:, None]) & ~lost_C[:, None]
             for pair_P2 in torch.nonzero(near_CA).split(BLOCK_ROWS):
                 item_P, rival_P = pair_P2.unbind(1)
-                beaten_P = _pair_scores(u_AD[rival_P], image_CD[item_P]) >= own_C[item_P]
+                beaten_P = _pair_scores(u_AM[rival_P], image_CM[item_P]) >= own_C[item_P]
                 lost_C[item_P[beaten_P]] = True
         won.append(~lost_C)
     return torch.cat(won)
 
 
-def _pair_scores(u_PD: Tensor, image_PD: Tensor) -> Tensor:
+def _pair_scores(u_PM: Tensor, image_PM: Tensor) -> Tensor:
     """One score for each row, in fp64: always the same sum, so that equal outputs tie exactly."""
-    return (u_PD.double() * image_PD).sum(1)
+    return (u_PM.double() * image_PM).sum(1)
 
 
 def _whole_blocks(rows: int) -> int:

@@ -55,7 +55,7 @@ def test_one_step_writes_every_input_and_output(tmp_path, capsys):
     }
     assert inputs | outputs | theory <= set(row)
     assert row["predicted_count"] == pytest.approx(row["count"], rel=0.5)
-    assert next(row for row in rows if row["rule"] == "ns5")["predicted_count"] is None
+    assert next(row for row in rows if row["rule"] == "ns5")["predicted_count"] > 5
     assert (tmp_path / "count_vs_d.png").stat().st_size > 10_000
     assert "muon" in capsys.readouterr().out
 
@@ -103,6 +103,12 @@ def test_options_reach_the_run(tmp_path):
         (["--anisotropy", "-1"], "anisotropy"),
         (["--rules", "newton", "--batch-size", "4"], "ridge"),
         (["--config", "/nowhere.yaml"], "--config"),
+        (["--d", "16", "16"], "--d"),
+        (["--alpha", "1.5", "1.50"], "--alpha"),
+        (["--batch-size", "population", "population"], "--batch-size"),
+        (["--rules", "ns5", "ns"], "--rules"),
+        (["--rules", "power", "--power", "1"], "power"),
+        (["--d-out", "1"], "d_out"),
     ],
 )
 def test_bad_values_are_one_sentence_and_exit_code_2(arguments, named, tmp_path, capsys):
@@ -156,23 +162,6 @@ def test_recipes_run_with_the_command_line_on_top(tmp_path):
     assert {row["rule"] for row in rows} == {"sgd", "muon"}
 
 
-def test_a_checkpoint_is_judged_by_its_momentum(tmp_path, capsys):
-    import torch
-
-    layer = torch.nn.Linear(6, 5)
-    optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
-    layer(torch.randn(9, 6, generator=torch.Generator().manual_seed(0))).square().sum().backward()
-    optimizer.step()
-    torch.save({"model": layer.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.ckpt")
-    rows = run("newton-schulz", "--checkpoint", str(tmp_path / "run.ckpt"), "--ns-steps", "5", out=tmp_path / "out")
-    assert {row["matrix"] for row in rows} == {"optimizer/state/0/momentum_buffer"}
-    assert all(0 <= row["flattened_share"] <= 1 and row["is_momentum"] for row in rows)
-    assert "momentum_buffer" in capsys.readouterr().out
-    (tmp_path / "bad.ckpt").write_text("nothing")
-    assert main(["memory", "newton-schulz", "--checkpoint", str(tmp_path / "bad.ckpt")]) == 2
-    assert "`--checkpoint`" in capsys.readouterr().err
-
-
 def test_budget_is_read_and_refused():
     assert [parse_budget(text) for text in ("90s", "3m", "1.5h", "20")] == [90, 180, 5400, 20]
     assert main(["memory", "reproduce", "--budget", "soon"]) == 2
@@ -223,45 +212,9 @@ def test_reproduce_names_what_it_had_no_time_for(monkeypatch):
 
 
 def test_the_plan_of_reproduce_is_a_whole():
-    parts = memory_reproduce.plan(300, 0, {"device": "cpu", "chunk_size": 4096, "cache_bytes": 2**30})
+    parts = memory_reproduce.plan(30000, 0, {"device": "cpu", "chunk_size": 4096, "cache_bytes": 2**30})
     assert sum(part.share for part in parts) == pytest.approx(1)
     assert all(len(part.rungs) > 2 for part in parts)
-
-
-def rows_of_a_law(exponent):
-    rng = np.random.default_rng(0)
-    same = {
-        "kind": "one-step",
-        "alpha": 1.5,
-        "n_items": 30000,
-        "anisotropy": 0.0,
-        "batch_size": None,
-        "censored": False,
-    }
-    return [
-        {
-            **same,
-            "d": d,
-            "seed": seed,
-            "rule_label": "muon",
-            "count": d**exponent * (1 + 0.005 * rng.standard_normal()),
-            "predicted_count": d**1.4,
-            "predicted_spread": 0.005 * d**1.4,
-            "asymptotic_exponent": 4 / 3,
-        }
-        for d in (128, 256, 512)
-        for seed in range(4)
-    ]
-
-
-def test_verdicts_tell_right_from_wrong():
-    right = {verdict.law: verdict for verdict in memory_fit.verdicts(rows_of_a_law(1.4))}
-    slope = right["count ~ d^e, one step"]
-    assert slope.verdict == "agrees"
-    assert slope.low < slope.measured < slope.high
-    assert slope.asymptote == pytest.approx(4 / 3)
-    wrong = memory_fit.verdicts(rows_of_a_law(1.2))
-    assert {verdict.verdict for verdict in wrong} == {"differs"}
 
 
 def test_fit_exponent_is_exact_on_a_power_law_and_covers():

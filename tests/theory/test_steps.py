@@ -6,7 +6,12 @@ import torch
 
 from lightning_spectral.theory import dynamics
 from lightning_spectral.theory.embeddings import Embeddings
-from lightning_spectral.theory.gradient import negative_gradient, negative_gradient_at_zero, population_loss
+from lightning_spectral.theory.gradient import (
+    log_probabilities,
+    negative_gradient,
+    negative_gradient_at_zero,
+    population_loss,
+)
 from lightning_spectral.theory.one_step import OneStep, one_step
 from lightning_spectral.theory.problem import MemoryProblem
 from lightning_spectral.theory.recovery import recovered_mask, recovery_stats
@@ -103,7 +108,7 @@ def test_near_ties_are_decided_in_fp64(screen):
 
 def test_recovery_does_not_depend_on_chunks_cache_or_scale():
     problem = MemoryProblem(d=48, n_items=6000, alpha=1.5, seed=2)
-    update = OneStep(problem).run("muon").update_DD
+    update = OneStep(problem).run("muon").update_MD
     whole = recovered_mask(Embeddings(problem), update)
     for chunk_size, cache in ((1, 2**30), (700, 0), (10**6, 0)):
         if chunk_size == 1:
@@ -159,7 +164,7 @@ def test_stats_of_a_known_mask():
 
 def test_rules_are_what_they_are_called():
     step = OneStep(SMALL)
-    gradient = step.gradient.matrix_DD
+    gradient = step.gradient.matrix_MD
     left, sigma, right = torch.linalg.svd(gradient)
     assert torch.equal(direction("sgd", step.gradient), gradient)
     assert torch.equal(direction("sign", step.gradient), gradient.sign())
@@ -220,7 +225,7 @@ def test_unknown_rules_zero_and_nonfinite_gradients_are_refused():
     with pytest.raises(ValueError, match="`rules`"):
         direction("adamw", step.gradient)
     for value, message in ((0.0, "zero"), (float("nan"), "finite")):
-        step.gradient.matrix_DD.fill_(value)
+        step.gradient.matrix_MD.fill_(value)
         with pytest.raises(ValueError, match=message):
             direction("muon", step.gradient)
 
@@ -263,3 +268,53 @@ def test_deflation_grows_and_first_step_is_the_one_step_result():
 def test_bad_runs_are_refused(change, field):
     with pytest.raises(ValueError, match=f"`{field}`"):
         dynamics.run(SMALL, **change)
+
+
+@pytest.mark.parametrize("scale", [2.0, 100.0, 1e4, 1e6, 1e8])
+def test_no_probability_exceeds_one_however_large_the_scores(scale):
+    for step in dynamics.run(MemoryProblem(d=32, n_items=500, alpha=1.5), "muon", 2, step_scale=scale):
+        assert 0 <= step.outputs["worst_probability"] <= step.outputs["best_probability"] <= 1
+        assert step.outputs["loss"] >= 0
+
+
+def test_large_scores_are_decided_in_fp64():
+    problem = MemoryProblem(d=24, n_items=300, alpha=1.5)  # fp32 problem
+    weight = torch.randn(24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e6
+    _, u, v = everything(problem)
+    expected = torch.log_softmax(v @ weight.T @ u.T, 1).diagonal()
+    assert torch.allclose(log_probabilities(Embeddings(problem), weight), expected, rtol=1e-9, atol=1e-6)
+
+
+def test_scores_beyond_fp64_are_refused_by_name():
+    with pytest.raises(ValueError, match="`step_scale`"):
+        dynamics.run(MemoryProblem(d=32, n_items=500, alpha=1.5), "muon", 3, step_scale=1e30)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "sign", "muon", "ns5", "power0.5", "newton"])
+def test_rectangular_steps_recover_what_brute_force_says(rule):
+    problem = MemoryProblem(d=40, d_out=24, n_items=800, alpha=1.5, dtype="float64")
+    result = OneStep(problem).run(rule)
+    assert result.update_MD.shape == (24, 40)
+    assert (result.recovered == brute_force(problem, result.update_MD)).all()
+
+
+def test_rectangular_gradients_equal_autograd():
+    problem = MemoryProblem(d=12, d_out=20, n_items=300, alpha=1.5, dtype="float64")
+    weights = problem.gradient_weights()
+    for weight in (
+        torch.zeros(20, 12).double(),
+        torch.randn(20, 12, generator=torch.Generator().manual_seed(0)).double(),
+    ):
+        expected, loss = autograd(problem, weights, weight)
+        actual, actual_loss = negative_gradient(Embeddings(problem), weight, weights)
+        assert torch.allclose(actual, expected, rtol=0, atol=1e-13)
+        assert actual_loss == pytest.approx(loss, rel=1e-12)
+    at_zero = negative_gradient_at_zero(Embeddings(problem), weights)
+    expected, _ = autograd(problem, weights, torch.zeros(20, 12, dtype=torch.float64))
+    assert torch.allclose(at_zero, expected, rtol=0, atol=1e-14)
+
+
+def test_exact_rectangular_dynamics_keep_their_step_size():
+    problem = MemoryProblem(d=16, d_out=36, n_items=200, alpha=1.5)
+    first = dynamics.run(problem, "muon", 1, step_scale=1.0, schedule="constant")[0]
+    assert first.count > 0

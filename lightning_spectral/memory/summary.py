@@ -1,0 +1,78 @@
+"""The lines a memory command prints: means by case, what has no prediction and why, what was censored or singular."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lightning_spectral.memory.fit import group, ok
+
+Row = dict[str, Any]
+_SUMMARY = ("rule_label", "alpha", "d", "d_out", "n_items", "batch_size", "anisotropy", "mode", "dtype", "step")
+_WIDTH = 12
+
+
+def summary_lines(rows: Sequence[Row]) -> list[str]:
+    """One table a kind of row, then warnings."""
+    lines: list[str] = []
+    for (kind,), members in group(rows, "kind").items():
+        fields = [f for f in _SUMMARY if any(f in row for row in members) and _varies_or_names(members, f)]
+        theory = kind == "theory"
+        columns = ["predicted", "asymptotic", "crit. batch"] if theory else ["count", "sd", "predicted"]
+        lines.append(f"\n{kind}: " + "  ".join(f"{f:>{_WIDTH}}" for f in [*fields, *columns]))
+        for key, same in group([row for row in members if theory or ok(row)], *fields).items():
+            named = [
+                "population" if f == "batch_size" and v is None else str(v) for f, v in zip(fields, key, strict=True)
+            ]
+            cells = [*named, *(_theory_cells(same) if theory else _measured_cells(same))]
+            lines.append(" " * (len(kind) + 2) + "  ".join(f"{cell:>{_WIDTH}}" for cell in cells))
+    return [*lines, *_notes(rows), *_singular(rows), *_censored(rows)]
+
+
+def _varies_or_names(rows: Sequence[Row], field: str) -> bool:
+    return field in ("rule_label", "d") or len({row.get(field) for row in rows}) > 1
+
+
+def _measured_cells(rows: Sequence[Row]) -> list[str]:
+    counts = [row["count"] for row in rows]
+    mean = sum(counts) / len(counts)
+    variance = sum((count - mean) ** 2 for count in counts) / max(len(counts) - 1, 1)
+    return [f"{mean:.1f}", f"{variance**0.5:.1f}" if len(counts) > 1 else "-", _guess(rows)]
+
+
+def _theory_cells(rows: Sequence[Row]) -> list[str]:
+    critical, limit = rows[0].get("predicted_critical_batch"), rows[0].get("asymptotic_count")
+    return [_guess(rows), f"{limit:.1f}" if limit else "-", f"{critical:.0f}" if critical else "-"]
+
+
+def _guess(rows: Sequence[Row]) -> str:
+    predicted = [row["predicted_count"] for row in rows if row.get("predicted_count") is not None]
+    return f"{sum(predicted) / len(predicted):.1f}" if predicted else "-"
+
+
+def _notes(rows: Sequence[Row]) -> Iterator[str]:
+    """Why predictions are missing or may be off."""
+    notes: dict[str, set[str]] = {}
+    for row in rows:
+        if row.get("prediction_note"):
+            notes.setdefault(row["prediction_note"], set()).add(row["rule_label"])
+    for note, rules in notes.items():
+        yield f"\nprediction of {', '.join(sorted(rules))}: {note}"
+
+
+def _singular(rows: Sequence[Row]) -> Iterator[str]:
+    missing = [row for row in rows if not ok(row)]
+    if missing:
+        why = missing[0]["reason"]
+        yield f"\nwarning: {len(missing)} of {len(rows)} runs could not be made (status singular): {why}"
+
+
+def _censored(rows: Sequence[Row]) -> Iterator[str]:
+    censored = [row for row in rows if row.get("censored")]
+    if censored:
+        worst = max(censored, key=lambda row: int(row["count"]))
+        yield (
+            f"\nwarning: censored: {len(censored)} of {len(rows)} runs recover more than a third of all items (e.g. "
+            f"{worst['rule_label']}, d={worst['d']}: {worst['count']} of n_items={worst['n_items']}); their counts are "
+            f"too low. Use --n-items {3 * worst['count']} or more."
+        )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_spectral.callbacks import FabricSpectralProbe, SpectralRankCallback, TailTokenProbe
+    from lightning_spectral.callbacks.alarm import SpectralAlarm
     from lightning_spectral.callbacks.weight_spectrum import WeightSpectrumCallback
     from lightning_spectral.memory.module import AssociativeMemory, AssociativeMemoryDataModule
     from lightning_spectral.optim import AdamW, Dion, Muon, NorMuon
@@ -25,6 +26,7 @@ _HOME_OF = {
     "FabricSpectralProbe": "lightning_spectral.callbacks",
     "Muon": "lightning_spectral.optim",
     "NorMuon": "lightning_spectral.optim",
+    "SpectralAlarm": "lightning_spectral.callbacks.alarm",
     "SpectralRankCallback": "lightning_spectral.callbacks",
     "SpectralRecord": "lightning_spectral.records",
     "TailTokenProbe": "lightning_spectral.callbacks",
@@ -42,6 +44,7 @@ __all__ = [
     "FabricSpectralProbe",
     "Muon",
     "NorMuon",
+    "SpectralAlarm",
     "SpectralRankCallback",
     "SpectralRecord",
     "TailTokenProbe",

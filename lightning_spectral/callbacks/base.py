@@ -170,7 +170,8 @@ class SpectralCallback(EvaluationHooks):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._drain()
-        self._pictures.draw(trainer, trainer.global_step)
+        if self.run_folder is not None:
+            self._pictures.finish(trainer, trainer.global_step, self.run_folder.path, self.run_folder.info)
 
     # end, state
 
@@ -351,6 +352,10 @@ class SpectralCallback(EvaluationHooks):
         )
         if window.stage == "train":
             self._pictures.add(trainer, records, result)
+        for callback in [*trainer.callbacks]:  # type: ignore[attr-defined]
+            listen = getattr(callback, "on_spectral_window", None)
+            if listen is not None:
+                listen(trainer, records)
         self._react_to_nonfinite(records)
         return scalars
 

@@ -1,23 +1,31 @@
-"""What TensorBoard gets beyond scalars: a custom-scalars layout, a layer x step heat map, a spectrum waterfall.
+"""What loggers get beyond scalars: rank curves in the buckets' own colours, layer x step heat maps, spectra.
 
-Pictures need nothing of TensorBoard but ``add_figure``; other loggers get the scalars only.
+TensorBoard colours runs, not tags: its charts cannot tell buckets apart by colour. Sub-runs for the buckets would;
+tried, they fill the list of runs (60 for 12 runs, where Custom Scalars then selects none), and their colours depend
+on the order of the runs. A picture has the same colours for 1, 3 and 12 runs and no smoothing; hover, log axes and
+overlays are in the tab SPECTRAL (``lightning_spectral.tensorboard``). TensorBoard also gets a custom-scalars layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
+from lightning_spectral.callbacks.uploads import add_figure, holds_pictures, upload_records
 from lightning_spectral.probe.window import WindowResult
-from lightning_spectral.records import POOLED, SpectralRecord, layer_name
+from lightning_spectral.records import POOLED, RunInfo, SpectralRecord, layer_name
+from lightning_spectral.records.looks import BUCKET_NAMES, METRIC_NAMES, bucket_colors, ordered_buckets
 
 MAX_SERIES = 4  # more lines than this in one chart cannot be told apart
 MAX_SPECTRA = 24
+CURVES = ("hard_rank", "soft_rank")
 
 
 def layout(records: Sequence[SpectralRecord], *, with_losses: bool) -> dict[str, dict[str, list[Any]]]:
@@ -49,39 +57,57 @@ def layout(records: Sequence[SpectralRecord], *, with_losses: bool) -> dict[str,
 
 
 class Pictures:
-    """History of one run, drawn into TensorBoard."""
+    """History of one run, drawn into the loggers that hold pictures."""
 
     def __init__(self) -> None:
+        self._curves: dict[str, dict[str, dict[int, float]]] = {metric: {} for metric in CURVES}
         self._hard: dict[str, dict[tuple[str, int], float]] = {}
         self._spectra: dict[str, dict[int, np.ndarray]] = {}
         self._num_windows = 0
 
     def add(self, trainer: pl.Trainer, records: Sequence[SpectralRecord], result: WindowResult) -> None:
         """Remember one window; write the layout with the first; draw now and then."""
-        writers = list(_writers(trainer))
-        if not writers or not records:
+        loggers = _loggers(trainer)
+        if not loggers or not records:
             return
         step = records[0].step or 0
-        for record in records:
-            if record.site == "post" and record.hard_rank is not None:
-                place = layer_name(record.layer, record.expert)
-                self._hard.setdefault(record.bucket, {})[place, step] = record.hard_rank
+        self._remember_ranks(step, [record for record in records if record.site == "post"])
         self._remember_spectra(step, result)
         if self._num_windows == 0:
-            for writer in writers:
-                writer.add_custom_scalars(layout(records, with_losses=bool(result.losses)))
+            for logger in loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_custom_scalars(layout(records, with_losses=bool(result.losses)))
         self._num_windows += 1
         if self._num_windows >= 8 and self._num_windows & (self._num_windows - 1) == 0:  # 8, 16, 32, ...
             self.draw(trainer, step)
 
     def draw(self, trainer: pl.Trainer, step: int) -> None:
         """Write the pictures of what is known so far."""
-        writers = list(_writers(trainer)) if self._num_windows > 1 else []
-        for writer in writers:
-            for bucket, values in self._hard.items():
-                writer.add_figure(f"spectral_pictures/hard_rank.{bucket}", heat_map(values, bucket), step)
-            for name, spectra in self._spectra.items():
-                writer.add_figure(f"spectral_pictures/eigenspectrum.{name}", waterfall(spectra, name), step)
+        loggers = _loggers(trainer) if self._num_windows > 1 else []
+        if not loggers:
+            return
+        if any(self._curves[metric] for metric in CURVES):
+            add_figure(loggers, "spectral_pictures/rank_by_bucket", rank_curves(self._curves), step)
+        for bucket, values in self._hard.items():
+            add_figure(loggers, f"spectral_pictures/hard_rank.{bucket}", heat_map(values, bucket), step)
+        for name, spectra in self._spectra.items():
+            add_figure(loggers, f"spectral_pictures/eigenspectrum.{name}", waterfall(spectra, name), step)
+
+    def finish(self, trainer: pl.Trainer, step: int, folder: Path, info: RunInfo) -> None:
+        """Draw once more, and give the records to loggers that keep files."""
+        self.draw(trainer, step)
+        upload_records(_loggers(trainer), folder, info)
+
+    def _remember_ranks(self, step: int, records: Sequence[SpectralRecord]) -> None:
+        for record in records:
+            if record.hard_rank is not None:
+                place = layer_name(record.layer, record.expert)
+                self._hard.setdefault(record.bucket, {})[place, step] = record.hard_rank
+        for metric in CURVES:
+            for bucket in dict.fromkeys(record.bucket for record in records):
+                known = [value for r in records if r.bucket == bucket and (value := r.value(metric)) is not None]
+                if known:
+                    self._curves[metric].setdefault(bucket, {})[step] = median(known)
 
     def _remember_spectra(self, step: int, result: WindowResult) -> None:
         """Of the middle layer, for the rarest bucket: one picture that shows the shape."""
@@ -99,6 +125,30 @@ class Pictures:
         if len(kept) > 2 * MAX_SPECTRA:  # thin evenly over time, keeping the first and the last
             for old in list(kept)[1:-1:2]:
                 del kept[old]
+
+
+def rank_curves(curves: dict[str, dict[str, dict[int, float]]]) -> Any:
+    """Layer medians by bucket over steps, each bucket in its own colour; the untrained network is a dotted line.
+
+    Args:
+        curves: metric -> bucket -> step -> median over layers.
+    """
+    figure, first = _figure(width=9.6)
+    first.remove()
+    axes = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axis, (metric, buckets) in zip(axes, curves.items(), strict=True):
+        colors = bucket_colors(buckets)
+        for bucket in ordered_buckets(buckets):
+            points = sorted(buckets[bucket].items())
+            name = BUCKET_NAMES.get(bucket, bucket)
+            axis.plot(*zip(*points, strict=True), color=colors[bucket], marker=".", label=name)
+            if points[0][0] == 0:
+                axis.axhline(points[0][1], color=colors[bucket], linestyle=":", linewidth=1)
+        axis.set_title(f"{METRIC_NAMES[metric]}, median over layers; dotted: untrained", loc="left", fontsize=10)
+        axis.set_xlabel("optimizer step")
+        axis.set_ylim(bottom=0)
+        axis.legend(frameon=False)
+    return figure
 
 
 def heat_map(values: dict[tuple[str, int], float], bucket: str) -> Any:
@@ -135,11 +185,11 @@ def waterfall(spectra: dict[int, np.ndarray], name: str) -> Any:
     return figure
 
 
-def _figure() -> tuple[Any, Any]:
+def _figure(width: float = 6.4) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")  # not pyplot: its global state belongs to the user
+    figure = Figure(figsize=(width, 3.6), layout="constrained")  # not pyplot: its global state belongs to the user
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 
@@ -161,8 +211,6 @@ def _charts(title: str, tags: Sequence[str]) -> dict[str, list[Any]]:
     return charts
 
 
-def _writers(trainer: pl.Trainer) -> Iterator[Any]:
-    if trainer.is_global_zero:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                yield logger.experiment
+def _loggers(trainer: pl.Trainer) -> list[Any]:
+    """Loggers of this process that hold pictures."""
+    return [logger for logger in trainer.loggers if holds_pictures(logger)] if trainer.is_global_zero else []

@@ -70,3 +70,4 @@ def test_curves_layout_and_pictures_are_served(run, server):
     ]
     images = ask(server, "images/tags", lambda answer: answer.get("mine"))["mine"]
     assert "spectral_pictures/hard_rank.tail" in images
+    assert "spectral_pictures/rank_by_bucket" in images

@@ -24,7 +24,9 @@ _HOME_OF = {
 __all__ = ["FabricSpectralProbe", "SpectralRankCallback", "TailTokenProbe", "WeightSpectrumCallback"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'lightning_spectral.callbacks' has no attribute {name!r}")
-    return getattr(import_module(_HOME_OF[name]), name)
+if not TYPE_CHECKING:  # a type checker knows the names above, and must not believe in any other
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME_OF:
+            raise AttributeError(f"module 'lightning_spectral.callbacks' has no attribute {name!r}")
+        return getattr(import_module(_HOME_OF[name]), name)

@@ -10,9 +10,11 @@ if TYPE_CHECKING:
 __all__ = ["StateOfTheUnion", "TextBlocks", "TextFiles", "TokenFiles"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'lightning_spectral.data' has no attribute {name!r}")
-    from lightning_spectral.data import modules
+if not TYPE_CHECKING:  # a type checker knows the names above, and must not believe in any other
 
-    return getattr(modules, name)
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module 'lightning_spectral.data' has no attribute {name!r}")
+        from lightning_spectral.data import modules
+
+        return getattr(modules, name)

@@ -149,7 +149,7 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
 
 
 def coefficient_set(name: str) -> CoefficientSet:
-    """SeriesStyle a set up by name.
+    """Look a set up by name.
 
     Raises:
         ValueError: If the table has no such name.

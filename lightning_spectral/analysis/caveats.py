@@ -62,11 +62,13 @@ def interval_meaning(fits: Sequence[PowerLawFit], runs: RunSet | None) -> str:
     """What the 95 % intervals are intervals over."""
     seeds = seed_meaning(runs.runs) if runs is not None else ""
     if max(fit.num_seeds for fit in fits) < 2:
-        return "One seed a width: the intervals are over widths (Student's t), not over seeds."
-    averaged = any(fit.method == "ols_seed_means" for fit in fits)
-    text = "Intervals are over widths (Student's t" + (", the seeds of a width averaged first)" if averaged else ")")
-    by_seed = any(math.isfinite(fit.seed_low) for fit in fits)
-    text += "; those over seeds are given apart" if by_seed else "; no interval is over seeds"
+        return "No seeds are told apart: the intervals are over widths (Student's t), not over seeds."
+    if any(fit.method == "mixed" for fit in fits):
+        few = min(fit.num_seeds for fit in fits if fit.method == "mixed")
+        text = "Intervals are over widths and seeds (a mixed model: level and slope a seed, an effect a width)"
+        text += "; with two seeds they are wide, for two seeds cannot show that seeds do not matter" if few == 2 else ""
+    else:
+        text = "Intervals are over widths (Student's t); no interval is over seeds"
     return text + (f" ({seeds})." if seeds else ".")
 
 

@@ -9,13 +9,32 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from lightning_spectral.analysis.fits import NAN, PowerLawFit, choose_method, fit_series
-from lightning_spectral.analysis.linear import least_squares, t_quantile, two_sided_p, welch
+from lightning_spectral.analysis.fits import NAN, PowerLawFit, fit_series
+from lightning_spectral.analysis.linear import LEVEL, t_quantile, two_sided_p, welch
 from lightning_spectral.analysis.points import Point, PointTable
+from lightning_spectral.analysis.strata import SeedFit, seed_design, width_design
 
+FloatArray = NDArray[np.float64]
+
+_FAR: Final = 4.0  # a crossover further outside the measured widths than this factor is no number
+_GRID: Final = 25
 MEASURES: Final = ("site", "bucket", "metric", "layer")
-COMPARISON_COLUMNS: Final = ("kind", "a", "b", "estimate", "ci_low", "ci_high", "p", "df", "status", "method", "note")
+COMPARISON_COLUMNS: Final = (
+    "kind",
+    "a",
+    "b",
+    "estimate",
+    "ci_low",
+    "ci_high",
+    "p",
+    "p_holm",
+    "df",
+    "status",
+    "method",
+    "note",
+)
 
 
 @dataclass(frozen=True)
@@ -24,8 +43,7 @@ class Comparison:
 
     Attributes:
         where: Column name -> value of what both sides share (site, bucket, metric, layer, ...).
-        kind: ``slope_difference``, ``slope_difference_paired``, ``slope_difference_over_seeds`` (each also with
-            ``_pre_decay``), ``level_difference``, ``crossover_width``, ``asymmetry``, ``decay_change``, ``effect``,
+        kind: ``slope_difference``, ``slope_difference_pre_decay``, ``level_difference``, ``crossover_width``, ``asymmetry``, ``decay_change``, ``effect``,
             ``matched_loss`` or ``matched_loss_slope``.
         a: First side.
         b: Second side; empty for a property of one side.
@@ -33,6 +51,7 @@ class Comparison:
         ci_low: Lower end of the 95 % interval; NaN if there is none.
         ci_high: Upper end.
         p: Two-sided p value of "no difference".
+        p_holm: The same, corrected for the pairs of one kind and measurement (Holm 1979); NaN where p is.
         df: Degrees of freedom.
         status: ``ok``, flags of either fit joined by ``+``, or ``refused:REASON``.
         method: How the interval was made.
@@ -47,6 +66,7 @@ class Comparison:
     ci_low: float = NAN
     ci_high: float = NAN
     p: float = NAN
+    p_holm: float = NAN
     df: float = NAN
     status: str = "ok"
     method: str = ""
@@ -54,7 +74,9 @@ class Comparison:
 
     @property
     def separated(self) -> bool:
-        """Whether the 95 % interval leaves zero out."""
+        """Whether the difference stands at 5 %, corrected for the number of pairs where there is a p value."""
+        if not math.isnan(self.p_holm):
+            return self.p_holm < 1 - LEVEL
         return self.ci_low > 0 or self.ci_high < 0
 
 
@@ -71,6 +93,22 @@ def compare_fits(table: PointTable, fits: Sequence[PowerLawFit]) -> list[Compari
         whole = [name for name, x, y in differing if x and y]
         if len(whole) <= 1 and not set(names) & set(MEASURES):
             out += compare_pair(table.by, names, one, two, groups[one.series], groups[two.series])
+    return with_holm(out)
+
+
+def with_holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Give each comparison its p corrected for all pairs of the same kind, site, bucket, metric and layer."""
+    families: dict[tuple[Any, ...], list[int]] = {}
+    for k, c in enumerate(comparisons):
+        if not math.isnan(c.p):
+            measured = tuple(sorted((name, cell) for name, cell in c.where.items() if name in MEASURES))
+            families.setdefault((c.kind, measured), []).append(k)
+    out = list(comparisons)
+    for members in families.values():
+        worst = 0.0
+        for rank, k in enumerate(sorted(members, key=lambda k: comparisons[k].p)):
+            worst = max(worst, min(1.0, (len(members) - rank) * comparisons[k].p))
+            out[k] = replace(comparisons[k], p_holm=worst)
     return out
 
 
@@ -91,92 +129,142 @@ def compare_pair(
         " ".join(filter(None, (cells_b[name] for name in names))),
         status=_status(one.status, two.status),
     )
-    if one.refused or two.refused or not (one.df > 0 and two.df > 0):
-        reason = base.status if base.status.startswith("refused") else "refused:no_interval"
-        return [replace(base, status=reason)]
+    if one.refused or two.refused:
+        return [replace(base, status=base.status)]
+    ratio = ratio_of(points_a, points_b)
+    if ratio is None:
+        return [_welch(base, one, two)]
+    covered = "" if (one.x_min, one.x_max) == (two.x_min, two.x_max) else "over the widths that both have"
+    fit, design = ratio.fit, ratio.fit.design
+    slope = ratio.estimate(replace(base, note=covered), design.slope)
+    level = replace(base, kind="level_difference", note=f"ln(a/b) at width {math.exp(design.x_mean):.6g}")
+    cross = crossover(fit)
+    crossing = replace(
+        base,
+        kind="crossover_width",
+        estimate=cross.width,
+        ci_low=cross.low,
+        ci_high=cross.high,
+        df=slope.df,
+        method="inverted_test",
+        note=cross.note,
+    )
+    return [slope, ratio.estimate(level, design.level), crossing]
+
+
+def _welch(base: Comparison, one: PowerLawFit, two: PowerLawFit) -> Comparison:
+    """Independent fits: series without three widths in common."""
+    if not (one.df > 0 and two.df > 0):
+        return replace(base, status="refused:no_interval")
     difference, se, df = welch(
-        np.float64(one.beta),
-        np.float64(one.std_err),
-        int(one.df),
-        np.float64(two.beta),
-        np.float64(two.std_err),
-        int(two.df),
+        np.float64(one.beta), np.float64(one.std_err), one.df, np.float64(two.beta), np.float64(two.std_err), two.df
     )
-    note = "" if (one.x_min, one.x_max) == (two.x_min, two.x_max) else "the fits cover different widths"
-    slope = _with_t(replace(base, note=note), float(difference), float(se), float(df), f"welch({one.method})")
-    return [slope, *_paired(base, points_a, points_b), *_over_seeds(base, points_a, points_b)]
+    note = "fewer than three widths in common: independent fits"
+    return _with_t(replace(base, note=note), float(difference), float(se), float(df), f"welch({one.method})")
 
 
-def _over_seeds(base: Comparison, points_a: list[Point], points_b: list[Point]) -> list[Comparison]:
-    """One slope difference a seed, at the widths that both have; what another seed would give."""
-    widths = {point.x for point in points_a} & {point.x for point in points_b}
-    one, two = (_slope_of_seeds(points, widths) for points in (points_a, points_b))
-    seeds = sorted(set(one) & set(two))
-    if len(seeds) < 2:
-        return []
-    gaps = np.array([one[seed] - two[seed] for seed in seeds])
-    se = float(gaps.std(ddof=1)) / math.sqrt(len(gaps))
-    own = replace(base, kind="slope_difference_over_seeds", note=f"{len(seeds)} seeds; one difference a seed")
-    return [_with_t(own, float(gaps.mean()), se, len(gaps) - 1, "t_over_seeds")]
+@dataclass(frozen=True)
+class Ratio:
+    """ln(a / b) of what two series have in common.
 
-
-def _slope_of_seeds(points: list[Point], widths: set[float]) -> dict[str, float]:
-    out = {}
-    for seed in {point.seed for point in points if point.seed}:
-        own = [point for point in points if point.seed == seed and point.x in widths and point.value > 0]
-        if len(widths) > 2 and {point.x for point in own} == widths:
-            line = least_squares(np.log([point.x for point in own]), np.log([point.value for point in own]))
-            out[seed] = float(line.slope)
-    return out
-
-
-def _paired(base: Comparison, points_a: list[Point], points_b: list[Point]) -> list[Comparison]:
-    """Regress ln(a / b) on ln x at the widths that both have: what a width has in common cancels."""
-    ratio = ratio_points(points_a, points_b)
-    if len(ratio) < 3:
-        return [replace(base, kind=kind, status="refused:fewer_than_3_common_widths") for kind in ("level_difference",)]
-    x = np.log([at for at, _ in ratio])
-    y = np.array([value for _, value in ratio])
-    line = least_squares(x, y)
-    slope, se = float(line.slope), float(line.slope_se)
-    center = float(line.intercept + line.slope * line.x_mean)
-    center_se = float(line.mean_se(line.x_mean))
-    at = math.exp(line.x_mean)
-    level = replace(base, kind="level_difference", note=f"ln(a/b) at width {at:.6g}")
-    width, low, high, method, note = crossover(slope, se, center, center_se, line.df, line.x_mean)
-    inside = math.exp(x.min()) <= width <= math.exp(x.max()) if math.isfinite(width) else False
-    note = note or ("" if inside else "outside the measured widths")
-    cross = replace(
-        base, kind="crossover_width", estimate=width, ci_low=low, ci_high=high, df=line.df, method=method, note=note
-    )
-    return [
-        _with_t(replace(base, kind="slope_difference_paired"), slope, se, line.df, "ols_of_ln_ratio"),
-        _with_t(level, center, center_se, line.df, "ols_of_ln_ratio"),
-        cross,
-    ]
-
-
-def crossover(
-    slope: float, se: float, center: float, center_se: float, df: float, x_mean: float
-) -> tuple[float, float, float, str, str]:
-    """Width at which two fitted lines meet, with Fieller's interval.
-
-    Returns:
-        (width, low, high, method, note); the interval is NaN when the slopes are not separated, for then every width,
-        or all but a stretch in the middle, is a possible crossover.
+    Attributes:
+        fit: The values ln a - ln b at their widths and seeds.
+        method: ``mixed_of_ln_ratio`` (pairs of one width and seed) or ``ols_of_ln_ratio`` (one pair a width).
     """
-    if slope == 0:
-        return NAN, NAN, NAN, "fieller", "the lines are parallel"
-    offset = -center / slope
-    width = _exp(x_mean + offset)
-    t = float(t_quantile(df))
-    # (center + slope * d)^2 <= t^2 (center_se^2 + slope_se^2 d^2): a quadratic in d, open when g >= 1
-    g = (t * se / slope) ** 2
-    if not g < 1:
-        return width, NAN, NAN, "fieller", "slopes not separated: the crossover is not bounded"
-    root = (t / slope) * math.sqrt(max(0.0, (1 - g) * center_se**2 + (center / slope) ** 2 * se**2))
-    ends = sorted(((offset - root) / (1 - g), (offset + root) / (1 - g)))
-    return width, _exp(x_mean + ends[0]), _exp(x_mean + ends[1]), "fieller", ""
+
+    fit: SeedFit
+    method: str
+
+    def estimate(self, base: Comparison, coefficients: FloatArray) -> Comparison:
+        """``coefficients @ y`` with interval and p."""
+        own, value = self.fit.uncertainty(coefficients), float(coefficients @ self.fit.y)
+        half, p = own.half_width(), float(own.p_value(value))
+        low, high = value - half, value + half
+        return replace(base, estimate=value, ci_low=low, ci_high=high, p=p, df=own.satterthwaite_df, method=self.method)
+
+
+def ratio_of(points_a: Sequence[Point], points_b: Sequence[Point]) -> Ratio | None:
+    """The ratio of two series at the widths and seeds (else at the widths) that both have; ``None`` with fewer than 3.
+
+    Pairs of one width and seed share initialization, data and the text of the measurement as far as the study lets
+    them; what they share cancels, and what they do not is in the scatter of the ratio.
+    """
+    a, b = _mean_ln(points_a, by_seed=True), _mean_ln(points_b, by_seed=True)
+    common = sorted(set(a) & set(b))
+    x, seeds = np.log([width for width, _ in common]), [seed for _, seed in common]
+    design = seed_design(x, seeds) if len(common) > 2 else None
+    method = "mixed_of_ln_ratio"
+    if design is None:
+        a, b = _mean_ln(points_a, by_seed=False), _mean_ln(points_b, by_seed=False)
+        common = sorted(set(a) & set(b))
+        if len(common) < 3:
+            return None
+        design, method = width_design(np.log([width for width, _ in common])), "ols_of_ln_ratio"
+    y = np.array([a[cell][0] - b[cell][0] for cell in common])
+    errors = np.array([math.hypot(a[cell][1], b[cell][1]) for cell in common])
+    return Ratio(design.fit(y, errors if np.isfinite(errors).all() else None), method)
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """Where two lines meet: width, ends of its 95 % set (0 and infinity for an open end, NaN for no set), a remark."""
+
+    width: float
+    low: float
+    high: float
+    note: str
+
+
+def crossover(fit: SeedFit) -> Crossover:
+    """All widths at which the test of "the lines meet here" does not refuse: Fieller's set, for any error model.
+
+    Args:
+        fit: ln(a / b) at its widths and seeds.
+    """
+    design = fit.design
+    slope, center, at = float(design.slope @ fit.y), float(design.level @ fit.y), design.x_mean
+    reach = (float(design.x.min()) - at, float(design.x.max()) - at)
+    low, high = reach[0] - math.log(_FAR), reach[1] + math.log(_FAR)
+    best = -center / slope if slope else math.inf
+    near = low <= best <= high
+    width = math.exp(at + best) if near else NAN
+    grid = np.linspace(low, high, _GRID)
+    grid = np.unique(np.append(grid, best)) if near else grid
+    kept = _p_at(fit, grid) >= 1 - LEVEL
+    if kept.all():
+        return Crossover(width, 0.0, math.inf, "any width may be the crossover")
+    if not kept.any():
+        return Crossover(width, NAN, NAN, f"the lines do not meet within {_FAR:g} times the measured widths")
+    begins, ends = (_edge(fit, grid, kept, step) for step in (1, -1))
+    if kept[0] and kept[-1]:
+        text = f"below {math.exp(at + ends):.4g} or above {math.exp(at + begins):.4g}, if anywhere"
+        return Crossover(width, NAN, NAN, text)
+    notes = ["open below"] * bool(kept[0]) + ["open above"] * bool(kept[-1])
+    if not near or not reach[0] <= best <= reach[1]:
+        notes.append("outside the measured widths")
+    first = 0.0 if kept[0] else math.exp(at + begins)
+    return Crossover(width, first, math.inf if kept[-1] else math.exp(at + ends), "; ".join(notes))
+
+
+def _p_at(fit: SeedFit, distances: FloatArray) -> FloatArray:
+    """P of "the lines meet at this ln distance from ``x_mean``"."""
+    coefficients = fit.design.at(distances)
+    return fit.uncertainty(coefficients).p_value(coefficients @ fit.y)
+
+
+def _edge(fit: SeedFit, grid: FloatArray, kept: NDArray[np.bool_], step: int) -> float:
+    """Where the set begins (step 1, its first begin) or ends (-1, its last end), between two points of the grid."""
+    steps = np.flatnonzero(np.diff(kept.astype(int)) == step)
+    if not len(steps):
+        return NAN
+    k = int(steps[0] if step == 1 else steps[-1])
+    low, high = float(grid[k]), float(grid[k + 1])
+    for _ in range(4):  # a sixteenth of the interval each
+        fine = np.linspace(low, high, 17)
+        inside = _p_at(fit, fine) >= 1 - LEVEL
+        j = int(np.flatnonzero(np.diff(inside.astype(int)) == step)[0])
+        low, high = float(fine[j]), float(fine[j + 1])
+    return 0.5 * (low + high)
 
 
 def asymmetries(table: PointTable, fits: Sequence[PowerLawFit]) -> list[Comparison]:
@@ -198,12 +286,20 @@ def asymmetries(table: PointTable, fits: Sequence[PowerLawFit]) -> list[Comparis
         if not ratio:
             out.append(replace(base, status="refused:no_common_runs"))
             continue
-        fit = fit_series(ratio, method=choose_method(ratio), extras=False)
-        status = _status(statuses.get(series, "ok"), statuses.get(twin, "ok"), fit.status)
-        out.append(
-            _with_t(replace(base, status=status), fit.beta, fit.std_err, fit.df, f"{fit.method}_of_ln_soft_over_hard")
-        )
+        status = _status(statuses.get(series, "ok"), statuses.get(twin, "ok"))
+        out.append(_slope_of(replace(base, status=status), ratio, "ln_soft_over_hard"))
     return out
+
+
+def _slope_of(base: Comparison, points: Sequence[Point], what: str) -> Comparison:
+    """The slope of a ratio of the same runs, by the method of any fit."""
+    found = ratio_of(points, [replace(point, value=1.0, error=0.0) for point in points])
+    fit = fit_series(points, extras=False)
+    status = _status(base.status, fit.status)
+    if fit.refused or found is None:
+        return replace(base, status=status if status.startswith("refused") else "refused:fewer_than_3_widths")
+    method = found.method.removesuffix("of_ln_ratio") + f"of_{what}"
+    return replace(found.estimate(replace(base, status=status), found.fit.design.slope), method=method)
 
 
 def decay_changes(table: PointTable, before: PointTable) -> list[Comparison]:
@@ -215,12 +311,8 @@ def decay_changes(table: PointTable, before: PointTable) -> list[Comparison]:
         if not ratio:
             continue
         base = Comparison(dict(zip(table.by, series, strict=True)), "decay_change", "end", "before decay")
-        fit = fit_series(ratio, method=choose_method(ratio), extras=False)
-        if fit.refused:
-            out.append(replace(base, status=fit.status))
-            continue
-        own = replace(base, status=fit.status, note=f"before: step {max(p.steps[-1] for p in earlier[series])}")
-        out.append(_with_t(own, fit.beta, fit.std_err, fit.df, f"{fit.method}_of_ln_end_over_before"))
+        own = replace(base, note=f"before: step {max(p.steps[-1] for p in earlier[series])}")
+        out.append(_slope_of(own, ratio, "ln_end_over_before"))
     return out
 
 
@@ -228,16 +320,10 @@ def _run_ratios(points_a: Sequence[Point], points_b: Sequence[Point]) -> list[Po
     """Value of a over that of b, for runs that have both."""
     by_run = {(p.x, p.seed, p.source): p.value for p in points_b}
     return [
-        replace(p, value=p.value / by_run[key], spread=NAN, layers=())
+        replace(p, value=p.value / by_run[key], spread=NAN, layers=(), error=NAN)
         for p in points_a
         if (key := (p.x, p.seed, p.source)) in by_run and by_run[key] > 0
     ]
-
-
-def ratio_points(points_a: Sequence[Point], points_b: Sequence[Point]) -> list[tuple[float, float]]:
-    """(x, mean ln a - mean ln b) at the x that both have, ascending."""
-    a, b = _mean_ln(points_a), _mean_ln(points_b)
-    return [(x, a[x] - b[x]) for x in sorted(set(a) & set(b))]
 
 
 def comparison_table(by: Sequence[str], comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[Any]]]:
@@ -250,12 +336,17 @@ def comparison_table(by: Sequence[str], comparisons: Sequence[Comparison]) -> tu
     return [*names, *COMPARISON_COLUMNS], rows
 
 
-def _mean_ln(points: Sequence[Point]) -> dict[float, float]:
-    values: dict[float, list[float]] = {}
+def _mean_ln(points: Sequence[Point], *, by_seed: bool) -> dict[tuple[float, str], tuple[float, float]]:
+    """(width, seed) -> mean of ln(value) and its error of measurement; the seed is blank unless asked for."""
+    values: dict[tuple[float, str], list[tuple[float, float]]] = {}
     for point in points:
-        if point.value > 0:
-            values.setdefault(point.x, []).append(math.log(point.value))
-    return {x: sum(own) / len(own) for x, own in values.items()}
+        if point.value > 0 and (point.seed or not by_seed):
+            key = (point.x, point.seed if by_seed else "")
+            values.setdefault(key, []).append((math.log(point.value), point.error))
+    return {
+        key: (sum(v for v, _ in own) / len(own), math.sqrt(sum(e * e for _, e in own)) / len(own))
+        for key, own in values.items()
+    }
 
 
 def _with_t(base: Comparison, estimate: float, se: float, df: float, method: str) -> Comparison:
@@ -271,7 +362,3 @@ def _status(*statuses: str) -> str:
         if status.startswith("refused"):
             return status
     return "+".join(dict.fromkeys(flag for status in statuses for flag in status.split("+") if flag != "ok")) or "ok"
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

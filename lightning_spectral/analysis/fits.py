@@ -3,10 +3,12 @@
 Which interval is right depends on what repeats:
 
 * ``ols``: every point counts as independent; t interval with n - 2 degrees of freedom. Right when there is one run a
-  width. Over widths, NOT over seeds.
-* ``ols_seed_means``: runs at one width are averaged (in ln) first, then t with (widths - 2). Right when several seeds
-  share the widths: whatever the runs of one width have in common (curvature of the law, the same data and evaluation
-  tokens) is not counted once per seed. The slope equals ``ols`` when every width has the same seeds.
+  width. Over widths, NOT over seeds: with one seed nobody can see that another seed would have another slope.
+* ``mixed``: a random level and slope a seed, a random effect a width, a residual (``strata``). The interval is over
+  widths AND seeds, for complete and for half-finished designs. The slope equals ``ols`` when every width has the same
+  seeds.
+* ``ols_seed_means``: runs at one width are averaged (in ln) first, then t with (widths - 2). Too narrow where seeds
+  differ in slope (83 % and less).
 * ``seed_slopes``: one slope a seed, t with (seeds - 1). What another seed at these same widths would give.
 * ``bootstrap``: resamples seeds, then layers; percentile spread widened by t(seeds - 1) and sqrt(S / (S - 1)).
 * ``weighted``: weights (value / spread)^2, the spread being over layers. ``theil_sen``: median of pairwise slopes.
@@ -22,13 +24,23 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_spectral.analysis.linear import Line, least_squares, leave_one_out, seed_means, t_quantile, theil_sen
+from lightning_spectral.analysis.linear import (
+    Line,
+    bend_of,
+    least_squares,
+    leave_one_out,
+    seed_means,
+    t_quantile,
+    theil_sen,
+)
 from lightning_spectral.analysis.points import Point
+from lightning_spectral.analysis.strata import seed_design
 
 FloatArray = NDArray[np.float64]
 NAN: Final = float("nan")
 MIN_WIDTHS: Final = 3
 BOOTSTRAP_SAMPLES: Final = 1000
+BENT_P: Final = 0.05
 WIDE_CI: Final = 0.3  # half-width of the interval of beta beyond which a slope says little
 
 
@@ -53,6 +65,10 @@ class PowerLawFit:
         num_seeds: Distinct seeds.
         x_min: Smallest x: a fit over 1-4x is another quantity than one over 1-8x.
         x_max: Largest x.
+        bend: Second-order term of ln(value) in ln(x).
+        bend_p: Its p value; below :data:`BENT_P` the fit has the flag ``bent``.
+        slope_low: Local slope at ``x_min``, along a parabola.
+        slope_high: Local slope at ``x_max``.
         loo_low: Smallest beta with one width left out.
         loo_high: Largest.
         theil_sen: Median of pairwise slopes.
@@ -90,6 +106,10 @@ class PowerLawFit:
     num_seeds: int = 0
     x_min: float = NAN
     x_max: float = NAN
+    bend: float = NAN
+    bend_p: float = NAN
+    slope_low: float = NAN
+    slope_high: float = NAN
     loo_low: float = NAN
     loo_high: float = NAN
     theil_sen: float = NAN
@@ -127,7 +147,8 @@ class PowerLawFit:
     def band(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Pointwise 95 % band of the fitted line (not of a new point)."""
         at = np.log(x) - self.ln_x_mean
-        half = t_quantile(self.df) * np.sqrt(self.level_se**2 + (self.std_err * at) ** 2)
+        reach = (self.ci_high - self.beta) / self.std_err if self.std_err > 0 else 0.0
+        half = reach * np.sqrt(self.level_se**2 + (self.std_err * at) ** 2)
         center = self.level + self.beta * at
         return np.exp(center - half), np.exp(center + half)
 
@@ -158,12 +179,43 @@ def _of_line(line: Line, n: int) -> _Estimate:
 
 def _ols(points: Sequence[Point]) -> _Estimate:
     x, y = _logs(points)
-    return _of_line(least_squares(x, y), len(x))
+    found = _of_line(least_squares(x, y), len(x))
+    errors = errors_of(points)
+    if errors is None:
+        return found
+    # residuals that happen to be smaller than the errors of measurement do not make the points better
+    centered = x - x.mean()
+    floor = math.sqrt(float(((centered * errors) ** 2).sum())) / float(centered @ centered)
+    if floor <= found.std_err or not found.df > 0:
+        return found
+    half = float(t_quantile(found.df)) * floor
+    return replace(found, std_err=floor, low=found.beta - half, high=found.beta + half)
 
 
 def _ols_seed_means(points: Sequence[Point]) -> _Estimate:
     x, y = seed_means(*_logs(points))
     return _of_line(least_squares(x, y), len(x))
+
+
+def _mixed(points: Sequence[Point]) -> _Estimate:
+    x, y = _logs(points)
+    design = seed_design(x, [point.seed for point in points])
+    if design is None:
+        raise ValueError("`mixed` needs two seeds, one of which covers two widths")
+    fit = design.fit(y, errors_of(points))
+    slope, height = fit.uncertainty(design.slope), fit.uncertainty(design.level)
+    beta, level, half, se = float(design.slope @ y), float(design.level @ y), slope.half_width(), slope.variance**0.5
+    reach = half / float(se) if se > 0 else 1.0
+    r2 = float(least_squares(*seed_means(x, y)).r2)
+    ln_a, level_se = level - beta * design.x_mean, height.half_width() / reach
+    df = slope.satterthwaite_df
+    return _Estimate(beta, ln_a, beta - half, beta + half, r2, len(x), float(se), df, design.x_mean, level, level_se)
+
+
+def errors_of(points: Sequence[Point]) -> FloatArray | None:
+    """Standard error of measurement of every ln(value), if all points have one."""
+    errors = np.array([point.error for point in points])
+    return errors if np.isfinite(errors).all() else None
 
 
 def _weighted(points: Sequence[Point]) -> _Estimate:
@@ -242,6 +294,7 @@ def bootstrap_slopes(
 # method name -> estimate of one series; `auto` picks between the first two
 METHODS: Final[dict[str, Callable[[Sequence[Point]], _Estimate]]] = {
     "ols": _ols,
+    "mixed": _mixed,
     "ols_seed_means": _ols_seed_means,
     "weighted": _weighted,
     "theil_sen": _theil_sen,
@@ -251,9 +304,13 @@ METHODS: Final[dict[str, Callable[[Sequence[Point]], _Estimate]]] = {
 
 
 def choose_method(points: Sequence[Point]) -> str:
-    """``ols_seed_means`` when known seeds share widths, else ``ols``."""
+    """``mixed`` when known seeds share widths, else ``ols``; ``ols_seed_means`` for what ``mixed`` cannot take."""
     repeats = len({point.x for point in points}) < len(points)
-    return "ols_seed_means" if repeats and len({point.seed for point in points}) > 1 else "ols"
+    if not repeats or len({point.seed for point in points}) < 2:
+        return "ols"
+    usable = all(point.x > 0 for point in points)
+    x = np.log([point.x for point in points]) if usable else np.ones(1)
+    return "mixed" if usable and seed_design(x, [point.seed for point in points]) else "ols_seed_means"
 
 
 def fit_series(
@@ -328,17 +385,33 @@ def refusal(points: Sequence[Point]) -> str:
 def _with_extras(fit: PowerLawFit, points: Sequence[Point]) -> PowerLawFit:
     x, y = _logs(points)
     loo_low, loo_high = leave_one_out(x, y)
-    slopes = slopes_by_seed(points)
-    out = replace(fit, loo_low=loo_low, loo_high=loo_high, theil_sen=theil_sen(x, y)[0])
+    bend = bend_of(x, y)
+    out = replace(
+        fit,
+        loo_low=loo_low,
+        loo_high=loo_high,
+        theil_sen=theil_sen(x, y)[0],
+        bend=bend.bend,
+        bend_p=bend.p,
+        slope_low=bend.slope_low,
+        slope_high=bend.slope_high,
+    )
+    if bend.p < BENT_P:
+        out = replace(out, status="bent" if fit.status == "ok" else f"{fit.status}+bent")
     if all(point.spread > 0 for point in points):
         out = replace(out, weighted=_weighted(points).beta)
-    if len(slopes):
-        by_seed = _seed_slopes(points)
-        out = replace(out, seed_low=by_seed.low, seed_high=by_seed.high)
-        if all(point.layers for point in points):
-            boot = _bootstrap(points)
-            out = replace(out, boot_low=boot.low, boot_high=boot.high)
-    return out
+    return _with_seed_intervals(out, points)
+
+
+def _with_seed_intervals(fit: PowerLawFit, points: Sequence[Point]) -> PowerLawFit:
+    if not len(slopes_by_seed(points)):
+        return fit
+    by_seed = _seed_slopes(points)
+    out = replace(fit, seed_low=by_seed.low, seed_high=by_seed.high)
+    if not all(point.layers for point in points):
+        return out
+    boot = _bootstrap(points)
+    return replace(out, boot_low=boot.low, boot_high=boot.high)
 
 
 def _logs(points: Sequence[Point]) -> tuple[FloatArray, FloatArray]:

@@ -39,6 +39,8 @@ class Point:
         layers: Values per layer, in layer order; empty if unknown.
         missing: Number of windows without a number (status ``empty``, ``nonfinite``, ``degenerate``).
         decay_step: Last step at the full learning rate; NaN if unknown.
+        error: Standard error of measurement of ln(value), over the sequences that were measured; NaN if unknown.
+        num_sequences: Sequences that the rows come from; NaN if unknown.
     """
 
     series: tuple[str, ...]
@@ -54,6 +56,8 @@ class Point:
     layers: tuple[float, ...] = ()
     missing: int = 0
     decay_step: float = float("nan")
+    error: float = float("nan")
+    num_sequences: float = float("nan")
 
 
 @dataclass(frozen=True)

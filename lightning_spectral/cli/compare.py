@@ -12,13 +12,12 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 kinds of comparison:
-  slope_difference         beta of a minus beta of b, independent fits (Welch)
-  slope_difference_paired  slope of ln(a/b): what a width has in common cancels
-  slope_difference_over_seeds  one difference a seed: what another seed would give
-  ..._pre_decay         the same just before the learning rate decays (where the recipe is recorded)
+  slope_difference         beta of a minus beta of b: slope of ln(a/b) at the widths and seeds that both have, over
+                           widths and seeds (mixed model); what a width or a seed has in common cancels
+  slope_difference_pre_decay  the same just before the learning rate decays (where the recipe is recorded)
   decay_change             beta at the end minus beta before the decay, same runs
   level_difference         ln(a/b) in the middle of the common widths
-  crossover_width          where the two lines meet (Fieller interval)
+  crossover_width          where the two lines meet: every width that the test does not refuse (0 or inf: open)
   asymmetry                beta_soft - beta_hard of one series
   effect                   optimizer against --architecture COLUMN: mean squared shift over all pairs
   matched_loss[_slope]     ln(a/b) at equal loss, step or tokens (--match-on), per width and as a slope"""
@@ -70,16 +69,17 @@ def main(argv: list[str]) -> int:
             inputs.number(c.estimate),
             inputs.interval(c.ci_low, c.ci_high),
             "-" if c.p != c.p else f"{c.p:.2g}",
+            "-" if c.p_holm != c.p_holm else f"{c.p_holm:.2g}",
             c.status,
             c.note,
         ]
         for c in shown
     ]
-    inputs.print_table(["kind", "where", "what", "estimate", "95% CI", "p", "status", "note"], rows)
+    inputs.print_table(["kind", "where", "what", "estimate", "95% CI", "p", "p (Holm)", "status", "note"], rows)
     if len(shown) < len(medians):
         print(f"{len(medians) - len(shown)} more comparisons (other buckets and metrics): --all, or --out DIR.")
     if len(medians) > 1:
-        print(f"{len(medians)} comparisons; p values are not corrected for their number.")
+        print("p (Holm) is corrected for the pairs of one kind, site, bucket, metric and layer.")
     inputs.print_notes(caveats_of(fitted, runs))
     inputs.print_problems(fitted.problems)
     inputs.print_flags(c.status for c in found)

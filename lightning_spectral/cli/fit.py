@@ -15,9 +15,8 @@ examples:
   lightning-spectral fit out/study --out out/fits
   lightning-spectral fit points.csv --x ffn_hidden_dim --y value --by optimizer,bucket,metric --out out/fits
 
-The interval is Student's t over WIDTHS. With one run a width it says nothing about seeds; with several seeds the runs
-of one width are averaged first (ols_seed_means), and seed_low/seed_high give the interval over seeds. What else must
-be read with a slope stands below the table: the state before the learning-rate decay, learning rates, the null."""
+With one run a width the interval is Student's t over WIDTHS and says nothing about seeds; with several seeds it is over
+widths AND seeds (a mixed model: level and slope a seed, an effect a width). What else must be read with a slope stands below the table: the state before the learning-rate decay, learning rates, the null."""
 
 
 def main(argv: list[str]) -> int:
@@ -42,9 +41,9 @@ def main(argv: list[str]) -> int:
     # columns that would be empty all the way down are left out
     before = any(fit.before_beta == fit.before_beta for fit in shown)
     seeds = any(fit.seed_low == fit.seed_low for fit in shown)
-    header = [*(name for name in by if name != "layer"), "beta", "95% CI, widths"]
+    header = [*(name for name in by if name != "layer"), "beta", "95% CI"]
     header += [*(["95% CI, seeds"] if seeds else []), *(["before decay"] if before else []), "untrained"]
-    header += ["layers", "one width left out", "ln A", "R2", "n", "widths", "method", "status"]
+    header += ["slope at the ends", "layers", "one width left out", "ln A", "R2", "n", "widths", "method", "status"]
     rows = [
         [
             *(cell for name, cell in zip(by, fit.series, strict=True) if name != "layer"),
@@ -53,6 +52,7 @@ def main(argv: list[str]) -> int:
             *([inputs.interval(fit.seed_low, fit.seed_high)] if seeds else []),
             *([before_text(fit)] if before else []),
             inputs.number(fit.null_beta),
+            "-" if fit.slope_low != fit.slope_low else f"{fit.slope_low:.2f} to {fit.slope_high:.2f}",
             inputs.interval(fit.layer_low, fit.layer_high),
             inputs.interval(fit.loo_low, fit.loo_high),
             inputs.number(fit.ln_a),

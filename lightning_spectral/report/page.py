@@ -37,7 +37,6 @@ from lightning_spectral.report.scene import ReportData, ReportFigure
 from lightning_spectral.report.template import TEMPLATE
 
 REPORT: Final = "report.html"
-_SHOWN_KINDS: Final = ("slope_difference", "slope_difference_paired", "level_difference", "crossover_width")
 
 
 @dataclass(frozen=True)

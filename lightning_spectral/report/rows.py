@@ -15,11 +15,7 @@ from lightning_spectral.report.style import BUCKET_NAMES, METRIC_NAMES
 
 _SHOWN_KINDS: Final = (
     "slope_difference",
-    "slope_difference_paired",
-    "slope_difference_over_seeds",
     "slope_difference_pre_decay",
-    "slope_difference_paired_pre_decay",
-    "slope_difference_over_seeds_pre_decay",
     "level_difference",
     "crossover_width",
     "decay_change",
@@ -28,7 +24,7 @@ _SHOWN_KINDS: Final = (
 )
 
 # differences of the headline table
-_GAPS: Final = ("slope_difference", "slope_difference_over_seeds", "slope_difference_pre_decay")
+_GAPS: Final = ("slope_difference", "slope_difference_pre_decay")
 
 
 def summary_sentences(scene: ReportData) -> list[str]:
@@ -52,11 +48,12 @@ def comparison_headline(scene: ReportData) -> str:
     best = min(found, key=lambda c: c.p)
     a, b, sign = (best.a, best.b, 1) if best.estimate >= 0 else (best.b, best.a, -1)
     low, high = sorted((sign * best.ci_low, sign * best.ci_high))
-    gap = f"by {sign * best.estimate:.2f} [{low:.2f}, {high:.2f}], p = {best.p:.2g}"
+    corrected = f" (corrected for {len(found)} pairs: {best.p_holm:.2g})" if len(found) > 1 else ""
+    gap = f"by {sign * best.estimate:.2f} [{low:.2f}, {high:.2f}], p = {best.p:.2g}{corrected}"
     separated = sum(c.separated for c in found)
     if not best.separated:
         return f"No slopes are separated; the clearest gap, {a} above {b} {gap}, may be noise."
-    more = f" ({separated} of {len(found)} pairs are separated, uncorrected)" if len(found) > 1 else ""
+    more = f"; {separated} of {len(found)} pairs are separated" if len(found) > 1 else ""
     return f"The slope of {a} exceeds that of {b} {gap}{more}."
 
 
@@ -176,6 +173,7 @@ def _comparison_row(row: int, c: Comparison) -> dict[str, Any]:
         "estimate": _text(c.estimate, digits),
         "ci": ci,
         "p": _text(c.p),
+        "p_holm": _text(c.p_holm),
         "status": c.status.replace("_", " "),
         "note": c.note,
         "row": row,

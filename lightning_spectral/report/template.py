@@ -54,11 +54,11 @@ details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 {% for sentence in leads %}<p class="lead">{{ sentence }}</p>{% endfor %}
 {% if warnings %}<div class="warnings" role="alert"><b>Read this before quoting a number</b>
 <ul>{% for warning in warnings %}<li>{{ warning }}</li>{% endfor %}</ul></div>{% endif %}
-{% if headline %}<div class="scroll"><table class="headline"><thead><tr><th></th><th class="num">beta</th><th>95 % CI, widths</th><th>95 % CI, seeds</th><th>before decay{{ before_step }}</th><th class="num">untrained</th><th>layers</th><th>minus {{ reference }}</th><th>over seeds</th><th>before decay</th><th>over</th></tr></thead>
+{% if headline %}<div class="scroll"><table class="headline"><thead><tr><th></th><th class="num">beta</th><th>95 % CI</th><th>95 % CI, seeds</th><th>before decay{{ before_step }}</th><th class="num">untrained</th><th>layers</th><th>minus {{ reference }}</th><th>the same before decay</th><th>over</th></tr></thead>
 <tbody>{% for row in headline %}<tr><td><b style="color:{{ row.color }}">{{ row.name }}</b></td>
 <td class="num beta" data-csv="fits.csv" data-row="{{ row.row }}" data-column="beta">{{ row.beta }}</td>
 <td>{{ row.ci }}{% if row.wide %} <span class="wide">wide</span>{% endif %}</td><td>{{ row.seeds }}</td><td>{{ row.before or "-" }}</td>
-<td class="num" data-csv="fits.csv" data-row="{{ row.row }}" data-column="null_beta">{{ row.null }}</td><td>{{ row.layers }}</td><td>{{ row.gap_0 }}</td><td>{{ row.gap_1 }}</td><td>{{ row.gap_2 }}</td>
+<td class="num" data-csv="fits.csv" data-row="{{ row.row }}" data-column="null_beta">{{ row.null }}</td><td>{{ row.layers }}</td><td>{{ row.gap_0 }}</td><td>{{ row.gap_1 }}</td>
 <td>{{ row.n }}{% if row.status != "ok" %} <span class="wide">{{ row.status }}</span>{% endif %}</td></tr>{% endfor %}</tbody></table></div>
 <p class="note">beta of {{ headline_what }}; last windows. Before decay: the last windows at the full learning rate. Layers: smallest and largest beta of a layer.</p>{% endif %}
 <nav>{% for section in sections %}<a href="#{{ section.key }}">{{ section.title }}</a>{% endfor %}<a href="#beta_table">Table of exponents</a><a href="#comparisons">Differences</a><a href="#provenance">Provenance</a></nav>
@@ -73,7 +73,7 @@ details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 <p class="note">{{ table_note }}</p>
 <div class="scroll"><table><thead><tr>
 {% for name in fit_names %}<th>{{ name }}</th>{% endfor %}
-<th class="num">beta</th><th>95 % CI, widths</th><th>status</th><th>95 % CI, seeds</th><th>one width left out</th><th>before decay</th><th>layers</th><th class="num">untrained</th><th class="num">ln A</th><th class="num">R2</th><th class="num">n</th><th>widths</th><th>method</th></tr></thead>
+<th class="num">beta</th><th>95 % CI</th><th>status</th><th>95 % CI, seeds</th><th>one width left out</th><th>before decay</th><th>layers</th><th class="num">untrained</th><th class="num">ln A</th><th class="num">R2</th><th class="num">n</th><th>widths</th><th>method</th></tr></thead>
 <tbody>{% for fit in fits %}<tr{% if fit.new %} class="new"{% endif %}>
 {% for cell in fit.cells %}<td>{% if loop.first %}<span class="swatch" style="background:{{ fit.color }}"></span>{% endif %}{{ cell }}</td>{% endfor %}
 <td class="num" data-csv="fits.csv" data-row="{{ fit.row }}" data-column="beta">{{ fit.beta }}</td>
@@ -87,11 +87,11 @@ details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 </section>
 <section id="comparisons"><h2>Differences</h2>
 <p class="finding">{{ comparison_headline }}</p>
-<p class="note">a minus b on {{ focus }}; all of them, with levels, crossovers and the other buckets, are in comparisons.csv. {{ comparisons|length }} differences are shown; p values are not corrected for their number.</p>
-<div class="scroll"><table><thead><tr><th>a</th><th>b</th><th>metric</th><th>kind</th><th class="num">estimate</th><th>95 % CI</th><th class="num">p</th><th>status</th><th>note</th></tr></thead>
+<p class="note">a minus b on {{ focus }}; all of them, with levels, crossovers and the other buckets, are in comparisons.csv. {{ comparisons|length }} differences are shown; p (Holm) is corrected for the pairs of one kind and metric.</p>
+<div class="scroll"><table><thead><tr><th>a</th><th>b</th><th>metric</th><th>kind</th><th class="num">estimate</th><th>95 % CI</th><th class="num">p</th><th class="num">p (Holm)</th><th>status</th><th>note</th></tr></thead>
 <tbody>{% for c in comparisons %}<tr><td>{{ c.a }}</td><td>{{ c.b }}</td><td>{{ c.metric }}</td><td>{{ c.kind }}</td>
 <td class="num" data-csv="comparisons.csv" data-row="{{ c.row }}" data-column="estimate">{{ c.estimate }}</td><td>{{ c.ci }}</td>
-<td class="num" data-csv="comparisons.csv" data-row="{{ c.row }}" data-column="p">{{ c.p }}</td><td class="{{ '' if c.status == 'ok' else 'flag' }}">{{ c.status }}</td><td>{{ c.note }}</td></tr>{% endfor %}</tbody></table></div>
+<td class="num" data-csv="comparisons.csv" data-row="{{ c.row }}" data-column="p">{{ c.p }}</td><td class="num" data-csv="comparisons.csv" data-row="{{ c.row }}" data-column="p_holm">{{ c.p_holm }}</td><td class="{{ '' if c.status == 'ok' else 'flag' }}">{{ c.status }}</td><td>{{ c.note }}</td></tr>{% endfor %}</tbody></table></div>
 </section>
 <section id="provenance"><h2>Provenance</h2>
 <p class="note">Command: <code>{{ command }}</code><br>Written {{ date }} by lightning-spectral {{ version }}; numpy {{ numpy }}, scipy {{ scipy }}, matplotlib {{ matplotlib }}. Versions of the runs: {{ run_versions }}.</p>

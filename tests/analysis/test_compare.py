@@ -8,7 +8,7 @@ import pytest
 from numpy.testing import assert_allclose
 from scipy import stats
 
-from lightning_spectral.analysis.compare import Comparison, compare_fits, comparison_table, crossover
+from lightning_spectral.analysis.compare import Comparison, compare_fits, comparison_table, with_holm
 from lightning_spectral.analysis.effects import compare_effects, mean_squared_shifts
 from lightning_spectral.analysis.study import Fitted, comparisons_of, fit_points
 from tests.analysis.synthetic import power_law_points, table
@@ -36,46 +36,64 @@ def test_differences_of_exact_laws() -> None:
     assert found["level_difference"].estimate == pytest.approx(0.5 * math.log(middle / 400), rel=1e-6)
 
 
-def test_slope_difference_is_the_welch_test_of_two_regressions() -> None:
+def test_with_one_run_a_width_the_difference_is_the_regression_of_the_ratio() -> None:
     sweep = fitted(0.4, muon=(1.0, 1.0), adamw=(0.5, 20.0))
+    a, b = sweep.table.groups().values()
+    x, y = np.log([p.x for p in a]), np.log([p.value / q.value for p, q in zip(a, b, strict=True)])
+    oracle = stats.linregress(x, y)
+    c = kinds(sweep)["slope_difference"]
+    half = stats.t.ppf(0.975, 4) * oracle.stderr
+    expected = [oracle.slope, oracle.slope - half, oracle.slope + half, oracle.pvalue, 4]
+    assert_allclose([c.estimate, c.ci_low, c.ci_high, c.p, c.df], expected, rtol=1e-9)
+    assert c.method == "ols_of_ln_ratio"
+    assert c.p_holm == c.p  # one pair
+
+
+def test_series_without_three_widths_in_common_are_two_regressions() -> None:
+    wide = power_law_points(1.0, noise=0.3, series=("muon",))
+    other = power_law_points(0.5, noise=0.3, series=("adamw",), widths=(100, 200, 300, 400))
+    sweep = fit_points(table([*wide, *other], ("optimizer",)))
     lines = [
-        stats.linregress(np.log([p.x for p in points]), np.log([p.value for p in points]))
-        for points in sweep.table.groups().values()
+        stats.linregress(np.log([p.x for p in points]), np.log([p.value for p in points])) for points in (wide, other)
     ]
     se = math.hypot(lines[0].stderr, lines[1].stderr)
-    df = se**4 / sum(line.stderr**4 / 4 for line in lines)
+    df = se**4 / (lines[0].stderr ** 4 / 4 + lines[1].stderr ** 4 / 2)
+    (c,) = compare_fits(sweep.table, sweep.fits)
     gap = lines[0].slope - lines[1].slope
-    half = stats.t.ppf(0.975, df) * se
-    c = kinds(sweep)["slope_difference"]
-    assert_allclose(
-        [c.estimate, c.ci_low, c.ci_high, c.p, c.df],
-        [gap, gap - half, gap + half, 2 * stats.t.sf(abs(gap) / se, df), df],
-        rtol=1e-9,
-    )
+    assert_allclose([c.estimate, c.p, c.df], [gap, 2 * stats.t.sf(abs(gap) / se, df), df], rtol=1e-9)
     assert c.method == "welch(ols)"
 
 
-def test_paired_difference_is_the_regression_of_the_ratio() -> None:
-    sweep = fitted(0.4, muon=(1.0, 1.0), adamw=(0.5, 20.0))
+def test_the_crossover_set_is_fiellers_where_there_is_one_run_a_width() -> None:
+    sweep = fitted(0.1, muon=(1.0, 1.0), adamw=(0.5, 20.0))
     a, b = sweep.table.groups().values()
-    oracle = stats.linregress(np.log([p.x for p in a]), np.log([p.value / q.value for p, q in zip(a, b, strict=True)]))
-    c = kinds(sweep)["slope_difference_paired"]
-    assert_allclose([c.estimate, c.p], [oracle.slope, oracle.pvalue], rtol=1e-9)
-    assert c.separated == (c.p < 0.05)
+    x, y = np.log([p.x for p in a]), np.log([p.value / q.value for p, q in zip(a, b, strict=True)])
+    c = kinds(sweep)["crossover_width"]
+    line, t, u = stats.linregress(x, y), stats.t.ppf(0.975, 4), x - x.mean()
+    residual_var = float(((y - line.intercept - line.slope * x) ** 2).sum()) / 4
+    for end in (c.ci_low, c.ci_high):
+        d = math.log(end) - x.mean()
+        variance = residual_var * (1 / 6 + d * d / float(u @ u))
+        assert (y.mean() + line.slope * d) ** 2 == pytest.approx(t * t * variance, rel=1e-3)
+    assert c.ci_low < c.estimate < c.ci_high
 
 
-def test_fieller_interval_holds_the_widths_at_which_the_lines_do_not_differ() -> None:
-    slope, se, center, center_se, df, x_mean = 0.5, 0.1, 0.2, 0.05, 6, 6.0
-    width, low, high, _, note = crossover(slope, se, center, center_se, df, x_mean)
-    assert width == pytest.approx(math.exp(6 - 0.4))
-    assert not note
-    t = stats.t.ppf(0.975, df)
-    for end in (low, high):
-        d = math.log(end) - x_mean
-        assert (center + slope * d) ** 2 == pytest.approx(t**2 * (center_se**2 + se**2 * d**2), rel=1e-8)
-    assert low < width < high
-    assert np.isnan(crossover(0.1, 0.1, center, center_se, df, x_mean)[1])
-    assert crossover(0.0, 0.1, center, center_se, df, x_mean)[4] == "the lines are parallel"
+def test_a_crossover_that_is_not_bounded_says_so() -> None:
+    apart = kinds(fitted(0.05, muon=(0.5, 1.0), adamw=(0.5, 20.0)))["crossover_width"]  # parallel, far apart
+    assert math.isnan(apart.estimate)
+    assert "do not meet" in apart.note
+    noisy = kinds(fitted(0.8, muon=(0.6, 1.0), adamw=(0.5, 1.8)))["crossover_width"]
+    assert (noisy.ci_low, noisy.ci_high) == (0.0, math.inf)
+    assert noisy.note == "any width may be the crossover"
+
+
+def test_holm_corrects_within_one_measurement() -> None:
+    p_values = (0.01, 0.04, 0.03)
+    found = with_holm([Comparison({"metric": "hard_rank"}, "slope_difference", "a", "b", p=p) for p in p_values])
+    assert [c.p_holm for c in found] == [0.03, 0.06, 0.06]
+    assert [c.separated for c in found] == [True, False, False]
+    others = [Comparison({"metric": f"m{k}"}, "slope_difference", "a", "b", p=0.04) for k in range(3)]
+    assert [c.p_holm for c in with_holm(others)] == [0.04] * 3
 
 
 def test_refused_fits_are_not_compared() -> None:
@@ -83,6 +101,7 @@ def test_refused_fits_are_not_compared() -> None:
     (c,) = compare_fits(table(points, ("optimizer",)), fit_points(table(points, ("optimizer",))).fits)
     assert c.status == "refused:fewer_than_3_widths"
     assert math.isnan(c.estimate)
+    assert math.isnan(c.p_holm)
 
 
 def test_pairs_differ_in_one_column_or_in_one_that_only_one_side_has() -> None:

@@ -45,7 +45,7 @@ def test_both_states_and_the_change_between_them(tmp_path: Path) -> None:
     assert change.separated
     assert found["slope_difference", "adamw", "muon"].estimate == pytest.approx(-0.7, abs=0.01)
     assert found["slope_difference_pre_decay", "adamw", "muon"].estimate == pytest.approx(-0.56, abs=0.01)
-    assert found["slope_difference_over_seeds", "adamw", "muon"].df == 2
+    assert found["slope_difference", "adamw", "muon"].method == "mixed_of_ln_ratio"
     (_, sentence) = decay_sentences(fitted)
     assert sentence.startswith("muon: before decay beta 0.86 [")
     assert "(step 80), after 0.90 [" in sentence

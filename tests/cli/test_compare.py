@@ -20,8 +20,6 @@ def test_run_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     }
     assert set(found) == {
         "slope_difference",
-        "slope_difference_paired",
-        "slope_difference_over_seeds",
         "level_difference",
         "crossover_width",
         "asymmetry",
@@ -34,7 +32,7 @@ def test_run_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert float(slope["p"]) < 0.01
     assert len(rows_of(tmp_path / "matched_loss.csv")) == 4 * 2 * 4 * 2
     shown = capsys.readouterr().out
-    assert "p values are not corrected" in shown
+    assert "p (Holm) is corrected" in shown
     assert "more comparisons (other buckets and metrics)" in shown
     assert "tail hard_rank" in shown
     assert "head" not in shown

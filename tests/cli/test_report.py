@@ -20,7 +20,7 @@ def test_a_report_with_pictures_and_events(
     argv = ["report", str(tmp_path / "runs"), "--out", str(out), "--png", "--to-tensorboard", str(tmp_path / "tb")]
     assert main(argv) == 0
     shown = capsys.readouterr().out
-    assert "WARNING One seed a width" in shown
+    assert "WARNING No seeds are told apart" in shown
     assert (out / "figures" / "scaling_laws.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "tb").iterdir())
     names = {path.name for path in out.iterdir()}

@@ -98,7 +98,7 @@ def test_the_headline_has_both_states_and_everything_they_must_be_read_with(stud
     assert rows["Muon"]["seeds"] == f"{fit.seed_low:.3f} to {fit.seed_high:.3f}"
     assert rows["Muon"]["layers"] == f"{fit.layer_low:.3f} to {fit.layer_high:.3f}"
     (gap,) = (
-        c for c in scene.compared("slope_difference_over_seeds", "tail", "hard_rank") if {c.a, c.b} == {"adamw", "muon"}
+        c for c in scene.compared("slope_difference_pre_decay", "tail", "hard_rank") if {c.a, c.b} == {"adamw", "muon"}
     )
     assert rows["Muon"]["gap_1"].startswith(f"{-gap.estimate:+.2f} [{-gap.ci_high:.2f}")
     assert rows["AdamW"]["gap_0"] == ""
@@ -151,7 +151,7 @@ def test_warnings_that_cannot_be_missed(study: Path, tmp_path: Path) -> None:
     alone = " ".join(warnings_of(scene_of(tmp_path)))
     assert "No state before the learning-rate decay" in alone
     for text in (
-        "One seed a width",
+        "No seeds are told apart",
         "Wide interval",
         "few_tokens",
         "unequal_rows",

@@ -1,0 +1,98 @@
+"""Mean squares and intervals of designs with seeds, against closed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from scipy import stats
+
+from lightning_spectral.analysis.strata import Uncertainty, seed_design, width_design
+
+X = np.log(np.array([128, 256, 384, 512, 768, 1024.0]))
+
+
+def complete(seeds: int) -> tuple[np.ndarray, list[str]]:
+    return np.tile(X, seeds), np.repeat([str(k) for k in range(seeds)], len(X)).tolist()
+
+
+def test_one_stratum_is_students_t() -> None:
+    one = Uncertainty(np.array([0.04]), (4,), np.zeros(()))
+    assert one.half_width() == pytest.approx(0.2 * stats.t.ppf(0.975, 4), rel=1e-12)
+    assert float(one.p_value(0.5)) == pytest.approx(2 * stats.t.sf(2.5, 4), rel=1e-12)
+
+
+@pytest.mark.parametrize(("df", "rtol"), [(1, 0.03), (2, 0.01), (4, 1e-3), (12, 1e-3)])
+def test_the_product_rule_is_students_t_where_one_stratum_is_all(df: int, rtol: float) -> None:
+    two = Uncertainty(np.array([1.0, 0.0]), (df, 8), np.zeros(()))
+    assert two.half_width() == pytest.approx(stats.t.ppf(0.975, df), rel=rtol)
+
+
+def test_mean_squares_of_a_complete_design_are_the_two_way_analysis() -> None:
+    design = seed_design(*complete(3))
+    assert design is not None
+    y = np.random.default_rng(0).normal(size=(3, 6))
+    fit = design.fit(y.ravel())
+    u = X - X.mean()
+    slopes, widths = y @ u / (u @ u), y.mean(0)
+    left = widths - widths.mean() - slopes.mean() * u
+    own = y - y.mean(1, keepdims=True) - slopes[:, None] * u
+    own = own - own.mean(0)
+    terms = [slopes.var(ddof=1) / 3, left @ left / 4 / (u @ u), -(own**2).sum() / 8 / (3 * (u @ u))]
+    found = fit.uncertainty(design.slope)
+    assert found.df == (2, 4, 8)
+    assert_allclose(found.terms, terms, rtol=1e-9)
+    assert_allclose(design.slope @ fit.y, slopes.mean(), rtol=1e-9)
+    assert_allclose(design.level @ fit.y, y.mean(), rtol=1e-9, atol=1e-12)
+
+
+def test_the_variance_is_unbiased_in_a_half_finished_design() -> None:
+    """E[y' A y] = tr(A Sigma): checked exactly, for any variance components."""
+    x = np.concatenate([X, X[:4], X[:3]])
+    seeds = ["0"] * 6 + ["1"] * 4 + ["2"] * 3
+    design = seed_design(x, seeds)
+    assert design is not None
+    by_seed = np.array([[s == name for name in "012"] for s in seeds], dtype=float)
+    by_width = (x[:, None] == X).astype(float)
+    tilted = by_seed * (x - design.x_mean)[:, None]
+    sigma = 0.3 * by_seed @ by_seed.T + 0.2 * tilted @ tilted.T + 0.1 * by_width @ by_width.T + 0.05 * np.eye(len(x))
+    root = np.linalg.cholesky(sigma)
+    for coefficients in (design.slope, design.level, design.at(0.7)):
+        # sigma is the sum over the columns r of its root of r r^T, and the terms are quadratic in y
+        expected = sum(float(design.fit(column).uncertainty(coefficients).terms.sum()) for column in root.T)
+        assert expected == pytest.approx(coefficients @ sigma @ coefficients, rel=1e-9)
+    assert design.slope @ x == pytest.approx(1.0)
+    assert design.level @ np.ones(len(x)) == pytest.approx(1.0)
+    assert design.level @ (x - design.x_mean) == pytest.approx(0.0, abs=1e-12)
+    # levels of seeds do not tilt the line
+    assert_allclose(design.slope @ by_seed, 0.0, atol=1e-12)
+
+
+def test_two_slopes_that_differ_widen_the_interval_and_equal_ones_do_not() -> None:
+    design, u = seed_design(*complete(2)), X - X.mean()
+    assert design is not None
+    noise = np.random.default_rng(3).normal(0, 0.05, (2, 6))
+    alike = design.fit(noise.ravel()).uncertainty(design.slope)
+    apart = design.fit((noise + np.array([[0.2], [-0.2]]) * u).ravel()).uncertainty(design.slope)
+    assert apart.half_width() > 3 * alike.half_width()
+    assert apart.half_width() < 1.02 * np.sqrt(apart.terms[0]) * stats.t.ppf(0.975, 1)
+
+
+def test_what_no_line_within_seeds_can_be_drawn_through() -> None:
+    assert seed_design(X, ["0"] * 6) is None
+    assert seed_design(X, [str(k) for k in range(6)]) is None  # a seed a width
+    assert seed_design(np.array([1.0, 1.0, 2.0, 2.0]), ["0", "1", "0", "1"]) is None
+
+
+def test_one_value_a_width_is_least_squares() -> None:
+    y = np.random.default_rng(1).normal(size=6)
+    fit, oracle = width_design(X).fit(y), stats.linregress(X, y)
+    own = fit.uncertainty(fit.design.slope)
+    assert float(own.variance) == pytest.approx(oracle.stderr**2, rel=1e-9)
+    assert float(own.p_value(oracle.slope)) == pytest.approx(oracle.pvalue, rel=1e-9)
+
+
+def test_equal_values_have_no_uncertainty() -> None:
+    design = seed_design(*complete(3))
+    assert design is not None
+    assert design.fit(np.zeros(18)).uncertainty(design.slope).half_width() == 0.0

@@ -43,7 +43,8 @@ class Comparison:
 
     Attributes:
         where: Column name -> value of what both sides share (site, bucket, metric, layer, ...).
-        kind: ``slope_difference``, ``slope_difference_pre_decay``, ``level_difference``, ``crossover_width``, ``asymmetry``, ``decay_change``, ``effect``,
+        kind: ``slope_difference``, ``slope_difference_pre_decay``, ``level_difference``,
+            ``crossover_width``, ``asymmetry``, ``decay_change``, ``effect``,
             ``matched_loss`` or ``matched_loss_slope``.
         a: First side.
         b: Second side; empty for a property of one side.

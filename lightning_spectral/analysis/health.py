@@ -27,7 +27,7 @@ FLAG_TEXT: Final = {
     "repeated_runs": "several runs have the same series, width and seed",
     "repeated_x": "several points share an x but no seed tells them apart; they count as independent (--seed COLUMN)",
     "unbalanced_seeds": "not every seed covers every width",
-    "bent": "the points bend away from a straight line (p < .05): one exponent does not describe them; read the slopes at both ends",
+    "bent": "the points bend away from a straight line (p < .05): read the slopes at both ends, or fit --model floor",
     "missing_values": "some windows or points have no number",
 }
 

@@ -156,10 +156,8 @@ def bend_of(x: FloatArray, y: FloatArray) -> Bend:
     variance = float(left @ left) / df * np.linalg.inv(columns.T @ columns)[2, 2]
     slope, bend = float(coefficients[1]), float(coefficients[2])
     rounding = 1e-12 * max(1.0, float(np.abs(means).max())) / float(np.ptp(u)) ** 2
-    if abs(bend) <= rounding:
-        p = 1.0
-    else:
-        p = float(two_sided_p(bend / np.sqrt(variance), df)) if variance > 0 else 0.0
+    p = float(two_sided_p(bend / np.sqrt(variance), df)) if variance > 0 else 0.0
+    p = p if abs(bend) > rounding else 1.0
     return Bend(bend, p, slope + 2 * bend * float(u[0]), slope + 2 * bend * float(u[-1]))
 
 

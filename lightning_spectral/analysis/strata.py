@@ -12,9 +12,9 @@ component has its mean square, from the difference of two projections (Henderson
 The variance of an estimate is a sum of mean squares, that of the residual with a minus sign. Satterthwaite's degrees of
 freedom for such a sum cover 73 to 90 % where there are two or three seeds; the generalized interval (Weerahandi 1993)
 replaces each mean square by what its chi-squared law says its expectation may be and averages the tail probability over
-that law, here by a fixed product rule rather than by random draws, so that a number is the same at every call. It covers
-too much (up to 99.5 %) where seeds do not differ, so it is averaged with the model without seeds, by how much the data
-speak for seeds (:attr:`Uncertainty.weight`). With one mean square all of this is Student's t, exactly.
+that law, here by a fixed product rule rather than by random draws, so that a number is the same at every call. It
+covers too much (up to 99.5 %) where seeds do not differ, so it is averaged with the model without seeds, by how much
+the data speak for seeds (:attr:`Uncertainty.weight`). With one mean square all of this is Student's t, exactly.
 `benchmarks/coverage.py` measures what is covered.
 """
 

@@ -16,7 +16,8 @@ examples:
   lightning-spectral fit points.csv --x ffn_hidden_dim --y value --by optimizer,bucket,metric --out out/fits
 
 With one run a width the interval is Student's t over WIDTHS and says nothing about seeds; with several seeds it is over
-widths AND seeds (a mixed model: level and slope a seed, an effect a width). What else must be read with a slope stands below the table: the state before the learning-rate decay, learning rates, the null."""
+widths AND seeds (a mixed model: level and slope a seed, an effect a width). What else must be read with a slope stands
+below the table: the state before the learning-rate decay, learning rates, the null."""
 
 
 def main(argv: list[str]) -> int:

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from lightning_spectral.cli import inputs
+from lightning_spectral.text.tables import aside
 
 if TYPE_CHECKING:
     from lightning_spectral.analysis.compare import Comparison
@@ -58,7 +59,10 @@ def main(argv: list[str]) -> int:
         )
         found += compare_matched(pairs)
         if unmatched:
-            print(f"note: {unmatched} pair(s) of runs could not be matched on {options.match_on}.")
+            print(
+                f"note: {unmatched} pair(s) of runs could not be matched on {options.match_on}.",
+                file=aside(options.format),
+            )
     medians = [c for c in found if c.where.get("layer", LAYER_MEDIAN) == LAYER_MEDIAN]
     shown = medians if options.all or len(medians) <= _SHOWN else headline(medians)
     rows = [
@@ -75,18 +79,22 @@ def main(argv: list[str]) -> int:
         ]
         for c in shown
     ]
-    inputs.print_table(["kind", "where", "what", "estimate", "95% CI", "p", "p (Holm)", "status", "note"], rows)
+    header = ["kind", "where", "what", "estimate", "95% CI", "p", "p (Holm)", "status", "note"]
+    inputs.print_table(header, rows, options.format, comparison_table(fitted.table.by, shown))
+    out = aside(options.format)
     if len(shown) < len(medians):
-        print(f"{len(medians) - len(shown)} more comparisons (other buckets and metrics): --all, or --out DIR.")
+        print(
+            f"{len(medians) - len(shown)} more comparisons (other buckets and metrics): --all, or --out DIR.", file=out
+        )
     if len(medians) > 1:
-        print("p (Holm) is corrected for the pairs of one kind, site, bucket, metric and layer.")
-    inputs.print_notes(caveats_of(fitted, runs))
+        print("p (Holm) is corrected for the pairs of one kind, site, bucket, metric and layer.", file=out)
+    inputs.print_notes(caveats_of(fitted, runs), options.format)
     inputs.print_problems(fitted.problems)
     inputs.print_flags(c.status for c in found)
     if folder is not None:
-        print(f"wrote {write_csv(folder / 'comparisons.csv', *comparison_table(fitted.table.by, found))}")
+        print(f"wrote {write_csv(folder / 'comparisons.csv', *comparison_table(fitted.table.by, found))}", file=out)
         if pairs:
-            print(f"wrote {write_csv(folder / 'matched_loss.csv', *matched_table(pairs))}")
+            print(f"wrote {write_csv(folder / 'matched_loss.csv', *matched_table(pairs))}", file=out)
     return 0 if any(not c.status.startswith("refused") for c in found) else 1
 
 

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from lightning_spectral.cli import inputs
+from lightning_spectral.text.tables import aside
 
 if TYPE_CHECKING:
     from lightning_spectral.analysis.fits import PowerLawFit
@@ -65,14 +66,14 @@ def main(argv: list[str]) -> int:
         ]
         for fit in shown
     ]
-    inputs.print_table(header, rows)
-    inputs.print_notes(caveats_of(fitted, runs))
+    inputs.print_table(header, rows, options.format, fit_table(by, shown))
+    inputs.print_notes(caveats_of(fitted, runs), options.format)
     inputs.print_problems(fitted.problems)
     inputs.print_flags(fit.status for fit in fitted.fits)
     if folder is not None:
         fits_file = write_csv(folder / "fits.csv", *fit_table(by, fitted.fits))
         points_file = write_csv(folder / "points.csv", *points_table(fitted.table))
-        print(f"wrote {fits_file} and {points_file}")
+        print(f"wrote {fits_file} and {points_file}", file=aside(options.format))
     return 0 if any(not fit.refused for fit in fitted.fits) else 1
 
 

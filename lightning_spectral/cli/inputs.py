@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from lightning_spectral.text import CommandError
+from lightning_spectral.text import CommandError, tables
 
 if TYPE_CHECKING:
     from lightning_spectral.analysis.runs import Problem, RunSet
@@ -39,6 +39,7 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     table.add_argument("--id", metavar="COLUMN", help="column of the run behind a row (default: run_id or id)")
     table.add_argument("--spread", metavar="COLUMN", help="column of one standard deviation of the value")
     table.add_argument("--rows", metavar="COLUMN", help="column of the rows N behind the value")
+    tables.add_format_option(parser)
     parser.add_argument(
         "--method", default="auto", help="auto, ols, ols_seed_means, weighted, theil_sen, seed_slopes or bootstrap"
     )
@@ -64,15 +65,15 @@ def load(options: argparse.Namespace) -> tuple[Fitted, RunSet | None]:
 def _load(options: argparse.Namespace) -> tuple[Fitted, RunSet | None]:
     from lightning_spectral.analysis.study import fit_points, is_table
 
-    tables = [path for path in options.inputs if is_table(path)]
-    if not tables:
+    files = [path for path in options.inputs if is_table(path)]
+    if not files:
         return fit_runs(options, options.by)
     if len(options.inputs) > 1:
         raise CommandError(f"give one CSV or run folders, not {len(options.inputs)} inputs with a CSV among them.")
     from lightning_spectral.analysis.tidy import read_points_csv
 
     table, problems = read_points_csv(
-        tables[0],
+        files[0],
         x=options.x,
         y=options.y,
         by=options.by or [],
@@ -126,10 +127,10 @@ def print_flags(statuses: Iterable[str]) -> None:
             print(f"WARNING {flag}: {FLAG_TEXT[flag]}.", file=sys.stderr)
 
 
-def print_notes(sentences: Iterable[str]) -> None:
-    """What must be read with the numbers, under their table."""
+def print_notes(sentences: Iterable[str], style: str = "table") -> None:
+    """What must be read with the numbers, under their table; on stderr where the table is for a program."""
     for sentence in sentences:
-        print(f"note: {sentence}")
+        print(f"note: {sentence}", file=tables.aside(style))
 
 
 def interval(low: float, high: float) -> str:
@@ -137,11 +138,23 @@ def interval(low: float, high: float) -> str:
     return "-" if low != low else f"[{number(low)}, {number(high)}]"
 
 
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """A plain aligned table."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+def print_table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    style: str = "table",
+    values: tuple[Sequence[str], Sequence[Sequence[Any]]] | None = None,
+) -> None:
+    """Print a table of ready texts.
+
+    Args:
+        header: Headings.
+        rows: Texts as a person reads them.
+        style: Of ``--format``.
+        values: Header and rows for ``json`` and ``csv``: names without spaces, numbers with every digit.
+    """
+    if values is not None and style in ("json", "csv"):
+        header, rows = values
+    tables.print_table(tables.Table(header, rows), style)
 
 
 def number(value: float, digits: int = 3) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.records import STATUSES, SpectralRecord
 from lightning_spectral.text import CommandError
+from lightning_spectral.text.tables import Column, Table, add_format_option, aside, print_table
 
 if TYPE_CHECKING:
     from lightning_spectral.training.measure import Measured
@@ -36,23 +36,25 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--text_column", default="text", help="column or key of the text (default: text)")
     parser.add_argument("--tokens", type=int, default=65_536, help="how many to measure (default: 65536)")
     parser.add_argument("--seq_length", type=int, help="default: what the model takes, at most 512")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences a forward pass (default: 8)")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences per forward pass (default: 8)")
     parser.add_argument("--sites", nargs="+", choices=["pre", "post"], default=["post"], help="default: post")
     parser.add_argument("--modules", nargs="+", help="globs of down projections, for a model of no known family")
     parser.add_argument("--shards", type=int, default=1, help="> 1: 95 %% intervals from sequences (default: 1)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add_format_option(parser)
     options = parser.parse_args(argv)
     if len(options.checkpoints) > 2:
         raise CommandError(f"one or two checkpoints, got {len(options.checkpoints)}: use `report` for many runs.")
+    for checkpoint in options.checkpoints:
+        if not Path(checkpoint).expanduser().exists():
+            raise CommandError(f"no checkpoint at `{checkpoint}`.")
     measured = _measure(options)
-    if len(measured) == 1:
-        print("\n".join(table(measured[0])))
-    else:
-        print("\n".join(side_by_side(*measured)))
+    print_table(table(measured[0]) if len(measured) == 1 else side_by_side(*measured), options.format)
+    out = aside(options.format)
     for note in dict.fromkeys(note for one in measured for note in one.notes):
-        print(f"note: {note}")
+        print(f"note: {note}", file=out)
     for one in measured:
-        print(f"records: {one.folder}")
+        print(f"records: {one.folder}", file=out)
     return 0
 
 
@@ -85,35 +87,55 @@ def _measure(options: argparse.Namespace) -> list[Measured]:
         raise CommandError(str(error)) from error
 
 
-def table(measured: Measured) -> Iterable[str]:
-    """One row a site and bucket, medians over the layers."""
-    first = measured.spectral[0]
-    layers = len({record.layer for record in measured.spectral})
-    yield f"{measured.checkpoint}: FFN width D = {first.width}, medians over {layers} layers"
-    yield f"{'site':<6}{'bucket':<8}{'soft rank':>11}{'hard rank':>11}{'N/D':>9}{'loss':>9}  status"
-    for (site, bucket), rows in _cells(measured).items():
-        loss = _loss(measured, bucket)
-        yield (
-            f"{site:<6}{bucket:<8}{_text(_median(rows, 'soft_rank'), 2):>11}{_text(_median(rows, 'hard_rank'), 2):>11}"
-            f"{_text(_median(rows, 'tokens_per_dim'), 1):>9}{_text(loss, 3):>9}  {_worst(rows)}"
-        )
+def table(measured: Measured) -> Table:
+    """One row per site and bucket, medians over the layers."""
+    rows = [
+        [
+            *(site, bucket),
+            *(_median(found, name) for name in ("soft_rank", "hard_rank", "tokens_per_dim")),
+            *(_loss(measured, bucket), _worst(found)),
+        ]
+        for (site, bucket), found in _cells(measured).items()
+    ]
+    columns = (
+        *("site", "bucket"),
+        Column("soft rank", ".2f", "soft_rank"),
+        Column("hard rank", ".2f", "hard_rank"),
+        Column("N/D", ".1f", "tokens_per_dim"),
+        Column("loss", ".3f"),
+        "status",
+    )
+    return Table(columns, rows, _title(measured))
 
 
-def side_by_side(first: Measured, second: Measured) -> Iterable[str]:
+def side_by_side(first: Measured, second: Measured) -> Table:
     """Both checkpoints and the ratio second / first."""
-    for number, one in enumerate((first, second), start=1):
-        layers = len({record.layer for record in one.spectral})
-        yield f"{number}: {one.checkpoint}: FFN width D = {one.spectral[0].width}, medians over {layers} layers"
-    yield f"{'site':<6}{'bucket':<8}{'metric':<11}{'1':>10}{'2':>10}{'2 / 1':>9}  status 1, 2"
+    rows: list[list[Any]] = []
     cells = _cells(first), _cells(second)
     for key in (key for key in cells[0] if key in cells[1]):
-        rows = cells[0][key], cells[1][key]
-        statuses = f"{_worst(rows[0])}, {_worst(rows[1])}"
-        for metric in ("soft_rank", "hard_rank"):
-            values = _median(rows[0], metric), _median(rows[1], metric)
-            yield f"{key[0]:<6}{key[1]:<8}{metric:<11}{_pair(values, 2)}  {statuses}"
+        found = cells[0][key], cells[1][key]
+        statuses = f"{_worst(found[0])}, {_worst(found[1])}"
+        rows += [
+            [*key, metric, *_pair(_median(found[0], metric), _median(found[1], metric)), statuses]
+            for metric in ("soft_rank", "hard_rank")
+        ]
         if key[0] == "post":
-            yield f"{key[0]:<6}{key[1]:<8}{'loss':<11}{_pair((_loss(first, key[1]), _loss(second, key[1])), 3)}"
+            rows.append([*key, "loss", *_pair(_loss(first, key[1]), _loss(second, key[1])), ""])
+    columns = (
+        "site",
+        "bucket",
+        "metric",
+        Column("1", ".3f"),
+        Column("2", ".3f"),
+        Column("2 / 1", ".3f"),
+        "status 1, 2",
+    )
+    return Table(columns, rows, "\n".join(f"{number}: {_title(one)}" for number, one in enumerate((first, second), 1)))
+
+
+def _title(measured: Measured) -> str:
+    layers = len({record.layer for record in measured.spectral})
+    return f"{measured.checkpoint}: FFN width D = {measured.spectral[0].width}, medians over {layers} layers"
 
 
 def _cells(measured: Measured) -> dict[tuple[str, str], list[SpectralRecord]]:
@@ -125,10 +147,8 @@ def _cells(measured: Measured) -> dict[tuple[str, str], list[SpectralRecord]]:
     }
 
 
-def _pair(values: tuple[float | None, float | None], digits: int) -> str:
-    first, second = values
-    ratio = second / first if first and second is not None else None
-    return f"{_text(first, digits):>10}{_text(second, digits):>10}{_text(ratio, 3):>9}"
+def _pair(first: float | None, second: float | None) -> tuple[float | None, float | None, float | None]:
+    return first, second, second / first if first and second is not None else None
 
 
 def _loss(measured: Measured, bucket: str) -> float | None:
@@ -142,7 +162,3 @@ def _worst(rows: list[SpectralRecord]) -> str:
 def _median(rows: list[SpectralRecord], name: str) -> float | None:
     known = [value for record in rows if (value := getattr(record, name)) is not None]
     return median(known) if known else None
-
-
-def _text(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_spectral.sweep.budget import DEFAULT_MFU, PEAK_FLOPS, RunCost, hours, run_cost
 from lightning_spectral.text import CommandError
+from lightning_spectral.text.tables import Table, add_format_option, print_table
 
 _EPILOG = """\
 other options are recipe keys for every run, as for `pretrain`: --train.max_steps 50
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"one of {', '.join(PEAK_FLOPS)}")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="GPUs of one run")
     parser.add_argument("--mfu", type=float, default=DEFAULT_MFU, help="share of the peak that training reaches")
+    add_format_option(parser)
     options, words = parser.parse_known_args(argv)
     if not 0 < options.mfu <= 1:
         raise CommandError(f"--mfu must be in (0, 1], got {options.mfu}.")
@@ -45,7 +47,7 @@ def main(argv: list[str]) -> int:
         costs = _costs(options, words)
     except ValueError as error:  # RecipeError, too
         raise CommandError(str(error)) from error
-    print("\n".join(_lines(costs, options.gpu, options.mfu, options.num_gpus)))
+    print_table(_table(costs, options.gpu, options.mfu, options.num_gpus), options.format)
     return 0
 
 
@@ -66,7 +68,7 @@ def _costs(options: argparse.Namespace, words: Sequence[str]) -> list[RunCost]:
     return costs
 
 
-def _lines(costs: Sequence[RunCost], gpu: str, mfu: float, num_gpus: int) -> list[str]:
+def _table(costs: Sequence[RunCost], gpu: str, mfu: float, num_gpus: int) -> Table:
     total = sum(cost.train_flops for cost in costs)
     measuring = sum(cost.measure_flops for cost in costs)
     largest = max(costs, key=lambda cost: cost.state_bytes)
@@ -83,4 +85,4 @@ def _lines(costs: Sequence[RunCost], gpu: str, mfu: float, num_gpus: int) -> lis
         ("a window", f"{widest.measure_bytes / 2**30:.2f} GiB on each rank, {widest.windows} windows in a run"),
         ("disk", f"{sum(cost.disk_bytes for cost in costs) / 2**30:,.1f} GiB"),
     ]
-    return [f"{name:<13}{text}" for name, text in rows]
+    return Table(("what", "estimate"), rows)

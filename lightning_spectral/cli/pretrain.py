@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lightning_spectral import records
 from lightning_spectral.text import CommandError
+from lightning_spectral.text.tables import FORMATS, Column, Table, aside, print_table
 
 _HELP = """\
 usage: lightning-spectral pretrain --config RECIPE [--any.key value ...]
@@ -25,6 +26,7 @@ Train a litgpt GPT with Lightning, as a recipe says: litgpt's own `pretrain` sch
   --data PATH           train on your own .txt, .jsonl or .parquet file, glob or folder
   --resume auto         continue an interrupted run
   --print_recipe        show the complete, checked recipe and stop (also: --print_config)
+  --format FORMAT       of the last window's table: table, json, csv, markdown or latex
   --help_keys           every key with its type, default and meaning (imports litgpt: some seconds)
 
 examples:
@@ -35,6 +37,14 @@ examples:
 
 The run folder (`out_dir`) gets the records, `checkpoints/` (for `--resume`), `final/` (a litgpt model) and `logs/`."""
 
+_COLUMNS = (
+    "bucket",
+    Column("soft rank", ".2f", "soft_rank"),
+    Column("hard rank", ".2f", "hard_rank"),
+    Column("N/D", ".1f", "tokens_per_dim"),
+    Column("loss", ".3f"),
+    "status",
+)
 _SHOW = ("--help_keys", "--print_recipe", "--print_config")
 
 # what Lightning says on every run and nobody can act on
@@ -48,7 +58,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_HELP.format(names=", ".join(names())))
         return 0 if argv else 2
-    config, show, words = _split(argv)
+    config, show, style, words = _split(argv)
     if show == "--help_keys":
         from lightning_spectral.training.schema import parser
 
@@ -58,7 +68,7 @@ def main(argv: list[str]) -> int:
         raise CommandError("no recipe: give `--config FILE` or a shipped name, e.g. `--config quickstart`.")
     try:
         _check_names(config, words)
-        return _show(config, words) if show else _train(config, words)
+        return _show(config, words) if show else _train(config, words, style)
     except RecipeError as error:
         raise CommandError(str(error)) from error
 
@@ -79,7 +89,7 @@ def _show(config: str, words: list[str]) -> int:
     return 0
 
 
-def _train(config: str, words: list[str]) -> int:
+def _train(config: str, words: list[str], style: str) -> int:
     # OpenMP threads that spin while they wait make a small model ten times slower on a machine that has other work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _quieten()
@@ -96,39 +106,36 @@ def _train(config: str, words: list[str]) -> int:
         return 143
     if not is_first_rank():
         return 0
-    print("\n".join(summary(outcome.run_folder)))
-    print("\n".join(_losses(outcome.val_loss, outcome.unigram_entropy)))
-    print(f"run folder   {outcome.run_folder}  (step {outcome.step}, {outcome.tokens:,} tokens)")
+    out = aside(style)
+    print(file=out)
+    if (table := summary(outcome.run_folder)) is not None:
+        print_table(table, style)
+    else:
+        print("no spectral records: the recipe has no SpectralRankCallback.", file=out)
+    print("\n".join(_losses(outcome.val_loss, outcome.unigram_entropy)), file=out)
+    print(f"run folder   {outcome.run_folder}  (step {outcome.step}, {outcome.tokens:,} tokens)", file=out)
     if recipe.content["logger_name"] == "tensorboard":
-        print(f"curves       tensorboard --logdir {outcome.run_folder / 'logs'}")
+        print(f"curves       tensorboard --logdir {outcome.run_folder / 'logs'}", file=out)
     return 0
 
 
-def summary(run_folder: Path) -> Iterable[str]:
-    """Lines of the table of the last training window: one row a bucket, ranks as medians over the layers."""
-    rows = _last_window(run_folder)
-    if not rows:
-        return ["no spectral records: the recipe has no SpectralRankCallback."]
+def summary(run_folder: Path) -> Table | None:
+    """The last training window: one row per bucket, ranks as medians over the layers; ``None`` without records."""
+    records_of_window = _last_window(run_folder)
+    if not records_of_window:
+        return None
     losses = _last_losses(run_folder)
-    step, width = rows[0].step, rows[0].width
-    layers = len({record.layer for record in rows})
-    lines = [
-        "",
-        f"last window: step {step}, FFN width D = {width}, after the nonlinearity, medians over {layers} layers",
-        f"{'bucket':<8}{'soft rank':>11}{'hard rank':>11}{'N/D':>9}{'loss':>9}  status",
-    ]
+    step, width = records_of_window[0].step, records_of_window[0].width
+    layers = len({record.layer for record in records_of_window})
+    title = f"last window: step {step}, FFN width D = {width}, after the nonlinearity, medians over {layers} layers"
+    rows = []
     for bucket in ("pooled", "head", "mid", "tail"):
-        mine = [record for record in rows if record.bucket == bucket]
+        mine = [record for record in records_of_window if record.bucket == bucket]
         if mine:
-            soft, hard = _median(r.soft_rank for r in mine), _median(r.hard_rank for r in mine)
-            tokens_per_dim = _median(r.tokens_per_dim for r in mine)
+            medians = [_median(getattr(r, name) for r in mine) for name in ("soft_rank", "hard_rank", "tokens_per_dim")]
             worst = min((r.status for r in mine), key=records.STATUSES.index)
-            loss = losses.get(bucket)
-            lines.append(
-                f"{bucket:<8}{_number(soft, 2):>11}{_number(hard, 2):>11}{_number(tokens_per_dim, 1):>9}"
-                f"{_number(loss, 3):>9}  {worst}"
-            )
-    return lines
+            rows.append([bucket, *medians, losses.get(bucket), worst])
+    return Table(_COLUMNS, rows, title)
 
 
 def _last_window(run_folder: Path) -> list[records.SpectralRecord]:
@@ -152,7 +159,7 @@ def _last_losses(run_folder: Path) -> dict[str, float | None]:
 def _losses(val_loss: float | None, unigram_entropy: float | None) -> list[str]:
     if val_loss is None:
         return []
-    line = f"\nvalidation   loss {val_loss:.3f} nats a token (perplexity {math.exp(val_loss):.1f})"
+    line = f"\nvalidation   loss {val_loss:.3f} nats per token (perplexity {math.exp(val_loss):.1f})"
     if unigram_entropy is not None:
         line += f"; token frequencies alone: {unigram_entropy:.3f}"
     return [line]
@@ -163,27 +170,26 @@ def _median(values: Iterable[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _split(argv: list[str]) -> tuple[str | None, str | None, list[str]]:
-    """``(recipe, flag, overrides)``."""
-    config, show, words = None, None, []
-    rest = list(argv)
+def _split(argv: list[str]) -> tuple[str | None, str | None, str, list[str]]:
+    """``(recipe, flag, format, overrides)``."""
+    values: dict[str, str] = {}
+    show, words, rest = None, [], list(argv)
     while rest:
         word = rest.pop(0)
+        option, equals, value = word.partition("=")
         if word in _SHOW:
             show = word
-        elif word.startswith("--config="):
-            config = word.partition("=")[2]
-        elif word == "--config":
-            if not rest:
-                raise CommandError("`--config` has no value: give a YAML file or a shipped name.")
-            config = rest.pop(0)
+        elif option in ("--config", "--format"):
+            if not equals and not rest:
+                what = "a YAML file or a shipped name" if option == "--config" else f"one of {', '.join(FORMATS)}"
+                raise CommandError(f"`{option}` has no value: give {what}.")
+            values[option] = value if equals else rest.pop(0)
         else:
             words.append(word)
-    return config, show, words
+    style = values.get("--format", "table")
+    if style not in FORMATS:
+        raise CommandError(f"`--format` must be one of {', '.join(FORMATS)}, got {style}.")
+    return values.get("--config"), show, style, words
 
 
 def _quieten() -> None:

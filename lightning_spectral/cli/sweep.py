@@ -7,6 +7,7 @@ import signal
 import sys
 
 from lightning_spectral.text import CommandError
+from lightning_spectral.text.tables import Column, Table, add_format_option, aside, print_table
 
 _EPILOG = """\
 other options are recipe keys for every run, as for `pretrain`: --train.max_steps 50
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> int:
         "--smoke", action="store_true", help="the recipe's tiny form, then fit, compare and report: does it all work?"
     )
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their states, run nothing")
+    add_format_option(parser)
     options, words = parser.parse_known_args(argv)
     if options.workers is not None and options.workers < 1:
         raise CommandError(f"--workers must be >= 1, got {options.workers}.")
@@ -57,9 +59,9 @@ def main(argv: list[str]) -> int:
     except ValueError as error:  # RecipeError, too
         raise CommandError(str(error)) from error
     if launcher is None:
-        for job in found.jobs:
-            print(f"{found.states[job.run_id].name:<12}{job.run_id}")
-        print(f"{len(found.jobs)} runs, {len(found.to_do())} to do, in {found.out_dir}")
+        rows = [(found.states[job.run_id].name, job.run_id, job.folder) for job in found.jobs]
+        print_table(Table(("state", Column("run", key="run_id"), "folder"), rows), options.format)
+        print(f"{len(rows)} runs, {len(found.to_do())} to do, in {found.out_dir}", file=aside(options.format))
         return 0
     changed = [job.run_id for job in found.jobs if found.states[job.run_id].name == "changed"]
     if changed:

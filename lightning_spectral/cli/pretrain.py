@@ -93,18 +93,23 @@ def _train(config: str, words: list[str], style: str) -> int:
     # OpenMP threads that spin while they wait make a small model ten times slower on a machine that has other work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _quieten()
-    from lightning_spectral.training.pretrain import is_first_rank, pretrain
+    from lightning_spectral.training.preemption import first_rank, requeue, under_slurm
+    from lightning_spectral.training.pretrain import pretrain
     from lightning_spectral.training.recipe import load
 
     recipe = load(config, words)
     try:
         outcome = pretrain(recipe)
     except SystemExit as error:
-        if type(error).__name__ != "SIGTERMException":
+        if type(error).__name__ not in ("SIGTERMException", "PreemptedError"):
             raise
-        print(f"stopped by SIGTERM; continue with `--resume auto` ({recipe.out_dir}).", file=sys.stderr)
+        name = getattr(error, "name", "SIGTERM")
+        if first_rank():
+            print(f"stopped by {name}; continue with `--resume auto` ({recipe.out_dir}).", file=sys.stderr)
+            if name == "SIGUSR1" and under_slurm():
+                requeue()
         return 143
-    if not is_first_rank():
+    if not first_rank():
         return 0
     out = aside(style)
     print(file=out)

@@ -19,6 +19,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_spectral.training.preemption import PreemptedError, StopSignals
+
 FOLDER = "checkpoints"
 KEEP = 2
 
@@ -63,14 +65,16 @@ class StepCheckpoint(Checkpoint):
     Args:
         run_folder: Where ``checkpoints/`` goes.
         every_n_steps: ``None`` saves only at the end and at an interruption.
+        signals: Say when to save and stop because the machine is taken away.
     """
 
-    def __init__(self, run_folder: Path, every_n_steps: int | None) -> None:
+    def __init__(self, run_folder: Path, every_n_steps: int | None, signals: StopSignals | None = None) -> None:
         super().__init__()
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"`train.save_interval` must be >= 1, got {every_n_steps}; `null` saves only at the end.")
         self._run_folder = run_folder
         self._every_n_steps = every_n_steps
+        self._signals = signals
         self._saved_step = 0
         self._weights_moving = False
         self._interrupted = False
@@ -78,6 +82,16 @@ class StepCheckpoint(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The state that training starts from is already on disk, or is the seed's."""
         self._saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            for partial in (self._run_folder / FOLDER).glob("step-*.partial"):
+                _remove(partial)  # of a run that died while it saved; it takes the room that the next one needs
+        if self._signals is not None:
+            self._signals.install(trainer.world_size)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Signals are the caller's again."""
+        if self._signals is not None:
+            self._signals.restore()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
         """From here to the end of the batch, weights, moments and learning rate do not belong together."""
@@ -89,8 +103,11 @@ class StepCheckpoint(Checkpoint):
             return
         self._weights_moving = False
         interval = self._every_n_steps or trainer.max_steps
-        if trainer.global_step % interval == 0 or trainer.global_step == trainer.max_steps:
+        stop = self._signals.due(trainer.global_step, trainer.world_size) if self._signals is not None else None
+        if stop or trainer.global_step % interval == 0 or trainer.global_step == trainer.max_steps:
             self._save(trainer)
+        if stop:
+            raise PreemptedError(stop)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last step of a run that ended early (``max_time``, early stopping)."""
@@ -138,7 +155,12 @@ class StepCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             final.parent.mkdir(parents=True, exist_ok=True)
             _remove(partial)
-        trainer.save_checkpoint(partial)  # all ranks take part
+        try:
+            trainer.save_checkpoint(partial)  # all ranks take part
+        except BaseException:
+            if trainer.is_global_zero:
+                _remove(partial)
+            raise
         if trainer.is_global_zero:
             _remove(final)
             os.replace(partial, final)

@@ -6,7 +6,6 @@ The run folder holds the callbacks' records, ``checkpoints/`` (to resume), ``fin
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
 from litgpt.args import EvalArgs, TrainArgs
@@ -30,9 +30,10 @@ from lightning_spectral.gpt.export import save_final
 from lightning_spectral.gpt.learning_rate import LRPlan
 from lightning_spectral.gpt.module import LitGPT
 from lightning_spectral.text import one_line
-from lightning_spectral.training import checkpoints
+from lightning_spectral.training import checkpoints, preemption
 from lightning_spectral.training.document import RecipeError, named_config
 from lightning_spectral.training.factories import make_logger, make_strategy
+from lightning_spectral.training.preemption import first_rank
 from lightning_spectral.training.recipe import Recipe
 from lightning_spectral.training.schema import instantiate
 from lightning_spectral.training.validation import InitialAndFinalValidation
@@ -106,8 +107,8 @@ def pretrain(recipe: Recipe, *, progress_bar: bool = True) -> RunResult:
     train: TrainArgs = objects.train
     evaluation: EvalArgs = objects.eval
     data: DataModule = objects.data
-    resume = _resume_path(content["resume"], out_dir)
-    if resume is None and is_first_rank():
+    resume = _resume_path(content["resume"] or ("auto" if preemption.was_requeued() else False), out_dir)
+    if resume is None and first_rank():
         _move_previous_run(out_dir)
     with _as_recipe_error():
         tokenizer_dir = _checkpoint_dir(content["tokenizer_dir"])
@@ -138,8 +139,10 @@ def pretrain(recipe: Recipe, *, progress_bar: bool = True) -> RunResult:
             callbacks=[
                 *objects.callbacks,
                 edges,
-                checkpoints.StepCheckpoint(out_dir, train.save_interval),
+                checkpoints.StepCheckpoint(out_dir, train.save_interval, preemption.StopSignals()),
             ],
+            # requeueing is ours: Lightning's own checkpoint would win over a newer one
+            plugins=[SLURMEnvironment(auto_requeue=False)] if preemption.under_slurm() else None,
             default_root_dir=out_dir,
             max_steps=lengths.num_steps,
             max_epochs=1 if isinstance(data, TextBlocks) else None,  # our loader is one epoch of the whole run
@@ -161,7 +164,7 @@ def pretrain(recipe: Recipe, *, progress_bar: bool = True) -> RunResult:
     if done is not None and done >= lengths.num_steps and (out_dir / "final" / "lit_model.pth").is_file():
         rank_zero_info(f"`{out_dir}` is finished at step {done}: nothing to do (raise `train.max_steps` to go on).")
         return RunResult(out_dir, done, done * tokens_per_step, None, entropy, already_done=True)
-    if is_first_rank():
+    if first_rank():
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / RECIPE_FILE).write_text(recipe.text())
     if resume:
@@ -273,11 +276,6 @@ def _epoch_iters(data: DataModule, world: int) -> int:
     return max(1, len(data.train_dataloader()) // world)
 
 
-def is_first_rank() -> bool:
-    """Before ``fit`` launches anything, or in the process that a launcher calls rank 0."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
-
-
 def _resume_path(resume: Any, out_dir: Path) -> Path | None:
     if not resume:
         return None
@@ -302,6 +300,7 @@ def _resume_path(resume: Any, out_dir: Path) -> Path | None:
 def _move_previous_run(out_dir: Path) -> None:
     """Records of two runs must not mix, and none may be lost."""
     found = [out_dir / name for name in RUN_CONTENT if (out_dir / name).exists()]
+    found += out_dir.glob("hpc_ckpt_*")  # of Lightning: it would start the new run
     if not found:
         return
     previous = out_dir / "previous"

@@ -36,7 +36,7 @@ def test_max_grad_norm_is_global(strategy):
 def one_nan(rank: int, world_size: int, policy: str) -> tuple[bool, str]:
     KINDS["guarded"] = lambda params: Muon(params, nonfinite=policy)
     trained = STRATEGIES["fsdp2"]("guarded")
-    train(trained.model, trained.optimizer, 1)
+    train(trained, 1)
     before = trained.weights()
     if rank == 1:
         next(trained.model.parameters()).grad._local_tensor[0, 0] = float("nan")
@@ -58,7 +58,7 @@ def test_a_nan_on_one_rank_is_a_decision_of_all(policy):
 
 def counted_step(rank: int, world_size: int, kind: str) -> dict[str, int]:
     trained = STRATEGIES["fsdp2"](kind)
-    train(trained.model, trained.optimizer, 2)
+    train(trained, 2)
     calls: dict[str, int] = {}
 
     def counted(name: str, original: Any) -> Any:
@@ -119,7 +119,7 @@ def test_frozen_unused_tied_and_tiny_parameters():
 def owned_spectra(rank: int, world_size: int) -> list[str]:
     trained = STRATEGIES["fsdp2"]("muon")
     trained.optimizer.observe_next_step()
-    train(trained.model, trained.optimizer, 1)
+    train(trained, 1)
     return sorted(trained.optimizer.observed)
 
 
@@ -133,7 +133,7 @@ def test_every_matrix_is_observed_on_exactly_one_rank():
 
 def one_gradient_missing(rank: int, world_size: int, strategy: str, everywhere: bool) -> str:
     trained = STRATEGIES[strategy]("normuon")
-    train(trained.model, trained.optimizer, 1)
+    train(trained, 1)
     matrix = next(p for name, p in trained.model.named_parameters() if "qkv" in name)
     if rank == 1 or everywhere:
         matrix.grad = None

@@ -24,7 +24,9 @@ TextArray = NDArray[np.bytes_]
 
 # a character class is three times as fast as the grammar of a number; `float` has the last word (see `_columns`)
 _NUMBER = rb"[-+.0-9eE]+|null"
-_VALUE_OF: Final = {"str": rb'[^"\\]*(?:\\.[^"\\]*)*', "dict": rb"\{[^{}]*\}", "number": _NUMBER}
+_STRING = rb'[^"\\]*(?:\\.[^"\\]*)*'
+_DICT = rb'\{[^{}"]*(?:"' + _STRING + rb'"[^{}"]*)*\}'  # flat; its strings may hold braces
+_VALUE_OF: Final = {"str": _STRING, "dict": _DICT, "number": _NUMBER}
 _INTS: Final = ("step", "layer", "num_tokens", "width", "expert", "loader", "ordinal")
 _FLOATS: Final = (
     "tokens_seen",

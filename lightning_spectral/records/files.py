@@ -124,6 +124,8 @@ def parse_record(line: bytes, kind: type[RecordT]) -> RecordT:
         content = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise ValueError("not a whole JSON object") from None
+    except RecursionError:
+        raise ValueError("nested too deeply to be one of our records") from None
     return _build(content, kind)
 
 

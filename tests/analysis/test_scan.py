@@ -95,3 +95,19 @@ def test_empty_and_missing(tmp_path: Path) -> None:
     assert len(scan_spectral(tmp_path / "empty.jsonl")) == 0
     with pytest.raises(FileNotFoundError):
         scan_spectral(tmp_path / "none.jsonl")
+
+
+def test_braces_and_quotes_in_a_convention_are_text(file: Path) -> None:
+    record = read_spectral(file).records[0]
+    odd = [replace(record, step=step, conventions={"note": text}) for step, text in ((20, "a } b {"), (30, 'x "y" \\'))]
+    append_records(file, odd)
+    assert_same(file)
+    assert len(scan_spectral(file)) == len(read_spectral(file).records)
+
+
+def test_a_deeply_nested_line_is_left_out(file: Path) -> None:
+    before = len(scan_spectral(file))
+    with file.open("ab") as content:
+        content.write(b'{"a": ' * 100_000 + b"1" + b"}" * 100_000 + b"\n")
+    assert len(scan_spectral(file)) == before
+    assert_same(file)

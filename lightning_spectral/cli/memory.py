@@ -19,7 +19,9 @@ says which), with all inputs (``d``, ``d_out``, ``n_items``, ``alpha``, ``batch_
   Frobenius norm), ``steps_for_capacity``;
 * ``newton-schulz --checkpoint`` (kind ``flattening``): ``matrix``, ``optimizer``, ``own_settings``,
   ``flattened_share``, ``steps_needed``;
-* ``theory``: predictions only, with ``predicted_d_t``, ``asymptotic_e_t``, ``predicted_critical_batch``.
+* ``theory``: predictions only, with ``predicted_d_t``, ``asymptotic_e_t``, ``predicted_critical_batch``;
+* ``advise`` (kind ``advice``): ``layer``, ``outputs``, ``inputs``, ``rule``, ``stored``, ``stored_population``,
+  ``rank``, ``tail_share``, ``critical_batch``, ``gains``, ``binds``, ``ns_steps_needed``.
 
 A second command in the same folder moves the earlier results to ``previous/``; ``--resume`` continues them.
 """
@@ -150,6 +152,22 @@ def _add_reproduce(parser: argparse.ArgumentParser) -> None:
     memory_options.add_run(parser, "out/memory/reproduce", resume=False)
 
 
+def _add_advise(parser: argparse.ArgumentParser) -> None:
+    number = memory_options.whole_number
+    parser.add_argument(
+        "--counts", required=True, metavar="FILE", help="counts of the tokens: .npy, or a number a line"
+    )
+    parser.add_argument("--d", type=number, required=True, help="width of the residual stream")
+    parser.add_argument("--ffn", type=number, help="width of the hidden layer (default: 4 d)")
+    parser.add_argument("--batch-tokens", type=number, default=524288, help="tokens a step (default: 524288)")
+    parser.add_argument("--rules", nargs="+", default=["sgd", "ns", "muon"], help="(default: sgd ns muon)")
+    parser.add_argument("--coefficients", default="polar_express", help="of ns (default: polar_express)")
+    parser.add_argument("--ns-steps", type=number, default=5, help="of ns (default: 5)")
+    parser.add_argument(
+        "--out", default="out/memory/advise", metavar="DIR", help="results.jsonl (default: %(default)s)"
+    )
+
+
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", metavar="DIR", help="a folder with results.jsonl, of a finished or interrupted command")
     parser.add_argument("--no-figures", action="store_true", help="write numbers only")
@@ -250,6 +268,29 @@ def _reproduce(options: argparse.Namespace) -> int:
     return INTERRUPTED if interrupted else 0
 
 
+def _advise(options: argparse.Namespace) -> int:
+    from lightning_spectral.memory import advise
+    from lightning_spectral.memory.output import prepare, write_rows
+    from lightning_spectral.theory.rules import RuleSettings, parse_rule
+
+    counts = advise.read_counts(options.counts)
+    ffn = options.ffn if options.ffn is not None else 4 * options.d
+    advise.check(options.d, ffn, options.batch_tokens, len(counts))
+    settings = RuleSettings(coefficients=options.coefficients, ns_steps=options.ns_steps)
+    for rule in options.rules:
+        parse_rule(rule, settings)
+    advisor = advise.Advisor(counts, options.d, ffn, options.batch_tokens, settings)
+    layers = advise.layers_of(options.d, ffn)
+    found = [made for layer in layers for rule in options.rules if (made := advisor.advise(layer, rule)) is not None]
+    steps = {layer.name: advisor.steps_needed(layer, options.coefficients) for layer in layers if not layer.hidden_relu}
+    print("\n".join(advise.advice_lines(found, advisor, steps)))
+    folder = prepare(options.out, keep=False, say=print)
+    needed = {"ns_steps_needed": None, "batch_tokens": options.batch_tokens, "settings": options.coefficients}
+    write_rows(folder, [{**one.as_dict(), **needed, "ns_steps_needed": steps.get(one.layer)} for one in found])
+    print(f"\nwritten to {folder}: results.jsonl")
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -287,6 +328,8 @@ COMMANDS: dict[str, tuple[str, str, AddOptions, Callable[[argparse.Namespace], i
                       _add_newton_schulz, _newton_schulz),
     "reproduce": ("every law of the paper within a time budget, with verdicts", "--budget 3m", _add_reproduce,
                   _reproduce),
+    "advise": ("what one update stores of your vocabulary, and what binds", "--counts counts.npy --d 768 --ffn 3072",
+               _add_advise, _advise),
     "report": ("tables, verdicts and figures of a folder of results again, from its rows alone", "out/memory/one-step",
                _add_report, _report),
     "fields": ("what the fields of results.jsonl mean", "", _add_nothing, _fields),

@@ -102,6 +102,7 @@ def predict_weights(
     settings: RuleSettings | None = None,
     lam: float = 0.0,
     input_scales: Array | None = None,
+    shared_mean: bool = False,
 ) -> Prediction | None:
     """As :func:`predict`, for any item weights and any shape of W.
 
@@ -111,7 +112,8 @@ def predict_weights(
         rule: As in :func:`lightning_spectral.theory.rules.direction`.
         settings: Options of the rules; lambda is taken from ``lam``.
         lam: Of ``muon``, for these very weights.
-        input_scales: Eigenvalues of the inputs' covariance, mean 1, shape (shape[1],); ``None`` is isotropic.
+        input_scales: Eigenvalues of the inputs' second moment, mean 1, shape (shape[1],); ``None`` is isotropic.
+        shared_mean: The first input direction is the inputs' common mean: the same for all items, not Gaussian.
     """
     name, settings = parse_rule(rule, settings or RuleSettings())
     weights = check_weights(weights, len(weights))
@@ -119,7 +121,7 @@ def predict_weights(
     if no_prediction(weights, shape, rule, settings, scales) is not None:
         return None
     if name == "sgd":
-        return _prediction(capacity_rules.sgd(weights, shape, scales))
+        return _prediction(capacity_rules.sgd(weights, shape, scales, shared_mean))
     bins = bin_weights(weights)
     if name == "newton":
         return _prediction(capacity_rules.newton(bins, shape, settings.ridge, len(weights)))
@@ -127,7 +129,7 @@ def predict_weights(
         spectrum = GradientSpectrum(bins, scales, shape[0])
         effect = spectrum.smoothed(lam)
         if np.ptp(scales):
-            return _prediction(_anisotropic(spectrum, effect, lam, len(weights)))
+            return _prediction(_anisotropic(spectrum, effect, lam, len(weights), shared_mean))
     else:
         effect = density_of(bins, shape).effect(map_of(name, settings, weights, shape))
     return _prediction(_isotropic(effect, bins, shape, len(weights)))
@@ -213,7 +215,21 @@ def _isotropic(effect: MapEffect, bins: WeightBins, shape: tuple[int, int], n_it
     return bins.spread(plain[:-1] if held_whole else probability[:-1], float(probability[-1]))
 
 
-def _anisotropic(spectrum: GradientSpectrum, effect: MapEffect, lam: float, n_items: int) -> Array:
+def relu_features(inputs: int, hidden: int) -> Array:
+    """Second moments of ``relu(A v)``, A random (hidden, inputs) and v Gaussian: for ``shared_mean=True``, mean 1.
+
+    Hermite series of the ReLU: ``1 / (2 pi)`` of the square is the mean, 1/4 the linear part, which spans as many
+    directions as v has features, the rest everything else.
+    """
+    if hidden < inputs + 2:
+        raise ValueError(f"`hidden` must be >= {inputs + 2} (the inputs' features and two), got {hidden}.")
+    mean, linear = 1 / (2 * np.pi), 0.25
+    rest = hidden - inputs - 1
+    energy = [np.array([mean]), np.full(inputs, linear / inputs), np.full(rest, (0.5 - mean - linear) / rest)]
+    return np.concatenate(energy) * 2 * hidden
+
+
+def _anisotropic(spectrum: GradientSpectrum, effect: MapEffect, lam: float, n_items: int, shared_mean: bool) -> Array:
     """Recovery of every item, shape (N,), where few directions carry v: an average over sampled v_i.
 
     Its length is far from Gaussian, and stored rivals answer to it along the directions they share with it.
@@ -223,6 +239,8 @@ def _anisotropic(spectrum: GradientSpectrum, effect: MapEffect, lam: float, n_it
     probe = np.append(probe, len(bins.value))  # and an item without weight
     value = np.append(bins.value, 0.0)
     square_SK = np.random.default_rng(0).standard_normal((_MUON_SAMPLES, inputs)) ** 2
+    if shared_mean:
+        square_SK[:, 0] = 1.0
     energy_S = square_SK @ spectrum.scales / inputs
     own_SP = np.sqrt(outputs / energy_S)[:, None] * (square_SK @ spectrum.responses(value[probe], lam).T) / inputs
     own_SP = own_SP / np.sqrt(effect.image[probe])

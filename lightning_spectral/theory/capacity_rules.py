@@ -76,7 +76,7 @@ def coarsen(value: Array, multiplicity: Array, groups: int) -> tuple[Array, Arra
     return np.sqrt(np.add.reduceat(value**2 * multiplicity, edges[:-1]) / counts), counts
 
 
-def sgd(weights: Array, shape: tuple[int, int], scales: Array) -> Array:
+def sgd(weights: Array, shape: tuple[int, int], scales: Array, shared_mean: bool = False) -> Array:
     """Recovery of every item, shape (N,): an average over v_i's overlaps with the heads and its own noise.
 
     A Sobol sequence, scrambled with a fixed seed.
@@ -84,22 +84,26 @@ def sgd(weights: Array, shape: tuple[int, int], scales: Array) -> Array:
     Args:
         weights: Shape (N,).
         shape: Of W.
-        scales: Eigenvalues of the inputs' covariance, mean 1, shape (D,).
+        scales: Eigenvalues of the inputs' second moment, mean 1, shape (D,).
+        shared_mean: The first of them is the inputs' common mean.
     """
     outputs, inputs = shape
     order = np.argsort(-weights, kind="stable")
     sorted_weights = weights[order]
     heads = sorted_weights[:_SGD_HEADS]
     tail_energy = float(np.sum(sorted_weights[_SGD_HEADS:] ** 2))
-    length, overlap = _sampled_inputs(scales)
+    common = float(scales[0]) / inputs if shared_mean else 0.0  # of every overlap v_k . v_i
+    length, overlap = _sampled_inputs(scales, shared_mean)
     normal = ndtri(qmc.Sobol(2 + len(heads), rng=np.random.default_rng(0)).random(_SGD_SAMPLES))
     own_z, length_z, head_z = _OWN_SPREAD * normal[:, 0], normal[:, 1], normal[:, 2:]
     # a tail item needs rare own noise: it is drawn too wide, and each draw weighed by what that overdoes
     draw_weight = _OWN_SPREAD * np.exp((normal[:, 0] ** 2 - own_z**2) / 2) / _SGD_SAMPLES
-    head_overlap = head_z * np.sqrt(overlap / inputs)[:, None]
+    head_overlap = common + head_z * np.sqrt(overlap / inputs)[:, None]
     own_length = length * (1 + np.sqrt(2 / outputs) * length_z)
     energy = (heads * head_overlap) ** 2
-    noise = np.sqrt((energy.sum(1) + tail_energy * overlap / inputs) / outputs)  # of u_j . W v_i for j no head
+    noise = np.sqrt(
+        (energy.sum(1) + tail_energy * (overlap / inputs + common**2)) / outputs
+    )  # of u_j . W v_i for j no head
     own_noise = noise * own_z
     coarse, coarse_count = (
         coarsen(sorted_weights[_SGD_HEADS:], np.ones(len(weights) - len(heads)), 24)
@@ -123,7 +127,10 @@ def sgd(weights: Array, shape: tuple[int, int], scales: Array) -> Array:
         log_win = log_ndtr((own[:, None] - heads * head_overlap) / rival_noise[:, None])
         if rank < len(heads):
             log_win[:, rank] = 0.0
-        total = log_win.sum(1) + log_ndtr(own[:, None] / np.sqrt(coarse_sd**2 + itself[:, None])) @ coarse_count
+        total = (
+            log_win.sum(1)
+            + log_ndtr((own[:, None] - coarse * common) / np.sqrt(coarse_sd**2 + itself[:, None])) @ coarse_count
+        )
         found.append(float(np.exp(total) @ draw_weight))
         if found[-1] < lucky:
             break
@@ -134,11 +141,14 @@ def sgd(weights: Array, shape: tuple[int, int], scales: Array) -> Array:
     return result
 
 
-def _sampled_inputs(scales: Array) -> tuple[Array, Array]:
-    """``|v|^2`` and ``v^T Sigma v`` of fresh items, sampled exactly, each shape (S,)."""
+def _sampled_inputs(scales: Array, shared_mean: bool) -> tuple[Array, Array]:
+    """``|v|^2`` and ``v^T Sigma v`` of fresh items, sampled exactly, each shape (S,); Sigma without a shared mean."""
     rng = np.random.default_rng(0)
     length, overlap = np.empty(_SGD_SAMPLES), np.empty(_SGD_SAMPLES)
     for sample in range(_SGD_SAMPLES):
         square = rng.standard_normal(len(scales)) ** 2 * scales
-        length[sample], overlap[sample] = square.mean(), (square * scales).mean()
+        if shared_mean:
+            square[0] = scales[0]
+        length[sample] = square.mean()
+        overlap[sample] = (square * scales)[1 if shared_mean else 0 :].sum() / len(scales)
     return length, overlap

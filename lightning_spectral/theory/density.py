@@ -48,7 +48,7 @@ def map_of(name: str, settings: RuleSettings, weights: Array, shape: tuple[int, 
         norm = (float((weights**4).sum()) + squares**2 * (1 / shape[0] + 1 / shape[1])) ** 0.25
 
     def iterated(s: Array) -> Array:
-        image = apply_to_singular_values(settings.coefficients, steps, torch.from_numpy(s / norm))
+        image = apply_to_singular_values(settings.coefficients, steps, torch.from_numpy(np.minimum(s / norm, 1.0)))
         return np.asarray(image.numpy())
 
     return iterated

@@ -8,6 +8,7 @@ show the limit beside it, labelled as what it is.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -125,25 +126,38 @@ def critical_batch(
 ) -> float | None:
     """Smallest batch with ``share`` of the population count, from the expected counts of sampled batches.
 
-    ``None`` for rules without a prediction. Batches are those of ``problem.seed``; between powers of two the count is
-    interpolated on log scales.
+    ``None`` for rules without a prediction. Batches are those of ``problem.seed``.
     """
-    whole = predict(problem.with_(batch_size=None), rule, settings)
+
+    def count(batch: int | None) -> float | None:
+        made = predict(problem.with_(batch_size=batch), rule, settings)
+        return None if made is None else made.count
+
+    return saturating_batch(count, share)
+
+
+def saturating_batch(count: Callable[[int | None], float | None], share: float = SATURATED_SHARE) -> float | None:
+    """Smallest batch whose count reaches ``share`` of the population's; between powers of two on log scales.
+
+    Args:
+        count: Of a batch size, ``None`` being the population; may return ``None`` where there is no prediction.
+        share: In (0, 1).
+    """
+    whole = count(None)
     if whole is None:
         return None
     previous = (1.0, 0.0)
     for power in range(0, 41):
         batch = 2**power
-        sampled = predict(problem.with_(batch_size=batch), rule, settings)
-        count = 0.0 if sampled is None else sampled.count  # Newton on fewer items than features
-        if count >= share * whole.count:
-            before, count_before = previous
-            if count_before <= 0:
+        reached = count(batch) or 0.0  # none for Newton on fewer items than features
+        if reached >= share * whole:
+            before, below = previous
+            if below <= 0:
                 return float(batch)
-            fraction = math.log(share * whole.count / count_before) / math.log(count / count_before)
+            fraction = math.log(share * whole / below) / math.log(reached / below)
             return float(before * (batch / before) ** fraction)
-        previous = (float(batch), count)
-    raise RuntimeError(f"No batch up to 2^40 reaches {share:.0%} of {whole.count:.0f}; please report the problem.")
+        previous = (float(batch), reached)
+    raise RuntimeError(f"No batch up to 2^40 reaches {share:.0%} of {whole:.0f}; please report the problem.")
 
 
 def predict_deflation(

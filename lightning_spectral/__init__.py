@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_spectral.callbacks import FabricSpectralProbe, SpectralRankCallback, TailTokenProbe
     from lightning_spectral.callbacks.alarm import SpectralAlarm
+    from lightning_spectral.callbacks.huggingface import HuggingFaceProbe
     from lightning_spectral.callbacks.weight_spectrum import WeightSpectrumCallback
     from lightning_spectral.memory.module import AssociativeMemory, AssociativeMemoryDataModule
     from lightning_spectral.optim import AdamW, Dion, Muon, NorMuon
+    from lightning_spectral.probe.observe import observe
     from lightning_spectral.records import SpectralRecord, WeightRecord, read_spectral, read_weights
 
 __version__ = "0.1.0.dev0"
@@ -24,6 +26,7 @@ _HOME_OF = {
     "AssociativeMemoryDataModule": "lightning_spectral.memory.module",
     "Dion": "lightning_spectral.optim",
     "FabricSpectralProbe": "lightning_spectral.callbacks",
+    "HuggingFaceProbe": "lightning_spectral.callbacks.huggingface",
     "Muon": "lightning_spectral.optim",
     "NorMuon": "lightning_spectral.optim",
     "SpectralAlarm": "lightning_spectral.callbacks.alarm",
@@ -32,6 +35,7 @@ _HOME_OF = {
     "TailTokenProbe": "lightning_spectral.callbacks",
     "WeightRecord": "lightning_spectral.records",
     "WeightSpectrumCallback": "lightning_spectral.callbacks.weight_spectrum",
+    "observe": "lightning_spectral.probe.observe",
     "read_spectral": "lightning_spectral.records",
     "read_weights": "lightning_spectral.records",
 }
@@ -42,6 +46,7 @@ __all__ = [
     "AssociativeMemoryDataModule",
     "Dion",
     "FabricSpectralProbe",
+    "HuggingFaceProbe",
     "Muon",
     "NorMuon",
     "SpectralAlarm",
@@ -51,6 +56,7 @@ __all__ = [
     "WeightRecord",
     "WeightSpectrumCallback",
     "__version__",
+    "observe",
     "read_spectral",
     "read_weights",
 ]

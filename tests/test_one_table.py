@@ -9,11 +9,11 @@ import torch
 
 from lightning_spectral.analysis.points import points_of_runs
 from lightning_spectral.analysis.runs import load_runs
-from lightning_spectral.callbacks.sinks import detail
 from lightning_spectral.functional import rank
 from lightning_spectral.probe.ranks_of import measure
 from lightning_spectral.probe.records_of import WindowId, spectral_records
 from lightning_spectral.probe.run_folder import RunFolder
+from lightning_spectral.probe.scalars import detail
 from lightning_spectral.probe.window import SiteResult, WindowResult
 from lightning_spectral.records import RunInfo
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from lightning_spectral.callbacks import sinks
+from lightning_spectral.callbacks.trainer_host import log_scalars
 from lightning_spectral.functional.rank import RANK_METRICS
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.records import (
@@ -141,7 +141,7 @@ class SpectralAlarm(Callback):
         self._beyond = self._beyond + 1 if is_beyond else 0
         raised = self._beyond == self.patience
         tag = f"spectral_alarm/{self.metric}.{self.bucket}"
-        sinks.log_scalars(trainer, {tag: float(self._beyond >= self.patience)}, step)
+        log_scalars(trainer, {tag: float(self._beyond >= self.patience)}, step)
         if raised:
             self._raise(trainer, self._record(mine[0].run_id, step, value, reference))
 

@@ -1,63 +1,46 @@
-"""Token counts from the training data itself, without touching what the training will see."""
+"""Token counts of a whole dataset before step 1, where reading it cannot be noticed by the training.
+
+That is so for data that lies in memory as tensors or lists: indexing it draws no random number and moves no cursor. For
+anything else ids are counted as they flow (``probe.token_counts``); a loader is never iterated here.
+"""
 
 from __future__ import annotations
 
-import itertools
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
-import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
-from lightning_spectral.models.families import resolve
-from lightning_spectral.probe import batch_formats as batches
-from lightning_spectral.probe.options import ProbeOptions
+from lightning_spectral.probe.adapters import ids_in
+from lightning_spectral.probe.observer import Observer
 
-
-def count_stream(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, options: ProbeOptions, num_batches: int | None
-) -> Tensor:
-    """Occurrences of each token id in one pass over a training dataloader of its own.
-
-    Every rank counts all of it; the random states are put back, so that training sees what it would have seen.
-
-    Raises:
-        ValueError: If the model does not say how many ids it has, or a batch holds no ids that we recognise.
-    """
-    tapped = resolve(pl_module, sites=options.sites, modules=options.modules, embedding=options.embedding)
-    vocab = getattr(tapped.embedding, "num_embeddings", None)
-    if vocab is None:
-        raise ValueError(f"`counts='stream'`: {type(tapped.embedding).__name__} has no `num_embeddings`; pass counts.")
-    counts_V = torch.zeros(vocab, dtype=torch.int64)
-    with _same_random_states():
-        loader = trainer.fit_loop._data_source.dataloader()
-        for batch in itertools.islice(loader, num_batches):
-            counts_V += torch.bincount(_ids(batch).flatten().cpu(), minlength=vocab)
-    rank_zero_info(f"TailTokenProbe: counted {int(counts_V.sum()):,} tokens of the training data.")
-    return counts_V
+MAX_ITEMS = 100_000  # of a larger dataset, as many items evenly over it
 
 
-def _ids(batch: Any) -> Tensor:
-    ids = batches.ids(batch)
-    if ids is None:
-        raise ValueError(
-            f"`counts='stream'` found no token ids in a batch of type {type(batch).__name__}: pass counts from a file."
-        )
-    mask = batches.padding_mask(batch, (ids.shape[0], ids.shape[1]))
-    return ids if mask is None else ids[mask]
+def count_ahead(observer: Observer, trainer: pl.Trainer) -> None:
+    """Count the training data if it can be read unnoticed; every rank must call it."""
+    assert observer.stream is not None
+    loaders = trainer.train_dataloader
+    items = list(_items(loaders)) if isinstance(loaders, DataLoader) else []
+    observer.count_ahead([ids for item in items for ids in ids_in(item)])
 
 
-@contextmanager
-def _same_random_states() -> Iterator[None]:
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+def _items(loader: DataLoader[Any]) -> Iterator[Any]:
+    if not is_stateless(loader.dataset):
+        return
+    size = len(loader.dataset)  # type: ignore[arg-type]
+    step = max(size // MAX_ITEMS, 1)
+    for index in range(0, size, step):
+        item = loader.dataset[index]
+        yield item[None] if isinstance(item, Tensor) else item
+
+
+def is_stateless(dataset: Any) -> bool:
+    """Whether items can be read without a trace: tensors and lists of them, and views of such."""
+    if isinstance(dataset, Subset):
+        return type(dataset) is Subset and is_stateless(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return type(dataset) is ConcatDataset and all(is_stateless(part) for part in dataset.datasets)
+    return type(dataset) in (Tensor, TensorDataset, list, tuple)

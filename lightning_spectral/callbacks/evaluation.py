@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from lightning_spectral.callbacks import sinks
+from lightning_spectral.callbacks.trainer_host import publish_medians
 
 
 class EvaluationHooks(Callback):
@@ -18,8 +18,8 @@ class EvaluationHooks(Callback):
         """Before the first batch of an evaluation."""
         raise NotImplementedError
 
-    def start_evaluation_batch(self, trainer: pl.Trainer, stage: str) -> None:
-        """Before a batch."""
+    def start_evaluation_batch(self, trainer: pl.Trainer, stage: str, loader: int) -> None:
+        """Before a batch of a dataloader."""
         raise NotImplementedError
 
     def end_evaluation_batch(self, trainer: pl.Trainer, stage: str, batch: Any) -> None:
@@ -43,16 +43,22 @@ class EvaluationHooks(Callback):
         self.begin_evaluation(trainer, pl_module, "predict")
 
     @override
-    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        self.start_evaluation_batch(trainer, "validation")
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.start_evaluation_batch(trainer, "validation", dataloader_idx)
 
     @override
-    def on_test_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        self.start_evaluation_batch(trainer, "test")
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.start_evaluation_batch(trainer, "test", dataloader_idx)
 
     @override
-    def on_predict_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        self.start_evaluation_batch(trainer, "predict")
+    def on_predict_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.start_evaluation_batch(trainer, "predict", dataloader_idx)
 
     @override
     def on_validation_batch_end(
@@ -75,7 +81,7 @@ class EvaluationHooks(Callback):
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         medians = self.end_evaluation(trainer, pl_module, "validation")
-        sinks.publish_medians(pl_module, medians, at_epoch_end=True)
+        publish_medians(pl_module, medians, at_epoch_end=True)
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_spectral.callbacks import VARIABLE
+from lightning_spectral.callbacks.base import SpectralCallback
 from lightning_spectral.callbacks.fabric import FabricSpectralProbe
+from lightning_spectral.probe.guard import warn
+from lightning_spectral.probe.settings import known_arguments
 from lightning_spectral.text import did_you_mean, import_class, one_line, read_yaml
 
 _OURS = ("SpectralRankCallback", "TailTokenProbe", "WeightSpectrumCallback")
@@ -53,58 +55,74 @@ def load_callbacks(path: str | Path) -> list[Callback]:
 
 
 def injected(callback: Callback) -> Callback:
-    """The same callback under a state key of its own, which stands down beside the user's own one of its class."""
-    home = type(callback)
-    return _rebuilt(home, callback.__dict__)
+    """The same callback under a state key of its own, which is disabled beside the user's own one of its class."""
+    return _rebuilt(type(callback), _state_of(callback))
 
 
 class Injected(Callback):
     """What a subclass of a callback gains when the environment adds it."""
 
-    home: type[Callback]
+    base: type[Callback]
+
+    def refuse(self, reason: str) -> None:
+        """What cannot be measured is told once; a script that never asked for us runs on."""
+        warn(f"{VARIABLE}: {self.base.__name__}: {reason} Nothing is measured here.")
+        self.__class__ = StoodDown  # type: ignore[assignment]  # from here on a callback without any hook
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Before any other hook: look whether the user's script measures this itself."""
         if any(
-            isinstance(other, self.home) and not isinstance(other, Injected)
+            isinstance(other, self.base) and not isinstance(other, Injected)
             for other in trainer.callbacks  # type: ignore[attr-defined]
         ):
-            rank_zero_info(f"{VARIABLE}: this Trainer has a {self.home.__name__} of its own; ours stands down.")
+            rank_zero_info(f"{VARIABLE}: this Trainer has a {self.base.__name__} of its own; ours is disabled.")
             self.__class__ = StoodDown  # type: ignore[assignment]  # from here on a callback without any hook
             return
         super().setup(trainer, pl_module, stage)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Spawned processes get it by its class, which was made on the fly."""
-        return _rebuilt, (self.home, self.__dict__)
+        return _rebuilt, (self.base, _state_of(self))
 
 
 class StoodDown(Callback):
     """A callback that left the work to another."""
 
 
+class InjectedFabricProbe(FabricSpectralProbe):
+    """A Fabric probe that the environment adds: what cannot be measured is told once."""
+
+    def refuse(self, reason: str) -> None:
+        """Tell it, and hook nothing."""
+        warn(f"{VARIABLE}: {type(self.callback).__name__}: {reason} Nothing is measured here.")
+        self._is_attached = True  # do not try the next module
+
+
 def fabric_probes(callbacks: Sequence[Callback]) -> list[FabricSpectralProbe]:
-    """Each callback as a Fabric probe, but those whose numbers another one reports too.
-
-    Raises:
-        MisconfigurationException: If one of them needs a Trainer.
-    """
+    """Each callback as a Fabric probe, but those that need a Trainer, or whose numbers another one reports."""
     together: Any = SimpleNamespace(callbacks=list(callbacks))
-    try:
-        return [
-            FabricSpectralProbe(callback)  # type: ignore[arg-type]  # it says what it does not take
-            for callback in callbacks
-            if not getattr(callback, "is_redundant", lambda _: False)(together)
-        ]
-    except ValueError as error:
-        raise MisconfigurationException(f"{VARIABLE}: {error}") from error
+    probes: list[FabricSpectralProbe] = []
+    for callback in callbacks:
+        if not isinstance(callback, SpectralCallback):
+            warn(f"{VARIABLE}: {type(callback).__name__} needs a Trainer; it is left out in this Fabric loop.")
+        elif not callback.is_redundant(together):
+            probes.append(InjectedFabricProbe(callback))
+    return probes
 
 
-def _rebuilt(home: type[Callback], attributes: dict[str, Any]) -> Callback:
-    made: type[Callback] = type(f"Injected{home.__name__}", (Injected, home), {"home": home, "__module__": __name__})
+def _rebuilt(base: type[Callback], state: dict[str, Any]) -> Callback:
+    made: type[Callback] = type(f"Injected{base.__name__}", (Injected, base), {"base": base, "__module__": __name__})
     callback = object.__new__(made)
-    callback.__dict__.update(attributes)
+    if hasattr(callback, "__setstate__"):
+        callback.__setstate__(state)
+    else:
+        callback.__dict__.update(state)
     return callback
+
+
+def _state_of(callback: Callback) -> dict[str, Any]:
+    state: dict[str, Any] = callback.__getstate__() if hasattr(callback, "__setstate__") else callback.__dict__  # type: ignore[attr-defined]
+    return state
 
 
 def _build(spec: Any, where: str) -> Callback:
@@ -128,7 +146,7 @@ def _build(spec: Any, where: str) -> Callback:
         ) from error
     if not (isinstance(kind, type) and issubclass(kind, Callback)):
         raise MisconfigurationException(f"{where}: `{path}` is no Lightning callback.")
-    known = list(inspect.signature(kind).parameters)
+    known = known_arguments(kind)
     for unknown in sorted(map(str, set(init_args) - set(known))):
         hint = did_you_mean(unknown, known, otherwise="it knows")
         raise MisconfigurationException(f"{where}: {name} does not know `{unknown}`; {hint}")

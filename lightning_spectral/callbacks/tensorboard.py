@@ -29,7 +29,7 @@ CURVES = ("hard_rank", "soft_rank")
 
 
 def layout(records: Sequence[SpectralRecord], *, with_losses: bool) -> dict[str, dict[str, list[Any]]]:
-    """Custom-scalars layout for the tags of ``sinks``: front page, layers, health; at most 4 series a chart."""
+    """Custom-scalars layout for the tags of ``probe.scalars``: front page, layers, health; at most 4 series a chart."""
     buckets = list(dict.fromkeys(record.bucket for record in records))
     layers = list(dict.fromkeys(layer_name(record.layer, record.expert) for record in records))
     sites = list(dict.fromkeys(record.site for record in records))

@@ -52,7 +52,7 @@ class Recorder:
             training: Count only forwards with gradients enabled, of modules in training mode. ``False`` counts every
                 forward (evaluation, a pass over a checkpoint).
         """
-        self._taps.start(seed=seed)
+        self._taps.start(seed=seed, training=training)
 
     def pause(self) -> None:
         """Before the backward pass: what runs now is recomputation."""

@@ -70,6 +70,8 @@ class Taps:
         self.tapped = tapped
         self.open = False
         self.armed = False
+        self._paused = False
+        self._training_only = True
         self._token_fraction = token_fraction
         self._generator = torch.Generator()
         self._jitter: Tensor | None = None
@@ -91,8 +93,9 @@ class Taps:
             self._last_shape = (self._ids[-1].shape[0], self._ids[-1].shape[1])
         return self._last_shape
 
-    def start(self, *, seed: int = 0) -> None:
+    def start(self, *, seed: int = 0, training: bool = False) -> None:
         """Open for one micro-batch; ``seed`` draws the kept positions and must be equal on all ranks."""
+        self._training_only, self._paused = training, False
         self.discard()
         if self._token_fraction < 1:
             self._generator.manual_seed(seed)
@@ -103,7 +106,8 @@ class Taps:
 
     def arm(self, armed: bool) -> None:
         """Arm or disarm by hand, while open, where the root's forward cannot do it."""
-        if not self._follow_forward:
+        self._paused = not armed
+        if not self._follow_forward or not armed:
             self.armed = armed and self.open
 
     def discard(self) -> None:
@@ -148,7 +152,8 @@ class Taps:
         return handles
 
     def _on_forward_start(self, module: nn.Module, args: Any) -> None:
-        self.armed = self.open
+        counts = not self._training_only or (module.training and torch.is_grad_enabled())
+        self.armed = self.open and not self._paused and counts
 
     def _on_forward_end(self, module: nn.Module, args: Any, output: Any) -> None:
         self.armed = False

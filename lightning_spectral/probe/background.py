@@ -59,6 +59,11 @@ class BackgroundSolver:
         self.drain()
         return True
 
+    def abandon(self) -> None:
+        """Forget the window under way: nobody is there to publish it with."""
+        self._pending = None
+        self.close()
+
     def close(self) -> None:
         """Drain and end the thread."""
         try:

@@ -29,12 +29,14 @@ class Grouping:
         code_fn: Token ids ``(B, T)`` -> codes ``(B, T)``; negative leaves a row out.
         attribute_to: Whether a row belongs to the bucket of its ``input`` token or of the ``target`` it predicts.
         vocab_size: Ids that the rule knows, or ``None`` if it does not look at them.
+        by_place: Whether the rule looks at positions, so that it needs whole sequences.
     """
 
     names: tuple[str, ...]
     code_fn: Callable[[Tensor], Tensor]
     attribute_to: Literal["input", "target"] = "input"
     vocab_size: int | None = None
+    by_place: bool = False
 
     def codes(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Code of each row."""
@@ -68,7 +70,7 @@ def by_position(num_groups: int) -> Grouping:
     def code_fn(ids_BT: Tensor) -> Tensor:
         return position_groups(ids_BT.shape[1], num_groups).to(ids_BT.device).expand_as(ids_BT)
 
-    return Grouping(tuple(f"position_{group:02d}" for group in range(num_groups)), code_fn)
+    return Grouping(tuple(f"position_{group:02d}" for group in range(num_groups)), code_fn, by_place=True)
 
 
 def check_vocabulary(num_counts: int, num_embedded: int, num_known: int | None = None) -> None:

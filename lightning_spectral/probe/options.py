@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_spectral.functional.rank import DEFAULT_RENYI_ORDERS
@@ -49,40 +48,6 @@ class ProbeOptions:
         bad = [order for order in self.renyi_orders if not order > 0 or math.isnan(order)]
         if bad:
             raise ValueError(f"`renyi_orders` must be > 0, got {bad}.")
-
-
-def probe_options(
-    *,
-    sites: Sequence[str],
-    modules: Sequence[str] | None,
-    embedding: str | None,
-    token_fraction: float,
-    num_jackknife_groups: int,
-    renyi_orders: Sequence[float],
-    convention: str,
-    buckets_from_rank_0: bool = False,
-    with_losses: bool = False,
-    soft: str = "exact",
-) -> ProbeOptions:
-    """Options from plain arguments.
-
-    Raises:
-        ValueError: If one of them is out of range.
-    """
-    if convention not in CONVENTIONS:
-        raise ValueError(f"`convention` must be one of {list(CONVENTIONS)}, got {convention!r}.")
-    return ProbeOptions(
-        sites=(sites,) if isinstance(sites, str) else tuple(sites),
-        modules=None if modules is None else tuple(modules),
-        embedding=embedding,
-        token_fraction=token_fraction,
-        num_jackknife_groups=num_jackknife_groups,
-        renyi_orders=tuple(renyi_orders),
-        absolute_epsilon=PAPER_EPSILON if convention == "paper" else 0.0,
-        with_losses=with_losses,
-        reduce=not buckets_from_rank_0,
-        soft=soft,
-    )
 
 
 def conventions_of(options: ProbeOptions, **more: str) -> dict[str, str]:

@@ -21,10 +21,11 @@ from lightning_spectral.functional.packed import packed_size
 from lightning_spectral.functional.products import Calibration, calibrate, strips
 from lightning_spectral.functional.sample import Gram, gram
 from lightning_spectral.models.calls import ForwardCall
-from lightning_spectral.models.families import resolve
+from lightning_spectral.models.families import TappedModel, resolve
 from lightning_spectral.models.recorder import Recorder
 from lightning_spectral.models.stacks import Site
 from lightning_spectral.probe.grouping import Grouping, check_vocabulary
+from lightning_spectral.probe.loss_tap import LossTap
 from lightning_spectral.probe.losses import BucketLosses
 from lightning_spectral.probe.options import ProbeOptions
 from lightning_spectral.probe.window import BucketLoss, Buckets, ClosedWindow, WindowResult
@@ -116,11 +117,11 @@ class SpectralProbe:
         # Blocks that a LightningModule runs one by one inside `training_step` have no forward to follow.
         self.follows_forward = not (self.tapped.root is model and hasattr(model, "training_step"))
         self.recorder = Recorder(
-            self.tapped,
-            token_fraction=options.token_fraction,
-            with_logits=options.with_losses,
-            follow_forward=self.follows_forward,
+            self.tapped, token_fraction=options.token_fraction, follow_forward=self.follows_forward
         )
+        self._loss_tap = LossTap(_vocab_sizes(self.tapped, grouping), self._keep_loss) if options.with_losses else None
+        self._scored: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._last_shape: tuple[int, ...] = (0, 0)
         self.products = self._choose_products()
         self._waiting_rows = self._rows_to_wait_for()
         self.window = OpenWindow()
@@ -143,6 +144,7 @@ class SpectralProbe:
     def begin(self) -> OpenWindow:
         """Start a window with nothing in it; the one open before is returned, to be put back as ``window``."""
         self.recorder.discard()
+        self._stop_losses()
         before = self.window
         self.window = OpenWindow(losses=BucketLosses(len(self.grouping.names)) if self.options.with_losses else None)
         return before
@@ -155,14 +157,20 @@ class SpectralProbe:
             training: Count only forwards with gradients, of modules in training mode; ``False`` counts every forward.
         """
         self.recorder.start(seed=seed, training=training)
+        if self._loss_tap is not None:
+            self._loss_tap.start(training=training)
 
     def pause(self) -> None:
         """Before the backward pass, whose recomputation must not be counted."""
         self.recorder.pause()
+        if self._loss_tap is not None:
+            self._loss_tap.stop()
 
     def resume(self) -> None:
         """After the backward pass."""
         self.recorder.resume()
+        if self._loss_tap is not None:
+            self._loss_tap.start(training=self._loss_tap.training)
 
     def collect(self, mask_of: OfCall | None = None, targets_of: OfCall | None = None) -> list[ForwardCall]:
         """After a micro-batch: accumulate its rows.
@@ -176,9 +184,13 @@ class SpectralProbe:
         """
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
+            scored = self._stop_losses()
             calls = self.recorder.collect()
+            for losses, right, targets in scored:
+                self._take_losses(losses, right, targets, calls)
             for call in calls:
                 self._take(call, mask_of, targets_of)
+                self._last_shape = call.shape if len(call.shape) == 2 else self._last_shape
             if self.window.num_waiting >= self._waiting_rows:
                 self._flush()
         self.window.busy_s += time.perf_counter() - began
@@ -275,6 +287,27 @@ class SpectralProbe:
         """Where the model is."""
         return next(iter(self.tapped.embedding.parameters())).device
 
+    def _keep_loss(self, losses: Tensor, right: Tensor, targets: Tensor) -> None:
+        self._scored.append((losses, right, targets))
+
+    def _stop_losses(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """What the script has scored since the start; sees no more of it."""
+        if self._loss_tap is not None:
+            self._loss_tap.stop()
+        scored, self._scored = self._scored, []
+        return scored
+
+    def _take_losses(self, losses_N: Tensor, right_N: Tensor, targets: Tensor, calls: list[ForwardCall]) -> None:
+        if self.grouping.by_place:  # the position of a prediction is known where there is one for each place of a call
+            shape = next((call.shape for call in reversed(calls) if len(call.shape) == 2), self._last_shape)
+            shorter = (shape[0], shape[1] - 1)
+            fitting = [size for size in (shape, shorter) if targets.numel() == size[0] * size[1]]
+            if not fitting:
+                return
+            targets = targets.reshape(fitting[0])
+        assert self.window.losses is not None
+        self.window.losses.add(losses_N, right_N, self.grouping.loss_codes(targets).flatten())
+
     def _take(self, call: ForwardCall, mask_of: OfCall | None, targets_of: OfCall | None) -> None:
         seen = self.window.stacks.setdefault(call.stack, StackSeen())
         seen.num_calls += 1
@@ -313,9 +346,6 @@ class SpectralProbe:
         if targets_BT is None or targets_BT.shape != ids_BT.shape:
             targets_BT = target_ids(ids_BT)
         real_BT = real_P.view_as(ids_BT)
-        if self.window.losses is not None and call.logits is not None:
-            loss_codes_BT = torch.where(real_BT, self.grouping.loss_codes(targets_BT), EXCLUDED)
-            self.window.losses.add(call.logits, targets_BT, loss_codes_BT, _kept(call))
         return torch.where(real_BT, self.grouping.codes(ids_BT, targets_BT), EXCLUDED).flatten()
 
     def _groups(self, call: ForwardCall, seen: StackSeen, codes_P: Tensor) -> Tensor:
@@ -416,7 +446,11 @@ class SpectralProbe:
         if world_size > 1:
             self.window.losses.reduce_(self.device, process_group)
         sums = self.window.losses.result()
-        return [BucketLoss(name, *values) for name, values in zip(self.buckets.reported, sums, strict=False)]
+        seen = any(num_tokens for num_tokens, _, _ in sums)
+        return [
+            BucketLoss(name, *values, status="ok" if values[0] else "empty" if seen else "not_matched")
+            for name, values in zip(self.buckets.reported, sums, strict=False)
+        ]
 
 
 def _of_rows(values_P: Tensor, places_N: Tensor) -> Tensor:
@@ -429,12 +463,6 @@ def _places_with_rows(call: ForwardCall, codes_P: Tensor) -> Tensor:
     for places_N in {id(places_N): places_N for places_N in call.places.values()}.values():
         present[places_N[places_N >= 0]] = True
     return present
-
-
-def _kept(call: ForwardCall) -> Tensor | None:
-    """Places with a row, where rows were thinned."""
-    places_N = max(call.places.values(), key=len, default=None)
-    return None if places_N is None or len(places_N) == call.sequences_P.numel() else places_N
 
 
 def _real_places(call: ForwardCall, mask: Tensor | None) -> Tensor:
@@ -455,3 +483,10 @@ def _forget_compiled_code(model: nn.Module) -> None:
         import torch._dynamo
 
         torch._dynamo.reset()
+
+
+def _vocab_sizes(tapped: TappedModel, grouping: Grouping) -> set[int]:
+    """Widths that logits over the vocabulary can have."""
+    sizes = [grouping.vocab_size, getattr(tapped.embedding, "num_embeddings", None)]
+    sizes.append(getattr(tapped.head, "out_features", None))
+    return {size for size in sizes if isinstance(size, int)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from safetensors.torch import save_file
 
 from lightning_spectral.probe.window import SiteResult, WindowResult
 from lightning_spectral.records import EIGENVALUES_FOLDER, LossRecord, SpectralRecord, layer_name
+from lightning_spectral.text import whole_file
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,10 @@ class WindowId:
 
     run_id: str
     stage: str
-    step: int
+    step: int | None
     tokens_seen: int | None
+    loader: int | None = None
+    ordinal: int = 0
 
 
 def spectral_records(result: WindowResult, window: WindowId, conventions: dict[str, str]) -> list[SpectralRecord]:
@@ -71,6 +73,8 @@ def _record(site: SiteResult, result: WindowResult, window: WindowId, convention
         stack=site.stack,
         layout=site.layout,
         layout_agreement=site.layout_agreement,
+        loader=window.loader,
+        ordinal=window.ordinal,
         extra=values,  # rows of RANK_METRICS that are no fields
     )
 
@@ -87,13 +91,19 @@ def loss_records(result: WindowResult, window: WindowId) -> list[LossRecord]:
             loss.num_tokens,
             loss.loss,
             loss.accuracy,
+            window.loader,
+            window.ordinal,
+            loss.status,
         )
         for loss in result.losses
     ]
 
 
-def save_eigenvalues(folder: Path, stage: str, step: int, result: WindowResult) -> None:
-    """``eigenvalues/train_00000200.safetensors``: keys ``layer_00.post.tail``, descending, fp32; written atomically."""
+def save_eigenvalues(folder: Path, window: WindowId, result: WindowResult) -> None:
+    """``eigenvalues/train_00000200.safetensors``: keys ``layer_00.post.tail``, descending, fp32; written atomically.
+
+    Further windows of one step and stage get ``_loader_1`` and ``_again_1``.
+    """
     tensors = {}
     for site in result.sites:
         if site.measurement.eigenvalues is not None:
@@ -101,8 +111,8 @@ def save_eigenvalues(folder: Path, stage: str, step: int, result: WindowResult) 
             tensors[key] = site.measurement.eigenvalues.float().contiguous()
     if not tensors:
         return
-    path = folder / EIGENVALUES_FOLDER / f"{stage}_{step:08d}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, str(partial))
-    os.replace(partial, path)
+    name = f"{window.stage}_unknown" if window.step is None else f"{window.stage}_{window.step:08d}"
+    name += f"_loader_{window.loader}" if window.loader is not None else ""
+    name += f"_again_{window.ordinal}" if window.ordinal else ""
+    with whole_file(folder / EIGENVALUES_FOLDER / f"{name}.safetensors") as partial:
+        save_file(tensors, str(partial))

@@ -1,49 +1,63 @@
-"""The run folder: one per run, shared by all our callbacks, written by rank 0 only.
+"""The run folder: one per run, shared by all that measures it, written by rank 0 only.
 
-A resumed run appends what is not there yet; a fresh run in a used folder moves the old files to ``previous/``, so that
-nothing written is lost and two runs are never mixed.
+A resumed run appends what is not there yet. A fresh run in a used folder moves the earlier one to ``previous/`` and
+says so; where the earlier one still runs, or where the fresh one only evaluates, it writes to ``runs/<run_id>``
+instead.
 """
 
 from __future__ import annotations
 
 import secrets
+import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from lightning_spectral import records as rec
-from lightning_spectral.records import LossRecord, RunInfo, SpectralRecord
+from lightning_spectral.probe.guard import warn
+from lightning_spectral.probe.run_lock import RunLock
+from lightning_spectral.records import LossRecord, RunInfo, SpectralRecord, WeightRecord
 
 _PACKAGES = ("lightning-spectral", "torch", "lightning", "litgpt", "torchmetrics")
+_READERS: dict[str, Callable[[Path], Any]] = {
+    rec.SPECTRAL_FILE: rec.read_spectral,
+    rec.LOSSES_FILE: rec.read_losses,
+    rec.WEIGHTS_FILE: rec.read_weights,
+}
 
 
 class RunFolder:
     """Files of one run.
 
     Args:
-        path: The folder.
+        path: The folder that is wanted; :attr:`path` is the one that was taken.
         info: What is run.
-        resume: Keep what is there and its run id; else move it aside.
-        writes: Whether this process writes (rank 0).
+        resume: Keep what is there and its run id; else make room. A run id keeps what is there if it is of that run.
+        writes: Whether this process writes (rank 0, and no dry run).
+        makes_room: Whether a fresh run moves an earlier one aside; ``False`` for an evaluation.
+        locks: Hold the folder against other processes until :meth:`close`.
     """
 
-    def __init__(self, path: str | Path, info: RunInfo, *, resume: bool, writes: bool) -> None:
-        self.path = Path(path)
-        self.writes = writes
-        self._known: dict[str, set[tuple[Any, ...]]] = {rec.SPECTRAL_FILE: set(), rec.LOSSES_FILE: set()}
-        self.info = info
-        if not writes:
-            return
-        if (self.path / rec.RUN_FILE).exists():
-            if resume:
-                self.info = rec.read_run(self.path)
-                self._read_known()
-                return
-            self._move_aside()
-        rec.write_run(self.path, self.info)
+    def __init__(
+        self,
+        path: str | Path,
+        info: RunInfo,
+        *,
+        resume: bool | str,
+        writes: bool,
+        makes_room: bool = True,
+        locks: bool = False,
+    ) -> None:
+        self.wanted = self.path = Path(path)
+        self.writes, self.info = writes, info
+        self._known: dict[str, set[tuple[Any, ...]]] = {name: set() for name in _READERS}
+        self._lock: RunLock | None = None
+        if writes:
+            self._open(resume, makes_room, locks)
 
     @property
     def run_id(self) -> str:
@@ -58,35 +72,112 @@ class RunFolder:
         """Likewise for losses."""
         self._append(rec.LOSSES_FILE, records)
 
-    def _append(self, name: str, records: Sequence[SpectralRecord] | Sequence[LossRecord]) -> None:
+    def append_weights(self, records: Sequence[WeightRecord]) -> None:
+        """Likewise for spectra of weights."""
+        self._append(rec.WEIGHTS_FILE, records)
+
+    def next_ordinal(self, stage: str, step: int | None) -> int:
+        """How many evaluations of this stage are on record at this step."""
+        ordinals = [key[-1] for key in self._known[rec.SPECTRAL_FILE] if key[0] == stage and key[1] == step]
+        return max(ordinals, default=-1) + 1
+
+    def reopen(self) -> None:
+        """Hold the folder again, for a further stage of the same run."""
+        if self._lock is not None and not self._lock.held:
+            self._lock.acquire(continues=True)
+
+    def close(self, **facts: Any) -> None:
+        """Write what is known now into ``run.json`` and let other processes have the folder.
+
+        Args:
+            facts: Fields of :class:`RunInfo`.
+        """
+        if not self.writes:
+            return
+        self.info = replace(self.info, **facts)
+        rec.write_run(self.path, self.info)
+        if self._lock is not None:
+            self._lock.release()
+
+    def _open(self, resume: bool | str, makes_room: bool, locks: bool) -> None:
+        lock = RunLock(self.path)
+        if locks and not lock.acquire(continues=bool(resume)):
+            self._use_folder_of_its_own("another run is writing there")
+            lock = RunLock(self.path)
+            lock.acquire()
+        self._lock = lock if locks else None
+        if not (self.path / rec.RUN_FILE).exists():
+            rec.write_run(self.path, self.info)
+            return
+        old = _run_id(self.path)
+        if resume is True or resume == old:
+            self._read_known()
+            self.info = rec.read_run(self.path)
+        elif makes_room:
+            target = move_earlier_run(self.path, rec.RUN_FILES, old)
+            warn(f"`{self.path}` held the run `{old}`: it was moved to `{target}`.")
+            rec.write_run(self.path, self.info)
+        else:
+            lock.release()
+            self._use_folder_of_its_own(f"that folder is of the run `{old}`")
+            self._lock = RunLock(self.path)
+            self._lock.acquire()
+            rec.write_run(self.path, self.info)
+
+    def _use_folder_of_its_own(self, why: str) -> None:
+        wanted, self.path = self.path, self.path / "runs" / self.run_id
+        while (self.path / rec.RUN_FILE).exists():  # a run id that the user gave twice
+            self.path = self.path.with_name(f"{self.path.name}_{secrets.token_hex(2)}")
+        warn(f"records go to `{self.path}`, not to `{wanted}`: {why}.")
+
+    def _append(self, name: str, records: Sequence[SpectralRecord | LossRecord | WeightRecord]) -> None:
         new = [record for record in records if record.key not in self._known[name]]
         if self.writes and new:
             rec.append_records(self.path / name, new)
+            if self._lock is not None:
+                self._lock.touch()
         self._known[name] |= rec.known_keys(new)
 
     def _read_known(self) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the torn tail of a killed run is why we are here
-            for name, read in ((rec.SPECTRAL_FILE, rec.read_spectral), (rec.LOSSES_FILE, rec.read_losses)):
+            for name, read in _READERS.items():
                 if (self.path / name).exists():
                     self._known[name] = rec.known_keys(read(self.path / name).records)
 
-    def _move_aside(self) -> None:
-        try:
-            old = rec.read_run(self.path).run_id
-        except ValueError:
-            old = "unreadable"
-        target = self.path / "previous" / old
-        while target.exists():
-            target = target.with_name(target.name + "_")
-        target.mkdir(parents=True)
-        for name in rec.RUN_FILES:
-            if (self.path / name).exists():
-                (self.path / name).rename(target / name)
+
+def move_earlier_run(folder: Path, names: Sequence[str], run_id: str | None = None) -> Path | None:
+    """Make room for a fresh run: what an earlier one left under ``names`` goes to ``previous/<run id>``.
+
+    Args:
+        folder: The run folder.
+        names: Files and folders of a run.
+        run_id: Of the earlier run; default: what its ``run.json`` says.
+
+    Returns:
+        Where it went, or ``None`` if there was nothing.
+    """
+    found = [folder / name for name in names if (folder / name).exists()]
+    if not found:
+        return None
+    target = folder / "previous" / (run_id or _run_id(folder))
+    while target.exists():
+        target = target.with_name(target.name + "_")
+    target.mkdir(parents=True)
+    for path in found:
+        shutil.move(path, target / path.name)
+    return target
+
+
+def _run_id(folder: Path) -> str:
+    try:
+        return rec.read_run(folder).run_id
+    except (ValueError, FileNotFoundError):
+        return "unreadable"
 
 
 def new_run_id() -> str:
-    """Time and chance."""
+    """Timestamp and random suffix."""
     return f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 

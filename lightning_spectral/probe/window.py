@@ -56,6 +56,7 @@ class BucketLoss:
     num_tokens: int
     loss: float | None
     accuracy: float | None
+    status: str = "ok"
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,9 @@ def _run(
         with torch.no_grad():
             for ids_BT, targets_BT in zip(ids_SL.split(batch_size), targets_SL.split(batch_size), strict=True):
                 probe.start(seed=0, training=False)
-                model(ids_BT.to(device))
+                output = model(ids_BT.to(device))
+                logits = getattr(output, "logits", output)
+                nn.functional.cross_entropy(logits.flatten(0, 1), targets_BT.to(device).flatten())  # the probe sees it
                 probe.collect(targets_of=partial(_targets_of, targets_BT.to(device)))
         return probe.end()
     finally:

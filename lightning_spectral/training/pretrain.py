@@ -6,7 +6,6 @@ The run folder holds the callbacks' records, ``checkpoints/`` (to resume), ``fin
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from lightning_spectral.data.tokens import unigram_entropy
 from lightning_spectral.gpt.export import save_final
 from lightning_spectral.gpt.learning_rate import LRPlan
 from lightning_spectral.gpt.module import LitGPT
+from lightning_spectral.probe.run_folder import move_earlier_run
 from lightning_spectral.text import one_line
 from lightning_spectral.training import checkpoints, preemption
 from lightning_spectral.training.document import RecipeError, named_config
@@ -88,7 +88,7 @@ def run(recipe: Recipe, *, progress_bar: bool = True) -> Path:
 
     Idempotent with ``resume: auto``: a finished run is left as it is, an interrupted one continues from its newest
     whole checkpoint, a new one starts. With ``resume: false`` an earlier run in the same folder is moved to
-    ``out_dir/previous/NNN`` first.
+    ``out_dir/previous/<run id>`` first.
 
     Args:
         recipe: From :func:`lightning_spectral.training.recipe.load`.
@@ -299,17 +299,12 @@ def _resume_path(resume: Any, out_dir: Path) -> Path | None:
 
 def _move_previous_run(out_dir: Path) -> None:
     """Records of two runs must not mix, and none may be lost."""
-    found = [out_dir / name for name in RUN_CONTENT if (out_dir / name).exists()]
-    found += out_dir.glob("hpc_ckpt_*")  # of Lightning: it would start the new run
-    if not found:
-        return
-    previous = out_dir / "previous"
-    number = 1 + max((int(p.name) for p in previous.glob("[0-9]*") if p.name.isdigit()), default=0)
-    target = previous / f"{number:03d}"
-    target.mkdir(parents=True)
-    for path in found:
-        shutil.move(path, target / path.name)
-    rank_zero_info(f"moved the previous run in `{out_dir}` to `{target}` (use `resume: auto` to continue it instead)")
+    lightning_own = [path.name for path in out_dir.glob("hpc_ckpt_*")]  # it would start the new run
+    target = move_earlier_run(out_dir, [*RUN_CONTENT, *lightning_own])
+    if target is not None:
+        rank_zero_info(
+            f"moved the previous run in `{out_dir}` to `{target}` (use `resume: auto` to continue it instead)"
+        )
 
 
 def _checkpoint_dir(path: str | None) -> Path | None:

@@ -14,10 +14,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_spectral.callbacks import SpectralRankCallback, TailTokenProbe
+from lightning_spectral.callbacks.trainer_host import host_of
 from lightning_spectral.functional.packed import packed_size
 from lightning_spectral.probe.background import BackgroundSolver
 from lightning_spectral.probe.window import ClosedWindow
-from lightning_spectral.records import read_spectral
+from lightning_spectral.records import read_run, read_spectral
 from tests.callbacks.tiny import Module, counts, loader, trainer
 
 
@@ -132,23 +133,35 @@ def test_at_most_one_window_waits():
     assert order == [1, 2]
 
 
-def test_an_error_of_the_solve_stops_the_run(tmp_path, monkeypatch):
-    def broken(*args, **kwargs):
+@pytest.mark.parametrize("background", [True, False])
+def test_an_error_of_the_solve_is_a_status(tmp_path, monkeypatch, background):
+    def broken(measured, *args, **kwargs):
         raise ArithmeticError("no convergence")
 
-    monkeypatch.setattr(ClosedWindow, "solve", broken)
-    with pytest.raises(ArithmeticError, match="no convergence"):
-        fit(tmp_path, background=True)
+    monkeypatch.setattr("lightning_spectral.probe.window.measure", broken)
+    with pytest.warns(UserWarning, match="ArithmeticError: no convergence") as caught:
+        fit(tmp_path, background=background)
+    assert len([warning for warning in caught if "no convergence" in str(warning.message)]) == 1
+    found = records(tmp_path)
+    assert {(record.status, record.reason, record.hard_rank) for record in found} == {
+        ("solve_failed", "ArithmeticError: no convergence", None)
+    }
+    assert sorted({record.step for record in found}) == list(range(6))
+    info = read_run(tmp_path)
+    assert (info.finished, info.last_step, info.num_windows, info.num_lost_windows) == (True, 6, 6, 6)
 
 
 def decision(path, *, cores=8, num_devices=1, callbacks=(), state_mib=1.0, **options) -> bool:
     callback = SpectralRankCallback(dirpath=str(path), **options)
-    run = SimpleNamespace(num_devices=num_devices, callbacks=[callback, *callbacks], state=SimpleNamespace(fn="fit"))
+    run = trainer(path, [callback, *callbacks], enable_checkpointing=True)
+    run.state.fn = "fit"
+    host = host_of(run, Module(), dirpath=None, run_id=None)
+    host.num_local_processes = num_devices
     stand_in = SimpleNamespace(device=torch.device("cpu"), state_mib=state_mib)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.sched_getaffinity", lambda pid: range(cores), raising=False)
         patch.setattr("torch.get_num_threads", lambda: 4)
-        return callback._solves_beside(run, stand_in)
+        return callback.observer._solves_beside(stand_in, host)
 
 
 def test_the_default_needs_a_free_core_memory_and_nobody_who_waits(tmp_path):

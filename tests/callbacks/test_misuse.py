@@ -48,7 +48,7 @@ def test_a_corrupt_counts_file_is_named(tmp_path, name, content):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy says that the file is empty, too
         try:
-            counts = TailTokenProbe(counts=str(path))._counts
+            counts = TailTokenProbe(counts=str(path)).measurement.buckets.counts
         except ValueError as error:
             assert str(path) in str(error)  # noqa: PT017
             return
@@ -117,8 +117,10 @@ def test_a_litgpt_model_with_padding_trains_and_an_id_from_the_padding_is_refuse
         return read_spectral(tmp_path / name).records
 
     assert {r.bucket for r in fit("padded", tiny.data()[:8] % 40)} == {"head", "mid", "tail", "pooled"}
-    with pytest.raises(ValueError, match=r"but the table has ids 0 to 39.*count-tokens"):
-        fit("beyond", tiny.data()[:8])
+    with pytest.warns(UserWarning, match=r"but the table has ids 0 to 39.*count-tokens"):
+        records = fit("beyond", tiny.data()[:8])
+    assert {r.status for r in records} == {"not_matched"}
+    assert all("ids 0 to 39" in r.reason for r in records)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +149,20 @@ def test_a_model_without_a_feed_forward_network(tmp_path):
         tiny.trainer(tmp_path, [SpectralRankCallback()]).fit(BoringModel())
 
 
-def test_a_mask_of_another_shape_is_an_error(tmp_path):
+def test_a_mask_of_another_shape_is_a_status(tmp_path):
     callback = SpectralRankCallback(1, mask_fn=lambda batch: torch.ones(2, 2))
+    trainer = tiny.trainer(tmp_path, [callback])
+    with pytest.warns(UserWarning, match=r"shape \(2, 2\)"):
+        trainer.fit(tiny.Module(), tiny.loader())
+    assert trainer.global_step == 4
+    records = read_spectral(tmp_path).records
+    assert [(r.step, r.status, r.hard_rank) for r in records if r.layer == 0] == [
+        (step, "not_matched", None) for step in range(4)
+    ]
+
+
+def test_strict_makes_a_status_an_error(tmp_path):
+    callback = SpectralRankCallback(1, mask_fn=lambda batch: torch.ones(2, 2), strict=True)
     with pytest.raises(ValueError, match=r"shape \(2, 2\)"):
         tiny.trainer(tmp_path, [callback]).fit(tiny.Module(), tiny.loader())
 

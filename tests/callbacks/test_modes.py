@@ -103,7 +103,7 @@ def test_several_training_dataloaders_are_one_window(tmp_path):
     assert by_key(records)[0, 1, "post", "pooled"].hard_rank == pytest.approx(oracle_ranks(rows)[1], rel=1e-5)
 
 
-def test_several_validation_dataloaders_are_one_window(tmp_path):
+def test_several_validation_dataloaders_are_a_window_each(tmp_path):
     class Module(tiny.Module):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
             self.loss(batch)
@@ -112,7 +112,10 @@ def test_several_validation_dataloaders_are_one_window(tmp_path):
     trainer = tiny.trainer(tmp_path, [callback])
     trainer.validate(Module(), [tiny.loader(16), tiny.loader(8, seed=1)], verbose=False)
     records = read_spectral(tmp_path).records
-    assert {(r.stage, r.num_tokens) for r in records} == {("validation", 24 * tiny.LENGTH)}
+    assert {(r.stage, r.loader, r.num_tokens) for r in records} == {
+        ("validation", 0, 16 * tiny.LENGTH),
+        ("validation", 1, 8 * tiny.LENGTH),
+    }
 
 
 def test_overfit_batches(tmp_path):
@@ -123,14 +126,14 @@ def test_overfit_batches(tmp_path):
 
 
 @pytest.mark.parametrize("batches", [True, 3])
-def test_fast_dev_run(tmp_path, batches):
-    callback = SpectralRankCallback(2, on=["train", "validation"], dirpath=str(tmp_path))
+def test_fast_dev_run_measures_and_writes_nothing(tmp_path, batches):
+    callback = SpectralRankCallback(2, on=["train", "validation"], dirpath=str(tmp_path / "records"))
     trainer = tiny.trainer(tmp_path, [callback], fast_dev_run=batches, max_steps=-1)
     trainer.fit(tiny.Module(), tiny.loader(), tiny.loader(32))
-    steps = {r.step for r in read_spectral(tmp_path).records if r.stage == "train"}
-    assert steps == ({0} if batches is True else {0, 2})
-    validated = {r.num_tokens for r in read_spectral(tmp_path).records if r.stage == "validation"}
-    assert validated == {ROWS * int(batches)}
+    assert list(tmp_path.iterdir()) == []
+    windows = {True: 2, 3: 3}  # steps 0 and 2, and the validation
+    assert (callback.observer.num_windows, callback.observer.num_lost_windows) == (windows[batches], 0)
+    assert float(trainer.callback_metrics["spectral/hard_rank.pooled"]) > 1
 
 
 def test_two_probes_that_group_differently_share_a_trainer(tmp_path):

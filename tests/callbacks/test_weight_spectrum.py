@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from lightning_spectral.callbacks.weight_spectrum import WeightSpectrumCallback
 from lightning_spectral.functional.flattening import flattening, spectrum_flattening
 from lightning_spectral.functional.matrix_spectrum import matrix_spectrum
+from lightning_spectral.probe.weight_spectra import _choose
 from lightning_spectral.records import read_weights
 
 
@@ -126,5 +127,5 @@ def test_a_child_named_module_keeps_its_name():
     )
     net["submodule"] = torch.nn.Linear(2, 2, bias=False)
     root = torch.nn.ModuleDict({"net": net})
-    names = [name for name, _ in WeightSpectrumCallback()._choose(root)]
+    names = [name for name, _ in _choose(root, None)]
     assert names == ["net.fc.weight", "net.module.fc.weight", "net.submodule.weight"]

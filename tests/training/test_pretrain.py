@@ -185,10 +185,11 @@ def test_resume_true_and_a_path(tmp_path: Path) -> None:
 
 def test_a_fresh_run_in_a_used_folder_keeps_the_old_one(tmp_path: Path) -> None:
     first = _run(tmp_path, callbacks=PROBES)
+    run_id = records.read_run(first.run_folder).run_id
     old = (first.run_folder / "spectral.jsonl").read_bytes()
     _run(tmp_path, callbacks=PROBES, seed=8)
-    assert (first.run_folder / "previous" / "001" / "spectral.jsonl").read_bytes() == old
-    assert (first.run_folder / "previous" / "001" / "final" / "lit_model.pth").is_file()
+    assert (first.run_folder / "previous" / run_id / "spectral.jsonl").read_bytes() == old
+    assert (first.run_folder / "previous" / run_id / "final" / "lit_model.pth").is_file()
     assert len({r.run_id for r in records.read_spectral(first.run_folder).records}) == 1
 
 

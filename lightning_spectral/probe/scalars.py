@@ -1,4 +1,4 @@
-"""Where a window's numbers go: records on disk, scalars to every logger, medians to ``callback_metrics``.
+"""A window's numbers as scalars for loggers.
 
 Tags: ``spectral/hard_rank.tail`` (front page: median over layers), ``spectral.hard_rank.post.tail/layer_03`` (detail).
 """
@@ -9,36 +9,10 @@ import math
 from collections.abc import Iterable, Sequence
 from statistics import median
 
-import lightning.pytorch as pl
-from lightning.fabric import Fabric
-
 from lightning_spectral.functional.rank import RANK_METRICS
-from lightning_spectral.probe.records_of import WindowId, loss_records, save_eigenvalues, spectral_records
-from lightning_spectral.probe.run_folder import RunFolder
-from lightning_spectral.probe.window import WindowResult
 from lightning_spectral.records import LossRecord, SpectralRecord, layer_name
 
 FRONT_PAGE = ("hard_rank", "soft_rank")
-
-
-def publish(
-    trainer: pl.Trainer | Fabric,
-    folder: RunFolder,
-    result: WindowResult,
-    window: WindowId,
-    conventions: dict[str, str],
-    *,
-    with_eigenvalues: bool,
-) -> tuple[list[SpectralRecord], dict[str, float]]:
-    """Write and log one window; returns its records, and the scalars worth a monitor."""
-    records, losses = spectral_records(result, window, conventions), loss_records(result, window)
-    folder.append_spectral(records)
-    folder.append_losses(losses)
-    if with_eigenvalues and trainer.is_global_zero:
-        save_eigenvalues(folder.path, window.stage, window.step, result)
-    scalars = {**front_page(records, window.stage), **loss_scalars(losses, window.stage)}
-    log_scalars(trainer, {**scalars, **detail(records, window.stage)}, window.step)
-    return records, scalars
 
 
 def front_page(records: Sequence[SpectralRecord], stage: str) -> dict[str, float]:
@@ -92,21 +66,9 @@ def loss_scalars(losses: Iterable[LossRecord], stage: str) -> dict[str, float]:
     }
 
 
-def log_scalars(trainer: pl.Trainer | Fabric, scalars: dict[str, float], step: int) -> None:
-    """To every logger, past ``self.log``: hundreds of tags there would cost more than the window."""
-    finite = {tag: value for tag, value in scalars.items() if math.isfinite(value)}
-    if finite and trainer.is_global_zero:
-        for logger in trainer.loggers:
-            logger.log_metrics(finite, step=step)
-
-
-def publish_medians(pl_module: pl.LightningModule, scalars: dict[str, float], *, at_epoch_end: bool = False) -> None:
-    """To ``callback_metrics``, so that ``ModelCheckpoint(monitor="spectral/hard_rank.tail")`` works.
-
-    They are equal on all ranks; at an epoch's end Lightning warns all the same unless it may average them.
-    """
-    for tag, value in scalars.items():
-        pl_module.log(tag, value, logger=False, rank_zero_only=False, sync_dist=at_epoch_end)
+def finite(scalars: dict[str, float]) -> dict[str, float]:
+    """Without what no logger can draw."""
+    return {tag: value for tag, value in scalars.items() if math.isfinite(value)}
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -1,0 +1,97 @@
+"""``HuggingFaceProbe``: the measurement in a ``transformers.Trainer``, as one of its callbacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from lightning_spectral.probe.guard import warn
+from lightning_spectral.probe.host import Host, Scalars
+from lightning_spectral.probe.loop import LoopObserver
+from lightning_spectral.probe.run_folder import RunFolder, new_run_id
+from lightning_spectral.probe.settings import BucketSettings, Measurement, ProbeSettings, SharedArguments, Unpack
+
+
+class HuggingFaceProbe(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Measures the model that a ``transformers.Trainer`` trains.
+
+    A window is one optimizer step with all its micro-batches and processes. Records go to ``output_dir/spectral``
+    unless ``dirpath`` says otherwise; scalars stand in :attr:`latest` and in the Trainer's logs.
+
+    Args:
+        every_n_steps: Optimizer steps between windows.
+        counts: Occurrences of each token id, or ``"stream"``: measures frequent and rare tokens apart, with their
+            losses, as :class:`~lightning_spectral.TailTokenProbe` does.
+        **shared: :class:`~lightning_spectral.probe.settings.ProbeSettings` documents them; here only training is
+            measured.
+
+    Raises:
+        ValueError: If an argument is out of range; at the start of training, if the model has no site that is found.
+
+    Example::
+
+        Trainer(model, args, train_dataset=data, callbacks=[HuggingFaceProbe(every_n_steps=100)])
+    """
+
+    def __init__(self, every_n_steps: int = 200, *, counts: Any = None, **shared: Unpack[SharedArguments]) -> None:
+        buckets = None if counts is None else BucketSettings(counts=counts)
+        self.measurement = Measurement(ProbeSettings(every_n_steps=every_n_steps, **shared), buckets)
+        self.latest: Scalars = {}
+        self._loop: LoopObserver | None = None
+
+    @property
+    def run_folder(self) -> RunFolder | None:
+        """Where records go, once attached."""
+        return None if self._loop is None else self._loop.observer.run_folder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **objects: Any) -> None:
+        """Attach to the model."""
+        settings, steps = self.measurement.settings, int(state.max_steps)
+        self._loop = LoopObserver(self.measurement, name=type(self).__name__, num_steps=steps if steps > 0 else None)
+        config: Any = getattr(model, "config", None)
+        resumed = int(state.global_step) > 0
+        if resumed:
+            self._loop.follow(int(state.global_step))
+        self._loop.attach(
+            model,
+            Host(
+                folder=Path(settings.dirpath or Path(args.output_dir) / "spectral").absolute(),
+                run_id=settings.run_id or new_run_id(),
+                describe={
+                    "optimizer": str(getattr(args, "optim", "unknown")),
+                    "seed": int(args.seed),
+                    "hparams": {} if config is None else {"model_config": config.to_dict()},
+                },
+                resume=resumed,
+                is_first=state.is_world_process_zero,
+                writes=state.is_world_process_zero,
+                num_replicas=int(args.world_size),
+                num_local_processes=max(torch.cuda.device_count(), 1) if args.world_size > 1 else 1,
+                tell=warn if state.is_world_process_zero else lambda message: None,
+            ),
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Close the window of this step, open the next one."""
+        if self._loop is not None:
+            self._loop.end_step()
+            self.latest = self._loop.latest or self.latest
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **objects: Any) -> None:
+        """Put the latest medians into the Trainer's logs."""
+        if logs is not None and "loss" in logs:
+            logs.update(self.latest)
+
+    def on_save(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """A run that is resumed from here must not miss the window that is being solved."""
+        if self._loop is not None:
+            self._loop.observer.drain()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Take every hook off."""
+        if self._loop is not None:
+            self._loop.detach(finished=True)

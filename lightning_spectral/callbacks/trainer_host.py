@@ -1,0 +1,151 @@
+"""A Trainer in the plain values that an observer knows: folder, ranks, loggers, and which step is the last."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_spectral.probe.guard import warn
+from lightning_spectral.probe.host import Host
+from lightning_spectral.probe.run_folder import RunFolder, new_run_id
+from lightning_spectral.probe.scalars import finite
+from lightning_spectral.probe.window import WindowResult
+from lightning_spectral.records import SpectralRecord
+
+
+def host_of(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    *,
+    dirpath: str | None,
+    run_id: str | None,
+    continued_run: str | None = None,
+    published: Callable[[Sequence[SpectralRecord], WindowResult], None] = lambda records, result: None,
+) -> Host:
+    """What our callbacks need of a Trainer.
+
+    Args:
+        trainer: At fit start, or at the start of an evaluation.
+        pl_module: Its module.
+        dirpath: The user's folder, if any.
+        run_id: The user's id, if any.
+        continued_run: Run id in the checkpoint that was loaded, if any.
+        published: Called with each published window.
+    """
+    fits = trainer.state.fn == "fit"
+    # after steps of its own a Trainer goes on: `fit` again, or `validate` after it, adds to the run
+    resume: bool | str = (trainer.ckpt_path is not None and fits) or trainer.global_step > 0
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return Host(
+        folder=str(Path(dirpath or folder_of(trainer)).absolute()),
+        run_id=run_id or new_run_id(),
+        describe={
+            "optimizer": _optimizer_name(trainer),
+            "seed": global_seed(),
+            "hparams": dict(pl_module.hparams),
+        },
+        resume=continued_run or resume,
+        makes_room=fits,
+        opened=lambda: [folder for callback in callbacks if (folder := _opened(callback, trainer)) is not None],
+        writes=trainer.is_global_zero and not trainer.fast_dev_run,  # type: ignore[attr-defined]
+        is_first=trainer.is_global_zero,
+        num_replicas=_num_replicas(trainer),
+        process_group=data_parallel_group(pl_module),
+        may_solve_beside=fits
+        and not any(str(getattr(other, "monitor", None)).startswith("spectral") for other in callbacks),
+        num_local_processes=trainer.num_devices,
+        log=lambda scalars, step: log_scalars(trainer, scalars, step),
+        published=published,
+        tell=warn if trainer.is_global_zero else _silent,
+        inform=rank_zero_info,
+    )
+
+
+def folder_of(trainer: pl.Trainer) -> str:
+    """``save_dir/name/version`` of the first logger, where Lightning puts checkpoints too; else the root directory."""
+    if not trainer.loggers:
+        return str(trainer.default_root_dir)
+    logger = trainer.loggers[0]
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return os.path.join(str(logger.save_dir or trainer.default_root_dir), str(logger.name), version)
+
+
+class LastStep:
+    """Says before a batch whether it belongs to the last optimizer step, as far as that can be known."""
+
+    def __init__(self) -> None:
+        self._steps_per_batch = 1  # of the latest batch that stepped: several optimizers count a step each
+        self._before = 0
+
+    def is_next(self, trainer: pl.Trainer, batch_idx: int) -> bool:
+        """Whether the step about to be taken is the last one of the run."""
+        self._before = trainer.global_step
+        if trainer.max_steps is not None and 0 <= trainer.max_steps <= trainer.global_step + self._steps_per_batch:
+            return True
+        if trainer.max_epochs is None or trainer.max_epochs < 0 or trainer.current_epoch != trainer.max_epochs - 1:
+            return False
+        accumulate, num_batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+        if num_batches == float("inf"):
+            return accumulate == 1 and trainer.is_last_batch
+        return batch_idx // accumulate == (int(num_batches) - 1) // accumulate
+
+    def learn(self, trainer: pl.Trainer) -> None:
+        """After a batch: how many steps it was."""
+        if trainer.global_step > self._before:
+            self._steps_per_batch = trainer.global_step - self._before
+
+
+def publish_medians(pl_module: pl.LightningModule, scalars: dict[str, float], *, at_epoch_end: bool = False) -> None:
+    """To ``callback_metrics``, so that ``ModelCheckpoint(monitor="spectral/hard_rank.tail")`` works.
+
+    They are equal on all ranks; at an epoch's end Lightning warns all the same unless it may average them.
+    """
+    for tag, value in scalars.items():
+        pl_module.log(tag, value, logger=False, rank_zero_only=False, sync_dist=at_epoch_end)
+
+
+def data_parallel_group(pl_module: pl.LightningModule) -> dist.ProcessGroup | None:
+    """Ranks with different data: under tensor parallelism its peers see the same rows and must not be added."""
+    mesh = getattr(pl_module, "device_mesh", None)
+    return None if mesh is None else mesh["data_parallel"].get_group()
+
+
+def global_seed() -> int | None:
+    """What `seed_everything` was called with, if it was."""
+    seed = os.environ.get("PL_GLOBAL_SEED", "")
+    return int(seed) if seed.isdigit() else None
+
+
+def _opened(callback: Any, trainer: pl.Trainer) -> RunFolder | None:
+    folder = getattr(callback, "run_folder", None)
+    return folder if isinstance(folder, RunFolder) and getattr(callback, "home", None) is trainer else None
+
+
+def _optimizer_name(trainer: pl.Trainer) -> str:
+    optimizers = trainer.optimizers
+    return type(getattr(optimizers[0], "_optimizer", optimizers[0])).__name__ if optimizers else "none"
+
+
+def _num_replicas(trainer: pl.Trainer) -> int:
+    kwargs = (
+        trainer.strategy.distributed_sampler_kwargs if hasattr(trainer.strategy, "distributed_sampler_kwargs") else None
+    )
+    return int(kwargs["num_replicas"]) if kwargs else trainer.world_size
+
+
+def log_scalars(trainer: pl.Trainer, scalars: dict[str, float], step: int | None) -> None:
+    """To every logger, past ``self.log``: hundreds of tags there would cost more than the window."""
+    scalars = finite(scalars)
+    if scalars and trainer.is_global_zero:
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=trainer.global_step if step is None else step)
+
+
+def _silent(message: str) -> None:
+    """Rank 0 says it."""

@@ -1,0 +1,171 @@
+"""An observer driven by what any loop does anyway: the model's forward calls and the optimizer's steps.
+
+Every forward of the outermost module in training mode begins a micro-batch, which ends where the next one begins or the
+optimizer steps, so that a loss that the script computes after the forward belongs to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_spectral.probe.host import Host, Scalars
+from lightning_spectral.probe.observer import Observer
+from lightning_spectral.probe.settings import Measurement
+
+
+class LoopObserver:
+    """Measures one model in a loop that calls it and then steps.
+
+    Args:
+        measurement: What, when and where.
+        name: Who speaks in warnings.
+        num_steps: Optimizer steps of the run, if known: the last one is measured too.
+
+    Attributes:
+        step: Optimizer steps done.
+        observer: The measurement's life.
+
+    Raises:
+        ValueError: If ``num_steps`` is not positive.
+    """
+
+    def __init__(self, measurement: Measurement, *, name: str, num_steps: int | None = None) -> None:
+        if num_steps is not None and num_steps < 1:
+            raise ValueError(f"`num_steps` must be >= 1, got {num_steps}.")
+        self.observer = Observer(measurement, name=name)
+        self.observer.schedule.last_step = None if num_steps is None else num_steps - 1
+        self.step = 0
+        self._handles: list[RemovableHandle] = []
+        self._inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
+        self._num_forwards = 0
+
+    @property
+    def latest(self) -> Scalars:
+        """Medians over layers of the windows published since this was last read."""
+        return self.observer.take_scalars()
+
+    def attach(self, model: nn.Module, host: Host, *, outer: nn.Module | None = None, counts: Any = None) -> None:
+        """Hook the model, and open the first window if it is due.
+
+        Args:
+            model: Holds the blocks.
+            host: The loop.
+            outer: The module that the loop calls, if not ``model`` itself.
+            counts: Token counts to use where the user gave none.
+
+        Raises:
+            ValueError: What is asked for cannot be measured in this model.
+        """
+        self.observer.attach(model, host, fallback_counts=counts)
+        called = model if outer is None else outer
+        self._handles = [
+            called.register_forward_pre_hook(_Hook(self._before_forward), with_kwargs=True),
+            called.register_forward_hook(_Hook(self._after_forward), with_kwargs=True),
+        ]
+        self._begin()
+
+    def end_step(self) -> None:
+        """After an optimizer step: close the open window, count the step, open the next window if it is due."""
+        if not self.observer.is_armed:
+            self.step += 1
+            return
+        if self._num_forwards == 0:  # the model's own forward was gone past, or did not run
+            self.observer.tokens.seen = None
+        self._finish()
+        self.observer.begin_step(self.step)  # where nothing has opened it, nothing was seen in it
+        self.observer.end_step()
+        self.step += 1
+        self._num_forwards = 0
+        self._begin()
+
+    def detach(self, *, finished: bool | None = None) -> None:
+        """Take every hook off and give the run folder back.
+
+        Args:
+            finished: Whether the run has reached its end.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._inputs = None
+        self.observer.drain()
+        self.observer.detach(finished=finished, last_step=self.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """To be saved with the loop's own state, so that a resumed run continues its records."""
+        return {"step": self.step, **self.observer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the records of an earlier run; before or after :meth:`attach`."""
+        self.step = state["step"]
+        self.observer.load_state_dict(dict(state))
+        self._restart()
+
+    def follow(self, step: int) -> None:
+        """The loop was resumed at this step without our state: what came before it is not known."""
+        self.step, self.observer.tokens.seen = step, None
+        self.observer.continue_run()
+        self._restart()
+
+    def _restart(self) -> None:
+        if self.observer.is_armed:
+            self._inputs = None
+            self.observer.abandon_window()
+            self._begin()
+
+    def _begin(self) -> None:
+        self.observer.begin_step(self.step)
+        self.observer.begin_micro_batch()
+
+    def _finish(self) -> None:
+        """The micro-batch under way has ended: its loss, if the script computes one, is known by now."""
+        args, kwargs = self._inputs or ((), {})
+        if self.observer.step is not None or self._inputs is not None:
+            self.observer.end_micro_batch(kwargs or args, counts_tokens=self._inputs is not None)
+        self._inputs = None
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.observer.is_armed:
+            return
+        if not (module.training and torch.is_grad_enabled()):
+            self.observer.pause()
+            return
+        if self._inputs is not None:
+            self._finish()
+            self.observer.begin_micro_batch()
+        else:
+            self.observer.resume()
+        self._inputs = (args, kwargs)
+        self._num_forwards += 1
+
+    def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            self.observer.resume()
+
+
+class _Hook:
+    """A hook that belongs to one module alone: a copy or a pickle of that module gets one that does nothing."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # where a loop compiles the module that it calls
+    def __call__(self, *args: Any) -> None:
+        self._call(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _does_nothing()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def _does_nothing() -> Any:
+    """Takes anything, returns ``None``, and needs nothing of ours to be unpickled."""
+    return contextlib.nullcontext().__exit__

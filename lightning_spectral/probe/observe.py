@@ -1,0 +1,152 @@
+"""``observe``: the measurement in any training loop, with one line before it and one in it.
+
+::
+
+    with observe(model, every_n_steps=100, out="runs/a") as probe:
+        for batch in data:
+            loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            probe.step()
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import Self
+
+from lightning_spectral.probe.host import Host, Scalars
+from lightning_spectral.probe.loop import LoopObserver
+from lightning_spectral.probe.run_folder import RunFolder, new_run_id
+from lightning_spectral.probe.settings import BucketSettings, Measurement, ProbeSettings, SharedArguments, Unpack
+
+
+class Observation:
+    """A model under observation; made by :func:`observe`."""
+
+    def __init__(self, loop: LoopObserver) -> None:
+        self._loop = loop
+        self._handles: list[Any] = []
+        self.latest: Scalars = {}
+
+    @property
+    def run_folder(self) -> RunFolder | None:
+        """Where records go."""
+        return self._loop.observer.run_folder
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps seen."""
+        return self._loop.step
+
+    def step(self) -> Scalars:
+        """After ``optimizer.step()``; not needed where ``observe`` was given the optimizer.
+
+        Returns:
+            Medians over layers of a window that was published, else nothing.
+        """
+        self._loop.end_step()
+        self.latest = self._loop.latest or self.latest
+        return self.latest
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Take each step of an optimizer as a step of the loop."""
+
+        def stepped(*_: Any) -> None:
+            self.step()
+
+        self._handles.append(optimizer.register_step_post_hook(stepped))
+
+    def state_dict(self) -> dict[str, Any]:
+        """To be saved with the model."""
+        return self._loop.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue an earlier run."""
+        self._loop.load_state_dict(state)
+
+    def close(self, *, finished: bool | None = None) -> None:
+        """Take every hook off; a second call does nothing.
+
+        Args:
+            finished: Whether the run has reached its end.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._loop.detach(finished=finished)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._loop.observer.after_error()
+        self.close(finished=kind is None)
+
+
+def observe(
+    model: nn.Module,
+    every_n_steps: int = 200,
+    *,
+    out: str | Path = "spectral",
+    optimizer: Optimizer | None = None,
+    num_steps: int | None = None,
+    resume: bool = False,
+    counts: Any = None,
+    **shared: Unpack[SharedArguments],
+) -> Observation:
+    """Measure a model in a training loop of any kind.
+
+    Args:
+        model: The model that the loop calls; wrapped or not.
+        every_n_steps: Optimizer steps between windows.
+        out: Run folder.
+        optimizer: Its steps are followed, so that the loop need not call ``step()``.
+        num_steps: Optimizer steps of the run, if known: the last one is measured too.
+        resume: Go on with the records in ``out``; then call ``load_state_dict`` with the state that was saved.
+        counts: Occurrences of each token id, or ``"stream"``: measures frequent and rare tokens apart, with their
+            losses, as :class:`~lightning_spectral.TailTokenProbe` does.
+        **shared: :class:`~lightning_spectral.probe.settings.ProbeSettings` documents them.
+
+    Raises:
+        ValueError: If an argument is out of range, or the model has no feed-forward network that is found.
+    """
+    settings = replace(ProbeSettings(every_n_steps=every_n_steps, **shared), dirpath=str(out))
+    buckets = None if counts is None else BucketSettings(counts=counts)
+    loop = LoopObserver(Measurement(settings, buckets), name="observe", num_steps=num_steps)
+    loop.attach(model, plain_host(settings, resume=resume, optimizer=optimizer))
+    observation = Observation(loop)
+    if optimizer is not None:
+        observation.follow(optimizer)
+    return observation
+
+
+def plain_host(settings: ProbeSettings, *, resume: bool = False, optimizer: Optimizer | None = None) -> Host:
+    """A loop of which nothing is known but its process group.
+
+    Args:
+        settings: Names the folder and the run.
+        resume: Go on with what is in the folder.
+        optimizer: For ``run.json``.
+    """
+    ready = dist.is_available() and dist.is_initialized()
+    return Host(
+        folder=Path(settings.dirpath or "spectral").absolute(),
+        run_id=settings.run_id or new_run_id(),
+        describe={} if optimizer is None else {"optimizer": type(optimizer).__name__},
+        resume=resume,
+        is_first=not ready or dist.get_rank() == 0,
+        writes=not ready or dist.get_rank() == 0,
+        num_replicas=dist.get_world_size() if ready else 1,
+    )

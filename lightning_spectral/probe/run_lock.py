@@ -1,0 +1,95 @@
+"""One run in one folder: a file that says which process is writing there.
+
+The file holds host, process and the time at which that process began, and is touched whenever records are written. It
+is stale where its process is gone: on this machine that can be seen, on another one it is assumed after an hour without
+a touch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+LOCK_FILE = "run.lock"
+_SILENT_S = 3_600.0  # a lock of another host that was not touched for so long is stale
+
+
+class RunLock:
+    """The right to write to a folder, while this process lives.
+
+    Args:
+        folder: The run folder; made if it does not exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK_FILE
+        self.held = False
+
+    def acquire(self, *, continues: bool = False) -> bool:
+        """Take the folder; ``False`` if another run is alive there.
+
+        Args:
+            continues: The caller resumes the run that was here: a lock of another host, which a requeued job leaves, is
+                then taken over.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(2):
+            try:
+                descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            except FileExistsError:
+                if _is_alive(self.path, continues=continues):
+                    return False
+                self.path.unlink(missing_ok=True)
+                continue
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(_me(), file)
+            self.held = True
+            return True
+        return False  # another process was faster
+
+    def touch(self) -> None:
+        """Say that the run is alive."""
+        if self.held:
+            self.path.touch()
+
+    def release(self) -> None:
+        """Give the folder back."""
+        if self.held:
+            self.held = False
+            self.path.unlink(missing_ok=True)
+
+
+def _me() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def _is_alive(path: Path, *, continues: bool) -> bool:
+    try:
+        owner = json.loads(path.read_text())
+        host, pid = owner["host"], int(owner["pid"])
+        age = time.time() - path.stat().st_mtime
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # torn, or gone by now
+    if host != socket.gethostname():
+        return not continues and age < _SILENT_S
+    if continues and pid == os.getpid():
+        return False  # this process goes on with a run that it has begun itself
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's process
+    return owner.get("started") in (None, _started(pid))
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, in the kernel's ticks, since ids are used again; ``None`` if the system does not say."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None

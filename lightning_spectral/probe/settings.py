@@ -1,0 +1,309 @@
+"""What a user asks for: the arguments of every callback and loop, written, documented and checked here alone.
+
+:class:`ProbeSettings` is shared by all that measures activations, :class:`BucketSettings` belongs to what measures
+frequent and rare tokens apart. A class with arguments of its own takes the shared ones as
+``**shared: Unpack[SharedArguments]``, which type checkers and editors read, and LightningCLI follows to the defaults
+and documentation below.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from torch import Tensor
+
+from lightning_spectral.functional.rank import DEFAULT_RENYI_ORDERS
+from lightning_spectral.probe.grouping import Grouping, by_frequency, by_position, load_counts, pooled_only
+from lightning_spectral.probe.options import CONVENTIONS, PAPER_EPSILON, ProbeOptions, conventions_of
+
+STAGES = ("train", "validation", "test", "predict")
+NONFINITE_POLICIES = ("warn", "record", "raise")
+GROUP_BY = ("frequency", "position")
+STREAM = "stream"
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class SharedArguments(TypedDict, total=False):
+    """Types of the arguments that :class:`ProbeSettings` documents, for ``**shared``."""
+
+    sites: Sequence[str]
+    modules: list[str] | None
+    embedding: str | None
+    on: Sequence[str]
+    token_fraction: float
+    num_jackknife_groups: int
+    renyi_orders: Sequence[float]
+    soft: Literal["exact", "approx"]
+    eigenvalues: bool
+    dirpath: str | None
+    run_id: str | None
+    labels: dict[str, str] | None
+    mask_fn: Callable[[Any], Tensor | None] | None
+    on_nonfinite: str
+    memory_limit_mib: float | None
+    convention: str
+    background: bool | None
+    seed: int
+    strict: bool
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack as Unpack
+else:
+    Unpack = {SharedArguments: Any}  # jsonargparse takes every key of an unpacked TypedDict as required
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSettings:
+    """Arguments shared by all callbacks and loops that measure activations.
+
+    Args:
+        every_n_steps: Optimizer steps between windows; the first and the last step are measured too.
+        sites: ``post`` (input of the down projection), ``pre`` (output of the up projection), or both, which adds
+            the reinjection ratio and the divergence of the two spectra.
+        modules: Globs of the down projections, for a model whose feed-forward networks are not found by themselves.
+        embedding: Glob of the token embedding, where it is not found by itself.
+        on: Stages to measure: ``train``, ``validation``, ``test``, ``predict``. An evaluation stage is one window per
+            dataloader.
+        token_fraction: Share of the positions of every sequence to measure, in (0, 1].
+        num_jackknife_groups: Deal sequences to this many groups, for sequence-level 95 % intervals and the debiased
+            soft rank. The interval is about what the plain rank would be with other sequences, not about its bias from
+            few tokens. K groups take K times the state and K + 1 solves per spectrum, which is why 1 is the default.
+        renyi_orders: Orders of the Renyi ranks in the records.
+        soft: ``exact``; or ``approx`` for layers at least 1,024 wide: within 0.5 %, several times faster than the
+            eigensolve, labelled ``soft_method`` in the records, without what needs the whole spectrum (Renyi ranks).
+        eigenvalues: Also save every spectrum (``eigenvalues/*.safetensors``).
+        dirpath: Run folder; default ``save_dir/name/version`` of the first logger, or the trainer's root directory.
+        run_id: Id of the run; default a timestamp and a random suffix.
+        labels: Free labels for analysis, e.g. ``{"optimizer": "muon"}``.
+        mask_fn: ``batch -> (B, T)`` mask, False at padding, where neither the model's own arguments nor the batch say.
+        on_nonfinite: NaN or Inf activations are recorded with a status and ``warn`` once, only ``record``, or
+            ``raise``.
+        memory_limit_mib: Refuse to start if the state of a window needs more; rows that wait for a product come on top
+            (the line logged at the start states both).
+        convention: ``default``, or ``paper`` for comparisons with the paper's numbers: an absolute epsilon in the hard
+            rank, and buckets from the tokens of rank 0 only.
+        background: Solve windows in a thread during training; default where a core is free, nothing monitors a
+            ``spectral`` metric and twice the state fits. Records are the same, medians come a few steps later.
+        seed: Of the positions drawn where ``token_fraction < 1``.
+        strict: Raise where a window gives no number, instead of recording a status. For tests.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    every_n_steps: int = 200
+    sites: Sequence[str] = ("post",)
+    modules: list[str] | None = None
+    embedding: str | None = None
+    on: Sequence[str] = ("train",)
+    token_fraction: float = 1.0
+    num_jackknife_groups: int = 1
+    renyi_orders: Sequence[float] = DEFAULT_RENYI_ORDERS
+    soft: Literal["exact", "approx"] = "exact"
+    eigenvalues: bool = False
+    dirpath: str | None = None
+    run_id: str | None = None
+    labels: dict[str, str] | None = None
+    mask_fn: Callable[[Any], Tensor | None] | None = None
+    on_nonfinite: str = "warn"
+    memory_limit_mib: float | None = None
+    convention: str = "default"
+    background: bool | None = None
+    seed: int = 0
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.on, str) or not self.on or set(self.on) - set(STAGES):
+            raise ValueError(f"`on` must be a list of stages from {list(STAGES)}, got {self.on!r}.")
+        require_choice("on_nonfinite", self.on_nonfinite, NONFINITE_POLICIES)
+        require_choice("convention", self.convention, CONVENTIONS)
+        if self.memory_limit_mib is not None and self.memory_limit_mib <= 0:
+            raise ValueError(f"`memory_limit_mib` must be > 0, got {self.memory_limit_mib}.")
+        if self.eigenvalues and self.soft != "exact":
+            raise ValueError("`eigenvalues=True` needs `soft='exact'`: the approximation knows no eigenvalues.")
+        if self.run_id is not None and not _RUN_ID.fullmatch(self.run_id):
+            raise ValueError(
+                f"`run_id` must be a plain name (letters, digits, `.`, `_`, `-`, no separator), got {self.run_id!r}."
+            )
+        require_count("every_n_steps", self.every_n_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketSettings:
+    """Arguments of what measures groups of tokens apart; :class:`~lightning_spectral.TailTokenProbe` documents them."""
+
+    counts: Any = None
+    count_batches: int | None = None
+    head_share: float = 0.33
+    mid_share: float = 0.67
+    attribute_to: Literal["input", "target"] = "input"
+    group_by: Literal["frequency", "position"] = "frequency"
+    num_position_groups: int = 4
+    losses: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.head_share < self.mid_share < 1:
+            raise ValueError(f"Need 0 < `head_share` < `mid_share` < 1, got {self.head_share} and {self.mid_share}.")
+        require_choice("attribute_to", self.attribute_to, ("input", "target"))
+        require_choice("group_by", self.group_by, GROUP_BY)
+        require_count("num_position_groups", self.num_position_groups)
+        if self.count_batches is not None:
+            require_count("count_batches", self.count_batches)
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the counts are to be taken from the training data."""
+        return self.group_by == "frequency" and isinstance(self.counts, str) and self.counts == STREAM
+
+    def grouping(self, counts: Any) -> Grouping:
+        """The rule, by these counts.
+
+        Raises:
+            ValueError: If they are no counts.
+        """
+        if self.group_by == "position":
+            return by_position(self.num_position_groups)
+        return by_frequency(
+            load_counts(counts), head_share=self.head_share, mid_share=self.mid_share, attribute_to=self.attribute_to
+        )
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured and how, checked.
+
+    Attributes:
+        settings: When, where, how.
+        buckets: Which groups of tokens are measured apart; ``None`` for all tokens together.
+    """
+
+    settings: ProbeSettings
+    buckets: BucketSettings | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.options  # an argument out of range is an error now
+        if self.buckets is not None and self.buckets.group_by == "frequency":
+            counts = self.buckets.counts
+            if counts is not None and not self.buckets.is_stream:  # a wrong path fails before any training
+                object.__setattr__(self, "buckets", replace(self.buckets, counts=load_counts(counts)))
+
+    @cached_property
+    def options(self) -> ProbeOptions:
+        """What a probe is told."""
+        s = self.settings
+        return ProbeOptions(
+            sites=(s.sites,) if isinstance(s.sites, str) else tuple(s.sites),
+            modules=None if s.modules is None else tuple(s.modules),
+            embedding=s.embedding,
+            token_fraction=s.token_fraction,
+            num_jackknife_groups=s.num_jackknife_groups,
+            renyi_orders=tuple(s.renyi_orders),
+            absolute_epsilon=PAPER_EPSILON if s.convention == "paper" else 0.0,
+            with_losses=self.buckets is not None and self.buckets.losses,
+            reduce=self.buckets is None or s.convention != "paper",
+            soft=s.soft,
+        )
+
+    @cached_property
+    def conventions(self) -> dict[str, str]:
+        """The choices that change a number, for the records."""
+        if self.buckets is None:
+            return conventions_of(self.options)
+        b = self.buckets
+        return conventions_of(
+            self.options,
+            group_by=b.group_by,
+            attribute_to=b.attribute_to,
+            shares=f"{b.head_share:g}/{b.mid_share:g}",
+        )
+
+    def grouping(self, fallback_counts: Any = None) -> Grouping:
+        """Which bucket a row belongs to.
+
+        Args:
+            fallback_counts: Counts to use where none were given, e.g. a datamodule's.
+
+        Raises:
+            ValueError: Without counts, or with something that is none.
+        """
+        if self.buckets is None:
+            return pooled_only()
+        counts = fallback_counts if self.buckets.counts is None else self.buckets.counts
+        if counts is None and self.buckets.group_by == "frequency":
+            raise ValueError(
+                "no token counts: pass `counts='counts.npy'` (make it with `lightning-spectral count-tokens --data "
+                "TEXT --out counts.npy`), an array with one count per id, `counts='stream'` to count the training "
+                "data, or give your datamodule a `token_counts` attribute."
+            )
+        return self.buckets.grouping(counts)
+
+    def covers(self, other: Measurement) -> bool:
+        """Whether the merge of this one's buckets is what ``other`` measures."""
+        ours, theirs = self.settings, other.settings
+        return (
+            self.buckets is not None
+            and other.buckets is None
+            and self.buckets.attribute_to == "input"
+            and self.options == replace(other.options, with_losses=self.options.with_losses)
+            and ours.every_n_steps == theirs.every_n_steps
+            and set(theirs.on) <= set(ours.on)
+            and ours.dirpath == theirs.dirpath
+        )
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What tells two measurements of one training apart, and stays the same when it is resumed."""
+        left_out = {"background", "memory_limit_mib", "on_nonfinite", "labels", "run_id", "strict"}
+        content = {f.name: getattr(self.settings, f.name) for f in fields(self.settings) if f.name not in left_out}
+        if self.buckets is not None:
+            content |= asdict(replace(self.buckets, counts=None)) | {"counts": self.buckets.counts}
+        return {name: _spelled(value) for name, value in content.items() if value is not None}
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return hashlib.sha256(value.cpu().contiguous().numpy().tobytes()).hexdigest()[:12]
+    if callable(value):
+        return str(getattr(value, "__qualname__", type(value).__qualname__))
+    return str(list(value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def require_choice(name: str, value: object, known: Sequence[str]) -> None:
+    """Refuse what is not one of ``known``.
+
+    Raises:
+        ValueError: With the name, the value and what is known.
+    """
+    if value not in known:
+        raise ValueError(f"`{name}` must be one of {list(known)}, got {value!r}.")
+
+
+def require_count(name: str, value: object) -> None:
+    """Refuse what is not an integer >= 1.
+
+    Raises:
+        ValueError: With the name and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be an integer >= 1, got {value!r}.")
+
+
+def known_arguments(kind: type) -> list[str]:
+    """Names that a class accepts, those behind ``**shared`` included."""
+    names: list[str] = []
+    for base in inspect.getmro(kind):
+        parameters = inspect.signature(base.__init__).parameters if "__init__" in base.__dict__ else {}  # type: ignore[misc]
+        names += [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        variable = [p for p in parameters.values() if p.kind is p.VAR_KEYWORD]
+        if parameters and not variable:
+            break
+        if variable and "SharedArguments" in str(variable[0].annotation):
+            names += SharedArguments.__annotations__
+    return [name for name in dict.fromkeys(names) if name != "self"]

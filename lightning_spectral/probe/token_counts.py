@@ -1,0 +1,188 @@
+"""Tokens of a training: how many have been seen, and how often each id occurs, without touching the data.
+
+Axes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_spectral.functional.buckets import frequency_buckets, look_up
+from lightning_spectral.models.calls import ForwardCall
+from lightning_spectral.probe.adapters import ids_in
+from lightning_spectral.probe.grouping import Grouping
+from lightning_spectral.probe.probe import SpectralProbe
+from lightning_spectral.probe.ranks_of import RankMeasurement
+from lightning_spectral.probe.settings import BucketSettings, Measurement
+from lightning_spectral.probe.window import WindowResult
+from lightning_spectral.records import BUCKETS, POOLED
+
+ENOUGH_PER_ID = 10  # tokens per id of the vocabulary after which HEAD, MID and TAIL are settled
+REASON = "token counts: too few tokens were seen so far (`counts='stream'`)"
+
+
+class TokenCounter:
+    """Training tokens over all ranks; ``None`` once a batch held no ids that are recognised.
+
+    Attributes:
+        seen: The number.
+    """
+
+    def __init__(self) -> None:
+        self.seen: int | None = 0
+        self._extra_columns = 0
+
+    def learn(self, batch: Any, calls: Sequence[ForwardCall]) -> None:
+        """A batch may have one column more than the model is given."""
+        ids = next((call.ids for call in calls if call.ids is not None and call.ids.ndim == 2), None)
+        tensors = [tensor for tensor in ids_in(batch) if tensor.ndim == 2]
+        if ids is not None and tensors:
+            self._extra_columns = int(tensors[0].shape[1] == ids.shape[1] + 1)
+
+    def add(self, batch: Any, num_replicas: int) -> None:
+        """Count one rank's batch for all ranks with other data."""
+        tensors = ids_in(batch)
+        if not tensors or self.seen is None:
+            self.seen = None
+            return
+        for tensor in tensors:
+            columns = tensor.shape[-1] - (self._extra_columns if tensor.ndim > 1 else 0)
+            self.seen += tensor.numel() // max(tensor.shape[-1], 1) * columns * num_replicas
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"tokens_seen": self.seen, "extra_columns": self._extra_columns}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.seen, self._extra_columns = state["tokens_seen"], state.get("extra_columns", 0)
+
+
+class StreamCounts:
+    """HEAD, MID and TAIL by the tokens of the training batches themselves, settled once enough of them were seen.
+
+    Until then all rows of a window are accumulated together: its pooled numbers are right, those of the buckets have
+    the status ``not_matched``. Once settled, the table never changes, and its digest stands in the records'
+    conventions.
+
+    Attributes:
+        table_V: Bucket of each id, once settled.
+        counts_V: Occurrences over all ranks, as of the last window.
+    """
+
+    def __init__(self) -> None:
+        self.table_V: Tensor | None = None
+        self.counts_V: Tensor | None = None
+        self._local_V: Tensor | None = None
+        self._buckets = BucketSettings()
+        self._num_batches = 0
+
+    def make_probe(self, model: nn.Module, measurement: Measurement) -> SpectralProbe:
+        """A probe whose buckets follow the counts.
+
+        Raises:
+            ValueError: If the model does not say how many ids it has.
+        """
+        assert measurement.buckets is not None
+        self._buckets = measurement.buckets
+        probe = SpectralProbe(model, Grouping(BUCKETS, self._codes, self._buckets.attribute_to), measurement.options)
+        vocab = getattr(probe.tapped.embedding, "num_embeddings", None)
+        if vocab is None:
+            probe.remove()
+            raise ValueError(
+                f"`counts='stream'`: {type(probe.tapped.embedding).__name__} has no `num_embeddings`; pass counts."
+            )
+        if self.counts_V is None:
+            self.counts_V = torch.zeros(vocab, dtype=torch.int64)
+        return probe
+
+    def add(self, batch: Any) -> None:
+        """Count the ids of a training batch; nothing once settled."""
+        if self.table_V is not None or self.counts_V is None or self._is_full:
+            return
+        self._num_batches += 1
+        for ids in ids_in(batch):
+            self.add_ids(ids)
+
+    def add_ids(self, ids: Tensor) -> None:
+        """Count ids; what is no id of the vocabulary is left out."""
+        assert self.counts_V is not None
+        vocab, flat = len(self.counts_V), ids.detach().reshape(-1)
+        if self._local_V is None:
+            self._local_V = torch.zeros(vocab + 1, dtype=torch.int64, device=flat.device)
+        known = torch.where((flat >= 0) & (flat < vocab), flat, vocab).to(self._local_V.device, torch.int64)
+        self._local_V.scatter_add_(0, known, torch.ones_like(known))  # unlike bincount it does not wait for a GPU
+
+    def reduce(self, process_group: dist.ProcessGroup | None, device: torch.device, *, whole: bool = False) -> None:
+        """Add the counts of all ranks, and settle the table if they are enough. Every rank must call it.
+
+        Args:
+            process_group: Ranks with different data.
+            device: Where the ranks' collectives work.
+            whole: The counts are all that can be had.
+        """
+        if self.table_V is not None:
+            return
+        assert self.counts_V is not None
+        vocab = len(self.counts_V)
+        local = torch.zeros(vocab, dtype=torch.int64) if self._local_V is None else self._local_V[:vocab]
+        full = torch.tensor([int(self._is_full)])
+        joint = torch.cat([local.to(device), full.to(device)])
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1:
+            dist.all_reduce(joint, group=process_group)
+        self.counts_V, self._local_V = self.counts_V + joint[:-1].cpu(), None
+        total = int(self.counts_V.sum())
+        if total and (whole or int(joint[-1]) or total >= ENOUGH_PER_ID * vocab):
+            self.table_V = frequency_buckets(self.counts_V, self._buckets.head_share, self._buckets.mid_share)
+
+    def label(
+        self, result: WindowResult, conventions: dict[str, str], *, settled: bool
+    ) -> tuple[WindowResult, dict[str, str]]:
+        """A window's result and conventions, with what is known of its buckets.
+
+        Args:
+            result: As measured.
+            conventions: Of the measurement.
+            settled: Whether the table was settled when the window began.
+        """
+        if settled and self.counts_V is not None:
+            digest = hashlib.sha256(self.counts_V.numpy().tobytes()).hexdigest()[:12]
+            return result, {**conventions, "counts": f"stream, {int(self.counts_V.sum())} tokens, {digest}"}
+        sites = [
+            site
+            if site.bucket == POOLED or site.measurement.status in ("no_forward", "solve_failed")
+            else replace(site, measurement=RankMeasurement(0, site.measurement.width, "not_matched"), reason=REASON)
+            for site in result.sites
+        ]
+        losses = [
+            loss
+            if loss.bucket == POOLED
+            else replace(loss, num_tokens=0, loss=None, accuracy=None, status="not_matched")
+            for loss in result.losses
+        ]
+        return replace(result, sites=sites, losses=losses), {**conventions, "counts": "stream, not settled"}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts of all ranks as of the last window; what one rank has counted since is not kept."""
+        return {"counts_V": self.counts_V, "settled": self.table_V is not None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with these counts."""
+        self.counts_V, self._local_V = state["counts_V"], None
+        if state["settled"] and self.counts_V is not None:
+            self.table_V = frequency_buckets(self.counts_V, self._buckets.head_share, self._buckets.mid_share)
+
+    @property
+    def _is_full(self) -> bool:
+        limit = self._buckets.count_batches
+        return limit is not None and self._num_batches >= limit
+
+    def _codes(self, ids: Tensor) -> Tensor:
+        return torch.zeros_like(ids) if self.table_V is None else look_up(ids, self.table_V)

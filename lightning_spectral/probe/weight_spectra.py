@@ -1,0 +1,293 @@
+"""Spectra of what the optimizer sees and does: weights, gradients, momentum and the applied update, per matrix.
+
+The life of this measurement, whatever loop it watches::
+
+    attach -> begin_step(step) -> before_optimizer_step(optimizer) -> end_step(optimizers) -> detach
+
+As in ``observer``: configuration is an error in ``attach``, and nothing is raised later.
+
+Axes: M rows, N columns, R singular values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_spectral.functional.flattening import FLAT_BAND, spectrum_flattening
+from lightning_spectral.functional.matrix_spectrum import spectrum_measures
+from lightning_spectral.functional.orthogonalize import coefficient_set
+from lightning_spectral.models.names import clean_names
+from lightning_spectral.probe.agreement import Agreement, MissingRankError
+from lightning_spectral.probe.guard import DeliberateError, Guard
+from lightning_spectral.probe.host import Host, Scalars
+from lightning_spectral.probe.run_folder import RunFolder
+from lightning_spectral.probe.run_start import open_folder
+from lightning_spectral.probe.scalars import finite
+from lightning_spectral.probe.schedule import Schedule
+from lightning_spectral.probe.settings import require_count
+from lightning_spectral.records import WeightRecord
+from lightning_spectral.text import one_line
+
+WHAT = ("weight", "gradient", "momentum", "update")
+_MOMENTUM_KEYS = ("momentum_buffer", "momentum", "exp_avg")  # torch's SGD and Muon, ours, Adam
+_SCALARS = ("effective_rank", "stable_rank", "normalized_entropy", "top10_energy", "flattened_share")
+
+
+@dataclass(frozen=True)
+class WeightSettings:
+    """What is measured; :class:`~lightning_spectral.WeightSpectrumCallback` documents the arguments."""
+
+    every_n_steps: int = 200
+    what: Sequence[str] = WHAT
+    parameters: Sequence[str] | None = None
+    coefficients: str | None = "muon"
+    ns_steps: int = 5
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.what, str) or not self.what or set(self.what) - set(WHAT):
+            raise ValueError(f"`what` must be a list from {list(WHAT)}, got {self.what!r}.")
+        if self.coefficients is not None:
+            coefficient_set(self.coefficients)
+        require_count("ns_steps", self.ns_steps)
+        require_count("every_n_steps", self.every_n_steps)
+
+
+class WeightObserver:
+    """Measures the matrices of one model.
+
+    Args:
+        settings: What and when.
+        name: Who speaks in warnings.
+        key: What the ranks must have in common.
+    """
+
+    def __init__(self, settings: WeightSettings, *, name: str, key: str) -> None:
+        self.settings, self.name, self._key = settings, name, key
+        self.schedule = Schedule(settings.every_n_steps)
+        self.guard = Guard(name, strict=settings.strict)
+        self.run_folder: RunFolder | None = None
+        self.is_armed = False
+        self.step: int | None = None
+        self._num_windows = 0
+        self._host: Host | None = None
+        self._agreement: Agreement | None = None
+        self._matrices: list[tuple[str, Tensor]] = []
+        self._before: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}
+
+    def attach(self, model: nn.Module, host: Host) -> None:
+        """Choose the matrices and open the run folder. Every rank must come, or nobody measures.
+
+        Raises:
+            ValueError: If there is no matrix to measure.
+        """
+        self._host, self.guard.tell = host, host.tell
+        self._agreement = Agreement(self._key)
+        self._matrices = list(_choose(model, self.settings.parameters))
+        if not self._matrices:
+            chosen = f" for {list(self.settings.parameters)}" if self.settings.parameters else ""
+            raise ValueError(
+                f"found no matrix in `{type(model).__name__}`{chosen}; name parameters with shell patterns, "
+                "`parameters=['*.mlp.*.weight']`."
+            )
+        try:
+            first = self._agreement.exchange("attach", {"folder": str(host.folder), "run_id": host.run_id})[0]
+            host.folder, host.run_id = first["folder"], first["run_id"]
+            self.run_folder = open_folder(host, self._agreement)
+        except MissingRankError as error:
+            self._stand_down(f"{error}: the others measure nothing. Add it on every rank")
+            return
+        self.is_armed = True
+        host.inform(
+            f"{self.name}: {len(self._matrices)} matrices ({self._matrices[0][0]} ... {self._matrices[-1][0]}), "
+            f"{', '.join(self.settings.what)}, every {self.settings.every_n_steps} steps."
+        )
+
+    def begin_step(self, step: int, *, is_last: bool = False) -> None:
+        """Before the first micro-batch of an optimizer step; further calls within it change nothing."""
+        due = self.schedule.is_due(step) or (is_last and step != self.schedule.previous)
+        if self.is_armed and self.step is None and due:
+            self.step = step
+            self._num_windows += 1
+
+    def before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """When gradients are complete: keep their spectra and the weights before the update."""
+        if self.step is None or not self.is_armed:
+            return
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        mine = [(name, parameter) for name, parameter in self._matrices if id(parameter) in owned]
+        if not self._all_are_here(f"window {self._num_windows} {len(self._before)} {len(mine)}"):
+            return
+        with self.guard("reading gradients"):
+            for name, parameter in mine:
+                if "gradient" in self.settings.what and parameter.grad is not None:
+                    self._gradients[name] = _singular_values(parameter.grad)
+                if "update" in self.settings.what:
+                    self._before[name] = _whole(parameter).clone()
+
+    def end_step(self, optimizers: Sequence[Optimizer]) -> Scalars:
+        """After the optimizer step: measure, write and log. Returns medians over parameters, for a monitor."""
+        step, self.step = self.step, None
+        if step is None or not self.is_armed:
+            return {}
+        self.schedule.previous = step
+        scalars: Scalars = {}
+        if self._all_are_here(f"end of window {self._num_windows}"):
+            with self.guard("measuring weights"):
+                records = [self._record(step, *spectrum) for spectrum in self._spectra(optimizers)]
+                scalars = self._publish(step, records)
+        self._before, self._gradients = {}, {}
+        self.guard.take()
+        return scalars
+
+    def detach(self) -> None:
+        """Forget the matrices and give the run folder back."""
+        if self.run_folder is not None and self.is_armed:
+            with self.guard("closing the run folder", "not_written"):
+                self.run_folder.close()
+        self._matrices, self._before, self._gradients = [], {}, {}
+        self.step, self.is_armed = None, False
+
+    def _all_are_here(self, topic: str) -> bool:
+        """Where weights are sharded, gathering them needs every rank."""
+        assert self._agreement is not None
+        if self._agreement.world_size == 1 or not any(hasattr(matrix, "full_tensor") for _, matrix in self._matrices):
+            return True
+        try:
+            self._agreement.exchange(topic, {})
+        except MissingRankError as error:
+            self._stand_down(f"{error}; nothing more is measured")
+            return False
+        return True
+
+    def _stand_down(self, reason: str) -> None:
+        self.guard.say("stood down", f"{one_line(reason)}.")
+        self.is_armed, self.step = False, None
+        if self.settings.strict:
+            raise DeliberateError(f"{self.name}: {reason}")
+
+    def _spectra(self, optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor, str, Tensor]]:
+        momentum = _momentum(optimizers) if "momentum" in self.settings.what else {}
+        for name, parameter in self._matrices:
+            if "weight" in self.settings.what:
+                yield name, parameter, "weight", _singular_values(parameter)
+            if name in self._gradients:
+                yield name, parameter, "gradient", self._gradients[name]
+            buffer = momentum.get(id(parameter))
+            if buffer is not None:
+                yield name, parameter, "momentum", _singular_values(buffer)
+            if name in self._before:
+                yield name, parameter, "update", _singular_values(_whole(parameter) - self._before[name])
+
+    def _record(self, step: int, name: str, parameter: Tensor, what: str, sigma_R: Tensor) -> WeightRecord:
+        assert self.run_folder is not None
+        number = re.search(r"\.(\d+)\.", name)
+        rows, columns = parameter.shape[0], parameter[0].numel()
+        layer = int(number.group(1)) if number else None
+        if not len(sigma_R) or not bool(torch.isfinite(sigma_R).all()):
+            status = "nonfinite" if len(sigma_R) else "solve_failed"
+            return WeightRecord(self.run_folder.run_id, step, name, layer, what, rows, columns, status)
+        measures = spectrum_measures(sigma_R, float(torch.finfo(parameter.dtype).eps))
+        share: float | None = None
+        needed: int | None = None
+        coefficients = self.settings.coefficients
+        if coefficients and what in ("gradient", "momentum") and measures.largest > 0:
+            found = spectrum_flattening(sigma_R, coefficients, self.settings.ns_steps, FLAT_BAND)
+            share, needed = found.share, found.steps_needed
+        return WeightRecord(
+            run_id=self.run_folder.run_id,
+            step=step,
+            parameter=name,
+            layer=layer,
+            what=what,
+            rows=rows,
+            columns=columns,
+            status="ok" if measures.largest > 0 else "degenerate",
+            flattened_share=share,
+            steps_to_flatten=needed,
+            coefficients=f"{coefficients} x {self.settings.ns_steps}" if share is not None else "",
+            **measures.as_dict(),  # type: ignore[arg-type]
+        )
+
+    def _publish(self, step: int, records: list[WeightRecord]) -> Scalars:
+        assert self.run_folder is not None
+        assert self._host is not None
+        with self.guard(f"writing to `{self.run_folder.path}`", "not_written"):
+            self.run_folder.append_weights(records)
+        medians, details = scalars(records)
+        if self._host.is_first:
+            self._host.log(finite({**medians, **details}), step)
+        return medians
+
+
+def scalars(records: Sequence[WeightRecord]) -> tuple[Scalars, Scalars]:
+    """(medians over parameters, one scalar per parameter), as tags."""
+    details: Scalars = {}
+    gathered: dict[str, list[float]] = {}
+    for record in records:
+        for measure in _SCALARS:
+            value = getattr(record, measure)
+            if value is not None:
+                details[f"spectral_weights.{measure}.{record.what}/{_display(record)}"] = value
+                gathered.setdefault(f"spectral_weights/{measure}.{record.what}", []).append(value)
+    return {tag: float(torch.tensor(values).median()) for tag, values in gathered.items()}, details
+
+
+def _choose(model: nn.Module, patterns: Sequence[str] | None) -> Iterator[tuple[str, Tensor]]:
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    names = clean_names(name for name, _ in model.named_parameters())
+    for raw, parameter in model.named_parameters():
+        name = names[raw]
+        if patterns is None:
+            chosen = parameter.ndim >= 2 and id(parameter) not in embeddings
+        else:
+            chosen = parameter.ndim >= 2 and any(fnmatch(name, pattern) for pattern in patterns)
+        if chosen and parameter.requires_grad and parameter.numel():
+            yield name, parameter
+
+
+def _display(record: WeightRecord) -> str:
+    """``layer_03.mlp.proj``: zero-padded, so that lists sort by depth."""
+    name = record.parameter.removesuffix(".weight")
+    if record.layer is None:
+        return name
+    return f"layer_{record.layer:02d}." + name.split(f".{record.layer}.", 1)[-1]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, detached; shards of a DTensor are gathered (every rank takes this branch)."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _singular_values(tensor: Tensor) -> Tensor:
+    """In fp64; one NaN where an entry is not finite, none where the solver gives up."""
+    matrix_MN = _whole(tensor).flatten(1).double()
+    if not bool(torch.isfinite(matrix_MN).all()):
+        return torch.full((1,), torch.nan, dtype=torch.float64)
+    try:
+        return torch.linalg.svdvals(matrix_MN).cpu()
+    except RuntimeError:  # of the solver, or out of memory in it
+        return torch.zeros(0, dtype=torch.float64)
+
+
+def _momentum(optimizers: Sequence[Any]) -> dict[int, Tensor]:
+    """First-moment buffer of every parameter that has one, by the parameter's id."""
+    found: dict[int, Tensor] = {}
+    for optimizer in optimizers:
+        for parameter, state in getattr(optimizer, "_optimizer", optimizer).state.items():
+            for key in _MOMENTUM_KEYS:
+                buffer = state.get(key)
+                if isinstance(buffer, Tensor) and buffer.shape == parameter.shape:
+                    found[id(parameter)] = buffer
+                    break
+    return found

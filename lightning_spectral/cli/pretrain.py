@@ -134,7 +134,9 @@ def summary(run_folder: Path) -> Table | None:
     layers = len({record.layer for record in records_of_window})
     title = f"last window: step {step}, FFN width D = {width}, after the nonlinearity, medians over {layers} layers"
     rows = []
-    for bucket in ("pooled", "head", "mid", "tail"):
+    known = [records.POOLED, *records.BUCKETS]
+    others = [r.bucket for r in records_of_window if r.bucket not in known]  # positions, or the user's own
+    for bucket in dict.fromkeys([*known, *others]):
         mine = [record for record in records_of_window if record.bucket == bucket]
         if mine:
             medians = [_median(getattr(r, name) for r in mine) for name in ("soft_rank", "hard_rank", "tokens_per_dim")]

@@ -124,6 +124,19 @@ def test_the_table_takes_medians_over_layers_of_the_last_window(tmp_path: Path) 
     assert lines[2].split() == ["tail", "3.00", "1.50", "10.0", "-", "ok"]
 
 
+def test_the_table_has_every_bucket_of_the_records(tmp_path: Path) -> None:
+    made = [
+        SpectralRecord(
+            "id", "train", 0, 0, 0, "m", "post", bucket, 100, 10, 10.0, "ok", 2.0, 1.0, None, None, None, None, None
+        )
+        for bucket in ("position_0", "position_1", "pooled")
+    ]
+    append_records(tmp_path / "spectral.jsonl", made)
+    table = summary(tmp_path)
+    assert table is not None
+    assert [row[0] for row in table.rows] == ["pooled", "position_0", "position_1"]
+
+
 def test_without_records_the_table_says_so(tmp_path: Path) -> None:
     assert summary(tmp_path) is None
 

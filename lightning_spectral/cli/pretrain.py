@@ -24,7 +24,8 @@ Train a litgpt GPT with Lightning, as a recipe says: litgpt's own `pretrain` sch
   --config RECIPE       a YAML file, or the name of a shipped recipe: {names}
   --any.key VALUE       override a key; lists by place or class name, `--callbacks+ CLASS` appends
   --data PATH           train on your own .txt, .jsonl or .parquet file, glob or folder
-  --resume auto         continue an interrupted run
+  --resume auto         continue an interrupted run; refused if the recipe or this package has changed since
+  --accept-changes      continue it all the same, under the new recipe
   --print_recipe        show the complete, checked recipe and stop (also: --print_config)
   --format FORMAT       of the last window's table: table, json, csv, markdown or latex
   --help_keys           every key with its type, default and meaning (imports litgpt: some seconds)
@@ -58,7 +59,8 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_HELP.format(names=", ".join(names())))
         return 0 if argv else 2
-    config, show, style, words = _split(argv)
+    accept_changes = "--accept-changes" in argv
+    config, show, style, words = _split([word for word in argv if word != "--accept-changes"])
     if show == "--help_keys":
         from lightning_spectral.training.schema import parser
 
@@ -68,7 +70,7 @@ def main(argv: list[str]) -> int:
         raise CommandError("no recipe: give `--config FILE` or a shipped name, e.g. `--config quickstart`.")
     try:
         _check_names(config, words)
-        return _show(config, words) if show else _train(config, words, style)
+        return _show(config, words) if show else _train(config, words, style, accept_changes)
     except RecipeError as error:
         raise CommandError(str(error)) from error
 
@@ -89,7 +91,7 @@ def _show(config: str, words: list[str]) -> int:
     return 0
 
 
-def _train(config: str, words: list[str], style: str) -> int:
+def _train(config: str, words: list[str], style: str, accept_changes: bool) -> int:
     # OpenMP threads that spin while they wait make a small model ten times slower on a machine that has other work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _quieten()
@@ -99,7 +101,7 @@ def _train(config: str, words: list[str], style: str) -> int:
 
     recipe = load(config, words)
     try:
-        outcome = pretrain(recipe)
+        outcome = pretrain(recipe, accept_changes=accept_changes)
     except SystemExit as error:
         if type(error).__name__ not in ("SIGTERMException", "PreemptedError"):
             raise

@@ -36,7 +36,8 @@ def main(argv: list[str]) -> int:
         "--workers", type=int, metavar="N", help="runs at a time (default: one a GPU, or one a CPU core)"
     )
     parser.add_argument("--launcher", choices=["local", "ray"], default="local")
-    parser.add_argument("--rerun-changed", action="store_true", help="run again what finished under another recipe")
+    parser.add_argument("--rerun-changed", action="store_true", help="run changed runs again, from the start")
+    parser.add_argument("--accept-changes", action="store_true", help="go on with runs that another recipe started")
     parser.add_argument(
         "--smoke", action="store_true", help="the recipe's tiny form, then fit, compare and report: does it all work?"
     )
@@ -55,7 +56,8 @@ def main(argv: list[str]) -> int:
 
         # before the plan is made: workers import torch meanwhile
         launcher = None if options.dry_run else LAUNCHERS[options.launcher](options.workers)
-        found = sweep.plan(options.recipe, **what, out_dir=options.out, rerun_changed=options.rerun_changed)
+        changes = {"rerun_changed": options.rerun_changed, "accept_changes": options.accept_changes}
+        found = sweep.plan(options.recipe, **what, out_dir=options.out, **changes)
     except ValueError as error:  # RecipeError, too
         raise CommandError(str(error)) from error
     if launcher is None:
@@ -65,9 +67,11 @@ def main(argv: list[str]) -> int:
         return 0
     changed = [job.run_id for job in found.jobs if found.states[job.run_id].name == "changed"]
     if changed:
+        detail = found.states[changed[0]].detail
         raise CommandError(
-            f"{len(changed)} run(s) in `{found.out_dir}` finished under another recipe, first `{changed[0]}`: give "
-            "another --out, or --rerun-changed to run them again."
+            f"{len(changed)} run(s) in `{found.out_dir}` were started under another recipe, first `{changed[0]}`"
+            f"{f' ({detail})' if detail else ''}: give another --out, --rerun-changed to start them "
+            "anew, or --accept-changes to go on with them under the new recipe."
         )
     code = _run(found, launcher)
     return code or (_whole_way(str(found.out_dir)) if options.smoke else 0)

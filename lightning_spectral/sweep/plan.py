@@ -26,7 +26,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -35,6 +35,7 @@ from lightning_spectral.text import write_text
 from lightning_spectral.training import document
 from lightning_spectral.training.document import RecipeError
 from lightning_spectral.training.names import refuse_unknown_names, with_class_paths
+from lightning_spectral.training.same_recipe import differences, shown
 
 if TYPE_CHECKING:  # imported when a plan is made: names are checked before, without litgpt
     from lightning_spectral.training.recipe import Recipe
@@ -59,6 +60,8 @@ class Job:
         overrides: Dotted recipe keys and values.
         labels: Axis values as text; the labels of ``run.json``.
         fingerprint: Hash of recipe and overrides, without what may change between two starts.
+        recipe: Dotted key -> value of what is hashed, to say what has changed.
+        accept_changes: Go on from a checkpoint that another recipe made.
     """
 
     run_id: str
@@ -67,6 +70,8 @@ class Job:
     overrides: dict[str, Any]
     labels: dict[str, str]
     fingerprint: str
+    recipe: dict[str, Any] = field(default_factory=dict)
+    accept_changes: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,9 @@ class State:
     """How far a run is.
 
     Attributes:
-        name: ``new``, ``interrupted``, ``finished``, ``failed`` or ``changed`` (finished under another recipe).
-        detail: Why it failed.
+        name: ``new``, ``interrupted``, ``finished``, ``failed`` or ``changed`` (started or finished under
+            another recipe).
+        detail: Why it failed, or what has changed.
     """
 
     name: str
@@ -118,6 +124,7 @@ def plan(
     overrides: Sequence[str] = (),
     out_dir: str | Path | None = None,
     rerun_changed: bool = False,
+    accept_changes: bool = False,
     smoke: bool = False,
 ) -> Plan:
     """Expand a recipe into runs and look at what is there already.
@@ -127,7 +134,8 @@ def plan(
         axes: ``key=a,b,c``; replace an axis of the recipe of that name, or add one.
         overrides: Command-line words for every run, as for ``pretrain``.
         out_dir: Folder of the sweep; by default the recipe's ``out_dir``.
-        rerun_changed: Run again what finished under another recipe.
+        rerun_changed: Run again, from the start, what was started or finished under another recipe.
+        accept_changes: Go on with what was started under another recipe.
         smoke: Apply the recipe's ``smoke:`` block: the same sweep, tiny.
 
     Raises:
@@ -150,9 +158,17 @@ def plan(
     if twice:
         raise RecipeError(f"two runs of the sweep have the id `{twice[0]}`: give their axis values other labels.")
     states = {job.run_id: state_of(job) for job in jobs}
-    if rerun_changed:
-        states = {key: State("new") if state.name == "changed" else state for key, state in states.items()}
+    if rerun_changed or accept_changes:
+        jobs = [_released(job, states, fresh=rerun_changed) for job in jobs]
     return Plan(folder, tuple(jobs), str(file), states)
+
+
+def _released(job: Job, states: dict[str, State], *, fresh: bool) -> Job:
+    """A job whose change of recipe is wanted: it starts anew, or goes on from where it is."""
+    if states[job.run_id].name != "changed":
+        return job
+    states[job.run_id] = State("new" if fresh else "interrupted")
+    return replace(job, overrides={**job.overrides, "resume": False}) if fresh else replace(job, accept_changes=True)
 
 
 def read(
@@ -303,7 +319,7 @@ def _job(
     fingerprint = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
     run_folder = folder / run_id
     overrides |= {"out_dir": str(run_folder), "resume": "auto", **_told(content, run_folder, run_id, labels)}
-    return Job(run_id, str(run_folder), str(file), overrides, labels, fingerprint)
+    return Job(run_id, str(run_folder), str(file), overrides, labels, fingerprint, what)
 
 
 def _told(content: Mapping[str, Any], folder: Path, run_id: str, labels: dict[str, str]) -> dict[str, Any]:
@@ -328,16 +344,24 @@ def state_of(job: Job) -> State:
     """What a run folder says."""
     folder = Path(job.folder)
     state = read_json(folder / STATE_FILE)
+    # a sweep of an earlier version wrote the fingerprint of what it started into the job file alone
+    started = state if state.get("fingerprint") else read_json(folder / JOB_FILE)
+    same = started.get("fingerprint", job.fingerprint) == job.fingerprint
+    if not same and (state.get("state") == "finished" or any(folder.glob("checkpoints/*"))):
+        return State("changed", shown(differences(started.get("recipe") or {}, job.recipe)))
+    if not same:
+        return State("new")  # nothing was trained under the other recipe
     if state.get("state") == "finished":
-        return State("finished") if state.get("fingerprint") == job.fingerprint else State("changed")
+        return State("finished")
     if state.get("state") == "failed":
         return State("failed", str(state.get("detail", "")))
     return State("interrupted") if folder.exists() else State("new")
 
 
 def write_state(job: Job, state: str, detail: str = "") -> None:
-    """Record how a run ended."""
-    write_json(Path(job.folder) / STATE_FILE, {"state": state, "fingerprint": job.fingerprint, "detail": detail})
+    """Record that a run has started, and how it ended."""
+    content = {"state": state, "fingerprint": job.fingerprint, "detail": detail, "recipe": job.recipe}
+    write_json(Path(job.folder) / STATE_FILE, content)
 
 
 def write_summary(found: Plan, wall_s: float = 0.0) -> Path:

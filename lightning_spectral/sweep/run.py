@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -79,7 +80,7 @@ def run_all(
         if to_do:
             board.note = "preparing tokenizer and tokens, once for all runs"
             show(board)
-            prepare(to_do[0])
+            prepare(to_do[0])  # writes no state: a run that has not started keeps its own
             board.note = ""
         while board.waiting or board.running:
             while free and board.waiting:
@@ -107,7 +108,7 @@ def run_all(
 
 
 def _start(launcher: Launcher, job: Job, slot: str) -> Running:
-    (Path(job.folder) / sweep.STATE_FILE).unlink(missing_ok=True)
+    sweep.write_state(job, "running")
     before = sweep.read_json(Path(job.folder) / PROGRESS_FILE)
     handle = launcher.start(job, slot)
     return Running(job, slot, handle, time.monotonic(), int(before.get("step", 0)))
@@ -126,8 +127,21 @@ def reason_of(job: Job, code: int) -> str:
     state = sweep.state_of(job)
     if state.name == "failed" and state.detail:
         return state.detail
-    sweep.write_state(job, "failed", f"the worker ended with exit code {code}")
+    how = how_it_ended(code)
+    sweep.write_state(job, "failed", f"the worker ended with {how}")
     log = Path(job.folder) / LOG_FILE
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     last = next((line for line in reversed(lines) if line.strip()), "no output")
-    return f"the worker ended with exit code {code}: {last.strip()}"
+    return f"the worker ended with {how}: {last.strip()}"
+
+
+def how_it_ended(code: int) -> str:
+    """``exit code 1``; of a killed process the signal, and what it usually means."""
+    number = -code if code < 0 else code - 128 if code > 128 else 0
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        return f"exit code {code}"
+    likely = {"SIGKILL": "the system often kills for want of memory", "SIGTERM": "somebody or the batch system asked"}
+    hint = f": {likely[name]}" if name in likely else ""
+    return f"signal {name}{hint}"

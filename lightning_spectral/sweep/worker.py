@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
             return 0
         from lightning_spectral.training.pretrain import run
 
-        run(recipe, progress_bar=False)
+        run(recipe, progress_bar=False, accept_changes=job.accept_changes)
     except RecipeError as error:
         sweep.write_state(job, "failed", str(error))
         print(error, file=sys.stderr)

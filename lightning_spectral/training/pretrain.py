@@ -35,6 +35,7 @@ from lightning_spectral.training.document import RecipeError, named_config
 from lightning_spectral.training.factories import make_logger, make_strategy
 from lightning_spectral.training.preemption import first_rank
 from lightning_spectral.training.recipe import Recipe
+from lightning_spectral.training.same_recipe import check_resumed, shown
 from lightning_spectral.training.schema import instantiate
 from lightning_spectral.training.validation import InitialAndFinalValidation
 
@@ -83,7 +84,7 @@ class _Lengths:
         return self.devices * self.num_nodes
 
 
-def run(recipe: Recipe, *, progress_bar: bool = True) -> Path:
+def run(recipe: Recipe, *, progress_bar: bool = True, accept_changes: bool = False) -> Path:
     """Train what a recipe says and return its run folder.
 
     Idempotent with ``resume: auto``: a finished run is left as it is, an interrupted one continues from its newest
@@ -93,14 +94,16 @@ def run(recipe: Recipe, *, progress_bar: bool = True) -> Path:
     Args:
         recipe: From :func:`lightning_spectral.training.recipe.load`.
         progress_bar: Show Lightning's progress bar.
+        accept_changes: Continue a run that was started under another recipe, or by another version of this package.
 
     Raises:
-        RecipeError: If data, tokenizer, model and callbacks do not fit together.
+        RecipeError: If data, tokenizer, model and callbacks do not fit together, or the run was started under another
+            recipe.
     """
-    return pretrain(recipe, progress_bar=progress_bar).run_folder
+    return pretrain(recipe, progress_bar=progress_bar, accept_changes=accept_changes).run_folder
 
 
-def pretrain(recipe: Recipe, *, progress_bar: bool = True) -> RunResult:
+def pretrain(recipe: Recipe, *, progress_bar: bool = True, accept_changes: bool = False) -> RunResult:
     """Run a recipe and say how it ended; :func:`run` says the rest."""
     content, out_dir = recipe.content, recipe.out_dir
     objects = instantiate(content, out_dir)
@@ -110,6 +113,7 @@ def pretrain(recipe: Recipe, *, progress_bar: bool = True) -> RunResult:
     resume = _resume_path(content["resume"] or ("auto" if preemption.was_requeued() else False), out_dir)
     if resume is None and first_rank():
         _move_previous_run(out_dir)
+    changes = check_resumed(recipe.text(), out_dir, RECIPE_FILE, accept_changes=accept_changes) if resume else []
     with _as_recipe_error():
         tokenizer_dir = _checkpoint_dir(content["tokenizer_dir"])
         config = _model_config(recipe, data, tokenizer_dir)
@@ -162,13 +166,15 @@ def pretrain(recipe: Recipe, *, progress_bar: bool = True) -> RunResult:
     tokens_per_step = train.global_batch_size * lengths.seq_length
     done = checkpoints.step_of(resume) if resume else None
     if done is not None and done >= lengths.num_steps and (out_dir / "final" / "lit_model.pth").is_file():
-        rank_zero_info(f"`{out_dir}` is finished at step {done}: nothing to do (raise `train.max_steps` to go on).")
+        rank_zero_info(
+            f"`{out_dir}` is finished at step {done}: nothing to do (to go on, raise `train.max_steps` and accept it)."
+        )
         return RunResult(out_dir, done, done * tokens_per_step, None, entropy, already_done=True)
     if first_rank():
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / RECIPE_FILE).write_text(recipe.text())
     if resume:
-        rank_zero_info(f"resuming from {resume}")
+        rank_zero_info(f"resuming from {resume}" + (f", with changes: {shown(changes)}" if changes else ""))
     with _as_recipe_error(trainer):
         # the checkpoint is our own; it holds the recipe and the callbacks' states beside tensors
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)

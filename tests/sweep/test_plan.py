@@ -167,9 +167,39 @@ def test_states_of_a_run_folder(file: Path) -> None:
     assert job.run_id not in {left.run_id for left in sweep.plan(file).to_do()}
     file.write_text(file.read_text().replace("max_steps: 2", "max_steps: 3"))
     assert sweep.plan(file).states[job.run_id].name == "changed"
-    assert sweep.plan(file, rerun_changed=True).states[job.run_id].name == "new"
+    state = sweep.plan(file).states[job.run_id]
+    assert state.detail == "train.max_steps: 2 -> 3"
+    again = sweep.plan(file, rerun_changed=True)
+    assert again.states[job.run_id].name == "new"
+    assert again.jobs[0].overrides["resume"] is False  # not on from the checkpoint of another recipe
     (Path(job.folder) / sweep.STATE_FILE).write_text('{"state": "fini')
     assert sweep.plan(file).states[job.run_id].name == "interrupted"
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("state", ["running", "failed"])
+def test_an_interrupted_run_is_compared_with_what_it_was_started_as(file: Path, state: str) -> None:
+    job = sweep.plan(file).jobs[0]
+    sweep.write_state(job, state, "killed")
+    new = ["--optimizer.init_args.betas", "[0.5, 0.9]"]
+    # nothing is trained yet: a mistake in the recipe may be put right
+    assert sweep.plan(file, overrides=new).states[job.run_id].name == "new"
+    (Path(job.folder) / "checkpoints" / "step-00000076.ckpt").mkdir(parents=True)
+    assert sweep.plan(file).states[job.run_id].name == ("interrupted" if state == "running" else "failed")
+    changed = sweep.plan(file, overrides=new).states[job.run_id]
+    assert changed.name == "changed"
+    assert "overrides.optimizer.init_args.betas" in changed.detail
+    accepted = sweep.plan(file, overrides=new, accept_changes=True)
+    assert accepted.states[job.run_id].name == "interrupted"
+    assert accepted.jobs[0].accept_changes
+    assert accepted.jobs[0].overrides["resume"] == "auto"
+
+
+def test_how_a_worker_ended_names_the_signal() -> None:
+    assert sweep_run.how_it_ended(1) == "exit code 1"
+    assert sweep_run.how_it_ended(-9) == "signal SIGKILL: the system often kills for want of memory"
+    assert sweep_run.how_it_ended(137) == sweep_run.how_it_ended(-9)
+    assert sweep_run.how_it_ended(255) == "exit code 255"
 
 
 class PretendLauncher:
@@ -223,7 +253,9 @@ def test_failures_are_reported_and_do_not_stop_the_rest(found: Plan, file: Path)
     assert launcher.most == 2
     assert len(board.done) == 5
     assert len(board.failed) == 4
-    assert set(board.failed.values()) == {"the worker ended with exit code 137: Killed by the kernel"}
+    assert set(board.failed.values()) == {
+        "the worker ended with signal SIGKILL: the system often kills for want of memory: Killed by the kernel"
+    }
     assert "5 of 9 runs finished (0 before), 0 running, 0 waiting, 4 failed" in screen.getvalue()
     assert sweep.same_data(found) == {"train": ["aa"], "validation": ["bb"]}
     summary = json.loads((found.out_dir / sweep.SWEEP_FILE).read_text())

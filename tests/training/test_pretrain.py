@@ -31,9 +31,9 @@ PROBES = [
 ]
 
 
-def _run(folder: Path, out: str = "run", **changes: Any) -> RunResult:
+def _run(folder: Path, out: str = "run", accept_changes: bool = False, **changes: Any) -> RunResult:
     overrides = {"out_dir": str(folder / out), **{key.replace("__", "."): value for key, value in changes.items()}}
-    return pretrain(load(write_recipe(folder), overrides), progress_bar=False)
+    return pretrain(load(write_recipe(folder), overrides), progress_bar=False, accept_changes=accept_changes)
 
 
 def _weights(outcome: RunResult) -> dict[str, torch.Tensor]:
@@ -165,12 +165,39 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_is_left_as_it_is_and_can_be_prolonged(tmp_path: Path) -> None:
-    first = _run(tmp_path, lr_schedule__kind="constant_linear_decay")
+    recipe = {"lr_schedule__kind": "constant_linear_decay"}
+    first = _run(tmp_path, **recipe)
     before = (first.run_folder / "final" / "lit_model.pth").stat().st_mtime_ns
-    assert _run(tmp_path, resume="auto").already_done
+    assert _run(tmp_path, resume="auto", **recipe).already_done
     assert (first.run_folder / "final" / "lit_model.pth").stat().st_mtime_ns == before
-    longer = _run(tmp_path, resume="auto", train__max_steps=15)
+    with pytest.raises(RecipeError, match=r"another recipe \(train.max_steps: 12 -> 15\): give it another `out_dir`"):
+        _run(tmp_path, resume="auto", **recipe, train__max_steps=15)
+    longer = _run(tmp_path, resume="auto", accept_changes=True, **recipe, train__max_steps=15)
     assert (longer.step, longer.already_done) == (15, False)
+
+
+def test_an_interrupted_run_does_not_go_on_under_another_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        _interrupt_at(patch, 9)
+        with pytest.raises(_Stop):
+            _run(tmp_path, callbacks=PROBES)
+    assert records.read_run(tmp_path / "run").finished is None
+    kept = (tmp_path / "run" / "hyperparameters.yaml").read_bytes()
+    with pytest.raises(
+        RecipeError,
+        match=r"optimizer.init_args.lr: .* -> 0.1.*seed: 7 -> 8|seed: 7 -> 8.*optimizer.init_args.lr: .* -> 0.1",
+    ):
+        _run(tmp_path, resume="auto", callbacks=PROBES, seed=8, optimizer__init_args__lr=0.1)
+    assert (tmp_path / "run" / "hyperparameters.yaml").read_bytes() == kept
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_spectral.training.same_recipe.package_versions", lambda: {"lightning-spectral": "9"})
+        with pytest.raises(RecipeError, match=r"lightning-spectral itself: \S+ -> 9\)"):
+            _run(tmp_path, resume="auto", callbacks=PROBES)
+    whole = _run(tmp_path, resume="auto", callbacks=PROBES, train__max_time=1e6)  # does not change what is computed
+    info = records.read_run(whole.run_folder)
+    assert (info.finished, info.last_step) == (True, 12)
 
 
 def test_resume_true_and_a_path(tmp_path: Path) -> None:

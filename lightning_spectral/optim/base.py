@@ -1,39 +1,48 @@
 """One optimizer for a whole model: hidden matrices by an algorithm of their own, the rest by AdamW or Lion.
 
-A step is: clip or refuse, vector rules, momentum of every local piece, whole matrices (this device's, this rank's
-share, or gathered from shards), updates applied to every local piece. What differs between Muon, NorMuon and Dion is a
-``MatrixRule``; what differs between one device, DDP, FSDP1 and FSDP2 is in ``matrix_step``.
+A step is: clip or refuse, vector rules, momentum of every local part, whole matrices (this rank's own, or gathered from
+the ranks that hold parts), updates applied to every local part. What differs between Muon, NorMuon and Dion is a
+``MatrixRule``; which matrices a parameter holds is in its ``Views``; what of them is here is in its ``Shard``.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Callable, Iterable
-from itertools import chain
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_spectral.optim.checkpoint import (
-    companion_to_saved,
-    held_length,
-    make_uniform,
-    saved_to_companion,
-    saved_to_param_layout,
-)
+from lightning_spectral.optim.checkpoint import extra_to_saved, make_uniform, saved_to_extra, saved_to_param_layout
 from lightning_spectral.optim.gradients import usable_gradients
-from lightning_spectral.optim.matrix_rule import Group, MatrixRule
+from lightning_spectral.optim.grouping import group_entries, make_names_unique, role_groups, single_group
+from lightning_spectral.optim.matrices import matrices_of_member
+from lightning_spectral.optim.matrix_rule import MatrixRule
 from lightning_spectral.optim.matrix_step import MatrixStep
-from lightning_spectral.optim.param_groups import ROLES, Owned, Role, Route, find_owners, route, routing_table
-from lightning_spectral.optim.settings import HEAD_LR_SCALES, Settings, check_settings
-from lightning_spectral.optim.shards import Piece, fsdp1_pieces, local, piece_of
+from lightning_spectral.optim.members import PARALLEL, Group, Member, members_of
+from lightning_spectral.optim.migrate import Found, find_states, settings_from, translated
+from lightning_spectral.optim.owners import NamedParameter, find_owners
+from lightning_spectral.optim.routing import ROLES, Route, route, routing_table, share_under_rule
+from lightning_spectral.optim.settings import (
+    HEAD_LR_SCALES,
+    CommonSettings,
+    MatrixSettings,
+    fallback_ratio,
+    full_signature,
+    group_settings,
+)
+from lightning_spectral.optim.shards import local
 from lightning_spectral.optim.telemetry import MatrixTelemetry
-from lightning_spectral.optim.vector_rules import VECTOR_RULES, VECTOR_STATE
+from lightning_spectral.optim.vector_rules import VECTOR_STATE, vector_step
+from lightning_spectral.optim.weights import LOW_BITS, keeps_more
 
 _LOG = logging.getLogger("lightning_spectral.optim")
+_FEW = 0.5  # of the matrix elements; with less under the rule it is another optimizer that trains the model
 
 
 class SpectralOptimizer(Optimizer):
@@ -42,61 +51,46 @@ class SpectralOptimizer(Optimizer):
     Learning rates are ratios: every group keeps ``lr_ratio`` and the step uses ``group["lr"] * group["lr_ratio"]``. A
     scheduler, or litgpt's loop, may therefore write one value into the ``lr`` of all groups.
 
+    A model, or its parameters, are divided into groups named after their roles. A dict with ``params``, here or in
+    ``add_param_group``, stays one group whatever is in it; keys that are no settings are kept for whoever reads them.
+
     Args:
         params: A module (best), ``named_parameters()``, ``parameters()``, or a list of dicts with such ``params``.
+        lr: Learning rate.
         algorithm: A key of ``matrix_rules`` for hidden matrices, or of ``VECTOR_RULES``.
-        defaults: Settings that every group carries; a group dict may override any of them.
-        ratios: Role -> learning rate over the base learning rate.
-        weight_decays: Role -> weight decay.
-        head_lr_scale: A name in ``HEAD_LR_SCALES``.
-        roles: Regular expression searched in the parameter name -> role, where the rules of ``param_groups`` are wrong.
-        max_grad_norm: Clip to this global norm without touching ``p.grad``.
-        nonfinite: ``propagate`` NaN and Inf as AdamW does, ``raise``, or ``skip`` the step on all ranks.
-        share_over_ranks: Under DDP, spread the orthogonalisation over the ranks.
+        settings: Everything that subclasses share.
+        own: Settings of the algorithm alone, carried by every group.
 
     Raises:
         ValueError: If a setting is out of range, or a parameter's role cannot be known.
     """
 
     matrix_rules: dict[str, MatrixRule] = {}  # noqa: RUF012  # one entry per subclass, never mutated
+    settings_class: type[CommonSettings] = CommonSettings
+
+    def __init_subclass__(cls) -> None:
+        """Spell the shared settings out for help(), litgpt and the checks of recipes."""
+        super().__init_subclass__()
+        if "__init__" in cls.__dict__:
+            cls.__signature__ = full_signature(cls.__init__, cls.settings_class)  # type: ignore[attr-defined]
 
     def __init__(
-        self,
-        params: Any,
-        *,
-        algorithm: str,
-        fallback: str,
-        defaults: dict[str, Any],
-        ratios: dict[Role, float],
-        weight_decays: dict[Role, float],
-        head_lr_scale: str = "none",
-        roles: dict[str, str] | None = None,
-        max_grad_norm: float | None = None,
-        nonfinite: str = "propagate",
-        share_over_ranks: bool = True,
+        self, params: Any, lr: float, algorithm: str, settings: CommonSettings, own: dict[str, Any] | None = None
     ) -> None:
-        check_settings(defaults, fallback, max_grad_norm, nonfinite, head_lr_scale)
-        self._settings = Settings(
-            algorithm,
-            fallback,
-            ratios,
-            weight_decays,
-            head_lr_scale,
-            dict(roles or {}),
-            max_grad_norm,
-            nonfinite,
-            share_over_ranks,
-        )
-        self._names: dict[int, str] = {}
-        self._matrix_step: MatrixStep | None = None
+        self._algorithm, self._settings = algorithm, settings
+        self._fallback_ratio = fallback_ratio(lr, settings.fallback_lr)
+        self._known: tuple[tuple[int, ...], list[Member]] | None = None
+        self._matrix_step: tuple[tuple[int, ...], MatrixStep] | None = None
         self._observed: dict[str, MatrixTelemetry] | None = None
-        groups, routes = self._route(params, defaults)
+        defaults = {"lr": lr, **group_settings(settings), **(own or {})}
+        defaults.update(algorithm="", role="", lr_ratio=1.0, fallback_weight_decay=self._rest_decay)
+        groups, routes = self._groups_of(params)
         super().__init__(groups, defaults)
-        self._log_routes(routes)
-        flat_views = fsdp1_pieces()
-        for index, (param, group) in enumerate(self._members()):
-            if param.requires_grad:
-                self._init_state(param, group, index, piece_of(param, flat_views))
+        self._given = [id(one.named.param) for one in routes]
+        self._announce(routes)
+        for member in self._members():
+            if member.param.requires_grad:
+                self._init_state(member)
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 
@@ -107,35 +101,29 @@ class SpectralOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        members = list(self._members())
-        grads = usable_gradients(
-            [param for param, _ in members], self._settings.max_grad_norm, self._settings.nonfinite, self._name
-        )
+        members = self._members()
+        grads = usable_gradients(members, self._settings.max_grad_norm, self._settings.nonfinite)
         if grads is None:
             return loss
-        for index, (param, group) in enumerate(members):
-            if id(param) in grads and not self.state[param]:  # unfrozen, or created before the device was known
-                self._init_state(param, group, index, piece_of(param))
-        self._vector_step(grads)
-        matrices = [(param, group) for param, group in members if self._rule(group) is not None and param.requires_grad]
+        for member in members:
+            if id(member.param) in grads and not self.state[member.param]:  # unfrozen, or its device was not known
+                self._init_state(member)
+        rest = [m for m in members if m.algorithm not in self.matrix_rules and id(m.param) in grads]
+        vector_step(rest, grads, self.state, self._settings.bf16_weights)
+        matrices = [m for m in members if m.algorithm in self.matrix_rules and m.param.requires_grad]
         if matrices:
-            if self._matrix_step is None or not self._matrix_step.covers(matrices):
-                self._matrix_step = MatrixStep(matrices, self.matrix_rules, self._settings.share_over_ranks)
-            self._matrix_step.run(grads, self.state, None if self._observed is None else self._observe)
+            self._step_of(matrices).run(grads, self.state, None if self._observed is None else self._observe)
         return loss
 
-    def _vector_step(self, grads: dict[int, Tensor]) -> None:
-        for group in self.param_groups:
-            if self._rule(group) is not None:
-                continue
-            active = [p for p in group["params"] if id(p) in grads and local(p).numel()]
-            if not active:
-                continue
-            states = [{key: local(value) for key, value in self.state[p].items()} for p in active]
-            lr = float(group["lr"]) * group["lr_ratio"]
-            VECTOR_RULES[group["algorithm"]](
-                [local(p) for p in active], [grads[id(p)] for p in active], states, group, lr
-            )
+    def _step_of(self, matrices: list[Member]) -> MatrixStep:
+        key = tuple(id(member) for member in matrices)
+        if self._matrix_step is None or self._matrix_step[0] != key:
+            settings = self._settings
+            assert isinstance(settings, MatrixSettings)
+            share, size = settings.share_over_ranks, settings.bucket_mib * 2**20
+            plan = MatrixStep(matrices, self.matrix_rules, share, size, settings.bf16_weights)
+            self._matrix_step = (key, plan)
+        return self._matrix_step[1]
 
     # ---- telemetry ---------------------------------------------------------------------------------------------------
 
@@ -145,192 +133,284 @@ class SpectralOptimizer(Optimizer):
 
     @property
     def observed(self) -> dict[str, MatrixTelemetry]:
-        """Parameter name -> what ``observe_next_step`` asked for; under DDP and FSDP each rank has its own share."""
+        """Name -> what ``observe_next_step`` asked for; where ranks share the work each has its own part.
+
+        Of a parameter with several matrices the names are ``name[0]``, ``name[1]`` and so on.
+        """
         return dict(self._observed or {})
 
     def stop_observing(self) -> None:
         """Forget the recorded spectra and make steps cheap again."""
         self._observed = None
 
-    def _observe(self, param: Tensor, direction: Tensor, update: Tensor, group: Group) -> None:
+    def _observe(self, name: str, direction: Tensor, update: Tensor, group: Group) -> None:
         assert self._observed is not None
-        self._observed[self._name(param)] = MatrixTelemetry.measure(direction, update, group)
+        self._observed[name] = MatrixTelemetry.measure(direction, update, group)
 
     # ---- state dicts -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's own format; every state tensor lies as its parameter does, see ``checkpoint``."""
+        members = self._members()
         packed = super().state_dict()
-        flat_views = fsdp1_pieces()
         keys = [key for group in packed["param_groups"] for key in group["params"]]
-        params = dict(zip(keys, (param for param, _ in self._members()), strict=True))
         states: dict[Any, dict[str, Any]] = {}
-        any_flat = False
-        for key, (param, group) in zip(keys, self._members(), strict=True):
+        for key, member in zip(keys, members, strict=True):
             if key not in packed["state"]:
                 continue
-            piece = piece_of(param, flat_views)
-            any_flat = any_flat or piece.kind == "flat"
-            companions = self._companions(param, group, piece)
+            matrices = self._matrices(member)
+            extra = matrices[0].extra if matrices else {}
             states[key] = {
-                name: companion_to_saved(value, param) if name in companions else value
+                name: extra_to_saved(value, name, matrices, member.param) if name in extra else value
                 for name, value in packed["state"][key].items()
             }
-        if any_flat:
-            make_uniform(states, params)
+        if any(member.shard.span is not None for member in members):
+            make_uniform(states, {key: member.param for key, member in zip(keys, members, strict=True)})
         packed["state"] = states
         return packed
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from a checkpoint of any strategy: its own, or a full one, which is cut for this rank."""
-        saved_keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        members = list(self._members())
-        if len(saved_keys) != len(members):
-            raise ValueError(
-                f"the checkpoint has {len(saved_keys)} parameters and this optimizer {len(members)}: it belongs to "
-                "another model, or the optimizer was built from another part of it."
-            )
-        flat_views = fsdp1_pieces()
-        states: dict[Any, dict[str, Any]] = {}
-        exact: list[tuple[nn.Parameter, str, Tensor]] = []
-        for key, (param, group) in zip(saved_keys, members, strict=True):
-            saved = state_dict["state"].get(key)
-            if not saved:
-                continue
-            piece = piece_of(param, flat_views)
-            companions = self._companions(param, group, piece)
-            kept: dict[str, Any] = {}
-            for name in ("step", *self._elementwise(group), *companions):
-                if name not in saved:
-                    raise ValueError(
-                        f"the checkpoint has no `{name}` for `{self._name(param)}`: it was written by another "
-                        f"optimizer. It holds {sorted(saved)}."
-                    )
-                if name == "step":
-                    kept[name] = torch.as_tensor(saved[name], dtype=torch.float32).reshape(()).clone()
-                elif name in companions:
-                    kept[name] = saved_to_companion(saved[name], piece, companions[name])
-                else:
-                    kept[name] = saved_to_param_layout(saved[name], param, piece)
-            exact += [(param, name, kept[name]) for name in ("step", *companions)]
-            states[key] = kept
-        super().load_state_dict({**state_dict, "state": states})
-        for param, name, value in exact:  # torch casts to the parameter's dtype; these stay fp32
-            self.state[param][name] = value.to(local(param).device)
+        """Resume from a checkpoint of any strategy, or of torch's AdamW or Muon; parameters are matched by name.
+
+        Settings (learning rates and so on) are taken from checkpoints of this package, and from torch's AdamW into
+        ``AdamW``; a setting that the checkpoint does not know keeps its value. What else a foreign checkpoint has is
+        state only.
+
+        Raises:
+            ValueError: If the checkpoint belongs to another model or optimizer; says which parameter does not fit.
+        """
+        members = self._members()
+        place = {id(member.param): i for i, member in enumerate(members)}
+        found = find_states(state_dict, members, [place[key] for key in self._given if key in place])
+        if found.missing:
+            self._say(f"the checkpoint has no state of {len(found.missing)} parameters, {found.missing[0]} first")
+        kept = {i: self._loaded(members[i], state, found.source) for i, state in found.states.items()}
+        super().load_state_dict({"state": kept, "param_groups": self._loaded_groups(found)})
+        for i, member in enumerate(self._members()):  # torch casts to the parameter's dtype; some are wider
+            for name, value in kept.get(i, {}).items():
+                self.state[member.param][name] = value.to(local(member.param).device)
+
+    def _loaded(self, member: Member, saved: dict[str, Any], source: str) -> dict[str, Any]:
+        wanted = self._elementwise(member)
+        saved = translated(saved, member, wanted, source)
+        matrices = self._matrices(member)
+        kept: dict[str, Any] = {"step": torch.as_tensor(saved["step"], dtype=torch.float32).reshape(()).clone()}
+        for name in wanted:
+            if name not in saved:
+                raise ValueError(
+                    f"the checkpoint has no `{name}` for `{member.name}`: it was written by another optimizer. "
+                    f"It holds {sorted(saved)}."
+                )
+            try:
+                kept[name] = saved_to_param_layout(saved[name], member.param, member.shard)
+            except ValueError as error:
+                raise ValueError(f"`{name}` of `{member.name}` does not fit: {error}.") from None
+        fresh = self._fresh_state(member)
+        kept.update({name: kept[name].to(fresh[name].dtype).contiguous() for name in wanted})
+        for name in fresh.keys() - kept.keys():
+            if name not in saved:  # an older version, or another optimizer
+                kept[name] = fresh[name]
+            elif name == LOW_BITS:
+                kept[name] = saved_to_param_layout(saved[name], member.param, member.shard).to(torch.int16)
+            else:
+                kept[name] = saved_to_extra(saved[name], name, matrices, member.shard).to(fresh[name].device)
+        return kept
+
+    def _loaded_groups(self, found: Found) -> list[dict[str, Any]]:
+        """Our groups with the saved settings; what the parameters are is ours to say."""
+        groups = []
+        position = 0
+        for index, group in enumerate(self.param_groups):
+            settings = settings_from(found, index, group, self._algorithm)
+            if "betas" in settings:
+                settings["betas"] = tuple(settings["betas"])
+            count = len(group["params"])
+            groups.append({**group, **settings, "params": list(range(position, position + count))})
+            position += count
+        return groups
 
     # ---- groups and state --------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters after construction (unfreezing); roles are found as in the constructor."""
-        if "role" in param_group:
+        """Add parameters after construction (unfreezing), as one group; roles are found as in the constructor."""
+        if all(key in param_group for key in PARALLEL):
             super().add_param_group(param_group)
             return
-        groups, routes = self._route([param_group], self.defaults)
-        first = sum(len(group["params"]) for group in self.param_groups)
-        for group in groups:
-            super().add_param_group(group)
-        self._log_routes(routes)
-        for index, (param, group) in enumerate(self._members()):
-            if index >= first and param.requires_grad:
-                self._init_state(param, group, index, piece_of(param))
+        routes = self._routes([find_owners(group_entries(param_group))])[0]
+        group = single_group(param_group, routes, self._ratio, self._algorithms, self._rest_decay)
+        make_names_unique([*self.param_groups, group])
+        super().add_param_group(group)
+        self._given += [id(one.named.param) for one in routes]
+        self._announce(routes)
+        for member in self._members():
+            if member.group is self.param_groups[-1] and member.param.requires_grad:
+                self._init_state(member)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_settings": self._settings}
+        """What a copy or a pickle needs; the order in which parameters were given as positions."""
+        place = {id(member.param): i for i, member in enumerate(self._members())}
+        given = [place[key] for key in self._given if key in place]
+        kept = {name: self.__dict__[name] for name in ("_algorithm", "_settings", "_fallback_ratio")}
+        return {**super().__getstate__(), **kept, "_given": given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Plans are built anew on demand: process groups and id() do not survive pickling or a deep copy."""
+        given = state.pop("_given", None)
         super().__setstate__(state)
-        # Built anew on demand: process groups and id() do not survive pickling or a deep copy.
-        self._names, self._matrix_step, self._observed = {}, None, None
+        self._known = self._matrix_step = self._observed = None
+        if given is not None:
+            params = [param for group in self.param_groups for param in group["params"]]
+            self._given = [id(params[i]) for i in given]
 
-    def _route(self, params: Any, defaults: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Route]]:
-        entries: Iterable[dict[str, Any]] = [{"params": params}]
+    def _members(self) -> list[Member]:
+        """All parameters; looked up again when the groups, or the parameters in them, are no longer those known."""
+        key = tuple(id(thing) for group in self.param_groups for thing in (group, *group["params"]))
+        if self._known is None or self._known[0] != key:
+            before = None if self._known is None else self._known[1]
+            members = members_of(self.param_groups, self._algorithm, self._fallback)
+            self._known = (key, members)
+            if before is not None:
+                self._carry_over(before, members)
+        return self._known[1]
+
+    def _carry_over(self, before: Sequence[Member], now: Sequence[Member]) -> None:
+        """Give parameters that were put in the place of others (`.to_empty`, accelerate) what those had."""
+        present = {id(member.param) for member in now}
+        old = {m.name: m for m in before if id(m.param) not in present}
+        for member in now:
+            predecessor = old.get(member.name)
+            if predecessor is None or self.state.get(member.param):
+                continue
+            self._given = [id(member.param) if key == id(predecessor.param) else key for key in self._given]
+            state = self.state.get(predecessor.param)
+            if not state or local(member.param).device.type == "meta":
+                continue
+            saved = self._whole_state(predecessor, state)
+            fits = saved is not None and predecessor.shard.numel == member.shard.numel
+            self._init_state(member)
+            if fits and saved is not None:
+                self.state[member.param].update(self._loaded(member, saved, "ours"))
+        for orphan in old.values():
+            self.state.pop(orphan.param, None)
+
+    def _whole_state(self, member: Member, state: dict[str, Any]) -> dict[str, Any] | None:
+        """A state in its saved form, where the parameter was whole."""
+        if not member.shard.is_whole or member.shard.cut_over or local(member.param).device.type == "meta":
+            return None
+        matrices = self._matrices(member)
+        extra = matrices[0].extra if matrices else {}
+        return {
+            name: extra_to_saved(value, name, matrices, member.param) if name in extra else value
+            for name, value in state.items()
+        }
+
+    def _routes(self, owned: Sequence[list[NamedParameter]]) -> list[list[Route]]:
+        """Roles of every entry's parameters, found with all entries in view."""
+        split = getattr(self._settings, "split", "none")
+        everything = iter(route([one for entry in owned for one in entry], self._settings.roles, split))
+        return [[next(everything) for _ in entry] for entry in owned]
+
+    def _groups_of(self, params: Any) -> tuple[list[Group], list[Route]]:
         if isinstance(params, (list, tuple)) and params and all(isinstance(entry, dict) for entry in params):
-            entries = params
-        resolved: list[tuple[list[Owned], dict[str, Any]]] = []
-        for entry in entries:
-            given = [entry["params"]] if isinstance(entry["params"], Tensor) else entry["params"]
-            unknown = set(entry) - {"params"} - set(defaults)
-            if unknown:
-                raise ValueError(
-                    f"a parameter group has unknown settings {sorted(unknown)}; known: {sorted(defaults)}."
-                )
-            resolved.append((find_owners(given), {k: v for k, v in entry.items() if k != "params"}))
-        everything = route([one for owned, _ in resolved for one in owned], self._settings.roles)
-        role_of = {id(one.owned.param): one.role for one in everything}
-        self._names.update({id(one.owned.param): one.owned.name for one in everything})
-        groups: list[dict[str, Any]] = []
-        for owned, overrides in resolved:
-            for role in ROLES:
-                members = [one for one in owned if role_of[id(one.param)] == role]
-                by_ratio: dict[float, list[nn.Parameter]] = {}
-                for one in members:
-                    by_ratio.setdefault(self._ratio(role, one), []).append(one.param)
-                for ratio, params_of_group in by_ratio.items():
-                    settings = {
-                        "algorithm": self._settings.algorithm if role == "matrix" else self._settings.fallback,
-                        "weight_decay": self._settings.weight_decays[role],
-                    }
-                    groups.append({"params": params_of_group, **settings, **overrides, "role": role, "lr_ratio": ratio})
-        return groups, everything
+            routed = self._routes([find_owners(group_entries(entry)) for entry in params])
+            groups = [
+                single_group(entry, routes, self._ratio, self._algorithms, self._rest_decay)
+                for entry, routes in zip(params, routed, strict=True)
+            ]
+        else:
+            routed = self._routes([find_owners([params] if isinstance(params, Tensor) else params)])
+            decays = (self._settings.weight_decay, self._rest_decay)
+            groups = role_groups(routed[0], self._ratio, self._algorithms, *decays)
+        make_names_unique(groups)
+        return groups, [one for routes in routed for one in routes]
 
-    def _ratio(self, role: Role, one: Owned) -> float:
-        ratio = float(self._settings.ratios[role])
-        if role == "head":
-            ratio *= HEAD_LR_SCALES[self._settings.head_lr_scale](one.shape[-1])
-        return ratio
+    @property
+    def _algorithms(self) -> dict[str, str]:
+        return {role: self._algorithm if role == "matrix" else self._fallback for role in ROLES}
 
-    def _log_routes(self, routes: list[Route]) -> None:
+    @property
+    def _fallback(self) -> str:
+        return str(getattr(self._settings, "fallback", "adamw"))
+
+    @property
+    def _rest_decay(self) -> float:
+        decay = self._settings.fallback_weight_decay
+        return self._settings.weight_decay if decay is None else decay
+
+    def _ratio(self, one: Route) -> float:
+        if one.role == "matrix":
+            return 1.0
+        scale = HEAD_LR_SCALES[self._settings.head_lr_scale](one.named.shape[-1]) if one.role == "head" else 1.0
+        return self._fallback_ratio * scale
+
+    def _announce(self, routes: Sequence[Route]) -> None:
+        """Log where everything went, and warn where that can hardly be meant."""
+        table = self.routing(routes)
         if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
             return
-
-        def describe(role: Role) -> str:
-            group = next(g for g in self.param_groups if g["role"] == role)
-            scale = f" x {group['lr_scale']}" if self._rule(group) is not None else ""
-            lr = float(group["lr"]) * group["lr_ratio"]
-            return f"{group['algorithm']}, lr {lr:.3g}{scale}, wd {group['weight_decay']:g}"
-
         package = logging.getLogger("lightning_spectral")
         if package.level == logging.NOTSET and not package.hasHandlers():
             # Nobody configured logging: show the table anyway, as Lightning's own loggers do.
             package.addHandler(logging.StreamHandler())
             package.setLevel(logging.INFO)
-        _LOG.info("%s routes:\n%s", type(self).__name__, routing_table(routes, describe))
-
-    def _members(self) -> Iterable[tuple[nn.Parameter, Group]]:
-        return chain.from_iterable(((param, group) for param in group["params"]) for group in self.param_groups)
-
-    def _name(self, param: Tensor) -> str:
-        if id(param) not in self._names:
-            position = next((i for i, (p, _) in enumerate(self._members()) if p is param), -1)
-            return f"param_{position:03d}"
-        return self._names[id(param)]
-
-    def _rule(self, group: Group) -> MatrixRule | None:
-        return self.matrix_rules.get(group["algorithm"])
-
-    def _companions(self, param: Tensor, group: Group, piece: Piece) -> dict[str, int]:
-        rule = self._rule(group)
-        return {} if rule is None else rule.companions((piece.shape[0], piece.shape[1]), group)
-
-    def _elementwise(self, group: Group) -> tuple[str, ...]:
-        return ("momentum_buffer",) if self._rule(group) is not None else VECTOR_STATE[group["algorithm"]]
-
-    def _init_state(self, param: nn.Parameter, group: Group, index: int, piece: Piece) -> None:
-        """Create all state at once: every rank, also one without a piece, then has the same keys."""
-        held = local(param)
-        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=held.device)}
-        for name in self._elementwise(group):
-            state[name] = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
-        rule = self._rule(group)
-        for name, length in self._companions(param, group, piece).items():
-            assert rule is not None
-            initial = rule.initial_companion(name, (piece.shape[0], piece.shape[1]), group, index)
-            low = min(piece.start, length)
-            here = held_length(piece, length)
-            state[name] = (
-                torch.zeros(here, dtype=torch.float32, device=held.device)
-                if initial is None
-                else initial.reshape(-1)[low : low + here].to(held.device, torch.float32, copy=True)
+        self._say("routes:\n" + table)
+        share = share_under_rule(routes)
+        if self._algorithm in self.matrix_rules and share < _FEW:
+            warnings.warn(
+                f"{type(self).__name__} trains only {share:.0%} of the matrix elements; the others go to "
+                f"{self._fallback}:\n{table}\nName them in `roles`, or use AdamW if that is what you want.",
+                stacklevel=4,
             )
-        self.state[param] = state
+
+    def routing(self, routes: Sequence[Route]) -> str:
+        """The table of roles, matrices, element shares, rules and learning rates."""
+        by_id = {id(member.param): member for member in self._members()}
+
+        def describe(one: Route) -> str:
+            member = by_id[id(one.named.param)]
+            scale = f" x {member.group['lr_scale']}" if member.algorithm in self.matrix_rules else ""
+            return f"{member.algorithm}, lr {member.lr:.3g}{scale}, wd {member.weight_decay:g}"
+
+        return routing_table(routes, describe)
+
+    def _say(self, text: str) -> None:
+        _LOG.info("%s %s", type(self).__name__, text)
+
+    def _matrices(self, member: Member) -> list[Any]:
+        rule = self.matrix_rules.get(member.algorithm)
+        return [] if rule is None else matrices_of_member(member, rule)
+
+    def _elementwise(self, member: Member) -> tuple[str, ...]:
+        return ("momentum_buffer",) if member.algorithm in self.matrix_rules else VECTOR_STATE[member.algorithm]
+
+    def _wide(self, param: Tensor) -> bool:
+        return keeps_more(local(param), self._settings.bf16_weights)
+
+    def _init_state(self, member: Member) -> None:
+        """Create all state at once: every rank, also one without a part, then has the same keys."""
+        self.state[member.param] = self._fresh_state(member)
+
+    def _fresh_state(self, member: Member) -> dict[str, Any]:
+        held = local(member.param)
+        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=held.device)}
+        layout: dict[str, Any] = {"memory_format": torch.contiguous_format, "requires_grad": False}
+        vector = member.algorithm not in self.matrix_rules
+        for name in self._elementwise(member):
+            dtype = torch.float32 if vector and self._wide(member.param) else member.param.dtype
+            state[name] = torch.zeros_like(member.param, dtype=dtype, **layout)
+        if self._settings.bf16_weights == "compensated" and self._wide(member.param):
+            state[LOW_BITS] = torch.zeros_like(member.param, dtype=torch.int16, **layout)
+        matrices = self._matrices(member)
+        for name in matrices[0].extra if matrices else ():
+            parts = []
+            for position, matrix in enumerate(matrices):
+                extra = matrix.extra[name]
+                whole = matrix.rule.initial_state(name, matrix.shape, member.group, member.index + 7_919 * position)
+                whole = torch.zeros(extra.length) if whole is None else whole.reshape(-1)
+                parts += [whole[low:high] for low, high in extra.spans]
+            state[name] = torch.cat([*parts, torch.zeros(0)]).to(held.device, torch.float32, copy=True)
+        return state
+
+
+SpectralOptimizer.__signature__ = inspect.signature(SpectralOptimizer.__init__)  # type: ignore[attr-defined]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_spectral.functional.orthogonalize import unit_scale
 from lightning_spectral.optim.base import SpectralOptimizer
-from lightning_spectral.optim.matrix_rule import Group, MatrixRule
-from lightning_spectral.optim.settings import MATRIX_PAPER, matrix_settings
+from lightning_spectral.optim.matrix_rule import Group, MatrixRule, faded, fading
+from lightning_spectral.optim.settings import MATRIX_PAPER, MatrixArguments, MatrixSettings
 
 # B matrices of one shape, M rows, N columns, R rank of the update
 
@@ -21,15 +24,18 @@ class DionRule(MatrixRule):
     """One power iteration on the momentum from last step's right factor (Dion, arXiv:2504.05295)."""
 
     rewrites_momentum = True
-    # An all_gather of update and momentum costs more than repeating the few low-rank products.
+    # Sending update and momentum costs more than repeating the few low-rank products.
     shares_over_replicas = False
 
-    def companions(self, shape: tuple[int, int], group: Group) -> dict[str, int]:
+    def extra_state(self, shape: tuple[int, int], group: Group) -> dict[str, int]:
         """The right factor, (R, N)."""
-        return {"right_factor": update_rank(shape, group["rank_fraction"]) * shape[1]}
+        length = update_rank(shape, group["rank_fraction"]) * shape[1]
+        return {**super().extra_state(shape, group), "right_factor": length}
 
-    def initial_companion(self, name: str, shape: tuple[int, int], group: Group, index: int) -> Tensor | None:
+    def initial_state(self, name: str, shape: tuple[int, int], group: Group, index: int) -> Tensor | None:
         """Random unit rows, the same on every rank: drawn from a generator of their own."""
+        if name != "right_factor":
+            return None
         generator = torch.Generator().manual_seed(0x0D10 + index)
         factor_RN = torch.randn(update_rank(shape, group["rank_fraction"]), shape[1], generator=generator)
         return torch.nn.functional.normalize(factor_RN, dim=1)
@@ -38,11 +44,11 @@ class DionRule(MatrixRule):
         """At least fp32: QR and the error feedback lose their point below it."""
         return torch.float64 if group["precision"] == "fp64" or param_dtype == torch.float64 else torch.float32
 
-    def advance(self, momentum: Tensor, grad: Tensor, group: Group) -> None:
+    def update_momentum(self, momenta: Sequence[Tensor], grads: Sequence[Tensor], group: Group) -> None:
         """``B = M + G``; what the update explains is taken out of it in ``update_matrices``."""
-        momentum.add_(grad)
+        torch._foreach_add_(list(momenta), list(grads))
 
-    def direction(self, momentum: Tensor, grad: Tensor, group: Group) -> Tensor:
+    def orthogonalizer_input(self, momentum: Tensor, grad: Tensor, group: Group) -> Tensor:
         """``B`` itself."""
         return momentum
 
@@ -53,23 +59,18 @@ class DionRule(MatrixRule):
             return factor
         return factor * math.sqrt(min(shape) / update_rank(shape, group["rank_fraction"]))
 
-    def update_matrices(self, directions_BMN: Tensor, companions: dict[str, list[Tensor]], group: Group) -> Tensor:
+    def update_matrices(self, inputs_BMN: Tensor, extra: dict[str, list[Tensor]], group: Group) -> Tensor:
         """``P = orth(B Q)``, ``R = B^T P``, ``M = B - (1 - mu) P R^T``, update ``P Q'^T`` with ``Q' = colnorm(R)``."""
-        batch, _, columns = directions_BMN.shape
-        old_BRN = torch.stack(companions["right_factor"]).view(batch, -1, columns).to(directions_BMN.dtype)
+        factors = fading(inputs_BMN, extra, group)
+        batch, _, columns = inputs_BMN.shape
+        scale = unit_scale(inputs_BMN)
+        inputs_BMN.mul_(scale)  # exact, and right for gradients of every size
+        old_BRN = torch.stack(extra["right_factor"]).view(batch, -1, columns).to(inputs_BMN.dtype)
         right_BRN = old_BRN
         for _ in range(group["power_iterations"]):
-            left_BMR = orthonormal_columns(directions_BMN @ right_BRN.mT)
-            right_BRN = left_BMR.mT @ directions_BMN
-        feedback = 1 - group["momentum"]
-        for momentum, left_MR, right_RN in zip(
-            companions["momentum_buffer"], left_BMR.unbind(0), right_BRN.unbind(0), strict=True
-        ):
-            if momentum.dtype == left_MR.dtype:
-                momentum.addmm_(left_MR, right_RN, alpha=-feedback)  # no product of the size of the matrix
-            else:
-                # Rounded once, as where the momentum comes back from an owner.
-                momentum.copy_(torch.addmm(momentum.to(left_MR.dtype), left_MR, right_RN, alpha=-feedback))
+            left_BMR = orthonormal_columns(inputs_BMN @ right_BRN.mT)
+            right_BRN = left_BMR.mT @ inputs_BMN
+        _explain(extra["momentum_buffer"], left_BMR, right_BRN / scale, 1 - group["momentum"])
         if group["orthogonal_right"]:
             new_BRN = orthonormal_columns(right_BRN.mT).mT
             # QR leaves the signs of its columns open; the update must point along B.
@@ -79,11 +80,21 @@ class DionRule(MatrixRule):
             new_BRN = right_BRN / norm.where(norm > 0, 1.0)
         empty = right_BRN.abs().amax(dim=-1, keepdim=True) == 0
         for stored, new_RN, old_RN, is_empty in zip(
-            companions["right_factor"], new_BRN.unbind(0), old_BRN.unbind(0), empty.unbind(0), strict=True
+            extra["right_factor"], new_BRN.unbind(0), old_BRN.unbind(0), empty.unbind(0), strict=True
         ):
             # A direction that saw nothing keeps its old row: a zero row could never come back.
             stored.copy_(torch.where(is_empty, old_RN, new_RN).reshape(-1))
-        return torch.bmm(left_BMR, torch.where(empty, 0.0, new_BRN), out=directions_BMN)
+        return faded(torch.bmm(left_BMR, torch.where(empty, 0.0, new_BRN), out=inputs_BMN), factors)
+
+
+def _explain(momenta: Sequence[Tensor], left_BMR: Tensor, right_BRN: Tensor, feedback: float) -> None:
+    """Take ``feedback`` of what the update explains out of the momentum, in place."""
+    for momentum, left_MR, right_RN in zip(momenta, left_BMR.unbind(0), right_BRN.unbind(0), strict=True):
+        if momentum.dtype == left_MR.dtype:
+            momentum.addmm_(left_MR, right_RN, alpha=-feedback)  # no product of the size of the matrix
+        else:
+            # Rounded once, as where the momentum comes back from an owner.
+            momentum.copy_(torch.addmm(momentum.to(left_MR.dtype), left_MR, right_RN, alpha=-feedback))
 
 
 def orthonormal_columns(tall_BMR: Tensor) -> Tensor:
@@ -114,32 +125,24 @@ def update_rank(shape: tuple[int, int], rank_fraction: float) -> int:
 class Dion(SpectralOptimizer):
     """Dion (arXiv:2504.05295) for hidden matrices, AdamW or Lion for the rest.
 
+    ``momentum`` is what stays of the explained part of the momentum. Products are at least fp32, whatever ``precision``
+    says, since QR and the error feedback lose their point below it.
+
     Args:
         params: A module, ``named_parameters()``, ``parameters()``, or a list of group dicts.
         lr: Learning rate; what it means for a matrix is said by ``lr_scale``.
         rank_fraction: Rank of the update over min(m, n), in (0, 1].
-        weight_decay: Decoupled weight decay of matrices (and of the rest, see ``fallback_weight_decay``).
-        momentum: What stays of the explained part of the momentum.
         power_iterations: Power iterations per step, >= 1.
         orthogonal_right: QR of the right factor (arXiv:2605.16341) in place of unit columns.
         rank_rms_match: Scale the update by sqrt(min(m, n) / rank), so that its RMS does not fall with the rank.
-        precision: ``fp64`` for double products; otherwise fp32, or the parameter's if that is wider.
-        lr_scale: ``match_rms_adamw``, ``original``, ``spectral`` or ``none``.
-        fallback: ``adamw`` or ``lion``.
-        fallback_lr: Learning rate of the fallback; ``lr`` when None.
-        fallback_weight_decay: Weight decay of the fallback; ``weight_decay`` when None.
-        head_lr_scale: ``none`` or ``inverse_sqrt_width``.
-        betas: Of the fallback.
-        eps: Of AdamW.
-        roles: Regular expression searched in parameter names -> role.
-        max_grad_norm: Clip to this global norm.
-        nonfinite: ``propagate``, ``raise`` or ``skip``.
+        shared: Settings described in ``MatrixSettings`` and ``CommonSettings``.
 
     Raises:
         ValueError: If a setting is out of range.
     """
 
     matrix_rules = {"dion": DionRule()}  # noqa: RUF012
+    settings_class = MatrixSettings
 
     def __init__(
         self,
@@ -147,31 +150,24 @@ class Dion(SpectralOptimizer):
         lr: float = 1e-3,
         *,
         rank_fraction: float = 0.25,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
         power_iterations: int = 1,
         orthogonal_right: bool = False,
         rank_rms_match: bool = False,
-        precision: str = "auto",
-        lr_scale: str = "match_rms_adamw",
-        fallback: str = "adamw",
-        fallback_lr: float | None = None,
-        fallback_weight_decay: float | None = None,
-        head_lr_scale: str = "none",
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        roles: dict[str, str] | None = None,
-        max_grad_norm: float | None = None,
-        nonfinite: str = "propagate",
+        **shared: Unpack[MatrixArguments],
     ) -> None:
         if not 0 < rank_fraction <= 1:
             raise ValueError(f"`rank_fraction` must be in (0, 1], got {rank_fraction!r}.")
         if power_iterations < 1:
             raise ValueError(f"`power_iterations` must be >= 1, got {power_iterations!r}.")
-        super().__init__(params, algorithm="dion", **matrix_settings(locals()))
+        own = {
+            "rank_fraction": rank_fraction,
+            "power_iterations": power_iterations,
+            "orthogonal_right": orthogonal_right,
+            "rank_rms_match": rank_rms_match,
+        }
+        super().__init__(params, lr, "dion", MatrixSettings(**shared), own)
 
     @classmethod
     def paper(cls, params: Any, rank_fraction: float = 0.5, **changes: Any) -> Dion:
         """Settings of arXiv:2605.21803; the paper ran rank fractions 1/2, 1/4, 1/8 and 1/16."""
-        settings = {name: value for name, value in MATRIX_PAPER.items() if name != "nesterov"}
-        return cls(params, **{**settings, "rank_fraction": rank_fraction, **changes})
+        return cls(params, **{**MATRIX_PAPER, "rank_fraction": rank_fraction, **changes})

@@ -5,98 +5,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_spectral.optim.shards import Piece, fsdp1_pieces, local, piece_of
+from lightning_spectral.optim.members import Member
+from lightning_spectral.optim.shards import is_dtensor, local
 
 
 def usable_gradients(
-    params: Sequence[Tensor], max_grad_norm: float | None, nonfinite: str, name: Callable[[Tensor], str]
+    members: Sequence[Member], max_grad_norm: float | None, nonfinite: str
 ) -> dict[int, Tensor] | None:
     """Local gradients by ``id(param)``, or None when this step is to be skipped.
 
     Args:
-        params: All parameters of the optimizer.
+        members: All parameters of the optimizer.
         max_grad_norm: Global norm to clip to, or None.
         nonfinite: ``propagate``, ``raise`` or ``skip``; the last two decide alike on all ranks.
-        name: Names a parameter in messages.
 
     Raises:
         RuntimeError: If a gradient is sparse or complex, or not finite under ``raise``.
     """
-    grads: dict[int, Tensor] = {}
-    for param in params:
-        if param.grad is None:
-            continue
-        grad = local(param.grad)
-        if grad.is_sparse or grad.is_complex():
-            raise RuntimeError(
-                f"`{name(param)}` has a {'sparse' if grad.is_sparse else 'complex'} gradient; only dense real ones are "
-                "supported (build nn.Embedding with sparse=False)."
-            )
-        held = local(param)
-        grads[id(param)] = grad if grad.dtype == held.dtype else grad.to(held.dtype)
+    grads = {id(m.param): _local_gradient(m) for m in members if m.param.grad is not None}
     if max_grad_norm is None and nonfinite == "propagate":
         return grads
-    flat_views = fsdp1_pieces()
-    pieces = [piece_of(param, flat_views) for param in params]
-    if nonfinite != "propagate" and not _all_finite(params, pieces, grads):
+    if nonfinite != "propagate" and not _all_finite(members, grads):
         if nonfinite == "skip":
             return None
-        bad = [name(p) for p in params if id(p) in grads and not bool(torch.isfinite(grads[id(p)]).all())]
+        bad = [m.name for m in members if id(m.param) in grads and not bool(torch.isfinite(grads[id(m.param)]).all())]
         raise RuntimeError(
             f"gradient with NaN or Inf in {bad[:3] or 'a parameter held by another rank'} "
             f"({len(bad)} parameters here). Lower the learning rate, clip, or set nonfinite='skip'."
         )
     if max_grad_norm is not None:
-        norm = global_norm(params, pieces, grads)
+        norm = global_norm(members, grads)
         # The same factor as torch.nn.utils.clip_grad_norm_
         factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         grads = {key: grad * factor.to(grad.device, grad.dtype) for key, grad in grads.items()}
     return grads
 
 
-def global_norm(params: Sequence[Tensor], pieces: Sequence[Piece], grads: dict[int, Tensor]) -> Tensor:
+def _local_gradient(member: Member) -> Tensor:
+    grad: Any = member.param.grad
+    param: Any = member.param
+    if is_dtensor(grad) and is_dtensor(param) and grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)  # tensor parallelism leaves partial sums
+    grad = local(grad)
+    if grad.is_sparse:
+        raise RuntimeError(
+            f"`{member.name}` has a sparse gradient; only dense ones are supported: build nn.Embedding(sparse=False)."
+        )
+    if grad.is_complex():
+        raise RuntimeError(
+            f"`{member.name}` is complex; only real parameters are supported: keep it as torch.view_as_real()."
+        )
+    held = local(param)
+    return grad if grad.dtype == held.dtype else grad.to(held.dtype)
+
+
+def global_norm(members: Sequence[Member], grads: dict[int, Tensor]) -> Tensor:
     """2-norm of the whole gradient; one all_reduce per process group that cuts parameters."""
     total = torch.zeros((), dtype=torch.float64)
-    for group, members in _by_group(params, pieces).items():
-        held = [grads[id(p)] for p, _ in members if id(p) in grads and grads[id(p)].numel()]
-        square = torch.zeros((), dtype=torch.float64, device=local(members[0][0]).device)
+    for groups, alike in _by_cut(members):
+        held = [grads[id(m.param)] for m in alike if id(m.param) in grads and grads[id(m.param)].numel()]
+        square = torch.zeros((), dtype=torch.float64, device=local(alike[0].param).device)
         # A norm in bf16 is rounded to 8 bits, and differently for every way to cut the gradient.
         for narrow in (False, True):
-            alike = [grad for grad in held if (grad.dtype.itemsize < 4) == narrow]
-            for norm in torch._foreach_norm(alike, dtype=torch.float32 if narrow else None) if alike else []:
+            some = [grad for grad in held if (grad.dtype.itemsize < 4) == narrow]
+            for norm in torch._foreach_norm(some, dtype=torch.float32 if narrow else None) if some else []:
                 square += norm.double().square()
-        process_group = members[0][1].group
-        if process_group is not None:
+        for group in groups:
             square = square.float() if square.device.type == "mps" else square
-            dist.all_reduce(square, group=process_group)
-        del group
+            dist.all_reduce(square, group=group)
         total = total.to(square.device) + square
     return total.sqrt()
 
 
-def _all_finite(params: Sequence[Tensor], pieces: Sequence[Piece], grads: dict[int, Tensor]) -> bool:
-    answer = True
-    for members in _by_group(params, pieces).values():
-        held = [grads[id(p)] for p, _ in members if id(p) in grads and grads[id(p)].numel()]
-        # The largest magnitude is finite exactly when all entries are.
-        bad = torch.zeros((), device=local(members[0][0]).device)
-        for largest in torch._foreach_norm(held, float("inf")) if held else []:
-            bad += (~torch.isfinite(largest)).float()
-        if members[0][1].group is not None:
-            dist.all_reduce(bad, group=members[0][1].group)
-        answer = answer and float(bad) == 0.0
-    return answer
+def _all_finite(members: Sequence[Member], grads: dict[int, Tensor]) -> bool:
+    """Whether all gradients are finite on all ranks that share a parameter with this one."""
+    bad = torch.zeros((), device=local(members[0].param).device)
+    # The largest magnitude is finite exactly when all entries are.
+    held = [grad for grad in grads.values() if grad.numel()]
+    for largest in torch._foreach_norm(held, float("inf")) if held else []:
+        bad += (~torch.isfinite(largest)).to(bad)
+    for group in {id(m.shard.group): m.shard.group for m in members if m.shard.group is not None}.values():
+        dist.all_reduce(bad, group=group)
+    return float(bad) == 0.0
 
 
-def _by_group(params: Sequence[Tensor], pieces: Sequence[Piece]) -> dict[int, list[tuple[Tensor, Piece]]]:
-    """Parameters cut over one process group together; groups come in the order of the model, on every rank."""
-    groups: dict[int, list[tuple[Tensor, Piece]]] = {}
-    for param, piece in zip(params, pieces, strict=True):
-        groups.setdefault(0 if piece.group is None else id(piece.group), []).append((param, piece))
-    return groups
+def _by_cut(members: Sequence[Member]) -> list[tuple[tuple[Any, ...], list[Member]]]:
+    """Parameters cut over the same process groups together; in the order of the model, on every rank."""
+    alike: dict[tuple[int, ...], tuple[tuple[Any, ...], list[Member]]] = {}
+    for member in members:
+        groups = member.shard.cut_over
+        alike.setdefault(tuple(id(group) for group in groups), (groups, []))[1].append(member)
+    return list(alike.values())

@@ -1,4 +1,4 @@
-"""Matrices that are whole here: which go through one batched update, the update itself, and its way to the weight."""
+"""One matrix as the step sees it: where its entries are here, which run it goes through, how the weight is moved."""
 
 from __future__ import annotations
 
@@ -10,32 +10,112 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.functional.orthogonalize import same_shape_runs
+from lightning_spectral.models.views import MatrixView, Range, Rectangle
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule
-from lightning_spectral.optim.shards import Piece, local
+from lightning_spectral.optim.members import Member
+from lightning_spectral.optim.shards import Block, blocks_of, local
+from lightning_spectral.optim.weights import keeps_more, widened, write_back
 
 States = Any  # Optimizer.state: parameter -> {name: tensor}
-Observer = Callable[[Tensor, Tensor, Tensor, Group], None]
+Observer = Callable[[str, Tensor, Tensor, Group], None]
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """One matrix parameter with its settings and what is held of it here."""
+class Extra:
+    """Where the extra state of one matrix lies.
 
-    param: Tensor
-    group: Group
+    Attributes:
+        length: Entries of the whole array.
+        offset: Begin of this matrix's local entries in the flat state tensor of the parameter.
+        spans: Ranges of the array that are here, in the order in which they lie.
+    """
+
+    length: int
+    offset: int
+    spans: tuple[Range, ...]
+
+    @property
+    def held(self) -> int:
+        """Entries that are here."""
+        return sum(high - low for low, high in self.spans)
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One matrix of one parameter: shape, local blocks, extra state, rule and settings."""
+
+    member: Member
     rule: MatrixRule
-    piece: Piece
+    view: MatrixView
+    blocks: tuple[Block, ...]
+    extra: dict[str, Extra]
+    position: int | None
+
+    @property
+    def param(self) -> Tensor:
+        """The parameter that holds it."""
+        return self.member.param
+
+    @property
+    def name(self) -> str:
+        """Of the parameter, with the position of the matrix where it holds several."""
+        return self.member.name if self.position is None else f"{self.member.name}[{self.position}]"
+
+    @property
+    def group(self) -> Group:
+        """Settings of its parameter group."""
+        return self.member.group
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of the whole matrix."""
-        return self.piece.shape[0], self.piece.shape[1]
+        """Outputs and inputs."""
+        return self.view.shape
+
+    @property
+    def numel(self) -> int:
+        """Entries of the whole matrix."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all its entries are here."""
+        return sum(block.target.numel for block in self.blocks) == self.numel
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the direction and of the update, also on the wire."""
         held = local(self.param)
         return self.rule.dtype(self.group, held.dtype, held.device)
+
+
+def matrices_of_member(member: Member, rule: MatrixRule) -> list[Matrix]:
+    """All matrices of a parameter, also those of which nothing is here."""
+    assert member.views is not None
+    found = []
+    used: dict[str, int] = {}
+    for position, view in enumerate(member.views):
+        blocks = tuple(blocks_of(view, member.shard))
+        extra = {}
+        for name, length in rule.extra_state(view.shape, member.group).items():
+            spans = spans_of([block.target for block in blocks], view.shape[1], length)
+            extra[name] = Extra(length, used.get(name, 0), spans)
+            used[name] = used.get(name, 0) + extra[name].held
+        found.append(Matrix(member, rule, view, blocks, extra, position if len(member.views) > 1 else None))
+    return found
+
+
+def spans_of(targets: Sequence[Rectangle], columns: int, length: int) -> tuple[Range, ...]:
+    """Which of ``length`` values, laid along the first rows of a matrix, lie in these rectangles of it."""
+    spans: list[Range] = []
+    for target in targets:
+        for row in range(target.rows[0], min(target.rows[1], -(-length // columns))):
+            low = min(length, row * columns + target.columns[0])
+            high = min(length, row * columns + target.columns[1])
+            if high > low and spans and spans[-1][1] == low:
+                spans[-1] = (spans[-1][0], high)
+            elif high > low:
+                spans.append((low, high))
+    return tuple(spans)
 
 
 def runs_of(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
@@ -51,32 +131,77 @@ def runs_of(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
     return runs
 
 
-def update_run(run: Sequence[Matrix], grads: dict[int, Tensor], states: States, observe: Observer | None) -> Tensor:
-    """Updates (B, M, N) of matrices that are whole here, companions changed in place."""
+def flat(tensor: Tensor) -> Tensor:
+    """A local tensor as one row; a copy if it does not lie in order."""
+    return tensor.reshape(-1)
+
+
+def write_inputs(matrix: Matrix, target: Tensor, grads: dict[int, Tensor], states: States) -> None:
+    """Write the local entries of what enters the rule into the M x N ``target``."""
+    momentum = flat(local(states[matrix.param]["momentum_buffer"]))
+    grad = flat(grads[id(matrix.param)])
+    for block in matrix.blocks:
+        (r0, r1), (c0, c1) = block.target.rows, block.target.columns
+        entering = matrix.rule.orthogonalizer_input(block.of(momentum), block.of(grad), matrix.group)
+        target[r0:r1, c0:c1].copy_(entering)
+
+
+def extra_here(matrix: Matrix, name: str, states: States) -> Tensor:
+    """The local entries of extra state; writing to them writes to the state."""
+    extra = matrix.extra[name]
+    found: Tensor = states[matrix.param][name][extra.offset : extra.offset + extra.held]
+    return found
+
+
+def run_rule(
+    run: Sequence[Matrix], stacked: Tensor, extra: dict[str, list[Tensor]], observe: Observer | None
+) -> Tensor:
+    """Updates (B, M, N) of whole directions, extra state changed in place."""
     first = run[0]
-    held = local(first.param)
-    directions = torch.empty((len(run), *first.shape), dtype=first.dtype, device=held.device)
-    for matrix, target in zip(run, directions.unbind(0), strict=True):
-        momentum = local(states[matrix.param]["momentum_buffer"])
-        target.copy_(matrix.rule.direction(momentum, grads[id(matrix.param)], matrix.group).view(matrix.shape))
-    companions = {
-        name: [states[m.param][name] for m in run] for name in first.rule.companions(first.shape, first.group)
-    }
-    if first.rule.rewrites_momentum:
-        companions["momentum_buffer"] = [local(states[m.param]["momentum_buffer"]) for m in run]
-    entering = directions.clone() if observe is not None else directions
-    # Rounded to the wire's dtype here too: otherwise an owner would apply another update than the ranks it sends it to.
-    updates = first.rule.update_matrices(directions, companions, first.group).to(first.dtype)
+    entering = stacked.clone() if observe is not None else stacked
+    # Rounded to the wire's dtype everywhere: otherwise an owner would apply another update than it sends.
+    updates = first.rule.update_matrices(stacked, extra, first.group).to(first.dtype)
     if observe is not None:
         for matrix, direction, update in zip(run, entering.unbind(0), updates.unbind(0), strict=True):
-            observe(matrix.param, direction, update, matrix.group)
+            observe(matrix.name, direction, update, matrix.group)
     return updates
 
 
-def apply_update(matrix: Matrix, held: Tensor, update: Tensor) -> None:
-    """Decay and move ``held``, the part of the weight that is here, by its part of the update."""
-    group = matrix.group
-    lr = float(group["lr"]) * group["lr_ratio"]
-    if group["weight_decay"] != 0:
-        held.mul_(1 - lr * group["weight_decay"])
-    held.add_(update, alpha=-lr * matrix.rule.shape_factor(matrix.shape, group))
+class WeightUpdate:
+    """Moves weights by parts of updates.
+
+    A bf16 weight that keeps more than its rounding is widened to fp32 first, one that does not lie in order is copied;
+    ``store`` writes them back.
+    """
+
+    def __init__(self, states: States, bf16_weights: str) -> None:
+        self._states, self._how = states, bf16_weights
+        self._open: dict[int, tuple[Member, Tensor]] = {}
+
+    def apply(self, matrix: Matrix, block: Block, part: Tensor) -> None:
+        """Decay and move the entries of ``block`` by their part (rows x columns) of the update."""
+        member = matrix.member
+        weight = block.of(self._flat(member))
+        lr = member.lr
+        if member.weight_decay != 0:
+            weight.mul_(1 - lr * member.weight_decay)
+        weight.add_(part, alpha=-lr * matrix.rule.shape_factor(matrix.shape, matrix.group))
+
+    def store(self) -> None:
+        """Write back what was widened or copied; rounding what has not changed changes nothing."""
+        for member, wide in self._open.values():
+            held = local(member.param)
+            if keeps_more(held, self._how):
+                write_back(self._states[member.param], held, wide.view(held.shape), member)
+            else:
+                held.copy_(wide.view(held.shape))
+        self._open.clear()
+
+    def _flat(self, member: Member) -> Tensor:
+        held = local(member.param)
+        if not keeps_more(held, self._how) and held.is_contiguous():
+            return held.view(-1)
+        if id(member.param) not in self._open:
+            wide = widened(self._states[member.param], held) if keeps_more(held, self._how) else held.reshape(-1)
+            self._open[id(member.param)] = (member, wide.reshape(-1))
+        return self._open[id(member.param)][1]

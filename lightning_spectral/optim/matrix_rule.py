@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +24,8 @@ LR_SCALES: dict[str, Callable[[int, int], float]] = {
 }
 
 MOMENTUM_STYLES = ("ema", "heavy_ball")
+EPS_STYLES = ("relative", "absolute")
+PEAK_DECAY = 0.999  # of the largest entry that `norm_eps` is relative to
 PRECISIONS = ("auto", "bf16", "fp32", "fp64")
 
 
@@ -44,21 +46,21 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 class MatrixRule:
-    """Base of the algorithms; a new one overrides ``update_matrices`` and, if it keeps more state, ``companions``.
+    """Base of the algorithms; a new one overrides ``update_matrices`` and, if it keeps more state, ``extra_state``.
 
     A rule has no state of its own: everything that must survive a checkpoint is in the group (plain settings), in the
-    momentum (laid out as the parameter) or in companions (a flat fp32 array per matrix).
+    momentum (laid out as the parameter) or in extra state (a flat fp32 array per matrix).
     """
 
+    shares_over_replicas = True  # worth sending the result to ranks with a copy instead of repeating the work
     rewrites_momentum = False  # `update_matrices` changes the momentum it is given (Dion's error feedback)
-    shares_over_replicas = True  # worth sending the result to the other DDP ranks instead of repeating the work
 
-    def companions(self, shape: tuple[int, int], group: Group) -> dict[str, int]:
-        """Name -> number of fp32 values kept with a matrix; at most M * N."""
-        return {}
+    def extra_state(self, shape: tuple[int, int], group: Group) -> dict[str, int]:
+        """Name -> number of fp32 values kept with a matrix; at most M * N. Overriding methods add to it."""
+        return {"peak": 1} if group["norm_eps_style"] == "relative" and group["norm_eps"] > 0 else {}
 
-    def initial_companion(self, name: str, shape: tuple[int, int], group: Group, index: int) -> Tensor | None:
-        """First value of a companion, the same on every rank; zeros when None."""
+    def initial_state(self, name: str, shape: tuple[int, int], group: Group, index: int) -> Tensor | None:
+        """First value of extra state, the same on every rank; zeros when None."""
         return None
 
     def dtype(self, group: Group, param_dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -69,28 +71,56 @@ class MatrixRule:
         """Factor on the learning rate for a matrix of this shape."""
         return LR_SCALES[group["lr_scale"]](*shape)
 
-    def advance(self, momentum: Tensor, grad: Tensor, group: Group) -> None:
-        """Move the momentum of one local piece, in place."""
+    def update_momentum(self, momenta: Sequence[Tensor], grads: Sequence[Tensor], group: Group) -> None:
+        """Move the momentum of local parameters, in place."""
         if group["momentum_style"] == "ema":
-            momentum.lerp_(grad, 1 - group["momentum"])
+            torch._foreach_lerp_(list(momenta), list(grads), 1 - group["momentum"])
         else:
-            momentum.mul_(group["momentum"]).add_(grad)
+            torch._foreach_mul_(list(momenta), group["momentum"])
+            torch._foreach_add_(list(momenta), list(grads))
 
-    def direction(self, momentum: Tensor, grad: Tensor, group: Group) -> Tensor:
-        """What is to be orthogonalised, for one local piece, after ``advance``."""
+    def orthogonalizer_input(self, momentum: Tensor, grad: Tensor, group: Group) -> Tensor:
+        """What is to be orthogonalised, entry by entry, after ``update_momentum``."""
         if not group["nesterov"]:
             return momentum
         if group["momentum_style"] == "ema":
             return grad.lerp(momentum, group["momentum"])
         return grad.add(momentum, alpha=group["momentum"])
 
-    def update_matrices(self, directions_BMN: Tensor, companions: dict[str, list[Tensor]], group: Group) -> Tensor:
+    def update_matrices(self, inputs_BMN: Tensor, extra: dict[str, list[Tensor]], group: Group) -> Tensor:
         """Turn whole directions of one shape into updates of the same shape and dtype.
 
         Args:
-            directions_BMN: Stacked directions, free to be overwritten.
-            companions: Name -> one array per matrix, to be updated in place; with ``rewrites_momentum`` also
+            inputs_BMN: Stacked directions, free to be overwritten.
+            extra: Name -> one array per matrix, to be updated in place; with ``rewrites_momentum`` also
                 ``momentum_buffer``, each (M, N).
             group: Settings of the parameter group.
         """
         raise NotImplementedError
+
+
+def fading(inputs_BMN: Tensor, extra: dict[str, list[Tensor]], group: Group) -> Tensor | None:
+    """Factors (B, 1, 1) on the updates of matrices whose direction has all but vanished; None where that cannot be.
+
+    A matrix without gradient (an expert that nobody asks) would otherwise go on at full size in the direction that is
+    left of its momentum. Relative to the largest entry of the last ``1 / (1 - PEAK_DECAY)`` steps, which moves here.
+    """
+    if "peak" not in extra:
+        return None
+    largest = torch.linalg.vector_norm(inputs_BMN, float("inf"), dim=(-2, -1)).float()
+    peaks = torch.maximum(torch.stack(extra["peak"]).view(-1).mul(PEAK_DECAY), largest)
+    for kept, peak in zip(extra["peak"], peaks.unbind(0), strict=True):
+        kept.copy_(peak.view(1))
+    return (largest / (peaks * group["norm_eps"])).nan_to_num(0.0).clamp(max=1.0).view(-1, 1, 1)
+
+
+def faded(update_BMN: Tensor, factors: Tensor | None) -> Tensor:
+    """Multiply updates by what ``fading`` gave, in place."""
+    if factors is None or (factors.device.type == "cpu" and bool((factors == 1).all())):
+        return update_BMN
+    return update_BMN.mul_(factors.to(update_BMN.dtype))
+
+
+def absolute_eps(group: Group) -> float:
+    """``norm_eps`` where it is a Frobenius norm, else zero."""
+    return float(group["norm_eps"]) if group["norm_eps_style"] == "absolute" else 0.0

@@ -1,37 +1,186 @@
-"""From the keywords of a public optimizer to what ``SpectralOptimizer`` is built from, and what is allowed in them."""
+"""What can be set, written once: types for editors and checkers, defaults, meaning and allowed values.
+
+The ``...Arguments`` dictionaries tell mypy and editors the types of ``**shared``; the frozen ``...Settings`` hold
+defaults, documentation and checks. A test holds the two together.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
 from lightning_spectral.functional.orthogonalize import check_method
-from lightning_spectral.optim.matrix_rule import LR_SCALES, MOMENTUM_STYLES, PRECISIONS
-from lightning_spectral.optim.param_groups import Role
+from lightning_spectral.models.layouts import SPLITS
+from lightning_spectral.optim.matrix_rule import EPS_STYLES, LR_SCALES, MOMENTUM_STYLES, PRECISIONS
 from lightning_spectral.optim.vector_rules import VECTOR_RULES
+from lightning_spectral.optim.weights import BF16_WEIGHTS
 
 NONFINITE = ("propagate", "raise", "skip")
 HEAD_LR_SCALES: dict[str, Callable[[int], float]] = {"none": lambda width: 1.0, "inverse_sqrt_width": lambda d: d**-0.5}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What holds for the whole optimizer; everything that may differ between parameters is in its groups."""
+class CommonArguments(TypedDict, total=False):
+    """Types of the settings in ``CommonSettings``."""
 
-    algorithm: str
-    fallback: str
-    ratios: dict[Role, float]
-    weight_decays: dict[Role, float]
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    fallback_lr: float | None
+    fallback_weight_decay: float | None
     head_lr_scale: str
-    roles: dict[str, str]
+    roles: dict[str, str] | None
     max_grad_norm: float | None
     nonfinite: str
+    bf16_weights: str
+
+
+class MatrixArguments(CommonArguments, total=False):
+    """Types of the settings in ``MatrixSettings``."""
+
+    momentum: float
+    norm_eps: float
+    norm_eps_style: str
+    precision: str
+    lr_scale: str
+    fallback: str
+    split: str
     share_over_ranks: bool
+    bucket_mib: float
+
+
+class OrthogonalArguments(MatrixArguments, total=False):
+    """Types of the settings in ``OrthogonalSettings``."""
+
+    nesterov: bool
+    momentum_style: str
+    orthogonalize: str
+    steps: int | None
+
+
+@dataclass(frozen=True)
+class CommonSettings:
+    """Settings of every optimizer.
+
+    Args:
+        weight_decay: Decoupled weight decay of matrices (and of the rest, see ``fallback_weight_decay``).
+        betas: Decay of the first and second moment of AdamW, or of Lion.
+        eps: Added to the root of AdamW's second moment.
+        fallback_lr: Learning rate of what is not a hidden matrix; ``lr`` when None. Kept as a ratio to ``lr``.
+        fallback_weight_decay: Weight decay of what is not a hidden matrix; ``weight_decay`` when None.
+        head_lr_scale: ``none``, or ``inverse_sqrt_width`` to divide the head's learning rate by sqrt(fan_in).
+        roles: Regular expression searched in parameter names -> ``matrix``, ``transposed matrix``, ``embedding``,
+            ``head`` or ``vector``, where the routing table is not what you want.
+        max_grad_norm: Clip to this global norm, under every strategy; ``p.grad`` stays as it is.
+        nonfinite: ``propagate`` NaN and Inf like torch, ``raise``, or ``skip`` the step on all ranks.
+        bf16_weights: How a bf16 weight takes an update smaller than its rounding: ``nearest`` (it is lost),
+            ``stochastic`` rounding, or ``compensated`` (16 more bits per weight: exactly an fp32 copy).
+    """
+
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    fallback_lr: float | None = None
+    fallback_weight_decay: float | None = None
+    head_lr_scale: str = "none"
+    roles: dict[str, str] | None = None
+    max_grad_norm: float | None = None
+    nonfinite: str = "propagate"
+    bf16_weights: str = "nearest"
+
+    def __post_init__(self) -> None:
+        """Raise ValueError with the name, the value and what is allowed."""
+        _require_numbers(self)
+        object.__setattr__(self, "betas", tuple(self.betas))  # schedulers rewrite a tuple; YAML gives a list
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"`betas` must be two numbers in [0, 1), got {self.betas!r}.")
+        for name in ("weight_decay", "eps"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"`{name}` must be finite and >= 0, got {value!r}.")
+        if self.fallback_weight_decay is not None and not 0 <= self.fallback_weight_decay < math.inf:
+            raise ValueError(f"`fallback_weight_decay` must be >= 0, got {self.fallback_weight_decay!r}.")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"`max_grad_norm` must be > 0 or None, got {self.max_grad_norm!r}.")
+        _require_choice("nonfinite", self.nonfinite, NONFINITE)
+        _require_choice("head_lr_scale", self.head_lr_scale, HEAD_LR_SCALES)
+        _require_choice("bf16_weights", self.bf16_weights, BF16_WEIGHTS)
+
+
+@dataclass(frozen=True)
+class MatrixSettings(CommonSettings):
+    """Settings of every optimizer with an algorithm of its own for hidden matrices: ``CommonSettings`` and these.
+
+    Args:
+        momentum: Momentum of matrices, in [0, 1).
+        norm_eps: A matrix whose direction is smaller than this fades out instead of moving at full size on noise.
+        norm_eps_style: ``relative`` to the largest entry of the last thousand steps or so, or ``absolute``: a
+            Frobenius norm, as in torch.optim.Muon.
+        precision: Of the products: ``auto`` (bf16 where the hardware multiplies it), ``bf16``, ``fp32`` or ``fp64``.
+        lr_scale: ``match_rms_adamw`` (0.2 sqrt(max(m, n)): an AdamW learning rate fits), ``original``
+            (sqrt(max(1, m/n))), ``spectral`` (sqrt(m/n), as in the paper) or ``none``.
+        fallback: ``adamw`` or ``lion`` for everything that is not a hidden matrix.
+        split: Matrices of fused projections: ``none``, ``projections`` (q, k, v, gate and up each) or ``heads``
+            (every head of q, k and v).
+        share_over_ranks: Divide the orthogonalisation among the ranks that hold the same weights.
+        bucket_mib: Size of the buckets in which matrices travel between ranks; two are on their way at a time.
+    """
+
+    momentum: float = 0.95
+    norm_eps: float = 1e-3
+    norm_eps_style: str = "relative"
+    precision: str = "auto"
+    lr_scale: str = "match_rms_adamw"
+    fallback: str = "adamw"
+    split: str = "none"
+    share_over_ranks: bool = True
+    bucket_mib: float = 32.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError with the name, the value and what is allowed."""
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"`momentum` must be in [0, 1), got {self.momentum!r}.")
+        if not (math.isfinite(self.norm_eps) and self.norm_eps >= 0):
+            raise ValueError(f"`norm_eps` must be finite and >= 0, got {self.norm_eps!r}.")
+        if not self.bucket_mib > 0:
+            raise ValueError(f"`bucket_mib` must be > 0, got {self.bucket_mib!r}.")
+        _require_choice("norm_eps_style", self.norm_eps_style, EPS_STYLES)
+        _require_choice("precision", self.precision, PRECISIONS)
+        _require_choice("lr_scale", self.lr_scale, LR_SCALES)
+        _require_choice("fallback", self.fallback, VECTOR_RULES)
+        _require_choice("split", self.split, SPLITS)
+
+
+@dataclass(frozen=True)
+class OrthogonalSettings(MatrixSettings):
+    """Settings of optimizers that orthogonalise the momentum: ``MatrixSettings`` and these.
+
+    Args:
+        nesterov: Look one gradient ahead.
+        momentum_style: ``ema`` (``m += (1 - momentum) (g - m)``, torch) or ``heavy_ball`` (``m = momentum m + g``).
+        orthogonalize: A coefficient set of ``functional.orthogonalize`` (``polar_express``, ``muon``, ...), ``svd`` or
+            ``identity``.
+        steps: Number of iterations; the set's own (5) when None.
+    """
+
+    nesterov: bool = True
+    momentum_style: str = "ema"
+    orthogonalize: str = "polar_express"
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError with the name, the value and what is allowed."""
+        super().__post_init__()
+        _require_choice("momentum_style", self.momentum_style, MOMENTUM_STYLES)
+        check_method(self.orthogonalize)
+        if self.steps is not None and self.steps < 0:
+            raise ValueError(f"`steps` must be >= 0 or None, got {self.steps!r}.")
 
 
 # arXiv:2605.21803, hidden matrices and embedding / head, shared by Muon, NorMuon and Dion
@@ -39,7 +188,6 @@ MATRIX_PAPER: dict[str, Any] = {
     "lr": 0.02,
     "weight_decay": 0.01,
     "momentum": 0.95,
-    "nesterov": True,
     "lr_scale": "spectral",
     "fallback": "lion",
     "fallback_lr": 0.02,
@@ -47,86 +195,71 @@ MATRIX_PAPER: dict[str, Any] = {
     "head_lr_scale": "inverse_sqrt_width",
     "betas": (0.95, 0.98),
 }
+ORTHOGONAL_PAPER: dict[str, Any] = {**MATRIX_PAPER, "nesterov": True, "orthogonalize": "muon", "steps": 5}
 
-_NUMBERS = ("lr", "weight_decay", "momentum", "eps", "fallback_lr", "fallback_weight_decay", "max_grad_norm")
-_COMMON = ("fallback", "head_lr_scale", "roles", "max_grad_norm", "nonfinite", "share_over_ranks")
-_NOT_SETTINGS = ("self", "params", "__class__", "fallback_lr", "fallback_weight_decay", *_COMMON)
+# Settings of the whole optimizer; the others are in its groups, where they may differ and schedulers see them.
+_OF_THE_OPTIMIZER = (
+    "roles",
+    "max_grad_norm",
+    "nonfinite",
+    "bf16_weights",
+    "fallback",
+    "fallback_lr",
+    "fallback_weight_decay",
+    "head_lr_scale",
+    "split",
+    "share_over_ranks",
+    "bucket_mib",
+)
 
 
-def matrix_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Split the arguments of an optimizer's ``__init__`` (its ``locals()``) into group defaults and the rest.
+def group_settings(settings: CommonSettings) -> dict[str, Any]:
+    """The settings that every parameter group carries: a scheduler may look into any of them."""
+    everything = {field.name: getattr(OrthogonalSettings, field.name) for field in fields(OrthogonalSettings)}
+    everything.update({field.name: getattr(settings, field.name) for field in fields(settings)})
+    return {name: value for name, value in everything.items() if name not in _OF_THE_OPTIMIZER}
+
+
+def fallback_ratio(lr: float, fallback_lr: float | None) -> float:
+    """``fallback_lr / lr``, which schedulers leave alone.
 
     Raises:
-        ValueError: If a learning rate or a weight decay is out of range or no number.
+        ValueError: If a learning rate is no number, or out of range.
     """
-    given = dict(given)
-    for name in _NUMBERS:
-        _require_number(name, given.get(name))
-    lr, fallback_lr = given["lr"], given.get("fallback_lr")
-    if fallback_lr is not None and not (lr > 0 and fallback_lr >= 0):
+    _require_number("lr", lr)
+    if not (math.isfinite(lr) and lr >= 0):
+        raise ValueError(f"`lr` must be finite and >= 0, got {lr!r}.")
+    if fallback_lr is None:
+        return 1.0
+    if not (lr > 0 and fallback_lr >= 0):
         raise ValueError(
             f"`fallback_lr` is kept as a ratio to `lr`, so both must be positive; got {fallback_lr!r} and {lr!r}."
         )
-    ratio = 1.0 if fallback_lr is None else fallback_lr / lr
-    decay = given["weight_decay"] if given.get("fallback_weight_decay") is None else given["fallback_weight_decay"]
-    if not decay >= 0:
-        raise ValueError(f"`fallback_weight_decay` must be >= 0, got {decay!r}.")
-    defaults = {name: value for name, value in given.items() if name not in _NOT_SETTINGS}
-    # A tuple: schedulers (OneCycleLR) read and rewrite `betas`, and YAML gives a list.
-    defaults["betas"] = tuple(given["betas"])
-    # Every group carries every setting: a scheduler may look into any of them.
-    for name, value in _ALWAYS.items():
-        defaults.setdefault(name, value)
-    rest: tuple[str, ...] = ("embedding", "head", "vector")
-    return {
-        "defaults": {**defaults, "algorithm": "", "role": "", "lr_ratio": 1.0},
-        "ratios": {"matrix": 1.0, **dict.fromkeys(rest, ratio)},
-        "weight_decays": {"matrix": given["weight_decay"], **dict.fromkeys(rest, decay)},
-        **{name: given[name] for name in _COMMON if name in given},
-    }
+    return float(fallback_lr / lr)
 
 
-_ALWAYS: dict[str, Any] = {
-    "momentum": 0.95,
-    "nesterov": True,
-    "momentum_style": "ema",
-    "orthogonalize": "polar_express",
-    "steps": None,
-    "precision": "auto",
-    "lr_scale": "match_rms_adamw",
-    "eps": 1e-8,
-}
+def full_signature(own: Callable[..., Any], settings: type[CommonSettings]) -> inspect.Signature:
+    """The signature of an optimizer with its ``**shared`` spelled out: for help(), litgpt and checks of recipes."""
+    parameters = list(inspect.signature(own, eval_str=False).parameters.values())
+    named = [p for p in parameters[1:] if p.kind is not p.VAR_KEYWORD]
+    known = {p.name for p in named}
+    shared = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(settings)
+        if f.name not in known
+    ]
+    return inspect.Signature([*named, *shared])
 
 
-def check_settings(
-    defaults: dict[str, Any], fallback: str, max_grad_norm: float | None, nonfinite: str, head_lr_scale: str
-) -> None:
-    """Refuse settings out of range; raises ValueError with the name, the value and what is allowed."""
-    for name in ("lr", "weight_decay", "eps"):
-        if not (math.isfinite(defaults[name]) and defaults[name] >= 0):
-            raise ValueError(f"`{name}` must be finite and >= 0, got {defaults[name]!r}.")
-    betas = defaults["betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"`betas` must be two numbers in [0, 1), got {betas!r}.")
-    if not 0 <= defaults["momentum"] < 1:
-        raise ValueError(f"`momentum` must be in [0, 1), got {defaults['momentum']!r}.")
-    choices: dict[str, tuple[Any, Iterable[str]]] = {
-        "fallback": (fallback, VECTOR_RULES),
-        "nonfinite": (nonfinite, NONFINITE),
-        "head_lr_scale": (head_lr_scale, HEAD_LR_SCALES),
-        "lr_scale": (defaults["lr_scale"], LR_SCALES),
-        "precision": (defaults["precision"], PRECISIONS),
-        "momentum_style": (defaults["momentum_style"], MOMENTUM_STYLES),
-    }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.")
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"`max_grad_norm` must be > 0 or None, got {max_grad_norm!r}.")
-    check_method(defaults["orthogonalize"])
-    steps = defaults["steps"]
-    if steps is not None and steps < 0:
-        raise ValueError(f"`steps` must be >= 0 or None, got {steps!r}.")
+def _require_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.")
+
+
+def _require_numbers(settings: CommonSettings) -> None:
+    for field in fields(settings):
+        if field.type in ("float", "float | None"):
+            _require_number(field.name, getattr(settings, field.name))
 
 
 def _require_number(name: str, value: Any) -> None:

@@ -1,47 +1,168 @@
-"""Who holds which piece of which matrix, and one exchange in and one out that make every matrix whole somewhere.
+"""What this rank holds of a parameter, whatever cut it: DDP, FSDP1, FSDP2, HSDP, tensor and expert parallelism.
 
-FSDP1 shows an optimizer 1-D slices of a flat buffer, FSDP2 shows DTensors cut along rows. Both are the same thing: a
-range of the row-major flattening of the matrix. A rank that already holds a whole matrix keeps it; of a cut matrix one
-holder, the least loaded, becomes the owner and receives the missing ranges. All matrices travel in one ``all_to_all``,
-their updates in a second.
+A whole parameter and a DTensor are a box of the logical shape, an FSDP1 shard is a range of its row-major flattening.
+Either way the local entries are a few rectangles of the stored matrix, which is all that the exchange between ranks and
+checkpoints need to know.
 """
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_ALIGN = 16  # bytes; every dtype may start here
+from lightning_spectral.models.views import MatrixView, Range, Rectangle, Views
 
 
 @dataclass(frozen=True)
-class Piece:
+class Shard:
     """What this rank holds of one parameter.
 
     Attributes:
         shape: Logical shape.
-        start: First entry of the row-major flattening that is held here.
-        stop: One past the last; equal to ``start`` on a rank without a piece.
-        group: The process group the parameter is cut over; None when it is whole here.
-        kind: ``"whole"``, ``"flat"`` (FSDP1) or ``"rows"`` (FSDP2).
+        box: Range of every dimension that is held here; empty ranges on a rank without a part. None for ``span``.
+        span: Range of the row-major flattening (FSDP1); None for ``box``.
+        group: Process group of all ranks that hold a part or a copy; None when this rank alone decides.
+        cut_over: Process groups over which the entries are divided, without the copies: for sums over entries.
     """
 
     shape: tuple[int, ...]
-    start: int
-    stop: int
-    group: Any
-    kind: str
+    box: tuple[Range, ...] | None
+    span: Range | None = None
+    group: Any = None
+    cut_over: tuple[Any, ...] = ()
 
     @property
     def numel(self) -> int:
         """Entries of the whole parameter."""
-        return int(torch.Size(self.shape).numel())
+        return math.prod(self.shape)
+
+    @property
+    def held(self) -> int:
+        """Entries that are here."""
+        if self.box is None:
+            assert self.span is not None
+            return self.span[1] - self.span[0]
+        return math.prod(high - low for low, high in self.box)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all entries are here."""
+        return self.held == self.numel
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """The local entries of a tensor of the logical shape (or its flattening), in the local layout."""
+        if self.span is not None:
+            return whole.reshape(-1)[self.span[0] : self.span[1]]
+        assert self.box is not None
+        return whole.reshape(self.shape)[tuple(slice(low, high) for low, high in self.box)]
+
+    def rectangles(self, views: Views) -> list[tuple[Rectangle, int]]:
+        """Pairs (entries of the stored matrix, where they begin in the flat local storage); each lies row by row."""
+        if self.held == 0:
+            return []
+        rows, columns = views.stored
+        if self.span is not None:
+            return list(_rectangles_of_span(self.span, columns))
+        assert self.box is not None
+        if self.is_whole:
+            return [(Rectangle((0, rows), (0, columns)), 0)]
+        return _rectangles_of_box(self.box, self.shape, views.row_dims)
+
+
+def _rectangles_of_span(span: Range, columns: int) -> Iterator[tuple[Rectangle, int]]:
+    """A partial first row, whole rows, a partial last row."""
+    start, stop = span
+    position = start
+    while position < stop:
+        row, column = divmod(position, columns)
+        whole_rows = (stop - position) // columns
+        if column == 0 and whole_rows:
+            end = position + whole_rows * columns
+            yield Rectangle((row, row + whole_rows), (0, columns)), position - start
+        else:
+            end = min(stop, (row + 1) * columns)
+            yield Rectangle((row, row + 1), (column, column + end - position)), position - start
+        position = end
+
+
+def _rectangles_of_box(box: Sequence[Range], shape: Sequence[int], row_dims: int) -> list[tuple[Rectangle, int]]:
+    inner = shape[row_dims + 1 :]
+    if any(low > 0 or high < size for (low, high), size in zip(box[row_dims + 1 :], inner, strict=True)):
+        raise ValueError(f"a parameter of shape {tuple(shape)} is cut inside its columns, {list(box)}: not supported.")
+    unit = math.prod(inner)
+    columns = (0, 1) if len(shape) == row_dims else (box[row_dims][0] * unit, box[row_dims][1] * unit)
+    width = columns[1] - columns[0]
+    *outer, (low, high) = box[:row_dims]
+    found: list[tuple[Rectangle, int]] = []
+    offset = 0
+    for index in product(*(range(*held) for held in outer)):
+        base = 0
+        for position, size in zip(index, shape[1:row_dims], strict=True):
+            base = (base + position) * size
+        rows = (base + low, base + high)
+        if found and found[-1][0].rows[1] == rows[0]:
+            last, begin = found[-1]
+            found[-1] = (Rectangle((last.rows[0], rows[1]), columns), begin)
+        else:
+            found.append((Rectangle(rows, columns), offset))
+        offset += (high - low) * width
+    return found
+
+
+@dataclass(frozen=True)
+class Block:
+    """Entries of one matrix that are here, and where.
+
+    Attributes:
+        target: Which entries of the M x N matrix.
+        offset: Begin in the flat local storage.
+        stride: From one stored row to the next.
+        transposed: Stored as the transpose of ``target``.
+    """
+
+    target: Rectangle
+    offset: int
+    stride: int
+    transposed: bool
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The entries inside a flat local tensor, in the matrix's orientation; shares memory with it."""
+        stored = self.target.mirrored if self.transposed else self.target
+        size = (stored.rows[1] - stored.rows[0], stored.columns[1] - stored.columns[0])
+        found = flat.as_strided(size, (self.stride, 1), flat.storage_offset() + self.offset)
+        return found.mT if self.transposed else found
+
+
+def blocks_of(view: MatrixView, shard: Shard) -> list[Block]:
+    """The parts of one matrix that this rank holds."""
+    blocks = []
+    for held, begin in shard.rectangles(view.views):
+        stride = held.columns[1] - held.columns[0]
+        for source, target in view.places():
+            common = source.meets(held)
+            if common is None:
+                continue
+            down, right = common.rows[0] - source.rows[0], common.columns[0] - source.columns[0]
+            inside = Rectangle(
+                (down, down + common.rows[1] - common.rows[0]), (right, right + common.columns[1] - common.columns[0])
+            )
+            if view.views.transposed:
+                inside = inside.mirrored
+            moved = Rectangle(
+                (target.rows[0] + inside.rows[0], target.rows[0] + inside.rows[1]),
+                (target.columns[0] + inside.columns[0], target.columns[0] + inside.columns[1]),
+            )
+            offset = begin + (common.rows[0] - held.rows[0]) * stride + common.columns[0] - held.columns[0]
+            blocks.append(Block(moved, offset, stride, view.views.transposed))
+    return blocks
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -55,280 +176,104 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def piece_of(param: Tensor, flat_views: dict[int, Piece] | None = None) -> Piece:
-    """Describe what this rank holds of ``param``.
+class Shards:
+    """Looks up what ``param`` is part of; asks the heap for FSDP1 and DDP modules once, so make one per plan."""
 
-    Args:
-        param: Whole parameter, FSDP1 shard or DTensor.
-        flat_views: What ``fsdp1_pieces`` returned; looked up again when None.
+    def __init__(self) -> None:
+        self._flat: dict[int, Shard] = {}
+        self._replicated: dict[int, Any] = {}
+        if dist.is_available() and dist.is_initialized():
+            self._flat, self._replicated = _live_wrappers()
 
-    Raises:
-        ValueError: If a DTensor is cut in a way that is not a range of its flattening (tensor parallelism, strided).
-    """
-    if is_dtensor(param):
-        return _dtensor_piece(param)
-    flat_views = fsdp1_pieces() if flat_views is None else flat_views
-    if id(param) in flat_views:
-        return flat_views[id(param)]
-    return Piece(tuple(param.shape), 0, param.numel(), None, "whole")
+    def of(self, param: Tensor, name: str = "a parameter") -> Shard:
+        """Describe what this rank holds of ``param``.
+
+        Raises:
+            ValueError: If a DTensor is cut in a way that is no box, such as a partial sum.
+        """
+        if is_dtensor(param):
+            return _dtensor_shard(param, name)
+        if id(param) in self._flat:
+            return self._flat[id(param)]
+        return Shard(tuple(param.shape), _full(param.shape), group=self._replicated.get(id(param)))
 
 
-def fsdp1_pieces() -> dict[int, Piece]:
-    """Pieces of all original parameters of all live FSDP1 modules, by ``id``; empty when FSDP1 is not in use."""
-    module = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    if module is None or not (dist.is_available() and dist.is_initialized()):
-        return {}
+def _full(shape: Sequence[int]) -> tuple[Range, ...]:
+    return tuple((0, size) for size in shape)
+
+
+def _live_wrappers() -> tuple[dict[int, Shard], dict[int, Any]]:
+    """One pass over the heap: shards of FSDP1 parameters and process groups of DDP parameters, by ``id``."""
+    fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    ddp = sys.modules.get("torch.nn.parallel.distributed")
+    flat: dict[int, Shard] = {}
+    replicated: dict[int, Any] = {}
+    if fsdp is None and ddp is None:
+        return flat, replicated
     import gc
 
-    pieces: dict[int, Piece] = {}
     for candidate in gc.get_objects():
-        if not issubclass(type(candidate), module.FullyShardedDataParallel):
-            continue
-        handle = candidate.__dict__.get("_handle")
-        if handle is None:
-            continue
-        flat = handle.flat_param
-        if flat._params is None:
-            raise ValueError(
-                "FSDP was built with use_orig_params=False: the optimizer sees one vector for many parameters and "
-                "cannot tell matrices apart. Build it with use_orig_params=True (Lightning's and litgpt's default)."
-            )
-        for param, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
-            whole = int(torch.Size(shape).numel())
-            if not handle.uses_sharded_strategy:
-                continue
-            start, stop = (
-                (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else (whole, whole)
-            )
-            pieces[id(param)] = Piece(tuple(shape), start, stop, handle.process_group, "flat")
-    return pieces
+        if fsdp is not None and issubclass(type(candidate), fsdp.FullyShardedDataParallel):
+            flat.update(_fsdp1_shards(candidate))
+        elif ddp is not None and issubclass(type(candidate), ddp.DistributedDataParallel):
+            replicated.update(_ddp_groups(candidate))
+    return flat, replicated
 
 
-def _dtensor_piece(param: Any) -> Piece:
-    from torch.distributed.tensor import Replicate, Shard
+def _fsdp1_shards(module: Any) -> dict[int, Shard]:
+    handle = module.__dict__.get("_handle")
+    if handle is None or not handle.uses_sharded_strategy:
+        return {}
+    flat = handle.flat_param
+    if flat._params is None:
+        raise ValueError(
+            "FSDP was built with use_orig_params=False: the optimizer sees one vector for many parameters and "
+            "cannot tell matrices apart. Build it with use_orig_params=True (Lightning's and litgpt's default)."
+        )
+    shards = {}
+    for param, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
+        whole = math.prod(shape)
+        span = (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else (whole, whole)
+        group = handle.process_group
+        shards[id(param)] = Shard(tuple(shape), None, span, group, (group,))
+    return shards
+
+
+def _ddp_groups(module: Any) -> dict[int, Any]:
+    """Parameters whose gradients this DDP module averages; not those it was told to ignore."""
+    if "module" not in module.__dict__.get("_modules", {}) or dist.get_world_size(module.process_group) == 1:
+        return {}
+    ignored = module.parameters_to_ignore
+    named = module.module.named_parameters()
+    return {id(param): module.process_group for name, param in named if name not in ignored}
+
+
+def _dtensor_shard(param: Any, name: str) -> Shard:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape = tuple(param.shape)
-    cuts = [(dim, p) for dim, p in enumerate(param.placements) if not isinstance(p, Replicate)]
-    if not cuts or param.numel() == 0:
-        return Piece(shape, 0, param.numel(), None, "rows")
-    if len(cuts) > 1 or type(cuts[0][1]) is not Shard or cuts[0][1].dim != 0:
-        raise ValueError(
-            f"a parameter of shape {shape} is cut as {param.placements}: only whole parameters and cuts along rows "
-            "over one mesh dimension (FSDP2, HSDP) are supported; leave tensor-parallel ones to another optimizer."
-        )
-    local_shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-    width = param.numel() // shape[0]
-    rows = local_shape[0] if local_shape else 0
-    start = min(offset[0], shape[0]) * width
-    return Piece(shape, start, start + rows * width, param.device_mesh.get_group(cuts[0][0]), "rows")
+    mesh, placements, shape = param.device_mesh, param.placements, tuple(param.shape)
+    for placement in placements:
+        if placement.is_partial():
+            raise ValueError(f"`{name}` of shape {shape} is placed as {placements}: a partial sum cannot be updated.")
+    sizes, offsets = compute_local_shape_and_global_offset(param.shape, mesh, placements)
+    box = tuple((min(o, full), min(o, full) + n) for o, n, full in zip(offsets, sizes, shape, strict=True))
+    cut_over = tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
+    return Shard(shape, box, None, mesh_group(mesh), cut_over)
 
 
-@dataclass(frozen=True)
-class Parcel:
-    """One array that travels with a matrix: its name, its dtype, and its length laid along the matrix's flattening."""
-
-    name: str
-    length: int
-    dtype: torch.dtype
-
-
-@dataclass
-class Exchange:
-    """The fixed timetable of one process group: which range of which array goes from whom to whom.
-
-    Attributes:
-        group: Process group.
-        ranges: ``ranges[rank][matrix]`` is the range that the rank holds.
-        owners: Rank (in the group) that makes each matrix whole.
-    """
-
-    group: Any
-    ranges: list[list[tuple[int, int]]]
-    owners: list[int]
-    rank: int = field(init=False)
-    size: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
-
-    @classmethod
-    def plan(cls, pieces: Sequence[Piece], costs: Sequence[float], group: Any) -> Exchange:
-        """Ask every rank once what it holds and choose the owners; a collective over ``group``."""
-        mine = [(piece.start, piece.stop) for piece in pieces]
-        ranges: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(ranges, mine, group=group)
-        return cls(group, ranges, choose_owners(ranges, costs))
-
-    def send_in(
-        self,
-        parcels: Sequence[Sequence[Parcel]],
-        fill: Callable[[int, Parcel, Tensor], None],
-        whole: dict[tuple[int, str], Tensor],
-        device: torch.device,
-        flags: Sequence[int],
-    ) -> list[list[int]]:
-        """Bring every array to the owner of its matrix, and a few flags to everybody.
-
-        Args:
-            parcels: Arrays of each matrix, the same on every rank.
-            fill: Writes this rank's range of an array into the tensor it is given.
-            whole: Flat arrays of the matrices owned here by (matrix, name), to be filled; the ranges cover them.
-            device: Where buffers live.
-            flags: This rank's bytes for all, equally many on every rank.
-
-        Returns:
-            The flags of every rank.
-        """
-        for i, owner in enumerate(self.owners):
-            if owner == self.rank:
-                for parcel in parcels[i]:
-                    low, high = self._range(self.rank, i, parcel)
-                    if high > low:
-                        fill(i, parcel, whole[i, parcel.name][low:high])
-        received, everywhere = self._swap(parcels, fill, to_owner=True, device=device, flags=flags)
-        for (i, name, low, high), values in received:
-            whole[i, name][low:high] = values
-        return everywhere
-
-    def send_out(
-        self,
-        parcels: Sequence[Sequence[Parcel]],
-        fill: Callable[[int, Parcel, Tensor, tuple[int, int]], None],
-        device: torch.device,
-    ) -> list[tuple[tuple[int, str, int, int], Tensor]]:
-        """Bring ranges of the owners' results back to the other holders.
-
-        Args:
-            parcels: Arrays of each matrix, the same on every rank.
-            fill: Writes a range of a result into the tensor it is given.
-            device: Where buffers live.
-
-        Returns:
-            ``((matrix, name, low, high), values)`` of the ranges held here and owned elsewhere.
-        """
-        return self._swap(parcels, fill, to_owner=False, device=device)[0]
-
-    def _range(self, rank: int, matrix: int, parcel: Parcel) -> tuple[int, int]:
-        low, high = self.ranges[rank][matrix]
-        return min(low, parcel.length), min(high, parcel.length)
-
-    def _letter(
-        self, holder: int, owner: int, parcels: Sequence[Sequence[Parcel]], head: int = 0
-    ) -> tuple[list[tuple[int, Parcel, int, int, int]], int]:
-        """What passes between a holder and an owner: (matrix, parcel, low, high, byte offset) rows and total bytes."""
-        rows, offset = [], padded(head)
-        if holder != owner:
-            for i, of in enumerate(self.owners):
-                if of != owner:
-                    continue
-                for parcel in parcels[i]:
-                    low, high = self._range(holder, i, parcel)
-                    if high > low:
-                        rows.append((i, parcel, low, high, offset))
-                        size = (high - low) * parcel.dtype.itemsize
-                        offset += padded(size)
-        return rows, offset
-
-    def _swap(
-        self,
-        parcels: Sequence[Sequence[Parcel]],
-        fill: Callable[..., None],
-        to_owner: bool,
-        device: torch.device,
-        flags: Sequence[int] = (),
-    ) -> tuple[list[tuple[tuple[int, str, int, int], Tensor]], list[list[int]]]:
-        head = len(flags)
-        as_holder = [self._letter(self.rank, peer, parcels, head) for peer in range(self.size)]
-        as_owner = [self._letter(peer, self.rank, parcels, head) for peer in range(self.size)]
-        out_letters, in_letters = (as_holder, as_owner) if to_owner else (as_owner, as_holder)
-        out_sizes, in_sizes = [size for _, size in out_letters], [size for _, size in in_letters]
-        outgoing = torch.empty(sum(out_sizes), dtype=torch.uint8, device=device)
-        incoming = torch.empty(sum(in_sizes), dtype=torch.uint8, device=device)
-        if head:
-            for envelope in outgoing.split(out_sizes):
-                envelope[:head] = torch.tensor(flags, dtype=torch.uint8)
-        for (i, parcel, low, high), view in _views(outgoing, out_letters):
-            if to_owner:
-                fill(i, parcel, view)
-            else:
-                fill(i, parcel, view, (low, high))
-        dist.all_to_all_single(incoming, outgoing, in_sizes, out_sizes, group=self.group)
-        arrived = [((i, parcel.name, low, high), view) for (i, parcel, low, high), view in _views(incoming, in_letters)]
-        heads = [envelope[:head].tolist() for envelope in incoming.split(in_sizes)] if head else []
-        return arrived, heads
-
-
-def _views(
-    buffer: Tensor, letters: Sequence[tuple[list[tuple[int, Parcel, int, int, int]], int]]
-) -> list[tuple[tuple[int, Parcel, int, int], Tensor]]:
-    views, base = [], 0
-    for rows, size in letters:
-        for i, parcel, low, high, offset in rows:
-            begin = base + offset
-            raw = buffer[begin : begin + (high - low) * parcel.dtype.itemsize]
-            views.append(((i, parcel, low, high), raw.view(parcel.dtype)))
-        base += size
-    return views
-
-
-def padded(size: int) -> int:
-    """Bytes that ``size`` bytes take when the next array must start aligned."""
-    return (size + _ALIGN - 1) // _ALIGN * _ALIGN
-
-
-def require_same_gradients(present: Sequence[Sequence[int | None]], shapes: Sequence[tuple[int, ...]]) -> None:
-    """Refuse a step in which a matrix has a gradient on some of its holders only.
-
-    Args:
-        present: ``present[rank][matrix]``: 1, 0, or None for a rank that holds nothing of it; the same on every rank,
-            so that all of them raise.
-        shapes: For the message.
-
-    Raises:
-        RuntimeError: If holders disagree.
-    """
-    for i, shape in enumerate(shapes):
-        said = {rank: of_rank[i] for rank, of_rank in enumerate(present) if of_rank[i] is not None}
-        if len(set(said.values())) > 1:
-            missing = [rank for rank, has in said.items() if not has]
-            raise RuntimeError(
-                f"a matrix of shape {tuple(shape)} (number {i} of those that ranks share) has a gradient on some ranks "
-                f"but `grad is None` on ranks {missing}. Momentum would drift apart: give every rank a gradient (zeros "
-                "where the matrix was not used), or clear it on all ranks."
-            )
-
-
-def choose_owners(ranges: Sequence[Sequence[tuple[int, int]]], costs: Sequence[float]) -> list[int]:
-    """Of the ranks that hold a part of a matrix the least loaded one owns it; costly matrices choose first."""
-    load = [0.0] * len(ranges)
-    owners = [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        holders = [rank for rank, held in enumerate(ranges) if held[i][1] > held[i][0]] or [0]
-        owners[i] = min(holders, key=lambda rank: (load[rank], rank))
-        load[owners[i]] += costs[i]
-    return owners
-
-
-def orthogonalization_cost(shape: Sequence[int]) -> float:
-    """Multiplications of one quintic step up to a constant: 2 short^2 long + short^3."""
-    short, long = min(shape), max(shape)
-    return float(2 * short * short * long + short**3)
-
-
-def replica_group(params: Sequence[Tensor]) -> Any:
-    """The process group of the live DDP module that averages the gradients of these parameters, or None."""
-    if not (dist.is_available() and dist.is_initialized()):
+def mesh_group(mesh: Any) -> Any:
+    """One process group of all ranks of a mesh; None for a single rank."""
+    if mesh.size() == 1:
         return None
-    module = sys.modules.get("torch.nn.parallel.distributed")
-    if module is None:
-        return None
-    import gc
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    return _group_of(tuple(mesh.mesh.flatten().tolist()), id(dist.group.WORLD))
 
-    wanted = {id(p) for p in params}
-    for candidate in gc.get_objects():
-        if not issubclass(type(candidate), module.DistributedDataParallel):
-            continue
-        if wanted & {id(p) for p in candidate.parameters()} and dist.get_world_size(candidate.process_group) > 1:
-            return candidate.process_group
-    return None
+
+@lru_cache(maxsize=32)
+def _group_of(ranks: tuple[int, ...], world: int) -> Any:
+    """The group of these ranks, made once in the life of the world's group."""
+    del world
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD
+    return dist.new_group(list(ranks), use_local_synchronization=True)

@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from lightning_spectral.models.views import Rectangle, Views
 from lightning_spectral.optim import Dion, Muon, NorMuon
-from lightning_spectral.optim.shards import Piece, choose_owners, local, piece_of
+from lightning_spectral.optim.exchange import choose_owners
+from lightning_spectral.optim.shards import Shard, Shards, local
 from tests.distributed.harness import run_ranks
 from tests.distributed.optim_runs import KINDS, STRATEGIES, Weights, distance, fresh_model, run, train
 from tests.optim.models import TinyLM
@@ -153,28 +155,14 @@ def test_a_gradient_that_only_some_ranks_have_is_an_error_on_all(strategy):
     assert run_ranks(one_gradient_missing, 2, strategy, True) == ["", ""]
 
 
-def tensor_parallel(rank: int, world_size: int) -> str:
-    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
-
-    layer = nn.Linear(4, 4, bias=False)
-    mesh = DeviceMesh("cpu", list(range(world_size)))
-    layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(1)]))
-    try:
-        Muon(layer)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def test_a_feature_slice_under_tensor_parallelism_is_refused():
-    for message in run_ranks(tensor_parallel, 2):
-        assert "leave tensor-parallel ones to another optimizer" in message
-
-
 def test_owners_are_holders_and_balanced():
-    ranges = [[(0, 10), (0, 10), (0, 5), (0, 0)], [(10, 20), (10, 20), (5, 20), (0, 8)]]
-    owners = choose_owners(ranges, [4.0, 4.0, 1.0, 1.0])
+    def held(low: int, high: int) -> tuple[Rectangle, ...]:
+        return (Rectangle((low, high), (0, 3)),) if high > low else ()
+
+    holdings = [[held(0, 10), held(0, 10), held(0, 5), ()], [held(10, 20), held(10, 20), held(5, 20), held(0, 8)]]
+    owners = choose_owners(holdings, [4.0, 4.0, 1.0, 1.0])
     assert sorted(owners[:2]) == [0, 1]
     assert owners[3] == 1  # rank 0 holds nothing of it
     whole = nn.Linear(3, 2).weight
-    assert piece_of(whole) == Piece((2, 3), 0, 6, None, "whole")
+    assert Shards().of(whole) == Shard((2, 3), ((0, 2), (0, 3)))
+    assert Shards().of(whole).rectangles(Views((2, 3))) == [(Rectangle((0, 2), (0, 3)), 0)]

@@ -28,15 +28,15 @@ def test_update_and_momentum_of_a_batch_equal_those_of_each(rows, columns, dtype
     rule = DionRule()
     generator = torch.Generator().manual_seed(0)
     momenta = torch.randn(5, rows, columns, dtype=dtype, generator=generator)
-    factors = [rule.initial_companion("right_factor", (rows, columns), GROUP, i).view(-1) for i in range(5)]
+    factors = [rule.initial_state("right_factor", (rows, columns), GROUP, i).view(-1) for i in range(5)]
 
     def updated(some: list[int]) -> list[torch.Tensor]:
-        companions = {
+        extra = {
             "momentum_buffer": [momenta[i].clone() for i in some],
             "right_factor": [factors[i].clone() for i in some],
         }
-        update = rule.update_matrices(momenta[some].clone(), companions, GROUP)
-        return [update, torch.stack(companions["momentum_buffer"]), torch.stack(companions["right_factor"])]
+        update = rule.update_matrices(momenta[some].clone(), extra, GROUP)
+        return [update, torch.stack(extra["momentum_buffer"]), torch.stack(extra["right_factor"])]
 
     together = updated([0, 1, 2, 3, 4])
     for i in range(5):

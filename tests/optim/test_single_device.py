@@ -11,7 +11,6 @@ from torch import nn
 from lightning_spectral.functional.orthogonalize import polar_svd
 from lightning_spectral.optim import AdamW, Dion, Muon, NorMuon
 from lightning_spectral.optim.gradients import global_norm
-from lightning_spectral.optim.shards import piece_of
 from tests.optim.models import TinyLM, train
 
 ALL = {"muon": Muon, "normuon": NorMuon, "dion": Dion, "adamw": AdamW}
@@ -275,9 +274,9 @@ def test_the_global_norm_of_mixed_gradients_is_not_rounded_to_bf16():
     model = TinyLM()
     model.blocks.to(torch.bfloat16)
     model.loss(0).backward()
-    params = list(model.parameters())
-    found = global_norm(params, [piece_of(p) for p in params], {id(p): p.grad for p in params})
-    expected = sum(float(p.grad.double().square().sum()) for p in params) ** 0.5
+    members = AdamW(model)._members()
+    found = global_norm(members, {id(p): p.grad for p in model.parameters()})
+    expected = sum(float(p.grad.double().square().sum()) for p in model.parameters()) ** 0.5
     assert float(found) == pytest.approx(expected, rel=1e-6)  # fp32 norms
 
 
@@ -409,6 +408,10 @@ def test_grad_scaler_and_several_dtypes():
         (Dion, {"weight_decay": True}, "`weight_decay` must be a number, got True"),
         (Muon, {"steps": -1}, "`steps` must be >= 0"),
         (NorMuon, {"normalize": "columns"}, "`normalize` must be one of"),
+        (Muon, {"norm_eps": -1.0}, "`norm_eps` must be finite"),
+        (Muon, {"norm_eps_style": "torch"}, "`norm_eps_style` must be one of"),
+        (Muon, {"split": "q"}, "`split` must be one of"),
+        (Muon, {"bf16_weights": "round"}, "`bf16_weights` must be one of"),
         (NorMuon, {"moment_beta": 1.0}, "`moment_beta` in"),
         (Dion, {"rank_fraction": 0.0}, "`rank_fraction` must be in"),
         (Dion, {"power_iterations": 0}, "`power_iterations` must be >= 1"),
@@ -445,6 +448,5 @@ def test_unfrozen_and_added_parameters_are_trained():
     assert not torch.equal(before, model.head.weight)
     extra = nn.Linear(4, 4)
     optimizer.add_param_group({"params": list(extra.parameters()), "lr": 0.5})
-    roles = [group["role"] for group in optimizer.param_groups]
-    assert roles[-2:] == ["matrix", "vector"]
-    assert optimizer.param_groups[-1]["lr"] == 0.5
+    added = optimizer.param_groups[-1]
+    assert (added["role"], added["param_roles"], added["lr"]) == ("mixed", ["matrix", "vector"], 0.5)

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from lightning_spectral.optim import AdamW, Muon
-from lightning_spectral.optim.param_groups import find_owners, route, routing_table
+from lightning_spectral.optim.owners import find_owners
+from lightning_spectral.optim.routing import route, routing_table
 from tests.optim.models import TinyLM
 
 
 def roles_of(params, overrides=None) -> dict[str, str]:
-    return {one.owned.name: one.role for one in route(find_owners(params), overrides)}
+    return {one.named.name: one.role for one in route(find_owners(params), overrides)}
 
 
 EXPECTED = {
@@ -105,8 +106,8 @@ class Positions(nn.Module):
 def test_unknown_matrices_go_to_the_vector_rule_until_named():
     model = Positions()
     routes = route(find_owners(model))
-    assert {r.owned.name: r.role for r in routes}["table"] == "vector"
-    assert "see `roles`" in next(r.reason for r in routes if r.owned.name == "table")
+    assert {r.named.name: r.role for r in routes}["table"] == "vector"
+    assert "see `roles`" in next(r.reason for r in routes if r.named.name == "table")
     assert roles_of(model, {"table": "matrix"})["table"] == "matrix"
     optimizer = Muon(model, roles={"^table$": "matrix", "layer": "vector"})
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 2]
@@ -118,7 +119,10 @@ def test_unknown_matrices_go_to_the_vector_rule_until_named():
         ({"embed": "matrix"}, r"makes the embedding `embed.weight` a matrix"),
         ({"norm": "matrix"}, r"of shape \(10,\) a matrix: two dimensions above one are needed"),
         ({"nothing": "vector"}, r"match no parameter: \['nothing'\]"),
-        ({"head": "tail"}, r"must be one of \['matrix', 'embedding', 'head', 'vector'\], got 'tail'"),
+        (
+            {"head": "tail"},
+            r"must be one of \['matrix', 'embedding', 'head', 'vector', 'transposed matrix'\], got 'tail'",
+        ),
     ],
 )
 def test_wrong_overrides_are_refused(overrides, message):
@@ -144,19 +148,21 @@ def test_a_started_generator_is_resolved_by_owner():
     assert roles_of(generator) == {name: role for name, role in EXPECTED.items() if name != "embed.weight"}
 
 
-def test_group_dicts_override_settings_and_refuse_unknown_ones():
+def test_a_group_dict_stays_one_group_and_overrides_settings():
     model = TinyLM()
     optimizer = Muon(
         [
-            {"params": model.blocks.parameters(), "weight_decay": 0.5},
+            {"params": model.blocks.parameters(), "weight_decay": 0.5, "name": "blocks", "note": 3},
             {"params": [model.embed.weight, model.head.weight], "lr": 0.7},
         ],
         lr=0.1,
+        fallback_weight_decay=0.01,
     )
-    found = [(g["role"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
-    assert found == [("matrix", 0.1, 0.5), ("vector", 0.1, 0.5), ("embedding", 0.7, 0.1), ("head", 0.7, 0.1)]
-    with pytest.raises(ValueError, match=r"unknown settings \['rank'\]"):
-        Muon([{"params": model.parameters(), "rank": 3}])
+    blocks, rest = optimizer.param_groups
+    assert (blocks["name"], blocks["note"], blocks["lr"], blocks["role"]) == ("blocks", 3, 0.1, "mixed")
+    assert (rest["lr"], rest["param_roles"]) == (0.7, ["embedding", "head"])
+    decays = {member.role: member.weight_decay for member in optimizer._members()}
+    assert decays == {"matrix": 0.5, "vector": 0.5, "embedding": 0.01, "head": 0.01}
 
 
 def test_the_table_is_logged_once_with_learning_rates(caplog):

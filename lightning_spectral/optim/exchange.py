@@ -1,0 +1,275 @@
+"""Matrices that several ranks hold parts or copies of: bucket by bucket to an owner, and its result back.
+
+Who holds which entries is asked once. A copy and a part are the same thing here: the owner of a matrix gathers what it
+lacks (nothing, under DDP), and every holder gets the entries of the result that it holds. While a bucket is
+orthogonalised the next one is on its way in and the last one on its way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_spectral.models.views import Range, Rectangle
+from lightning_spectral.optim.matrices import Matrix, spans_of
+
+_ALIGN = 16  # bytes; every dtype may start here
+Holding = tuple[Rectangle, ...]  # the entries of one matrix that one rank holds
+Letters = tuple[list["Letter"], list["Letter"]]  # to every rank, and from every rank
+
+
+@dataclass(frozen=True)
+class Message:
+    """One array, or a part of it, inside what one rank sends another.
+
+    Attributes:
+        matrix: Index.
+        name: ``input``, ``update``, ``momentum_buffer`` or a name of extra state.
+        rectangles: Entries of the matrix, for arrays of its shape.
+        spans: Ranges of the array, for extra state.
+        offset: Begin, in bytes.
+        count: Number of values.
+        dtype: Of the values.
+    """
+
+    matrix: int
+    name: str
+    rectangles: Holding
+    spans: tuple[Range, ...]
+    offset: int
+    count: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Letter:
+    """All messages from one rank to another in one bucket, behind ``head`` bytes, and their length in bytes."""
+
+    messages: tuple[Message, ...] = ()
+    size: int = 0
+    head: int = 0
+
+
+@dataclass
+class Bucket:
+    """Some matrices that travel together, and this rank's letters from and to every rank.
+
+    Attributes:
+        matrices: Indices.
+        owned: Those that this rank makes whole.
+        inward: Letters (to every rank, from every rank) on the way in; None when no rank sends any.
+        outward: The same for the way out.
+    """
+
+    matrices: list[int]
+    owned: list[int]
+    inward: Letters | None
+    outward: Letters | None
+
+
+@dataclass
+class Exchange:
+    """The fixed timetable of one process group.
+
+    Attributes:
+        group: Process group.
+        matrices: The same on every rank, in the same order.
+        holdings: ``holdings[rank][matrix]``.
+        owners: Rank (in the group) that makes each matrix whole.
+    """
+
+    group: Any
+    matrices: list[Matrix]
+    holdings: list[list[Holding]]
+    owners: list[int]
+    buckets: list[Bucket] = field(default_factory=list)
+    rank: int = field(init=False)
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Know one's own place."""
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+
+    @classmethod
+    def plan(cls, matrices: list[Matrix], group: Any, bucket_bytes: float) -> Exchange:
+        """Ask every rank once what it holds, choose owners and write the timetable; a collective over ``group``.
+
+        Raises:
+            RuntimeError: If the ranks of the group do not have the same matrices in their optimizers.
+        """
+        mine = [(m.member.name, m.shape, tuple(block.target for block in m.blocks)) for m in matrices]
+        everybody: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everybody, mine, group=group)
+        require_same_matrices([[(name, shape) for name, shape, _ in of_rank] for of_rank in everybody])
+        holdings = [[held for _, _, held in of_rank] for of_rank in everybody]
+        owners = choose_owners(holdings, [orthogonalization_cost(m.shape) for m in matrices])
+        exchange = cls(group, matrices, holdings, owners)
+        for indices in _in_buckets(matrices, bucket_bytes):
+            # the first letters also say which matrices have a gradient
+            head = 0 if exchange.buckets else len(matrices)
+            exchange.buckets.append(exchange._bucket(indices, head))
+        return exchange
+
+    @property
+    def num_holders(self) -> list[int]:
+        """Ranks that hold a part of each matrix."""
+        return [sum(bool(of_rank[i]) for of_rank in self.holdings) for i in range(len(self.matrices))]
+
+    def send(self, letters: Letters, outgoing: Tensor) -> tuple[Tensor, Any]:
+        """Begin to swap letters; returns the buffer that is being filled and what to wait for."""
+        to, arriving = ([letter.size for letter in side] for side in letters)
+        incoming = torch.empty(sum(arriving), dtype=torch.uint8, device=outgoing.device)
+        work = dist.all_to_all_single(incoming, outgoing, arriving, to, group=self.group, async_op=True)
+        return incoming, work
+
+    def _bucket(self, indices: list[int], head: int) -> Bucket:
+        inward = {(i, source) for i in indices for source in self._sources(i)}
+        outward = {
+            (i, rank) for i in indices for rank in range(self.size) if rank != self.owners[i] and self.holdings[rank][i]
+        }
+        owned = [i for i in indices if self.owners[i] == self.rank]
+        return Bucket(indices, owned, self._letters(inward, True, head), self._letters(outward, False, 0))
+
+    def _sources(self, i: int) -> list[int]:
+        """Ranks that send the owner entries it lacks: of those that hold the same entries only the nearest."""
+        owner = self.owners[i]
+        alike: dict[Holding, list[int]] = {}
+        for rank, of_rank in enumerate(self.holdings):
+            if of_rank[i]:
+                alike.setdefault(of_rank[i], []).append(rank)
+        return [min(ranks, key=lambda rank: abs(rank - owner)) for ranks in alike.values() if owner not in ranks]
+
+    def _letters(
+        self, pairs: set[tuple[int, int]], to_owner: bool, head: int
+    ) -> tuple[list[Letter], list[Letter]] | None:
+        """Letters between this rank and every other for (matrix, holder) pairs; None if nobody sends any."""
+        if not pairs:
+            return None
+        between: dict[tuple[int, int], list[int]] = {}
+        for i, holder in sorted(pairs):
+            between.setdefault((holder, self.owners[i]), []).append(i)
+        peers, rank = range(self.size), self.rank
+        as_holder = [self._letter(rank, between.get((rank, peer), []), to_owner, head) for peer in peers]
+        as_owner = [self._letter(peer, between.get((peer, rank), []), to_owner, head) for peer in peers]
+        return (as_holder, as_owner) if to_owner else (as_owner, as_holder)
+
+    def _letter(self, holder: int, indices: list[int], to_owner: bool, head: int) -> Letter:
+        messages, offset = [], padded(head)
+        for i in indices:
+            for message in self._messages(holder, i, to_owner, offset):
+                messages.append(message)
+                offset += padded(message.count * message.dtype.itemsize)
+        return Letter(tuple(messages), offset, head)
+
+    def _messages(self, holder: int, i: int, to_owner: bool, offset: int) -> Iterator[Message]:
+        matrix, held = self.matrices[i], self.holdings[holder][i]
+        names = ["input"] if to_owner else ["update"]
+        if matrix.rule.rewrites_momentum and not to_owner:
+            names.append("momentum_buffer")
+        count = sum(rectangle.numel for rectangle in held)
+        for name in names:
+            yield Message(i, name, held, (), offset, count, matrix.dtype)
+            offset += padded(count * matrix.dtype.itemsize)
+        for name, extra in matrix.extra.items():
+            spans = spans_of(held, matrix.shape[1], extra.length)
+            count = sum(high - low for low, high in spans)
+            if count:
+                yield Message(i, name, (), spans, offset, count, torch.float32)
+                offset += padded(count * 4)
+
+
+def views_into(buffer: Tensor, letters: Sequence[Letter]) -> Iterator[tuple[Message, Tensor]]:
+    """Every message of letters that lie one after the other in a byte buffer, with its values."""
+    base = 0
+    for letter in letters:
+        for message in letter.messages:
+            begin = base + message.offset
+            yield message, buffer[begin : begin + message.count * message.dtype.itemsize].view(message.dtype)
+        base += letter.size
+
+
+def heads_of(buffer: Tensor, letters: Sequence[Letter]) -> list[Tensor]:
+    """The first bytes of every letter."""
+    starts = [sum(letter.size for letter in letters[:i]) for i in range(len(letters))]
+    return [buffer[start : start + letter.head] for start, letter in zip(starts, letters, strict=True)]
+
+
+def padded(size: int) -> int:
+    """Bytes that ``size`` bytes take when the next array must start aligned."""
+    return (size + _ALIGN - 1) // _ALIGN * _ALIGN
+
+
+def choose_owners(holdings: Sequence[Sequence[Holding]], costs: Sequence[float]) -> list[int]:
+    """Of the ranks that hold a part of a matrix the least loaded one owns it; costly matrices choose first."""
+    load = [0.0] * len(holdings)
+    owners = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        holders = [rank for rank, held in enumerate(holdings) if held[i]] or [0]
+        owners[i] = min(holders, key=lambda rank: (load[rank], rank))
+        load[owners[i]] += costs[i]
+    return owners
+
+
+def orthogonalization_cost(shape: Sequence[int]) -> float:
+    """Multiplications of one quintic step up to a constant: 2 short^2 long + short^3."""
+    short, long = min(shape), max(shape)
+    return float(2 * short * short * long + short**3)
+
+
+def _in_buckets(matrices: Sequence[Matrix], bucket_bytes: float) -> list[list[int]]:
+    """Costly matrices first, alike ones together, as many to a bucket as fit; a larger one is a bucket of its own."""
+    shapes = [matrix.shape for matrix in matrices]
+    order = sorted(range(len(matrices)), key=lambda i: (-orthogonalization_cost(shapes[i]), shapes[i], i))
+    buckets: list[list[int]] = []
+    room = 0.0
+    for i in order:
+        size = matrices[i].numel * matrices[i].dtype.itemsize
+        if not buckets or size > room:
+            buckets.append([])
+            room = bucket_bytes
+        buckets[-1].append(i)
+        room -= size
+    return buckets
+
+
+def require_same_matrices(named: Sequence[Sequence[tuple[str, tuple[int, int]]]]) -> None:
+    """Refuse ranks that bring different matrices to one exchange.
+
+    Raises:
+        RuntimeError: On all ranks alike, with the first difference.
+    """
+    for rank, of_rank in enumerate(named):
+        if of_rank != named[0]:
+            pairs = zip(named[0], of_rank, strict=False)
+            first = next((f"{a} and {b}" for a, b in pairs if a != b), f"{len(named[0])} and {len(of_rank)} matrices")
+            raise RuntimeError(
+                f"ranks 0 and {rank} of one process group bring different matrices to the optimizer ({first}). If "
+                "ZeroRedundancyOptimizer or another optimizer that gives every rank its own parameters wraps this one: "
+                "use it alone under DDP, it divides the work itself (`share_over_ranks`), or use FSDP2."
+            )
+
+
+def require_same_gradients(present: Sequence[Sequence[int | None]], names: Sequence[str]) -> None:
+    """Refuse a step in which a matrix has a gradient on some of its holders only.
+
+    Args:
+        present: ``present[rank][matrix]``: 1, 0, or None for a rank that holds nothing of it; the same on every rank,
+            so that all of them raise.
+        names: For the message.
+
+    Raises:
+        RuntimeError: If holders disagree.
+    """
+    for i, name in enumerate(names):
+        said = {rank: of_rank[i] for rank, of_rank in enumerate(present) if of_rank[i] is not None}
+        if len(set(said.values())) > 1:
+            missing = [rank for rank, has in said.items() if not has]
+            raise RuntimeError(
+                f"`{name}` has a gradient on some ranks but `grad is None` on ranks {missing}. Momentum would drift "
+                "apart: give every rank a gradient (zeros where the matrix was not used), or clear it on all ranks."
+            )

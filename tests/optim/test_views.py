@@ -1,0 +1,191 @@
+"""A parameter that holds several matrices is trained as the same matrices kept apart."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_spectral.models.views import Views
+from lightning_spectral.optim import Dion, Muon, NorMuon
+from lightning_spectral.optim.shards import Shard, blocks_of
+
+KINDS = {
+    "muon": lambda params: Muon(params, lr=0.1, precision="fp32", lr_scale="spectral"),
+    "normuon": lambda params: NorMuon(params, lr=0.1, precision="fp32"),
+    "dion": lambda params: Dion(params, lr=0.1, rank_fraction=1.0, power_iterations=60, lr_scale="spectral"),
+}
+# Dion begins at random factors of its own for every matrix: with many power iterations they do not matter
+TOLERANCE = {"muon": 1e-6, "normuon": 1e-6, "dion": 2e-3}
+
+
+class Apart(nn.Module):
+    """One Linear for every matrix."""
+
+    def __init__(self, matrices: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(m.shape[1], m.shape[0], bias=False) for m in matrices)
+        with torch.no_grad():
+            for layer, matrix in zip(self.layers, matrices, strict=True):
+                layer.weight.copy_(matrix)
+
+
+class Experts(nn.Module):
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = transposed
+        self.up_proj = nn.Parameter(torch.randn(3, 6, 10))
+
+
+class Conv1D(nn.Module):
+    """As Hugging Face's: (inputs, outputs)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 10))
+
+
+class Attention(nn.Module):
+    """Fused projections of four query heads of size 3 that share two keys and values."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.num_heads, self.num_key_value_heads, self.head_dim = 4, 2, 3
+        self.add_module(name, nn.Linear(7, 24, bias=False))
+
+
+class GPTNeoXAttention(nn.Module):
+    """Per head its query, key and value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_attention_heads, self.head_size = 2, 3
+        self.query_key_value = nn.Linear(7, 18, bias=False)
+
+
+def convolutional(layer: nn.Module) -> nn.Module:
+    return nn.ModuleDict({"stem": nn.Conv2d(3, 8, 3, bias=False), "hidden": layer})
+
+
+# name -> (module, name of the parameter, split, the matrices of such a tensor)
+CASES = {
+    "experts": (lambda: Experts(False), "up_proj", "none", lambda t: list(t.unbind(0))),
+    "transposed experts": (lambda: Experts(True), "up_proj", "none", lambda t: [m.mT for m in t.unbind(0)]),
+    "Conv1D": (Conv1D, "weight", "none", lambda t: [t.mT]),
+    "convolution": (
+        lambda: convolutional(nn.Conv2d(8, 12, 3, bias=False)),
+        "hidden.weight",
+        "none",
+        lambda t: [t.flatten(1)],
+    ),
+    "grouped convolution": (
+        lambda: convolutional(nn.Conv2d(8, 12, 3, groups=2, bias=False)),
+        "hidden.weight",
+        "none",
+        lambda t: list(t.flatten(1).chunk(2)),
+    ),
+    "transposed convolution": (
+        lambda: convolutional(nn.ConvTranspose2d(8, 6, 2, bias=False)),
+        "hidden.weight",
+        "none",
+        lambda t: [t.flatten(1).mT],
+    ),
+    "q, k, v": (lambda: Attention("qkv"), "qkv.weight", "projections", lambda t: list(t.split([12, 6, 6]))),
+    "heads": (lambda: Attention("qkv"), "qkv.weight", "heads", lambda t: list(t.split(3))),
+    "fused, whole": (lambda: Attention("qkv"), "qkv.weight", "none", lambda t: [t]),
+    "interleaved q, k, v": (
+        GPTNeoXAttention,
+        "query_key_value.weight",
+        "projections",
+        lambda t: [torch.cat([t[s : s + 3], t[s + 9 : s + 12]]) for s in (0, 3, 6)],
+    ),
+    "in_proj": (
+        lambda: nn.MultiheadAttention(6, 2, bias=False),
+        "in_proj_weight",
+        "projections",
+        lambda t: list(t.chunk(3)),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES)
+def test_one_parameter_equals_its_matrices_kept_apart(case, kind):
+    make, name, split, matrices_of = CASES[case]
+    torch.manual_seed(0)
+    module = make()
+    fused = module.get_parameter(name)
+    apart = Apart([m.detach().clone() for m in matrices_of(fused)])
+    optimizer, other = KINDS[kind](module), KINDS[kind](apart)
+    optimizer = type(optimizer)(module, **{**settings_of(kind), "split": split})
+    for step in range(4):
+        fused.grad = torch.randn(fused.shape, generator=torch.Generator().manual_seed(step))
+        for layer, gradient in zip(apart.layers, matrices_of(fused.grad), strict=True):
+            layer.weight.grad = gradient.contiguous()
+        if step == 2:  # state and its way through a checkpoint, in the middle
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = type(optimizer)(module, **{**settings_of(kind), "split": split})
+            optimizer.load_state_dict(saved)
+        optimizer.step()
+        other.step()
+    for layer, matrix in zip(apart.layers, matrices_of(fused), strict=True):
+        error = ((layer.weight - matrix).norm() / layer.weight.norm()).detach()
+        assert float(error) < TOLERANCE[kind]
+
+
+def settings_of(kind: str) -> dict[str, object]:
+    return {
+        "muon": {"lr": 0.1, "precision": "fp32", "lr_scale": "spectral"},
+        "normuon": {"lr": 0.1, "precision": "fp32"},
+        "dion": {"lr": 0.1, "rank_fraction": 1.0, "power_iterations": 60, "lr_scale": "spectral"},
+    }[kind]
+
+
+def test_channels_last_weights_and_gradients_give_the_same():
+    models = convolutional(nn.Conv2d(8, 12, 3, bias=False)), None
+    other = copy.deepcopy(models[0]).to(memory_format=torch.channels_last)
+    for model in (models[0], other):
+        model["hidden"].weight.grad = torch.ones(12, 8, 3, 3) * torch.arange(72.0).view(1, 8, 3, 3).sin()
+        model["hidden"].weight.grad += torch.arange(12.0).view(12, 1, 1, 1)
+    other["hidden"].weight.grad = other["hidden"].weight.grad.to(memory_format=torch.channels_last)
+    for model in (models[0], other):
+        KINDS["muon"](model).step()
+    torch.testing.assert_close(models[0]["hidden"].weight, other["hidden"].weight.contiguous(), rtol=0, atol=1e-6)
+
+
+VIEWS = [
+    Views((6, 10)),
+    Views((6, 10), transposed=True),
+    Views((4, 6, 10), 2, 4),
+    Views((4, 6, 10), 2, 4, transposed=True),
+    Views((6, 4, 2, 2)),
+    Views((6, 4, 2, 2), 1, 2),
+    Views((12, 5), parts=(((0, 4),), ((4, 8),), ((8, 12),))),
+    Views((12, 5), parts=(((0, 2), (6, 8)), ((2, 4), (8, 10)), ((4, 6), (10, 12)))),
+    Views((5, 12), transposed=True, parts=(((0, 2), (6, 8)), ((2, 6), (8, 12)))),
+    Views((6, 2, 5), 1, transposed=True),
+]
+
+
+@pytest.mark.parametrize("views", VIEWS, ids=str)
+def test_every_cut_of_a_parameter_finds_all_entries_of_every_matrix_once(views):
+    whole = torch.arange(float(torch.Size(views.shape).numel())).view(views.shape)
+    cuts = [[Shard(views.shape, tuple((0, n) for n in views.shape))]]
+    cuts += [[Shard(views.shape, None, (low, low + 7)) for low in range(0, whole.numel() - 7, 7)]]
+    last = cuts[-1][-1].span[1]
+    cuts[-1].append(Shard(views.shape, None, (last, whole.numel())))
+    for dim in range(min(2, len(views.shape)) if len(views.shape) != 3 or views.row_dims == 1 else 3):
+        middle = views.shape[dim] // 2
+        boxes = [[(0, n) for n in views.shape] for _ in range(2)]
+        boxes[0][dim], boxes[1][dim] = (0, middle), (middle, views.shape[dim])
+        cuts.append([Shard(views.shape, tuple(box)) for box in boxes])
+    for shards in cuts:
+        for view in views:
+            gathered = torch.full(view.shape, float("nan"))
+            for shard in shards:
+                local = shard.cut(whole).reshape(-1).clone()
+                for block in blocks_of(view, shard):
+                    (r0, r1), (c0, c1) = block.target.rows, block.target.columns
+                    assert gathered[r0:r1, c0:c1].isnan().all()
+                    gathered[r0:r1, c0:c1] = block.of(local)
+            assert torch.equal(gathered, view.of(whole))

@@ -20,6 +20,8 @@ says which), with all inputs (``d``, ``d_out``, ``n_items``, ``alpha``, ``batch_
 * ``newton-schulz --checkpoint`` (kind ``flattening``): ``matrix``, ``optimizer``, ``own_settings``,
   ``flattened_share``, ``steps_needed``;
 * ``theory``: predictions only, with ``predicted_d_t``, ``asymptotic_e_t``, ``predicted_critical_batch``;
+* ``claims``: the same kinds with ``part``, SGD with ``method`` gram, and kind ``amplification``, whose ``count`` is
+  Muon's signal over noise divided by SGD's at the ``ranks`` just beyond Muon's reach;
 * ``advise`` (kind ``advice``): ``layer``, ``outputs``, ``inputs``, ``rule``, ``stored``, ``stored_population``,
   ``rank``, ``tail_share``, ``critical_batch``, ``gains``, ``binds``, ``ns_steps_needed``.
 
@@ -141,15 +143,15 @@ def _add_newton_schulz(parser: argparse.ArgumentParser) -> None:
     memory_options.add_run(parser, "out/memory/newton-schulz")
 
 
-def _add_reproduce(parser: argparse.ArgumentParser) -> None:
+def _add_budget(parser: argparse.ArgumentParser, verb: str, budget: str) -> None:
     parser.add_argument(
-        "--budget", default="3m", help="wall time, e.g. 90s, 3m, 2h; more reaches larger d (default: 3m)"
+        "--budget", default=budget, help=f"wall time, e.g. 90s, 3m, 2h; more reaches larger d (default: {budget})"
     )
     parser.add_argument(
         "--n-items", type=memory_options.whole_number, default=30000, help="items N, at every d (default: 30000)"
     )
     parser.add_argument("--first-seed", type=memory_options.whole_number, default=0)
-    memory_options.add_run(parser, "out/memory/reproduce", resume=False)
+    memory_options.add_run(parser, f"out/memory/{verb}", resume=False)
 
 
 def _add_advise(parser: argparse.ArgumentParser) -> None:
@@ -254,17 +256,34 @@ def _flattening(options: argparse.Namespace) -> int:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    begun = time.perf_counter()  # imports count
+    from lightning_spectral.memory.reproduce import plan
+
+    return _within_budget(options, plan, laws=True)
+
+
+def _claims(options: argparse.Namespace) -> int:
+    from lightning_spectral.memory.claims_runs import plan
+
+    return _within_budget(options, plan, laws=False)
+
+
+def _within_budget(options: argparse.Namespace, plan: Callable[..., Any], laws: bool) -> int:
+    """Run a plan for as long as the budget says, then say what it shows."""
+    begun = time.perf_counter()
     from lightning_spectral.memory.fit import read_results
     from lightning_spectral.memory.output import INTERRUPTED, conclude, prepare, write_rows
-    from lightning_spectral.memory.reproduce import parse_budget, reproduce_rows
+    from lightning_spectral.memory.reproduce import parse_budget, within_budget
+    from lightning_spectral.theory.problem import require_integer
 
     seconds = parse_budget(options.budget)
     machine = memory_options.machine(options)
+    require_integer("first_seed", options.first_seed, 0, "seeds are non-negative integers")
+    require_integer("n_items", options.n_items, 1000, "fewer items than that are all recovered at once")
+    parts = plan(options.n_items, options.first_seed, machine)
     folder = prepare(options.out, keep=False, say=print)
-    rows = reproduce_rows(seconds, options.n_items, options.first_seed, machine, begun)
+    rows = within_budget(parts, seconds, begun)
     interrupted = write_rows(folder, rows)
-    conclude(folder, read_results(folder), figures=not options.no_figures, say=print, laws=True)
+    conclude(folder, read_results(folder), figures=not options.no_figures, say=print, laws=laws)
     return INTERRUPTED if interrupted else 0
 
 
@@ -326,8 +345,10 @@ COMMANDS: dict[str, tuple[str, str, AddOptions, Callable[[argparse.Namespace], i
     "theory": ("predictions only, nothing simulated", "--d 128 512 2048 --n-items 1000000", _add_theory, _theory),
     "newton-schulz": ("capacity kept by k Newton-Schulz steps", "--d 256, or --checkpoint last.ckpt",
                       _add_newton_schulz, _newton_schulz),
-    "reproduce": ("every law of the paper within a time budget, with verdicts", "--budget 3m", _add_reproduce,
-                  _reproduce),
+    "reproduce": ("every law of the paper within a time budget, with verdicts", "--budget 3m",
+                  partial(_add_budget, verb="reproduce", budget="3m"), _reproduce),
+    "claims": ("the paper's abstract as a test: eight sentences with numbers and verdicts", "--budget 10m",
+               partial(_add_budget, verb="claims", budget="10m"), _claims),
     "advise": ("what one update stores of your vocabulary, and what binds", "--counts counts.npy --d 768 --ffn 3072",
                _add_advise, _advise),
     "report": ("tables, verdicts and figures of a folder of results again, from its rows alone", "out/memory/one-step",

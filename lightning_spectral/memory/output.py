@@ -122,12 +122,13 @@ def _missing(folder: Path, tasks: Sequence[Task]) -> list[Task]:
 
 def conclude(folder: Path, rows: Sequence[Row], *, figures: bool, say: Say, laws: bool = False) -> None:
     """Summary, ``results.csv``, figures, and with ``laws`` the table of verdicts; all from the rows alone."""
-    for line in summary_lines(rows):
-        say(line)
+    if not any(row.get("part") for row in rows):
+        for line in summary_lines(rows):
+            say(line)
     flat = [{k: v for k, v in row.items() if not isinstance(v, (list, dict))} for row in rows]
     write_csv(folder / "results.csv", flat)
     made = ["results.jsonl", "results.csv"]
-    if laws:
+    if laws and not any(row.get("part") for row in rows):
         table: list[Verdict] = verdicts(rows)
         table += untested(table)
         write_csv(folder / "verdicts.csv", [vars(verdict) for verdict in table])
@@ -135,11 +136,30 @@ def conclude(folder: Path, rows: Sequence[Row], *, figures: bool, say: Say, laws
         write_text(folder / "verdicts.md", "\n".join(lines) + "\n")
         say("\n" + "\n".join(lines))
         made += ["verdicts.csv", "verdicts.md"]
-    if figures:
+    if any(row.get("part") for row in rows):
+        made += _conclude_claims(folder, rows, figures=figures, say=say)
+    elif figures:
         from lightning_spectral.memory.figures import draw_all
 
         made += [path.name for path in draw_all(rows, folder)]
     say(f"\nwritten to {folder}: {', '.join(made)}")
+
+
+def _conclude_claims(folder: Path, rows: Sequence[Row], *, figures: bool, say: Say) -> list[str]:
+    """The eight sentences, from rows of ``memory claims``."""
+    from lightning_spectral.memory.claims import claims, claims_table
+
+    found = claims(rows)
+    lines = claims_table(found)
+    write_text(folder / "claims.md", "\n".join(lines) + "\n")
+    write_text(folder / "claims.json", json.dumps(finite([one.as_dict() for one in found]), indent=1) + "\n")
+    say("\n" + "\n".join(lines))
+    made = ["claims.md", "claims.json"]
+    if figures:
+        from lightning_spectral.memory.figures_claims import draw_claims
+
+        made.append(draw_claims(rows, found, folder).name)
+    return made
 
 
 def finite(value: Any) -> Any:

@@ -67,7 +67,11 @@ def reproduce_rows(
         begun: ``time.perf_counter()`` when the command began.
         say: Told once what the budget had no room for.
     """
-    parts = plan(n_items, first_seed, machine)
+    yield from within_budget(plan(n_items, first_seed, machine), budget, begun, say)
+
+
+def within_budget(parts: list[Part], budget: float, begun: float, say: Callable[[str], None] = print) -> Iterator[Row]:
+    """Rows of all parts: two rungs of each first, then each as far as its share of the time goes."""
     end = begun + budget - max(_RESERVE * budget, _RESERVE_AT_LEAST_S)
     costs = [[0.0] for _ in parts]
     cut: list[str] = []

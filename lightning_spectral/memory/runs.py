@@ -73,15 +73,20 @@ def singular_values(matrix_MD: Tensor) -> list[list[float]]:
 def batch_rows(problem: MemoryProblem, rules: Sequence[str], settings: RuleSettings, machine: Row) -> Iterator[Row]:
     """One step with a sampled batch (or the population), with what the sample itself allows."""
     for row in one_step_rows(problem, rules, settings, machine, "batch"):
-        rule = row["rule"]
-        if problem.batch_size is None:
-            row["predicted_critical_batch"] = _critical_batch(replace(problem, seed=0), rule, settings)
-        else:
-            row["expected_distinct"] = exponents.expected_distinct(problem.alpha, problem.n_items, problem.batch_size)
-        row["asymptotic_critical_batch_exponent"] = (
-            exponents.critical_batch_exponent(rule, problem.alpha) if _has_law(problem, rule) else None
-        )
-        yield row
+        yield {**row, **batch_theory(problem, row["rule"], settings)}
+
+
+def batch_theory(problem: MemoryProblem, rule: str, settings: RuleSettings) -> Row:
+    """What theory says of a batch, or of the batch that a population row is to be reached with."""
+    row: Row = {}
+    if problem.batch_size is None:
+        row["predicted_critical_batch"] = _critical_batch(replace(problem, seed=0), rule, settings)
+    else:
+        row["expected_distinct"] = exponents.expected_distinct(problem.alpha, problem.n_items, problem.batch_size)
+    row["asymptotic_critical_batch_exponent"] = (
+        exponents.critical_batch_exponent(rule, problem.alpha) if _has_law(problem, rule) else None
+    )
+    return row
 
 
 def step_rows(

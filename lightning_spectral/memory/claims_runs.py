@@ -1,0 +1,142 @@
+"""The runs behind ``memory claims``: each sentence gets sizes enough for a line, as far as the time goes.
+
+SGD is run through its Gram matrices, so that its exponent is measured where it has one (d = 1,024 and above); Muon and
+Newton with all their embeddings. Every cell has seeds of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_spectral.memory import runs as memory_runs
+from lightning_spectral.memory.reproduce import Part
+from lightning_spectral.theory.gram import sgd_recovered
+from lightning_spectral.theory.one_step import OneStep
+from lightning_spectral.theory.problem import MemoryProblem
+from lightning_spectral.theory.rules import RuleSettings
+from lightning_spectral.theory.spectrum import GradientSpectrum, bin_weights
+
+Row = dict[str, Any]
+ALPHA = 1.5
+CAPACITY_D = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+GRAM_D = (256, 512, 1024, 2048, 4096, 8192, 16384)
+GRAM_SEEDS, SEEDS = 20, 4
+SMALL_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+BETAS = (0.0, 0.5, 1.0, 1.5)
+
+
+def gram_rows(problem: MemoryProblem, kind: str = "one-step") -> Iterator[Row]:
+    """One SGD step through its Gram matrices; ``method`` says so."""
+    settings = RuleSettings()
+    row = {
+        **memory_runs.inputs(kind, problem, "sgd", settings, {}),
+        "method": "gram",
+        "status": "ok",
+        "count": int(sgd_recovered(problem).sum()),
+        "distinct": int((problem.gradient_weights() > 0).sum()),
+        "censored": False,
+        **memory_runs.theory_outputs(problem, "sgd", settings),
+    }
+    if kind == "batch":
+        row |= memory_runs.batch_theory(problem, "sgd", settings)
+    yield row
+
+
+def amplification_rows(problem: MemoryProblem) -> Iterator[Row]:
+    """Signal of the items just out of reach, over its noise, under Muon as a factor of that under SGD.
+
+    Ranks from 1 to 3 times Muon's predicted count: mean signal over the spread of all other scores of those items.
+    """
+    step = OneStep(problem)
+    frequencies = problem.frequencies()
+    settings = RuleSettings()
+    muon = memory_runs.theory_outputs(problem, "muon", settings)["predicted_count"]
+    first, last = round(muon), min(3 * round(muon), problem.n_items)
+    embeddings = step.embeddings
+    u_CM, v_CD = (embeddings.rows(side, first, last).double() for side in ("u", "v"))  # type: ignore[arg-type]
+    own_share_C = torch.from_numpy(frequencies[first:last]) * u_CM.square().sum(1) * v_CD.square().sum(1)
+    ratio = {}
+    for rule in ("sgd", "muon"):
+        image_CM = v_CD @ step.run(rule).update_MD.mT
+        # SGD's signal is too small to be seen in one item's score, but known: the item's own term of the sum
+        signal_C = own_share_C if rule == "sgd" else (u_CM * image_CM).sum(1)
+        # a rival's score is u . W v with u ~ N(0, I/M): its spread is |W v| / sqrt(M)
+        noise_C = image_CM.norm(dim=1) / problem.shape[0] ** 0.5
+        ratio[rule] = float(signal_C.mean() / noise_C.pow(2).mean().sqrt())
+    spectrum = GradientSpectrum(bin_weights(frequencies), problem.input_scales(), problem.shape[0])
+    effect = spectrum.smoothed(0.0)
+    signal = spectrum.bins.spread(effect.signal[:-1], 0.0)[first:last].mean() * problem.d**0.5
+    sgd = frequencies[first:last].mean() * problem.d / np.sqrt((frequencies**2).sum())
+    yield {
+        **memory_runs.inputs("amplification", problem, "muon", settings, {}),
+        "status": "ok",
+        "count": ratio["muon"] / ratio["sgd"],
+        "signal_to_noise": ratio,
+        "ranks": [first + 1, last],
+        "predicted_count": float(signal / sgd),
+        "asymptotic_exponent": problem.alpha - 0.5,
+    }
+
+
+def plan(n_items: int, first_seed: int, machine: Row) -> list[Part]:
+    """Parts and rungs of the claims."""
+    settings = RuleSettings()
+    cells = itertools.count()
+
+    def problem(d: int, **fields: Any) -> MemoryProblem:
+        return MemoryProblem(**{"d": d, "n_items": n_items, "alpha": ALPHA, **fields})
+
+    def rung(
+        part: str, seeds: int, settings_of: Sequence[Row], make: Callable[[MemoryProblem], Iterator[Row]]
+    ) -> Callable[[], Iterator[Row]]:
+        """One size: every setting with seeds of its own."""
+        firsts = [first_seed + GRAM_SEEDS * next(cells) for _ in settings_of]
+
+        def rows() -> Iterator[Row]:
+            for seed in range(seeds):
+                for first, fields in zip(firsts, settings_of, strict=True):
+                    for row in make(problem(**{**fields, "seed": first + seed})):
+                        yield {**row, "part": part}
+
+        return rows
+
+    def one_step(rules: tuple[str, ...]) -> Callable[[MemoryProblem], Iterator[Row]]:
+        return lambda p: memory_runs.one_step_rows(p, rules, settings, machine)
+
+    def batches(rules: tuple[str, ...]) -> Callable[[MemoryProblem], Iterator[Row]]:
+        return lambda p: memory_runs.batch_rows(p, rules, settings, machine)
+
+    def steps(mode: str, number: int) -> Callable[[MemoryProblem], Iterator[Row]]:
+        run = {"steps": number, "mode": mode, "step_scale": 2.0, "schedule": "linear"}
+        small = {**machine, "chunk_size": 1024}
+        return lambda p: memory_runs.step_rows(p, ("sgd", "muon"), settings, small, run)
+
+    ladder = [d for d in CAPACITY_D if 3 * 0.22 * d ** (4 / 3) <= n_items or d <= 256]
+    muon_batches = [{"batch_size": size} for size in (*(2**k for k in range(5, 19)), None)]
+    return [
+        Part("capacity of Muon and Newton", 0.34, 3.0,
+             [rung("capacity", SEEDS, [{"d": d}], one_step(("muon", "newton"))) for d in ladder]),
+        Part("capacity of SGD", 0.10, 1.5,
+             [rung("capacity", GRAM_SEEDS, [{"d": d}], gram_rows) for d in GRAM_D]),
+        Part("critical batch of Muon", 0.12, 2.5,
+             [rung("batch", SEEDS, [{"d": d, **b} for b in muon_batches], batches(("muon",)))
+              for d in (64, 96, 128, 192, 256)]),
+        Part("critical batch of SGD", 0.08, 1.5,
+             [rung("batch", GRAM_SEEDS, [{"d": d, "batch_size": b} for b in (*SMALL_BATCHES, None)],
+                   partial(gram_rows, kind="batch")) for d in (256, 1024, 4096, 16384)]),
+        Part("deflation", 0.14, 2.5,
+             [rung("deflation", SEEDS, [{"d": d}], steps("deflation", 8)) for d in (64, 96, 128, 192, 256)]),
+        Part("exact steps", 0.12, 6.0,
+             [rung("exact", SEEDS, [{"d": d, "n_items": d * d}], steps("exact", 20)) for d in (24, 32, 48, 64, 96)]),
+        Part("amplification", 0.05, 3.0,
+             [rung("amplification", SEEDS, [{"d": d}], amplification_rows) for d in (128, 192, 256, 384, 512, 768)]),
+        Part("anisotropy", 0.05, 3.0,
+             [rung("anisotropy", SEEDS, [{"d": d, "anisotropy": beta} for beta in BETAS], one_step(("muon", "newton")))
+              for d in (128, 256)]),
+    ]  # fmt: skip

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import io
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -14,6 +13,7 @@ from typing import Any, Final, TypeVar
 from lightning_spectral.analysis.fits import PowerLawFit
 from lightning_spectral.analysis.points import Point, PointTable
 from lightning_spectral.analysis.runs import Problem
+from lightning_spectral.text import whole_file
 
 T = TypeVar("T")
 _ID_NAMES: Final = ("run_id", "id")
@@ -187,16 +187,8 @@ def cell_text(cell: Any) -> str:
 def write_atomic(path: str | Path, content: bytes) -> Path:
     """Replace ``path`` by ``content`` in one step: a reader or a crash sees the old file or the new one."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial:
+        partial.write_bytes(content)
     return path
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-from lightning_spectral.text import CommandError
+from lightning_spectral.text import CommandError, whole_file
 
 
 def main(argv: list[str]) -> int:
@@ -44,10 +43,8 @@ def main(argv: list[str]) -> int:
         )
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         raise CommandError(str(error)) from error
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = arguments.out.with_name(arguments.out.name + ".partial.npy")
-    np.save(partial, cache.counts)
-    os.replace(partial, arguments.out)
+    with whole_file(arguments.out) as partial, partial.open("wb") as file:
+        np.save(file, cache.counts)
     counts = cache.counts
     print(cache)
     print(f"{arguments.out}: {len(counts):,} ids, {int((counts > 0).sum()):,} seen, {int(counts.sum()):,} tokens")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from lightning_spectral.data.modules import TextBlocks
 from lightning_spectral.data.tokens import TOKENIZER_FILES
 from lightning_spectral.gpt.architecture import Architecture, adapt_config, build_gpt
 from lightning_spectral.gpt.module import LitGPT, load_weights
+from lightning_spectral.text import whole_file, write_text
 
 
 def save_final(
@@ -39,18 +39,17 @@ def save_final(
     if not trainer.is_global_zero:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "lit_model.pth.partial"
-    torch.save(weights, partial)
     config: dict[str, Any] = asdict(module.config)
     if not module.architecture.is_plain():
         config["architecture"] = asdict(module.architecture)
-    (folder / "model_config.yaml").write_text(yaml.safe_dump(config))
-    (folder / "hyperparameters.yaml").write_text(recipe)
+    write_text(folder / "model_config.yaml", yaml.safe_dump(config))
+    write_text(folder / "hyperparameters.yaml", recipe)
     source = data.tokenizer_folder if isinstance(data, TextBlocks) else tokenizer_dir
     for name in TOKENIZER_FILES:
         if source is not None and (source / name).is_file():
             shutil.copy(source / name, folder)
-    os.replace(partial, folder / "lit_model.pth")  # last: a folder with weights is a whole one
+    with whole_file(folder / "lit_model.pth") as partial:  # last: a folder with weights is a whole one
+        torch.save(weights, partial)
 
 
 def full_weights(module: LitGPT) -> dict[str, torch.Tensor]:

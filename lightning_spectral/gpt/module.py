@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_spectral.gpt.architecture import Architecture, adapt_config, build_gpt
 from lightning_spectral.gpt.learning_rate import LRPlan
+from lightning_spectral.models.checkpoint_file import read_checkpoint
 from lightning_spectral.text import did_you_mean, import_class
 
 OptimizerSpec = str | Mapping[str, Any]
@@ -193,8 +194,8 @@ def load_weights(model: GPT, checkpoint: Path) -> None:
     Raises:
         ValueError: If the file is not such a checkpoint or does not fit the model.
     """
+    content = read_checkpoint(checkpoint)
     try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         model.load_state_dict(content.get("model", content))
     except (RuntimeError, AttributeError) as error:
         lines = str(error).strip().splitlines()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -123,17 +122,13 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def _load(path: str) -> Any:
-    import torch
+    from lightning_spectral.models.checkpoint_file import read_checkpoint
 
-    if not Path(path).is_file():
-        raise CommandError(f"`--checkpoint` {path}: there is no such file.")
-    remedy = "save one with `torch.save(optimizer.state_dict(), FILE)`, or give a Lightning or litgpt checkpoint."
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # any of pickle's, zip's and torch's: the file is the user's
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"holds objects of {foreign.group(1)}" if foreign else "is no file that `torch.save` wrote"
-        raise CommandError(f"`--checkpoint` {path} {what}, not tensors and plain values alone; {remedy}") from error
+        return read_checkpoint(path)
+    except (OSError, ValueError) as error:
+        remedy = "Give `torch.save(optimizer.state_dict(), FILE)`, or a Lightning or litgpt checkpoint."
+        raise CommandError(f"`--checkpoint`: {error} {remedy}") from error
 
 
 def _found(path: str, content: Any, as_gradient: bool) -> list[Momentum]:

@@ -18,6 +18,7 @@ from lightning_spectral.memory.plan import Progress, Task, identity
 from lightning_spectral.memory.summary import summary_lines
 from lightning_spectral.memory.verdicts import Verdict, untested, verdict_table, verdicts
 from lightning_spectral.text import CommandError, write_text
+from lightning_spectral.text import set_aside as move_aside
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
@@ -73,16 +74,7 @@ def set_aside(folder: Path) -> Path | None:
     """Move everything that a memory command wrote to ``previous/NNN``; returns it, or ``None`` if there was nothing."""
     from lightning_spectral.memory.figures import FIGURE_FILES
 
-    found = [folder / name for name in (*_OURS, *FIGURE_FILES) if (folder / name).exists()]
-    if not found:
-        return None
-    previous = folder / "previous"
-    number = 1 + max((int(path.name) for path in previous.glob("[0-9]*") if path.name.isdigit()), default=0)
-    target = previous / f"{number:03d}"
-    target.mkdir(parents=True)
-    for path in found:
-        path.rename(target / path.name)
-    return target
+    return move_aside(folder, (*_OURS, *FIGURE_FILES))
 
 
 def write_rows(folder: Path, rows: Iterable[Row]) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.functional.buckets import EXCLUDED, frequency_buckets, look_up, position_groups
+from lightning_spectral.models.checkpoint_file import read_checkpoint
 from lightning_spectral.records import BUCKETS
 
 _PADDING = 512  # litgpt rounds a vocabulary up to a multiple of this, others to 64 or 128
@@ -117,7 +118,7 @@ def _counts_file(path: Path) -> Tensor:
         )
     try:
         if path.suffix == ".pt":
-            counts = torch.load(path, weights_only=True)
+            counts = read_checkpoint(path)
         elif path.suffix == ".npy":
             counts = torch.from_numpy(np.load(path, allow_pickle=False))
         else:

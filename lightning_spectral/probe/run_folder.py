@@ -8,7 +8,6 @@ instead.
 from __future__ import annotations
 
 import secrets
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from lightning_spectral import records as rec
 from lightning_spectral.probe.guard import warn
 from lightning_spectral.probe.run_lock import RunLock
 from lightning_spectral.records import LossRecord, RunInfo, SpectralRecord, WeightRecord
+from lightning_spectral.text import set_aside
 
 _PACKAGES = ("lightning-spectral", "torch", "lightning", "litgpt", "torchmetrics")
 _READERS: dict[str, Callable[[Path], Any]] = {
@@ -157,16 +157,7 @@ def move_earlier_run(folder: Path, names: Sequence[str], run_id: str | None = No
     Returns:
         Where it went, or ``None`` if there was nothing.
     """
-    found = [folder / name for name in names if (folder / name).exists()]
-    if not found:
-        return None
-    target = folder / "previous" / (run_id or _run_id(folder))
-    while target.exists():
-        target = target.with_name(target.name + "_")
-    target.mkdir(parents=True)
-    for path in found:
-        shutil.move(path, target / path.name)
-    return target
+    return set_aside(folder, names, run_id or _run_id(folder))
 
 
 def _run_id(folder: Path) -> str:

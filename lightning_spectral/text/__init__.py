@@ -16,6 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+PREVIOUS = "previous"  # folder beside the files of a run, with those of earlier ones
+
 
 class CommandError(Exception):
     """Bad input, said in one sentence that names the thing, the value seen and the remedy; exit code 2."""
@@ -119,6 +121,32 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def set_aside(folder: str | Path, names: Iterable[str], label: str | None = None) -> Path | None:
+    """Move what an earlier run left to ``previous/LABEL`` beside it, or to ``previous/001``, ``002``, ...
+
+    Args:
+        folder: The run folder.
+        names: Files and folders that a run leaves there; those that do not exist are passed over.
+        label: Id of the earlier run, if it has one.
+
+    Returns:
+        Where they are now, or ``None`` if there was nothing to move.
+    """
+    folder = Path(folder)
+    found = [folder / name for name in names if (folder / name).exists()]
+    if not found:
+        return None
+    previous = folder / PREVIOUS
+    numbers = [int(path.name) for path in previous.glob("[0-9]*") if path.name.isdigit()]
+    target = previous / (label or f"{1 + max(numbers, default=0):03d}")
+    while target.exists():
+        target = target.with_name(target.name + "_")
+    target.mkdir(parents=True)
+    for path in found:
+        path.rename(target / path.name)
+    return target
 
 
 def write_text(path: str | Path, text: str) -> None:

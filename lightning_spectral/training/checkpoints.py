@@ -1,8 +1,8 @@
 """Checkpoints that survive a kill: written beside, renamed when whole, and read back newest first.
 
 A checkpoint of step 300 is ``checkpoints/step-00000300.ckpt``. It is always of a finished optimizer step, so a resumed
-run repeats nothing and skips nothing. The newest two are kept: should the last one be torn by a full disk or a crash of
-the machine, the one before still continues the run.
+run repeats nothing and skips nothing. The newest two are kept: should the last one be incomplete after a full disk or
+a crash of the machine, the one before still continues the run.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_spectral.models.checkpoint_file import CheckpointError, read_checkpoint
 from lightning_spectral.training.preemption import PreemptedError, StopSignals
 
 FOLDER = "checkpoints"
@@ -39,24 +39,35 @@ def step_of(checkpoint: Path) -> int | None:
 
 
 def newest_whole(run_folder: Path) -> Path | None:
-    """The newest checkpoint of a run that can be read; torn ones are passed over with a warning."""
+    """The newest checkpoint of a run that can be read; incomplete ones are passed over with a warning."""
     for checkpoint in _newest_first(run_folder):
         if is_whole(checkpoint):
             return checkpoint
-        warnings.warn(f"`{checkpoint}` is torn and is passed over; delete it to silence this.", stacklevel=2)
+        warnings.warn(
+            f"`{checkpoint}` is incomplete or corrupted and is passed over; delete it to silence this.", stacklevel=2
+        )
     return None
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint can be read to the end (a folder is a sharded checkpoint; its metadata is written last)."""
-    if checkpoint.is_dir():
-        return (checkpoint / ".metadata").is_file() and (checkpoint / "meta.pt").is_file()
     try:
-        # our own files: they hold the recipe and callback states, not only tensors
-        torch.load(checkpoint, map_location="meta", weights_only=False, mmap=True)
-    except Exception:  # whatever a torn zip or pickle raises, the answer is no
+        check_whole(checkpoint)
+    except (OSError, CheckpointError):
         return False
     return True
+
+
+def check_whole(checkpoint: Path) -> None:
+    """As :func:`is_whole`, saying what is wrong.
+
+    Raises:
+        FileNotFoundError: If a part of it is missing.
+        CheckpointError: If it is incomplete or corrupted, or holds objects whose reading would execute code.
+    """
+    if checkpoint.is_dir() and not (checkpoint / ".metadata").is_file():
+        raise FileNotFoundError(f"`{checkpoint}` has no `.metadata`: it is incomplete, or no sharded checkpoint.")
+    read_checkpoint(checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint, device="meta")
 
 
 class StepCheckpoint(Checkpoint):

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from litgpt.config import Config
 from torch import Tensor, nn
 
 from lightning_spectral.gpt.architecture import Architecture, adapt_config, build_gpt
 from lightning_spectral.gpt.export import load_final
+from lightning_spectral.models.checkpoint_file import read_checkpoint
+from lightning_spectral.text import one_line
 from lightning_spectral.training.checkpoints import step_of
 from lightning_spectral.training.document import named_config
 
@@ -71,17 +72,14 @@ def _load_litgpt(folder: Path) -> LoadedModel:
         raise
     except (TypeError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"`{folder / 'model_config.yaml'}` is not litgpt's: {one_line(error)}.") from error
-    except Exception as error:  # a torn zip or pickle raises anything
-        raise ValueError(f"`{folder / 'lit_model.pth'}` cannot be read ({one_line(error)}): is it whole?") from error
     number = folder.name.removeprefix("step-")
     step = int(number) if folder.name.startswith("step-") and number.isdigit() else None
     return LoadedModel(model, "litgpt", model.config.block_size, step, tokenizer_dir=with_tokenizer(folder))
 
 
 def _load_lightning(file: Path) -> LoadedModel:
+    content = read_checkpoint(file)
     try:
-        # our own checkpoints hold tensors and plain values only: nothing in them needs to be executed
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         weights: dict[str, Tensor] = content["state_dict"]
         recipe: dict[str, Any] = content["hyper_parameters"]
         given = dict(recipe["model_config"] or named_config(recipe["model_name"]))
@@ -94,8 +92,10 @@ def _load_lightning(file: Path) -> LoadedModel:
             f"`{file}` is not a checkpoint of `lightning-spectral pretrain`: it has no {error}. Measure a model of "
             "your own LightningModule with `trainer.validate` and `SpectralRankCallback(on=['validation'])`."
         ) from error
-    except Exception as error:  # a torn zip or pickle raises anything
-        raise ValueError(f"`{file}` cannot be read ({one_line(error)}): is it whole?") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(
+            f"`{file}` is not a checkpoint of `lightning-spectral pretrain`: {one_line(error)}."
+        ) from error
     model = build_gpt(adapt_config(Config(**given), architecture), architecture, seed=0)
     try:
         model.load_state_dict(names)
@@ -154,9 +154,3 @@ _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], LoadedModel]], ...]
 def with_tokenizer(folder: Path) -> Path | None:
     """The folder, if it holds a tokenizer."""
     return folder if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")) else None
-
-
-def one_line(error: BaseException) -> str:
-    """What an error of another library says, short enough for ours."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 240 else text[:240] + " ..."

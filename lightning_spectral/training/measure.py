@@ -30,7 +30,8 @@ from lightning_spectral.probe.probe import SpectralProbe
 from lightning_spectral.probe.records_of import WindowId, loss_records, spectral_records
 from lightning_spectral.probe.run_folder import RunFolder, new_run_id, package_versions
 from lightning_spectral.records import LossRecord, RunInfo, SpectralRecord
-from lightning_spectral.training.load_checkpoint import load_checkpoint, one_line, with_tokenizer
+from lightning_spectral.text import one_line
+from lightning_spectral.training.load_checkpoint import load_checkpoint, with_tokenizer
 
 DEFAULT_NUM_TOKENS = 65_536
 DEFAULT_SEQ_LENGTH = 512

@@ -28,8 +28,9 @@ from lightning_spectral.data.tokens import unigram_entropy
 from lightning_spectral.gpt.export import save_final
 from lightning_spectral.gpt.learning_rate import LRPlan
 from lightning_spectral.gpt.module import LitGPT
+from lightning_spectral.models.checkpoint_file import CheckpointError
 from lightning_spectral.probe.run_folder import move_earlier_run
-from lightning_spectral.text import one_line
+from lightning_spectral.text import one_line, write_text
 from lightning_spectral.training import checkpoints, preemption
 from lightning_spectral.training.document import RecipeError, named_config
 from lightning_spectral.training.factories import make_logger, make_strategy
@@ -172,12 +173,12 @@ def pretrain(recipe: Recipe, *, progress_bar: bool = True, accept_changes: bool 
         return RunResult(out_dir, done, done * tokens_per_step, None, entropy, already_done=True)
     if first_rank():
         out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / RECIPE_FILE).write_text(recipe.text())
+        write_text(out_dir / RECIPE_FILE, recipe.text())
     if resume:
         rank_zero_info(f"resuming from {resume}" + (f", with changes: {shown(changes)}" if changes else ""))
     with _as_recipe_error(trainer):
-        # the checkpoint is our own; it holds the recipe and the callbacks' states beside tensors
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
+        # nothing in a checkpoint is executed: recipe and callback states are plain values beside the tensors
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         if edges.missed:  # killed between the last checkpoint and the last validation
             trainer.validate(module, datamodule=data, verbose=False)
     save_final(trainer, module, data, tokenizer_dir, out_dir / "final", recipe.text())
@@ -296,10 +297,10 @@ def _resume_path(resume: Any, out_dir: Path) -> Path | None:
     path = Path(resume)
     if not path.exists():
         raise RecipeError(f"`resume` names `{path}`, which does not exist: give a checkpoint, `auto` or `false`.")
-    if not checkpoints.is_whole(path):
-        raise RecipeError(
-            f"`resume` names `{path}`, which is torn or no checkpoint: use `auto` for the newest whole one."
-        )
+    try:
+        checkpoints.check_whole(path)
+    except (OSError, CheckpointError) as error:
+        raise RecipeError(f"`resume` names a checkpoint that cannot be used: {error} Or use `resume: auto`.") from error
     return path
 
 

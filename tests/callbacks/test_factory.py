@@ -265,7 +265,7 @@ def test_litgpt_pretrain_itself_compiled_and_unmodified(tmp_path, precision):
         },
         "out_dir": str(tmp_path / "out"),
         "precision": precision,
-        "data": {"class_path": "tests.integration.foreign_data.RandomTokens", "init_args": {"num_sequences": 24}},
+        "data": {"class_path": "tests.training.foreign_data.RandomTokens", "init_args": {"num_sequences": 24}},
         "train": {
             "global_batch_size": 4, "micro_batch_size": 2, "max_tokens": 5 * 4 * 8, "max_seq_length": 8,
             "lr_warmup_steps": 1, "save_interval": 2, "log_interval": 1,

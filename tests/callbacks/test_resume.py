@@ -96,5 +96,6 @@ def test_a_fresh_run_in_a_used_folder_moves_the_old_one_aside(tmp_path):
     with pytest.warns(UserWarning, match=f"held the run `{old}`: it was moved to"):
         run(tmp_path)
     assert read_run(tmp_path).run_id != old
+
     assert measured(tmp_path / "previous" / old) == kept
     assert {r.run_id for r in read_spectral(tmp_path).records} == {read_run(tmp_path).run_id}

@@ -213,7 +213,7 @@ def broken(name: str, trained: Path, hugging_face: Path, folder: Path) -> list[s
         ("no config", "no `model_config.yaml`"),
         ("other config", "does not fit the model: Error(s) in loading state_dict for GPT: Missing key(s)"),
         ("odd config", "model_config.yaml` is not litgpt's: "),
-        ("torn ckpt", "a.ckpt` cannot be read ("),
+        ("torn ckpt", "a.ckpt` cannot be read, it is incomplete or corrupted"),
         ("foreign ckpt", "has no 'hyper_parameters'"),
         ("ckpt without tokenizer", "no `tokenizer.json` or `tokenizer.model` in"),
         ("small vocabulary", "embeds 300: use the tokenizer that it was trained with"),

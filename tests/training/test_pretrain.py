@@ -155,12 +155,14 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
     whole = _run(tmp_path)
     newest = checkpoints.checkpoint_path(whole.run_folder, 12)
     newest.write_bytes(newest.read_bytes()[:-500])
-    with pytest.warns(UserWarning, match=r"step-00000012.ckpt` is torn and is passed over"):
+    with pytest.warns(UserWarning, match=r"step-00000012.ckpt` is incomplete or corrupted and is passed over"):
         resumed = _run(tmp_path, resume="auto")
     assert resumed.step == 12
     assert not resumed.already_done
     (tmp_path / "torn.ckpt").write_bytes(b"PK")
-    with pytest.raises(RecipeError, match=r"`resume` names `.*torn.ckpt`, which is torn or no checkpoint"):
+    with pytest.raises(
+        RecipeError, match=r"`resume` names a checkpoint that cannot be used: `.*torn.ckpt` cannot be read"
+    ):
         _run(tmp_path, resume=str(tmp_path / "torn.ckpt"))
 
 
@@ -266,7 +268,7 @@ def test_litgpts_initial_checkpoint(tmp_path: Path) -> None:
 
 def test_another_data_module_in_litgpts_form(tmp_path: Path) -> None:
     tree = tiny_tree(tmp_path)
-    tree["data"] = {"class_path": "tests.integration.foreign_data.RandomTokens", "init_args": {"vocab_size": 40}}
+    tree["data"] = {"class_path": "tests.training.foreign_data.RandomTokens", "init_args": {"vocab_size": 40}}
     tree["model_config"]["padded_vocab_size"] = 40
     tree["train"].update(max_steps=10, save_interval=5)
     recipe = load(write_recipe(tmp_path, tree))
@@ -380,3 +382,14 @@ def test_a_killed_process_leaves_a_run_that_continues(tmp_path: Path, how: signa
     keys = [r.key for r in records.read_spectral(tmp_path / "run").records]
     assert keys == list(dict.fromkeys(keys))
     assert set(keys) == {r.key for r in records.read_spectral(tmp_path / "whole").records}
+
+
+def test_a_foreign_checkpoint_given_to_resume_is_not_executed(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "executed",)
+
+    torch.save({"state_dict": {}, "callbacks": Trap()}, tmp_path / "foreign.ckpt")
+    with pytest.raises(RecipeError, match=r"foreign.ckpt` holds objects of `\S+`, and reading them could execute"):
+        _run(tmp_path, resume=str(tmp_path / "foreign.ckpt"))
+    assert not (tmp_path / "executed").exists()

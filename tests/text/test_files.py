@@ -1,0 +1,44 @@
+"""Files are replaced whole, and what an earlier run left is moved aside, never lost."""
+
+from __future__ import annotations
+
+import stat
+
+import pytest
+
+from lightning_spectral.text import set_aside, whole_file, write_text
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
+    write_text(tmp_path / "a" / "x.txt", "old")
+
+    def fails(path):
+        with whole_file(path) as partial:
+            partial.write_text("ne")
+            raise RuntimeError("disk")
+
+    with pytest.raises(RuntimeError, match="disk"):
+        fails(tmp_path / "a" / "x.txt")
+    assert (tmp_path / "a" / "x.txt").read_text() == "old"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["x.txt"]
+    write_text(tmp_path / "a" / "x.txt", "new")
+    assert (tmp_path / "a" / "x.txt").read_text() == "new"
+    assert (tmp_path / "a" / "x.txt").stat().st_mode & stat.S_IROTH  # not private, as a temporary file would be
+
+
+def test_earlier_results_are_numbered(tmp_path):
+    assert set_aside(tmp_path, ["run.json", "logs"]) is None
+    for number in ("001", "002"):
+        (tmp_path / "run.json").write_text(number)
+        (tmp_path / "logs").mkdir()
+        (tmp_path / "mine.txt").write_text("stays")
+        assert set_aside(tmp_path, ["run.json", "logs", "final"]) == tmp_path / "previous" / number
+        assert (tmp_path / "previous" / number / "run.json").read_text() == number
+        assert {path.name for path in tmp_path.iterdir()} == {"previous", "mine.txt"}
+    assert (tmp_path / "previous" / "001" / "run.json").read_text() == "001"
+
+
+def test_an_earlier_run_keeps_its_id(tmp_path):
+    for place in ("run-a", "run-a_"):
+        (tmp_path / "run.json").write_text("x")
+        assert set_aside(tmp_path, ["run.json"], "run-a") == tmp_path / "previous" / place

@@ -122,7 +122,7 @@ def _train(config: str, words: list[str], style: str, accept_changes: bool) -> i
     print("\n".join(_losses(outcome.val_loss, outcome.unigram_entropy)), file=out)
     print(f"run folder   {outcome.run_folder}  (step {outcome.step}, {outcome.tokens:,} tokens)", file=out)
     if recipe.content["logger_name"] == "tensorboard":
-        print(f"curves       tensorboard --logdir {outcome.run_folder / 'logs'}", file=out)
+        print(f"curves       tensorboard --logdir {outcome.run_folder}  (tab SPECTRAL)", file=out)
     return 0
 
 

@@ -36,7 +36,7 @@ def test_a_run_ends_in_the_table_and_the_way_to_the_curves(tmp_path: Path, capsy
         assert status == "few_tokens"
     assert "validation   loss" in printed
     assert "token frequencies alone" in printed
-    assert f"tensorboard --logdir {tmp_path / 'run' / 'logs'}" in printed
+    assert f"tensorboard --logdir {tmp_path / 'run'}  (tab SPECTRAL)" in printed
     assert list((tmp_path / "run" / "logs" / "tensorboard" / "version_0").glob("events.*"))
 
 

@@ -201,10 +201,10 @@ async function draw() {
   const many = runs.length > 1;
   const sections = [
     section("Rank curves", "Median over layers, as measured. Dotted: the untrained network. Hollow points: status not ok. Red: alarms.", element("div", { class: "panels" }, ...ranks)),
-    losses ? half(many, section("Loss by bucket", "Cross-entropy of the token to be predicted, in nats.", curvePanels(state, "loss", runs, tip, width))) : null,
     isLoss() ? null : half(many, section("Layers", `${metric} of every layer and window${runs.length > MAX_MAPS ? `; the first ${MAX_MAPS} runs` : ""}.`, heat)),
-    section("Eigenspectrum", "Normalised eigenvalues of one layer's covariance; move the slider through training.", spectrum),
-    isLoss() ? null : section("Exponent over training", "beta of rank ~ D^beta over the widths of the selected runs, with its 95 % interval over widths.", exponent),
+    half(many, section("Eigenspectrum", "Normalised eigenvalues of one layer's covariance; move the slider through training.", spectrum)),
+    losses ? half(many, section("Loss by bucket", "Cross-entropy of the token to be predicted, in nats.", curvePanels(state, "loss", runs, tip, width))) : null,
+    isLoss() ? null : half(many, section("Exponent over training", "beta of rank ~ D^beta over the widths of the selected runs, with its 95 % interval over widths.", exponent)),
   ];
   const scroll = main.scrollTop;
   main.replaceChildren(...notes.filter(Boolean), element("div", { class: "sections" }, ...sections.filter(Boolean)));

@@ -1,0 +1,118 @@
+"""Every snippet of the site runs; every command, option, recipe, file and class that it names exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.fabric import Fabric
+
+import lightning_spectral
+from lightning_spectral.cli import VERBS, main
+from lightning_spectral.records import STATUSES
+from tests.analysis.synthetic import write_one
+from tests.callbacks import tiny
+
+ROOT = Path(__file__).parent.parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+TEXT = {page.relative_to(DOCS).as_posix(): page.read_text() for page in PAGES}
+BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.S)
+SNIPPETS = [(name, code) for name, text in TEXT.items() for kind, code in BLOCK.findall(text) if kind == "python"]
+OWN = [(name, code) for name, code in SNIPPETS if "--8<--" not in code]
+SHELL = [
+    (name, line.split("#")[0].strip())
+    for name, text in TEXT.items()
+    for kind, code in BLOCK.findall(text)
+    if kind == "bash" and "--8<--" not in code
+    for line in code.splitlines()
+]
+INLINE = [(name, code) for name, text in TEXT.items() for code in re.findall(r"`(lightning-spectral [^`]+)`", text)]
+
+
+@pytest.mark.parametrize(("page", "code"), OWN, ids=[f"{name}-{k}" for k, (name, _) in enumerate(OWN)])
+@pytest.mark.filterwarnings("ignore")
+def test_python_snippets_run(page, code, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"model": tiny.Module(), "train_loader": tiny.loader(), "named_model": tiny.Module()}
+    exec(code, {**given, "run_folder": write_one(tmp_path, "muon", 0.9, 64), "Fabric": Fabric})
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(page, words) of every call of ours."""
+    found = []
+    for page, line in SHELL + INLINE:
+        for part in re.split(r"&&|\|", line):
+            words = shlex.split(part)
+            while words and "=" in words[0]:
+                words = words[1:]
+            if words[:1] == ["lightning-spectral"]:
+                found.append((page, words[1:]))
+    return found
+
+
+def test_commands_name_verbs_options_and_recipes_that_exist(capsys) -> None:
+    helps: dict[str, str] = {}
+    assert len(commands()) > 20
+    for page, (verb, *words) in commands():
+        if verb in ("VERB", "--version", "--help"):
+            continue
+        assert verb in VERBS, (page, verb)
+        action = words[0] if verb == "memory" else ""
+        key = f"{verb} {action}".strip()
+        if key not in helps:
+            with pytest.raises(SystemExit) if verb != "pretrain" else nothing() as _:
+                main([*key.split(), "--help"])
+            helps[key] = capsys.readouterr().out
+        for word in words:
+            if word.startswith("--") and "." not in word:
+                assert word in helps[key], (page, key, word)
+        if verb in ("sweep", "plan") and not words[0].startswith("-"):
+            assert (ROOT / "recipes" / f"{words[0]}.yaml").exists(), (page, words[0])
+        if "--config" in words:
+            recipe = words[words.index("--config") + 1].removeprefix("recipes/").removesuffix(".yaml")
+            assert (ROOT / "recipes" / f"{recipe}.yaml").exists(), (page, recipe)
+
+
+class nothing:
+    """A block that may end as it likes: one verb returns from its help, others leave by SystemExit."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        return kind is SystemExit
+
+
+def test_yaml_snippets_are_yaml_and_name_classes_that_exist() -> None:
+    for page, text in TEXT.items():
+        for kind, code in BLOCK.findall(text):
+            if kind == "yaml" and "--8<--" not in code:
+                assert yaml.safe_load(code), page
+                for name in re.findall(r"class_path: lightning_spectral\.(\w+)", code):
+                    assert hasattr(lightning_spectral, name), (page, name)
+
+
+def test_pictures_links_and_included_files_exist() -> None:
+    for page, text in TEXT.items():
+        for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+            assert (DOCS / page).parent.joinpath(target).exists(), (page, target)
+        for target in re.findall(r'--8<-- "([^"]+)"', text):
+            assert (ROOT / target).exists(), (page, target)
+
+
+def test_every_page_is_in_the_navigation_and_every_public_class_in_the_reference() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for page in TEXT:
+        assert page in navigation, page
+    reference = "\n".join(text for page, text in TEXT.items() if page.startswith("reference/"))
+    for name in set(lightning_spectral.__all__) - {"__version__"}:
+        home = getattr(lightning_spectral, name).__module__
+        assert f"::: {home}.{name}" in reference or f"::: {home}\n" in reference, name
+
+
+def test_every_status_is_explained() -> None:
+    for status in STATUSES:
+        assert f"`{status}`" in TEXT["numbers.md"], status

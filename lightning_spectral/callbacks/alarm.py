@@ -9,11 +9,11 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_spectral.callbacks.trainer_host import log_scalars
 from lightning_spectral.functional.rank import RANK_METRICS
+from lightning_spectral.probe.guard import warn
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.records import (
     ALARMS_FILE,
@@ -92,7 +92,7 @@ class SpectralAlarm(Callback):
         self._reference: float | None = None
         self._beyond = self._unjudged = 0
         self._judged_step: int | None = None
-        self._warned: set[str] = set()
+        self._said: set[str] = set()
 
     @property
     def state_key(self) -> str:
@@ -128,13 +128,14 @@ class SpectralAlarm(Callback):
         self._judged_step = step  # two callbacks may both measure the bucket
         judged = [record for record in mine if record.status == "ok" and record.value(self.metric)]
         if not judged:
-            self._could_not_judge(mine[0])
+            self._could_not_judge(trainer, mine[0])
             return
         self._unjudged = 0
         value = median(float(record.value(self.metric) or 0.0) for record in judged)
         reference = self._reference_for(value, step, judged)
         if reference is None:
-            self._warn("untrained", "no window at step 0 was measured: there is no untrained network to compare with.")
+            why = "no window at step 0 was measured: there is no untrained network to compare with."
+            self._say_once(trainer, "untrained", why)
             return
         limit = self.threshold * reference
         is_beyond = value < limit if self.is_floor else value > limit
@@ -178,7 +179,7 @@ class SpectralAlarm(Callback):
         )
 
     def _raise(self, trainer: pl.Trainer, alarm: AlarmRecord) -> None:
-        rank_zero_warn(f"SpectralAlarm: {alarm.message}{'; training stops' if self.stop else ''}.")
+        trainer.should_stop = trainer.should_stop or self.stop
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             folder = getattr(callback, "run_folder", None)
             if isinstance(folder, RunFolder) and folder.writes:
@@ -186,21 +187,25 @@ class SpectralAlarm(Callback):
                 known = known_keys(read_alarms(path).records) if path.exists() else set()
                 append_records(path, [alarm] if alarm.key not in known else [])
                 break
+        self._say(trainer, f"{alarm.message}{'; training stops' if self.stop else ''}.")
         if self.on_alarm is not None:
             self.on_alarm(alarm)
-        if self.stop:
-            trainer.should_stop = True
 
-    def _could_not_judge(self, record: SpectralRecord) -> None:
+    def _could_not_judge(self, trainer: pl.Trainer, record: SpectralRecord) -> None:
         self._unjudged += 1
         if self._unjudged == max(self.patience, 2):
-            self._warn(
+            self._say_once(
+                trainer,
                 "unjudged",
                 f"{self._unjudged} windows in a row have no {self.metric} of bucket {self.bucket} to judge (status "
                 f"`{record.status}`, N/D = {record.tokens_per_dim:.2g}): measure more tokens a window.",
             )
 
-    def _warn(self, cause: str, text: str) -> None:
-        if cause not in self._warned:
-            self._warned.add(cause)
-            rank_zero_warn(f"SpectralAlarm: {text}")
+    def _say_once(self, trainer: pl.Trainer, cause: str, text: str) -> None:
+        if cause not in self._said:
+            self._said.add(cause)
+            self._say(trainer, text)
+
+    def _say(self, trainer: pl.Trainer, text: str) -> None:
+        if trainer.is_global_zero:
+            warn(f"SpectralAlarm: {text}")

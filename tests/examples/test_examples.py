@@ -58,6 +58,8 @@ def test_all_are_short_ascii_and_tested() -> None:
         ("lightning_module.py", "lightning_module", [0, 10, 20, 29]),
         ("fabric_loop.py", "fabric_loop", [0, 10, 19]),
         ("torchtitan_model.py", "torchtitan", [0, 10, 19]),
+        ("pytorch_loop.py", "pytorch_loop", [0, 10, 19]),
+        ("huggingface_trainer.py", "huggingface", [0, 10, 19]),
     ],
 )
 def test_loops_of_all_kinds(name, folder, steps, tmp_path, monkeypatch) -> None:
@@ -70,6 +72,17 @@ def test_loops_of_all_kinds(name, folder, steps, tmp_path, monkeypatch) -> None:
     assert {r.num_tokens for r in records if r.bucket == "pooled" and r.step == 0} == {16 * 64}
     assert {r.status for r in records if r.bucket == "pooled" and r.step == 0} == {"ok"}
     assert {record.bucket for record in read_losses(found).records} == {"pooled", "head", "mid", "tail"}
+
+
+def test_accelerate(tmp_path, monkeypatch) -> None:
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # another Trainer of this process has left its own
+    GradientState._reset_state()
+    run("accelerate_loop.py", monkeypatch)
+    records = read_spectral(tmp_path / "out" / "examples" / "accelerate").records
+    assert sorted({record.step for record in records}) == [0, 5, 9]
+    assert {r.num_tokens for r in records if r.step == 0} == {2 * 8 * 64}  # both micro-batches of the step
 
 
 def test_lightning_cli(tmp_path, monkeypatch) -> None:

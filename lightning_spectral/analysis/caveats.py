@@ -9,7 +9,7 @@ from typing import Final
 from lightning_spectral.analysis.fits import PowerLawFit
 from lightning_spectral.analysis.learning_rates import ladders_of
 from lightning_spectral.analysis.points import LAYER_MEDIAN
-from lightning_spectral.analysis.recipe_facts import decay_step, num_steps, seed_meaning
+from lightning_spectral.analysis.recipe_facts import decay_step, is_whole, num_steps, seed_meaning
 from lightning_spectral.analysis.runs import RunSet
 from lightning_spectral.analysis.study import Fitted
 
@@ -149,7 +149,7 @@ def _rate_caveats(fitted: Fitted, runs: RunSet) -> list[str]:
 def _runs(runs: RunSet) -> list[str]:
     """Runs cut short, and runs that saw other data."""
     out = []
-    short = [(run, steps) for run in runs.runs if (steps := num_steps(run)) is not None and run.steps[-1] < steps]
+    short = [(run, num_steps(run) or "an unknown number") for run in runs.runs if is_whole(run) is False]
     if short:
         run, steps = short[0]
         more = f" and {len(short) - 1} more" if len(short) > 1 else ""

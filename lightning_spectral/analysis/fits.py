@@ -69,6 +69,7 @@ class PowerLawFit:
         bend_p: Its p value; below :data:`BENT_P` the fit has the flag ``bent``.
         slope_low: Local slope at ``x_min``, along a parabola.
         slope_high: Local slope at ``x_max``.
+        raw_beta: Slope of the plain ranks of the finite sample, where ``beta`` is of unbiased ones.
         loo_low: Smallest beta with one width left out.
         loo_high: Largest.
         theil_sen: Median of pairwise slopes.
@@ -110,6 +111,7 @@ class PowerLawFit:
     bend_p: float = NAN
     slope_low: float = NAN
     slope_high: float = NAN
+    raw_beta: float = NAN
     loo_low: float = NAN
     loo_high: float = NAN
     theil_sen: float = NAN
@@ -396,6 +398,9 @@ def _with_extras(fit: PowerLawFit, points: Sequence[Point]) -> PowerLawFit:
         slope_low=bend.slope_low,
         slope_high=bend.slope_high,
     )
+    if all(point.raw > 0 for point in points):
+        plain = np.log([point.raw for point in points])
+        out = replace(out, raw_beta=float(least_squares(*seed_means(x, plain)).slope))
     if bend.p < BENT_P:
         out = replace(out, status="bent" if fit.status == "ok" else f"{fit.status}+bent")
     if all(point.spread > 0 for point in points):

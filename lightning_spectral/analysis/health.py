@@ -6,18 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from lightning_spectral.analysis.points import Point, PointTable
 
 ROWS_PER_RANK: Final = 50  # bias of a rank is about rank / N: 2 % here
-ROWS_TOLERANCE: Final = 0.01
+SLOPE_BIAS: Final = 0.02  # of beta, from the number of rows, that a reader must hear of
 _LONG_NUMBER: Final = 8  # significant digits that two different measurements do not share by chance
 _MEASURES: Final = {"metric", "bucket", "site", "layer"}
 _MANY_EQUAL: Final = 20
 
 # flag -> what to tell people
 FLAG_TEXT: Final = {
-    "few_tokens": f"fewer than {ROWS_PER_RANK} rows per unit of rank: the rank is biased low, most at the widest FFN",
-    "unequal_rows": "the widths were measured on different numbers of rows: their biases differ",
+    "few_tokens": f"the rows are so few that the slope of plain ranks is off by more than {SLOPE_BIAS:g} (independent "
+    "rows; more if tokens of a sequence are alike): measure more tokens, or num_jackknife_groups=4",
+    "few_sequences": "fewer sequences than modes: what the tokens of a sequence share makes the rank too low; measure "
+    "more sequences, or num_jackknife_groups=4",
     "mixed_windows": "the widths were measured at different training steps",
     "untrained_window": "a point takes in step 0, the untrained network: lower --last, or finish the run",
     "across_decay": "the last windows lie on both sides of the start of the learning-rate decay: lower --last",
@@ -104,7 +108,6 @@ def flags_by_series(table: PointTable, duplicates: Duplicates) -> dict[tuple[str
 
 def flags_of(points: Sequence[Point]) -> tuple[str, ...]:
     """Keys of :data:`FLAG_TEXT` that hold for one series (without duplicates, which need the whole table)."""
-    rows = [point.num_tokens for point in points if point.num_tokens == point.num_tokens]
     sources = [point.source for point in points if point.source]
     cells = [(point.x, point.seed) for point in points]
     seeds = {point.seed for point in points}
@@ -112,8 +115,8 @@ def flags_of(points: Sequence[Point]) -> tuple[str, ...]:
     repeated_rows = len(set(sources)) < len(sources)
     repeats = len(set(cells)) < len(cells)
     checks = {
-        "few_tokens": any(point.num_tokens < ROWS_PER_RANK * point.rank for point in points),
-        "unequal_rows": bool(rows) and max(rows) - min(rows) > ROWS_TOLERANCE * max(rows),
+        "few_tokens": abs(slope_bias(points)) > SLOPE_BIAS,
+        "few_sequences": any(point.num_sequences < point.rank and point.raw != point.raw for point in points),
         "mixed_windows": len({point.steps for point in points}) > 1,
         "untrained_window": any(0 in point.steps for point in points),
         "across_decay": any(_across_decay(point) for point in points),
@@ -126,6 +129,20 @@ def flags_of(points: Sequence[Point]) -> tuple[str, ...]:
         "missing_values": any(point.missing > 0 or point.value != point.value for point in points),
     }
     return tuple(name for name, holds in checks.items() if holds)
+
+
+def slope_bias(points: Sequence[Point]) -> float:
+    """Bias of the slope of plain ranks from the number of rows, for independent rows; 0 if it is not known.
+
+    ``1 / R_N = 1 / R + 1 / N``: what is measured is ``R / (1 + R / N)``. Equal N / R at all widths bends nothing,
+    however small N is; equal N takes the most from the widest.
+    """
+    known = [p for p in points if p.num_tokens > 0 and p.rank > 0 and p.x > 0 and p.raw != p.raw]
+    if len(known) < len(points) or len({point.x for point in known}) < 2:
+        return 0.0
+    x, n, measured = (np.array([getattr(point, name) for point in known]) for name in ("x", "num_tokens", "rank"))
+    x = np.log(x) - np.log(x).mean()
+    return float(x @ np.log1p(-np.minimum(measured / n, 0.99)) / (x @ x))
 
 
 def _across_decay(point: Point) -> bool:

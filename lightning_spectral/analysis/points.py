@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_spectral.analysis.linear import t_quantile
 from lightning_spectral.analysis.recipe_facts import decay_step
 from lightning_spectral.analysis.runs import Run, RunSet
 
@@ -18,6 +19,8 @@ FloatArray = NDArray[np.float64]
 LAST_WINDOWS: Final = 5
 NULL_STEPS: Final = (0, 1)  # windows of the untrained, or once updated, network
 LAYER_MEDIAN: Final = "median"
+# metric -> the same with the bias of finite, clustered samples removed
+UNBIASED: Final = {"hard_rank": "hard_rank_across_sequences", "soft_rank": "soft_rank_debiased"}
 DEFAULT_METRICS: Final = ("soft_rank", "hard_rank")
 
 
@@ -41,6 +44,7 @@ class Point:
         decay_step: Last step at the full learning rate; NaN if unknown.
         error: Standard error of measurement of ln(value), over the sequences that were measured; NaN if unknown.
         num_sequences: Sequences that the rows come from; NaN if unknown.
+        raw: The value as it comes out of the finite sample, where ``value`` has its bias removed; NaN otherwise.
     """
 
     series: tuple[str, ...]
@@ -58,6 +62,7 @@ class Point:
     decay_step: float = float("nan")
     error: float = float("nan")
     num_sequences: float = float("nan")
+    raw: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ def points_of_runs(
     last: int = LAST_WINDOWS,
     until_step: int | Mapping[str, int] | None = None,
     sites: Sequence[str] | None = None,
+    ranks: str = "auto",
 ) -> PointTable:
     """Points of every run, one for each site, bucket, metric and (if ``layer`` is in ``by``) layer.
 
@@ -117,12 +123,15 @@ def points_of_runs(
         until_step: Take the last windows at or before this step; with a step for each run id, runs without one are
             left out, and so is the untrained state (see :func:`pre_decay`).
         sites: Sites to use; ``post`` alone when ``site`` is not in ``by``.
+        ranks: ``auto``: ranks across sequences (:data:`UNBIASED`) where all runs have them; or ``raw``.
 
     Raises:
         ValueError: If ``last`` is not positive, or ``by`` names a column that the runs do not have.
     """
     if last < 1:
         raise ValueError(f"`last` must be >= 1, got {last}.")
+    if ranks not in ("auto", "raw"):
+        raise ValueError(f"`ranks` must be auto or raw, got {ranks!r}.")
     names = tuple(by) if by is not None else default_by(runs)
     if "metric" not in names and len(metrics) > 1:
         raise ValueError(f"`by` without `metric` needs one metric, got {', '.join(metrics)}. Pass --metrics hard_rank.")
@@ -132,10 +141,24 @@ def points_of_runs(
         raise ValueError(f"the runs have no column `{unknown[0]}` to group by; they have {', '.join(sorted(known))}.")
     if sites is None and "site" not in names:
         sites = ("post",)
+    columns = {metric: unbiased_column(runs, metric) if ranks == "auto" else metric for metric in metrics}
     points: list[Point] = []
     for run in runs.runs:
-        points += _points_of_run(runs, run, names, metrics, last, until_step, sites)
+        chosen = _usable_steps(run, until_step)[-last:]
+        if len(chosen):
+            windows = _Windows(runs, run, names, chosen)
+            points += [point for metric in metrics for point in windows.points(metric, columns[metric], sites)]
     return PointTable(names, tuple(points))
+
+
+def unbiased_column(runs: RunSet, metric: str) -> str:
+    """Name of the metric with the bias of finite, clustered samples removed, if every number of all runs has one."""
+    name = UNBIASED.get(metric, metric)
+    for run in runs.runs:
+        values = run.columns.floats.get(name)
+        if values is None or bool((np.isfinite(run.columns.floats[metric]) & ~np.isfinite(values)).any()):
+            return metric
+    return name
 
 
 def pre_decay(runs: RunSet) -> dict[str, int]:
@@ -157,71 +180,95 @@ def _usable_steps(run: Run, until_step: int | Mapping[str, int] | None) -> NDArr
     return run.steps[trained & (run.steps <= until_step.get(run.run_id, -1))]
 
 
-def _points_of_run(
-    runs: RunSet,
-    run: Run,
-    by: tuple[str, ...],
-    metrics: Sequence[str],
-    last: int,
-    until_step: int | Mapping[str, int] | None,
-    sites: Sequence[str] | None,
-) -> list[Point]:
-    usable = _usable_steps(run, until_step)
-    if not len(usable):
-        return []
-    chosen = usable[-last:]
-    window = np.searchsorted(run.steps, chosen)
-    steps = tuple(int(step) for step in chosen)
-    decay = decay_step(run)
-    labels = {name: runs.label_of(run, name) for name in by}
-    rows = run.cube("num_tokens")[:, :, window]
-    num_tokens = nanmedian(rows.reshape(*rows.shape[:2], -1), axis=-1)
-    out = []
-    for metric in metrics:
-        values = run.cube(metric)[:, :, window]
-        per_layer = nanmedian(values, axis=2)
-        center = nanmedian(per_layer, axis=2)
-        for s, site in enumerate(run.sites):
+class _Windows:
+    """The last windows of one run, as points.
+
+    Args:
+        runs: All runs, for the labels.
+        run: The run.
+        by: Columns of a series.
+        steps: Steps of its windows.
+    """
+
+    def __init__(self, runs: RunSet, run: Run, by: tuple[str, ...], steps: NDArray[np.int64]) -> None:
+        self._run, self._by = run, by
+        self._window = np.searchsorted(run.steps, steps)
+        self._labels = {name: runs.label_of(run, name) for name in by}
+        rows = run.cube("num_tokens")[:, :, self._window]
+        self._measured = np.asarray((~np.isnan(rows.reshape(*rows.shape[:2], -1))).any(axis=-1))
+        self._num_tokens = nanmedian(rows.reshape(*rows.shape[:2], -1), axis=-1)
+        sequences = run.cube("num_sequences")[:, :, self._window]
+        self._num_sequences = nanmedian(sequences.reshape(*rows.shape[:2], -1), axis=-1)
+        decay = decay_step(run)
+        self._shared = Point(
+            series=(),
+            x=float(run.width),
+            value=float("nan"),
+            source=run.run_id,
+            seed=run.seed,
+            steps=tuple(int(step) for step in steps),
+            conventions=run.conventions,
+            decay_step=float("nan") if decay is None else float(decay),
+        )
+
+    def points(self, metric: str, column: str, sites: Sequence[str] | None) -> list[Point]:
+        """Layer medians of a metric, each followed by its layers if ``layer`` is a column."""
+        values = self._run.cube(column)[:, :, self._window]
+        raw = self._run.cube(metric)[:, :, self._window] if column != metric else np.full_like(values, np.nan)
+        error = self._errors(metric)
+        out = []
+        for s, site in enumerate(self._run.sites):
             if sites is not None and site not in sites:
                 continue
-            for b, bucket in enumerate(run.buckets):
-                layers = per_layer[s, b]
-                if np.isnan(rows[s, b]).all():
-                    continue  # never measured at this site and bucket
-                labels |= {"site": site, "bucket": bucket, "metric": metric}
-                missing = int(np.isnan(values[s, b]).sum())
-                spread = float(np.nanstd(layers, ddof=1)) if np.isfinite(layers).sum() > 1 else float("nan")
-
-                is_rank = "rank" in metric
-                median = Point(
-                    series=tuple({**labels, "layer": LAYER_MEDIAN}[name] for name in by),
-                    x=float(run.width),
-                    value=float(center[s, b]),
-                    source=run.run_id,
-                    seed=run.seed,
-                    spread=spread,
-                    num_tokens=float(num_tokens[s, b]),
-                    rank=float(center[s, b]) if is_rank else float("nan"),
-                    steps=steps,
-                    conventions=run.conventions,
-                    layers=tuple(float(value) for value in layers),
-                    missing=missing,
-                    decay_step=float("nan") if decay is None else float(decay),
-                )
-                out.append(median)
-                if "layer" not in by:
-                    continue
-                for index, name in enumerate(run.layers):
-                    value = float(layers[index])
-                    out.append(
-                        replace(
-                            median,
-                            series=tuple({**labels, "layer": name}[column] for column in by),
-                            value=value,
-                            rank=value if is_rank else float("nan"),
-                            spread=float("nan"),
-                            layers=(),
-                            missing=int(np.isnan(values[s, b, :, index]).sum()),
-                        )
+            for b, bucket in enumerate(self._run.buckets):
+                if self._measured[s, b]:
+                    shared = replace(
+                        self._shared,
+                        num_tokens=float(self._num_tokens[s, b]),
+                        num_sequences=float(self._num_sequences[s, b]),
+                        error=float(error[s, b]),
                     )
-    return out
+                    labels = {**self._labels, "site": site, "bucket": bucket, "metric": metric}
+                    out += self._layers(shared, labels, values[s, b], raw[s, b])
+        return out
+
+    def _layers(self, shared: Point, labels: dict[str, str], values: FloatArray, raw: FloatArray) -> list[Point]:
+        """``values`` is (window, layer)."""
+        layers, raw_layers = nanmedian(values, axis=0), nanmedian(raw, axis=0)
+        is_rank = "rank" in labels["metric"]
+
+        def point(name: str, value: float, own_raw: float, missing: int) -> Point:
+            return replace(
+                shared,
+                series=tuple({**labels, "layer": name}[column] for column in self._by),
+                value=value,
+                rank=value if is_rank else float("nan"),
+                raw=own_raw,
+                missing=missing,
+            )
+
+        center, own_raw = (float(nanmedian(own, axis=0)) for own in (layers, raw_layers))
+        spread = float(np.nanstd(layers, ddof=1)) if np.isfinite(layers).sum() > 1 else float("nan")
+        median = point(LAYER_MEDIAN, center, own_raw, int(np.isnan(values).sum()))
+        out = [replace(median, spread=spread, layers=tuple(float(value) for value in layers))]
+        if "layer" in self._by:
+            out += [
+                point(name, float(layers[k]), float(raw_layers[k]), int(np.isnan(values[:, k]).sum()))
+                for k, name in enumerate(self._run.layers)
+            ]
+        return out
+
+    def _errors(self, metric: str) -> FloatArray:
+        """(site, bucket) standard error of ln(metric): layers see the same tokens, windows others."""
+        run, nothing = self._run, np.full(self._measured.shape, np.nan)
+        low, high = (run.columns.floats.get(f"{metric}_ci_{end}") for end in ("low", "high"))
+        groups = run.num_jackknife_groups
+        if low is None or high is None or groups < 2:
+            return nothing
+        ends = [run.cube(f"{metric}_ci_{end}")[:, :, self._window] for end in ("low", "high")]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            reach = np.log(ends[1] / ends[0]) / 2
+        windows = max(len(self._window), 1)
+        # the median of independent windows has 1.25 times the error of their mean
+        share = 1.0 if windows == 1 else 1.2533 / np.sqrt(windows)
+        return nanmedian(reach.reshape(*reach.shape[:2], -1), axis=-1) * share / float(t_quantile(groups - 1))

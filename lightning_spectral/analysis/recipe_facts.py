@@ -43,6 +43,17 @@ def num_steps(run: Run) -> int | None:
     return min(limits, default=None)
 
 
+def is_whole(run: Run) -> bool | None:
+    """Whether a run has reached its end, by its own word, else by its recipe; ``None`` if neither says.
+
+    A window of the last optimizer step has the number of the steps done before it.
+    """
+    if run.info.finished is not None:
+        return run.info.finished
+    steps = num_steps(run)
+    return None if steps is None else bool(run.steps[-1] >= steps - 1)
+
+
 def decay_step(run: Run) -> int | None:
     """Last step at the full learning rate, if the recipe holds the rate and lets it fall at the end.
 

@@ -33,6 +33,7 @@ FloatArray = NDArray[np.float64]
 # labels that name the x axis or a repetition: never a series of their own
 _NOT_A_SERIES: Final = {"optimizer", "seed", "width", "ffn_multiplier", "intermediate_size", "data_order", "run_id"}
 _STAGE_ORDER: Final = (b"train", b"validation", b"measure", b"test", b"predict")
+_LOST: Final = (b"no_forward", b"not_matched", b"solve_failed")
 _SITE_ORDER: Final = ("post", "pre")
 _BUCKET_ORDER: Final = ("pooled", "head", "mid", "tail")
 
@@ -142,11 +143,12 @@ class Run:
         Raises:
             ValueError: If there is no such metric.
         """
-        if metric not in self.columns.floats and metric != "num_tokens":
+        if metric in ("num_tokens", "num_sequences"):
+            counts = self.columns.ints[metric].astype(np.float64)
+            return self._dense(np.where(counts < 0, np.nan, counts))
+        if metric not in self.columns.floats:
             known = ", ".join(name for name in self.columns.floats if name != "tokens_seen")
             raise ValueError(f"unknown metric `{metric}`; the records hold {known}.")
-        if metric == "num_tokens":
-            return self._dense(self.columns.ints["num_tokens"].astype(np.float64))
         return self._dense(self.columns.floats[metric])
 
     def orders(self, name: str, windows: int) -> dict[str, FloatArray]:
@@ -165,6 +167,12 @@ class Run:
     def conventions(self) -> tuple[str, ...]:
         """The distinct convention sets of its records, as JSON; more than one means they do not mix."""
         return tuple(sorted(cell.decode() for cell in set(self.columns.texts["conventions"].tolist())))
+
+    @property
+    def num_jackknife_groups(self) -> int:
+        """Groups of sequences behind an interval; 1 if there are none, or more than one convention."""
+        sets = self.conventions
+        return int(json.loads(sets[0]).get("jackknife_groups", 1)) if len(sets) == 1 else 1
 
     @cached_property
     def status_counts(self) -> dict[str, int]:
@@ -208,12 +216,28 @@ class RunSet:
         return run.optimizer if name == "optimizer" else run.info.labels.get(name, "")
 
 
-def load_runs(paths: Iterable[str | Path], stage: str | None = None) -> RunSet:
+@dataclass(frozen=True)
+class Choice:
+    """Which of a run's records are read, where it has several kinds of them.
+
+    Attributes:
+        stage: ``train``, ``validation``, ...; by default ``train`` if a run has it, else the first it has.
+        stack: Path of a stack of blocks, or its end (``encoder``); needed where a model has several.
+        loader: Index of an evaluation dataloader; by default the first.
+    """
+
+    stage: str | None = None
+    stack: str | None = None
+    loader: int | None = None
+
+
+def load_runs(paths: Iterable[str | Path], stage: str | None = None, choice: Choice | None = None) -> RunSet:
     """Read every run folder at or below ``paths``.
 
     Args:
         paths: Run folders, or folders that hold them at any depth; runs moved to ``previous/`` are not looked for.
-        stage: Stage of the records to use; by default ``train`` if a run has it, else the first it has.
+        stage: Stage of the records to use, short for ``Choice(stage)``.
+        choice: Which records to use.
 
     Raises:
         FileNotFoundError: If a path does not exist.
@@ -235,7 +259,7 @@ def load_runs(paths: Iterable[str | Path], stage: str | None = None) -> RunSet:
         for folder in sorted({file.parent for root in roots for file in _below(root, SPECTRAL_FILE)} - set(folders))
     ]
     for folder in folders:
-        run, found = read_run_folder(folder, stage)
+        run, found = read_run_folder(folder, choice or Choice(stage))
         problems += found
         if run is None:
             continue
@@ -249,50 +273,102 @@ def load_runs(paths: Iterable[str | Path], stage: str | None = None) -> RunSet:
     return RunSet(tuple(ordered), tuple(problems))
 
 
-def read_run_folder(folder: Path, stage: str | None = None) -> tuple[Run | None, list[Problem]]:
+class _Unusable(ValueError):
+    """Why a run folder cannot be used: a kind and a sentence."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def read_run_folder(folder: Path, choice: Choice | None = None) -> tuple[Run | None, list[Problem]]:
     """One run folder, or ``None`` and the reason."""
     problems: list[Problem] = []
-
-    def refuse(kind: str, message: str) -> tuple[None, list[Problem]]:
-        return None, [*problems, Problem(str(folder), kind, message, refused=True)]
-
-    file = folder / SPECTRAL_FILE
     try:
-        info = read_run(folder)
-        content = file.read_bytes()
-        columns = scan_spectral(file)
+        return _read(folder, choice or Choice(), problems), problems
+    except _Unusable as error:
+        message, kind = str(error), error.kind
     except (OSError, ValueError) as error:
-        return refuse("unreadable", f"`{folder}` was left out: {error}")
+        message, kind = str(error), "unreadable"
+    return None, [*problems, Problem(str(folder), kind, f"`{folder}` was left out: {message}", refused=True)]
+
+
+def _read(folder: Path, choice: Choice, problems: list[Problem]) -> Run:
+    file = folder / SPECTRAL_FILE
+    info, content, columns = read_run(folder), file.read_bytes(), scan_spectral(file)
+
+    def note(kind: str, text: str) -> None:
+        if text:
+            problems.append(Problem(str(folder), kind, f"`{folder}`: {text}"))
+
     if columns.skipped:
         number, reason = columns.skipped[0]
-        text = f"`{file}`: {len(columns.skipped)} line(s) left out; the first is line {number}: {reason}."
-        problems.append(Problem(str(folder), "skipped_lines", text))
+        note("skipped_lines", f"{len(columns.skipped)} line(s) left out; the first is line {number}: {reason}.")
     own = columns.texts["run_id"] == info.run_id.encode()
     if not own.all():
-        text = f"`{file}`: {int((~own).sum())} record(s) of another run were left out (this run is `{info.run_id}`)."
-        problems.append(Problem(str(folder), "foreign_records", text))
-        columns = columns.take(own)
-    columns, note = _one_stage(columns, stage)
-    if note:
-        problems.append(Problem(str(folder), "several_stages", f"`{folder}`: {note}"))
+        note("foreign_records", f"{int((~own).sum())} record(s) of another run left out (this is `{info.run_id}`).")
+    columns, text = _one_stage(columns.take(own), choice.stage)
+    note("several_stages", text)
+    columns = _one_stack(columns, choice.stack)
+    columns, text = _one_evaluation(columns, choice.loader)
+    note("several_evaluations", text)
+    columns, text = _with_numbers(columns)
+    note("lost_windows", text)
     if not len(columns):
-        return refuse("no_records", f"`{folder}` was left out: it holds no spectral record of the stage asked for.")
+        raise _Unusable("no_records", "it holds no spectral record with a number of the kind asked for.")
     widths = np.unique(columns.ints["width"])
-    if len(widths) != 1 or widths[0] < 1:
-        return refuse(
-            "mixed_widths",
-            f"`{folder}` was left out: its records have FFN widths {widths.tolist()}; a scaling fit needs one per run.",
-        )
-    losses, loss_problems = _losses(folder, info.run_id)
+    if len(widths) != 1:
+        text = f"its records have FFN widths {widths.tolist()}; a scaling fit needs one per run."
+        raise _Unusable("mixed_widths", text)
+    losses, loss_problems = _losses(folder, info.run_id, choice.loader)
     problems += loss_problems
     digest = hashlib.sha256(content).hexdigest()
     run = Run(folder, info, int(widths[0]), columns, losses, digest, _progress(folder))
     if len(run.conventions) > 1:
-        text = (
-            f"`{folder}`: records of {len(run.conventions)} convention sets in one run: {' / '.join(run.conventions)}."
-        )
-        problems.append(Problem(str(folder), "mixed_conventions", text))
-    return run, problems
+        sets = " / ".join(run.conventions)
+        note("mixed_conventions", f"records of {len(run.conventions)} convention sets in one run: {sets}.")
+    return run
+
+
+def _one_stack(columns: SpectralColumns, stack: str | None) -> SpectralColumns:
+    """Records of one stack of blocks: layer 0 of an encoder is not layer 0 of its decoder."""
+    found = sorted({cell.decode() for cell in columns.texts["stack"].tolist()})
+    chosen = [name for name in found if stack is None or name == stack or stack in name.split(".")]
+    if len(chosen) == 1 or not found:
+        return columns if len(found) < 2 else columns.take(columns.texts["stack"] == chosen[0].encode())
+    names = ", ".join(f"`{name}`" for name in found)
+    raise _Unusable("several_stacks", f"its records are of the stacks {names}; choose one of them with --stack.")
+
+
+def _one_evaluation(columns: SpectralColumns, loader: int | None) -> tuple[SpectralColumns, str]:
+    """Records of one dataloader, the first evaluation at each step, at known steps where there are any."""
+    ints, notes = columns.ints, []
+    loaders = np.unique(ints["loader"]).tolist()
+    if loader is not None and loaders not in ([], [-1]):
+        columns = columns.take(ints["loader"] == loader)
+    elif len(loaders) > 1:
+        columns = columns.take(ints["loader"] == loaders[0])
+        notes.append(f"records of the dataloaders {loaders}; {loaders[0]} is used. Choose with --loader.")
+    again = columns.ints["ordinal"] > 0
+    if again.any():
+        columns = columns.take(~again)
+        notes.append("evaluated more than once at a step; the first time counts.")
+    unknown = columns.ints["step"] < 0
+    if unknown.any() and not unknown.all():
+        columns = columns.take(~unknown)
+        notes.append(f"{int(unknown.sum())} record(s) of unknown step left out.")
+    return columns, " ".join(notes)
+
+
+def _with_numbers(columns: SpectralColumns) -> tuple[SpectralColumns, str]:
+    """Records that say of some tokens what their spectrum is; the others are windows lost."""
+    lost = (columns.ints["width"] < 1) | np.isin(columns.texts["status"], _LOST)
+    if not lost.any():
+        return columns, ""
+    kept = columns.take(~lost)
+    windows = set(columns.ints["step"][lost].tolist()) - set(kept.ints["step"].tolist())
+    reasons = ", ".join(sorted({cell.decode() for cell in columns.texts["status"][lost].tolist()}))
+    return kept, f"{int(lost.sum())} record(s) without a number ({reasons}); {len(windows)} window(s) lost."
 
 
 def _run_files(root: Path) -> Sequence[Path]:
@@ -318,7 +394,7 @@ def _one_stage(columns: SpectralColumns, stage: str | None) -> tuple[SpectralCol
     return columns.take(columns.texts["stage"] == chosen), note
 
 
-def _losses(folder: Path, run_id: str) -> tuple[tuple[LossRecord, ...], list[Problem]]:
+def _losses(folder: Path, run_id: str, loader: int | None) -> tuple[tuple[LossRecord, ...], list[Problem]]:
     file = folder / LOSSES_FILE
     if not file.exists():
         return (), []
@@ -326,7 +402,10 @@ def _losses(folder: Path, run_id: str) -> tuple[tuple[LossRecord, ...], list[Pro
         warnings.simplefilter("always")
         read = read_losses(file)
     problems = [Problem(str(folder), "skipped_lines", str(warning.message)) for warning in caught]
-    return tuple(record for record in read.records if record.run_id == run_id), problems
+    own = [record for record in read.records if record.run_id == run_id and not record.ordinal]
+    first = min((record.loader for record in own if record.loader is not None), default=None)
+    wanted = (None, first if loader is None else loader)
+    return tuple(record for record in own if record.loader in wanted), problems
 
 
 def _progress(folder: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ _NUMBER = rb"[-+.0-9eE]+|null"
 _STRING = rb'[^"\\]*(?:\\.[^"\\]*)*'
 _DICT = rb'\{[^{}"]*(?:"' + _STRING + rb'"[^{}"]*)*\}'  # flat; its strings may hold braces
 _VALUE_OF: Final = {"str": _STRING, "dict": _DICT, "number": _NUMBER}
-_INTS: Final = ("step", "layer", "num_tokens", "width", "expert", "loader", "ordinal")
+_INTS: Final = ("step", "layer", "num_tokens", "width", "expert", "loader", "ordinal", "num_sequences")
 _FLOATS: Final = (
     "tokens_seen",
     "soft_rank",
@@ -36,6 +36,11 @@ _FLOATS: Final = (
     "spectral_entropy",
     "early_enrichment",
     "top_share",
+    "soft_rank_debiased",
+    "hard_rank_ci_low",
+    "hard_rank_ci_high",
+    "soft_rank_ci_low",
+    "soft_rank_ci_high",
 )
 _TEXTS: Final = ("run_id", "stage", "stack", "site", "bucket", "status", "renyi", "reinjection", "conventions")
 _JSON: Final = ("renyi", "reinjection", "conventions")
@@ -74,7 +79,8 @@ class SpectralColumns:
     """The records of one file as equally long columns.
 
     Attributes:
-        ints: ``step``, ``layer``, ``num_tokens``, ``width``, ``expert``, ``loader``, ``ordinal`` (-1 for none).
+        ints: ``step``, ``layer``, ``num_tokens``, ``width``, ``expert``, ``loader``, ``ordinal``,
+            ``num_sequences`` (-1 for none).
         floats: Ranks and other metrics, the records' own ``extra`` ones too; NaN where a record has no number.
         texts: Byte strings; ``renyi``, ``reinjection`` and ``conventions`` are still JSON.
         skipped: ``(line number, reason)`` of every line left out.

@@ -11,8 +11,8 @@ from lightning_spectral.analysis.effects import compare_effects
 from lightning_spectral.analysis.fits import PowerLawFit, fit_series
 from lightning_spectral.analysis.health import Duplicates, find_duplicates, flags_by_series, flags_of
 from lightning_spectral.analysis.points import LAYER_MEDIAN, PointTable
-from lightning_spectral.analysis.recipe_facts import num_steps
-from lightning_spectral.analysis.runs import Problem, RunSet
+from lightning_spectral.analysis.recipe_facts import is_whole, num_steps
+from lightning_spectral.analysis.runs import Problem, Run, RunSet
 from lightning_spectral.analysis.trajectory import beta_trajectories
 
 
@@ -100,21 +100,26 @@ def finished_only(runs: RunSet) -> RunSet:
     The last window of a run cut short is another state of training than that of a whole one. When no run has reached
     its end (or none says how long it is), all are kept: they can still be compared with one another.
     """
-    short = [run for run in runs.runs if (steps := num_steps(run)) is not None and run.steps[-1] < steps]
-    if not any(num_steps(run) == run.steps[-1] for run in runs.runs):
+    short = [run for run in runs.runs if is_whole(run) is False]
+    if not any(is_whole(run) for run in runs.runs):
         return runs
     out = {run.run_id for run in short}
     problems = [
         Problem(
             str(run.folder),
             "unfinished",
-            f"`{run.run_id}` was left out: its last window is at step {run.steps[-1]} of {num_steps(run)} (finish it, "
-            "or compare all runs at a common step with --until-step).",
+            f"`{run.run_id}` was left out: its last window is at step {run.steps[-1]}{_of_steps(run)} (finish it, or "
+            "compare all runs at a common step with --until-step).",
             refused=True,
         )
         for run in short
     ]
     return RunSet(tuple(run for run in runs.runs if run.run_id not in out), (*runs.problems, *problems))
+
+
+def _of_steps(run: Run) -> str:
+    steps = num_steps(run)
+    return "" if steps is None else f" of {steps}"
 
 
 def nulls_of_runs(runs: RunSet, by: Sequence[str], metrics: Sequence[str]) -> dict[tuple[str, ...], tuple[float, int]]:

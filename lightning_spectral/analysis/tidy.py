@@ -29,6 +29,7 @@ FIT_EXTRAS: Final = (
     "bend_p",
     "slope_low",
     "slope_high",
+    "raw_beta",
     "loo_low",
     "loo_high",
     "theil_sen",

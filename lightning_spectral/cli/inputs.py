@@ -29,9 +29,17 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--by", type=names, metavar="COLUMNS", help="columns that make a series, e.g. optimizer,bucket")
     runs = parser.add_argument_group("run folders")
     runs.add_argument("--metrics", type=names, default=["soft_rank", "hard_rank"], metavar="NAMES")
+    runs.add_argument(
+        "--ranks",
+        choices=["auto", "raw"],
+        default="auto",
+        help="auto: ranks across sequences, where all runs have them; raw: as the finite sample gives them",
+    )
     runs.add_argument("--last", type=int, default=5, help="windows in the median (default: 5)")
     runs.add_argument("--until-step", type=int, help="use the last windows up to this step")
     runs.add_argument("--stage", help="stage of the records (default: train, else the first there is)")
+    runs.add_argument("--stack", help="stack of blocks, where a model has several: its path, or a part (encoder)")
+    runs.add_argument("--loader", type=int, help="index of the evaluation dataloader (default: the first)")
     table = parser.add_argument_group("tidy CSV")
     table.add_argument("--x", default="width", help="column of the width (default: width)")
     table.add_argument("--y", default="value", help="column of the value (default: value)")
@@ -88,17 +96,18 @@ def _load(options: argparse.Namespace) -> tuple[Fitted, RunSet | None]:
 def fit_runs(options: argparse.Namespace, by: list[str] | None) -> tuple[Fitted, RunSet]:
     """Points and fits of run folders, nulls included."""
     from lightning_spectral.analysis.points import default_by, points_of_runs, pre_decay
-    from lightning_spectral.analysis.runs import load_runs
+    from lightning_spectral.analysis.runs import Choice, load_runs
     from lightning_spectral.analysis.study import finished_only, fit_points, nulls_of_runs
 
-    runs = load_runs(options.inputs, options.stage)
+    runs = load_runs(options.inputs, choice=Choice(options.stage, options.stack, options.loader))
     if options.until_step is None:
         runs = finished_only(runs)
     columns = by or list(default_by(runs))
-    table = points_of_runs(runs, by=columns, metrics=options.metrics, last=options.last, until_step=options.until_step)
+    what = {"by": columns, "metrics": options.metrics, "last": options.last, "ranks": options.ranks}
+    table = points_of_runs(runs, **what, until_step=options.until_step)
     nulls = nulls_of_runs(runs, columns, options.metrics)
     steps = pre_decay(runs) if options.until_step is None else {}
-    before = points_of_runs(runs, by=columns, metrics=options.metrics, last=options.last, until_step=steps)
+    before = points_of_runs(runs, **what, until_step=steps)
     return fit_points(table, method=options.method, problems=runs.problems, nulls=nulls, before=before), runs
 
 

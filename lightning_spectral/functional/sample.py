@@ -10,6 +10,7 @@ Axes: N rows, D features, M rows or features, whichever the matrix is of.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_spectral.functional.covariance import Moments, covariance, first_shift, take_groups
-from lightning_spectral.functional.packed import sum_dtype
+from lightning_spectral.functional.packed import sum_dtype, unpack
 from lightning_spectral.functional.products import full_precision
 
 
@@ -85,6 +86,57 @@ def gram(rows_ND: Float[Tensor, "N D"], sizes: Sequence[int], order_M: Int[Tenso
 def sample(state: Moments | Gram, groups: Sequence[int] = (0,)) -> Sample:
     """The rows of some groups together, about their own mean."""
     return _of_moments(state, groups) if isinstance(state, Moments) else _of_gram(state, groups)
+
+
+def hard_rank_across(state: Moments | Gram, groups: Sequence[int]) -> float:
+    """Participation ratio from products of rows of DIFFERENT groups only: no row meets itself or its own sequence.
+
+    With ``G_a`` the scatter of group a about the common mean, ``E <G_a, G_b> = n_a n_b tr Sigma^2`` for a != b whenever
+    groups are independent, whatever rows of one group share; likewise for the product of traces. The plain ratio counts
+    each row, and each sequence, against itself: on 1,350 rows of sequences that share a fifth of their variance the
+    exponent of a rank that grows as D is 0.2 too low, this one's within 0.03.
+
+    Args:
+        state: Rows of any number of groups; groups must hold whole sequences.
+        groups: Groups to use, at least two of them with rows.
+
+    Returns:
+        The rank; NaN with fewer than two groups or where the estimate of ``tr Sigma^2`` is not positive.
+    """
+    squares = _of_scatters(state, groups) if isinstance(state, Moments) else _of_blocks(state, groups)
+    own = torch.stack([torch.stack(pair) for pair in squares[1]])
+    whole_square, whole_trace = squares[0]
+    across, across_trace = whole_square - own[:, 0].sum(), whole_trace.square() - own[:, 1].square().sum()
+    return float(across_trace / across) if len(groups) > 1 and float(across) > 0 else math.nan
+
+
+_Pair = tuple[Tensor, Tensor]  # squared Frobenius norm and trace
+
+
+def _of_scatters(moments: Moments, groups: Sequence[int]) -> tuple[_Pair, list[_Pair]]:
+    index = list(groups)
+    mean_D = moments.sum_GD[index].sum(0) / moments.count_G[index].sum().clamp(min=1)  # about the shift
+    whole_DD, own = torch.zeros(()), []
+    for group in index:
+        scatter_DD = unpack(moments.scatter_GP[group], moments.width, mean_D.dtype)
+        half_D = moments.sum_GD[group] - 0.5 * moments.count_G[group] * mean_D
+        scatter_DD.addr_(half_D, mean_D, alpha=-1.0).addr_(mean_D, half_D, alpha=-1.0)
+        own.append((scatter_DD.square().sum(), scatter_DD.diagonal().sum()))
+        whole_DD = whole_DD.to(scatter_DD) + scatter_DD
+    return (whole_DD.square().sum(), whole_DD.diagonal().sum()), own
+
+
+def _of_blocks(state: Gram, groups: Sequence[int]) -> tuple[_Pair, list[_Pair]]:
+    index_N = torch.cat([state.index_G[group] for group in groups])
+    inner_NN = state.inner_NN[index_N[:, None], index_N]
+    mean_N = inner_NN.mean(0)
+    inner_NN = inner_NN - mean_N - (mean_N.unsqueeze(1) - mean_N.mean())
+    own, start = [], 0
+    for group in groups:
+        block = inner_NN[start : (start := start + len(state.index_G[group])), :]
+        block = block[:, start - len(block) : start]
+        own.append((block.square().sum(), block.diagonal().sum()))
+    return (inner_NN.square().sum(), inner_NN.diagonal().sum()), own
 
 
 def _of_moments(moments: Moments, groups: Sequence[int]) -> Sample:

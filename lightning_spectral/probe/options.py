@@ -57,5 +57,6 @@ def conventions_of(options: ProbeOptions, **more: str) -> dict[str, str]:
         "epsilon": f"{options.absolute_epsilon:g}",
         "token_fraction": f"{options.token_fraction:g}",
         "reduction": "all_ranks" if options.reduce else "rank0_local",
+        **({"jackknife_groups": str(options.num_jackknife_groups)} if options.num_jackknife_groups > 1 else {}),
         **more,
     }

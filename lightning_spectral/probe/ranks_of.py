@@ -17,9 +17,10 @@ from torch import Tensor
 from lightning_spectral.functional import approximate
 from lightning_spectral.functional import rank as ranks
 from lightning_spectral.functional.covariance import Moments
-from lightning_spectral.functional.sample import Gram, Sample, sample
+from lightning_spectral.functional.sample import Gram, Sample, hard_rank_across, sample
 from lightning_spectral.probe.eigensolve import Eigensolver
 
+HARD_RANK_ACROSS = "hard_rank_across_sequences"  # in `extra` of a record
 UNMEASURABLE = ("empty", "nonfinite", "degenerate")
 
 
@@ -92,7 +93,13 @@ def measure(
         num_tokens=own.num_tokens,
         width=own.width,
         status=status,
-        values={**values, "soft_rank": soft_rank, "hard_rank": hard, "spectral_entropy": entropy},
+        values={
+            **values,
+            **_across_sequences(state, groups),
+            "soft_rank": soft_rank,
+            "hard_rank": hard,
+            "spectral_entropy": entropy,
+        },
         hard_rank_debiased=None if math.isnan(unbiased) else unbiased,
         soft_rank_debiased=_jackknife_estimate(soft_rank, soft_parts),
         trace=own.trace,
@@ -117,6 +124,12 @@ def _leave_one_out(
         hard_parts.append(_hard_rank(part, absolute_epsilon))
         soft_parts.append(float(ranks.soft_rank(solve(part))) if solve else _approximate_soft_rank(part))
     return hard_parts, soft_parts
+
+
+def _across_sequences(state: Moments | Gram, groups: Sequence[int]) -> dict[str, float]:
+    """The hard rank without products inside a shard, as a metric of its own; nothing with one shard."""
+    value = hard_rank_across(state, groups) if len(groups) > 1 else math.nan
+    return {} if math.isnan(value) else {HARD_RANK_ACROSS: value}
 
 
 def _status(own: Sample) -> str:

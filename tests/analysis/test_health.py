@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lightning_spectral.analysis.health import FLAG_TEXT, find_duplicates, flags_of
+from lightning_spectral.analysis.health import FLAG_TEXT, find_duplicates, flags_of, slope_bias
 from lightning_spectral.analysis.points import Point, points_of_runs
 from lightning_spectral.analysis.runs import load_runs
 from lightning_spectral.analysis.study import fit_points
@@ -19,8 +20,8 @@ SOUND = [replace(p, num_tokens=1e6, rank=p.value, steps=(1, 2)) for p in power_l
 @pytest.mark.parametrize(
     ("flag", "points"),
     [
-        ("few_tokens", [*SOUND[1:], replace(SOUND[0], num_tokens=49 * SOUND[0].value)]),
-        ("unequal_rows", [*SOUND[1:], replace(SOUND[0], num_tokens=0.98e6)]),
+        ("few_tokens", [replace(p, num_tokens=10 * SOUND[-1].value) for p in SOUND]),
+        ("few_sequences", [*SOUND[1:], replace(SOUND[0], num_sequences=0.9 * SOUND[0].value)]),
         ("mixed_windows", [*SOUND[1:], replace(SOUND[0], steps=(1,))]),
         ("mixed_conventions", [*SOUND[1:], replace(SOUND[0], conventions=("other",))]),
         ("repeated_rows", [*SOUND, SOUND[0]]),
@@ -91,3 +92,22 @@ def test_a_copied_run_folder_under_another_id(tmp_path: Path) -> None:
 def test_untrained_twins_are_equal_by_right(tmp_path: Path) -> None:
     write_study(tmp_path, {"muon": 0.9, "adamw": 0.4}, widths=(128, 256, 512), steps=(0,))
     assert not find_duplicates(points_of_runs(load_runs([tmp_path]))).found
+
+
+def test_the_better_design_is_not_punished() -> None:
+    """Rank ~ D: N = 20 D has no slope bias, N = 4,096 at all widths has -.024 (finite-sample simulation: -.024)."""
+    widths = (128, 256, 512, 1024)
+
+    def measured(rows: Callable[[float], float]) -> list[Point]:
+        ranks = [0.12 * d * 2 for d in widths]
+        return [
+            Point((), float(d), r / (1 + r / rows(d)), str(d), num_tokens=rows(d), rank=r / (1 + r / rows(d)))
+            for d, r in zip(widths, ranks, strict=True)
+        ]
+
+    assert slope_bias(measured(lambda d: 20.0 * d)) == pytest.approx(0.0, abs=1e-12)
+    assert "few_tokens" not in flags_of(measured(lambda d: 20.0 * d))
+    assert slope_bias(measured(lambda d: 4096.0)) == pytest.approx(-0.025, abs=0.004)
+    assert "few_tokens" in flags_of(measured(lambda d: 4096.0))
+    unbiased = [replace(p, raw=p.value) for p in measured(lambda d: 1350.0)]
+    assert "few_tokens" not in flags_of(unbiased)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,19 @@ import numpy as np
 import pytest
 
 from lightning_spectral.analysis.points import default_by, points_of_runs
-from lightning_spectral.analysis.runs import load_runs
+from lightning_spectral.analysis.recipe_facts import is_whole
+from lightning_spectral.analysis.runs import Choice, load_runs
 from lightning_spectral.analysis.trajectory import beta_trajectories, trailing_median
-from lightning_spectral.records import RUN_FILE, SPECTRAL_FILE, append_records, read_run, read_spectral, write_run
-from tests.analysis.synthetic import write_one, write_study
+from lightning_spectral.records import (
+    RUN_FILE,
+    SPECTRAL_FILE,
+    SpectralRecord,
+    append_records,
+    read_run,
+    read_spectral,
+    write_run,
+)
+from tests.analysis.synthetic import recipe, write_one, write_study
 
 
 def test_point_is_median_of_windows_then_of_layers(tmp_path: Path) -> None:
@@ -150,3 +160,106 @@ def test_a_folder_without_its_run_file_is_named_and_earlier_runs_are_left_alone(
     assert problem.refused
     assert f"`{folders[0]}` was left out: it has records, but no `run.json`" in problem.message
     assert [run.run_id for run in load_runs([earlier]).runs] == ["an_old_run"]
+
+
+def rewrite(folder: Path, change: Callable[[SpectralRecord], SpectralRecord | list[SpectralRecord]]) -> None:
+    """Replace every record by one or more others."""
+    found = read_spectral(folder).records
+    (folder / SPECTRAL_FILE).unlink()
+    changed = [change(record) for record in found]
+    append_records(folder / SPECTRAL_FILE, [r for own in changed for r in (own if isinstance(own, list) else [own])])
+
+
+def test_stacks_are_told_apart_or_refused(tmp_path: Path) -> None:
+    folder = write_one(tmp_path, "muon", 0.9, 256)
+    rewrite(
+        folder,
+        lambda r: [
+            replace(r, stack="model.encoder.layers"),
+            replace(r, stack="model.decoder.layers", hard_rank=7.0),
+        ],
+    )
+    refused = load_runs([tmp_path])
+    assert not refused.runs
+    assert (
+        "`model.decoder.layers`, `model.encoder.layers`; choose one of them with --stack" in refused.problems[0].message
+    )
+    (run,) = load_runs([tmp_path], choice=Choice(stack="decoder")).runs
+    assert np.unique(run.cube("hard_rank")).tolist() == [7.0]
+    assert not load_runs([tmp_path], choice=Choice(stack="nobody")).runs
+
+
+def test_dataloaders_and_repeated_evaluations_are_told_apart(tmp_path: Path) -> None:
+    folder = write_one(tmp_path, "muon", 0.9, 256)
+    rewrite(
+        folder,
+        lambda r: [
+            replace(r, loader=loader, ordinal=ordinal, hard_rank=10.0 * loader + ordinal + 1)
+            for loader in (0, 1)
+            for ordinal in (0, 1)
+        ],
+    )
+    first = load_runs([tmp_path])
+    assert np.unique(first.runs[0].cube("hard_rank")).tolist() == [1.0]
+    assert "records of the dataloaders [0, 1]; 0 is used. Choose with --loader." in first.problems[0].message
+    second = load_runs([tmp_path], choice=Choice(loader=1))
+    assert np.unique(second.runs[0].cube("hard_rank")).tolist() == [11.0]
+
+
+def test_records_without_a_number_are_lost_windows(tmp_path: Path) -> None:
+    folder = write_one(tmp_path, "muon", 0.9, 256)
+
+    def lose(record: SpectralRecord) -> SpectralRecord:
+        if record.step != 40:
+            return record
+        return replace(record, status="no_forward", width=0, hard_rank=None, soft_rank=None)
+
+    rewrite(folder, lose)
+    runs = load_runs([tmp_path])
+    assert runs.runs[0].width == 256
+    assert runs.runs[0].steps.tolist() == [0, 20, 60, 80, 100]
+    assert "12 record(s) without a number (no_forward); 1 window(s) lost" in runs.problems[0].message
+
+
+def test_an_unknown_step_is_nobodys_untrained_network(tmp_path: Path) -> None:
+    for width in (128, 256, 512):
+        rewrite(write_one(tmp_path, "muon", 0.9, width, steps=(0,)), lambda r: replace(r, step=None, stage="measure"))
+    runs = load_runs([tmp_path])
+    assert runs.runs[0].steps.tolist() == [-1]
+    (path, *_) = beta_trajectories(runs)
+    assert path.null is None
+
+
+def test_a_run_says_itself_whether_it_is_whole(tmp_path: Path) -> None:
+    folder = write_one(tmp_path, "muon", 0.9, 256, steps=(0, 40, 99), hparams=recipe())
+    (run,) = load_runs([tmp_path]).runs
+    assert is_whole(run)  # the window of the hundredth step has 99 steps behind it
+    write_run(folder, replace(read_run(folder), finished=False))
+    assert is_whole(load_runs([tmp_path]).runs[0]) is False
+    write_run(folder, replace(read_run(folder), finished=None, hparams={}))
+    assert is_whole(load_runs([tmp_path]).runs[0]) is None
+
+
+def test_ranks_across_sequences_are_fitted_where_all_runs_have_them(tmp_path: Path) -> None:
+    folder = write_one(tmp_path, "muon", 0.9, 256)
+    one = {"jackknife_groups": "4"}
+    rewrite(
+        folder,
+        lambda r: replace(
+            r,
+            hard_rank=50.0,
+            hard_rank_ci_low=40.0,
+            hard_rank_ci_high=62.5,
+            extra={"hard_rank_across_sequences": 60.0},
+            conventions=one,
+        ),
+    )
+    (point, *_) = points_of_runs(load_runs([tmp_path]), metrics=["hard_rank"]).points
+    assert (point.value, point.raw) == (60.0, 50.0)
+    # ln(62.5 / 50) over t(3), and the median of five windows
+    assert point.error == pytest.approx(np.log(1.25) / 3.18245 * 1.2533 / np.sqrt(5), rel=1e-4)
+    (plain, *_) = points_of_runs(load_runs([tmp_path]), metrics=["hard_rank"], ranks="raw").points
+    assert plain.value == 50.0
+    assert np.isnan(plain.raw)
+    write_one(tmp_path, "muon", 0.9, 128)  # has none
+    assert points_of_runs(load_runs([tmp_path]), metrics=["hard_rank"]).points[-1].value == 50.0

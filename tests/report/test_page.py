@@ -154,7 +154,6 @@ def test_warnings_that_cannot_be_missed(study: Path, tmp_path: Path) -> None:
         "No seeds are told apart",
         "Wide interval",
         "few_tokens",
-        "unequal_rows",
         "No null",
         "has no run at D = 1024",
     ):

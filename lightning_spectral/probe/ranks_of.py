@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 from torch import Tensor
 
 from lightning_spectral.functional import approximate
@@ -160,5 +160,5 @@ def _jackknife_interval(value: float, parts: Sequence[float], level: float = 0.9
         return None
     logs = torch.tensor(parts, dtype=torch.float64).log()
     standard_error = math.sqrt((len(parts) - 1) * float(logs.var(unbiased=False)))
-    reach = float(stats.t.ppf((1 + level) / 2, len(parts) - 1)) * standard_error
+    reach = float(stdtrit(len(parts) - 1, (1 + level) / 2)) * standard_error
     return value * math.exp(-reach), value * math.exp(reach)

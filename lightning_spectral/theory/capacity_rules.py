@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtri
-from scipy.stats import qmc
 
 from lightning_spectral.theory.spectrum import WeightBins
 
@@ -94,6 +93,8 @@ def sgd(weights: Array, shape: tuple[int, int], scales: Array, shared_mean: bool
     tail_energy = float(np.sum(sorted_weights[_SGD_HEADS:] ** 2))
     common = float(scales[0]) / inputs if shared_mean else 0.0  # of every overlap v_k . v_i
     length, overlap = _sampled_inputs(scales, shared_mean)
+    from scipy.stats import qmc  # takes most of a second, which every import of the package would wait
+
     normal = ndtri(qmc.Sobol(2 + len(heads), rng=np.random.default_rng(0)).random(_SGD_SAMPLES))
     own_z, length_z, head_z = _OWN_SPREAD * normal[:, 0], normal[:, 1], normal[:, 2:]
     # a tail item needs rare own noise: it is drawn too wide, and each draw weighed by what that overdoes

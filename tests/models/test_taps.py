@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as ckpt
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +18,8 @@ def step(model, ids) -> torch.Tensor:
 
 @pytest.mark.parametrize(("backend", "token_fraction"), [("eager", 1.0), ("aot_eager", 0.25)])
 def test_compiled_hooks_fire_exactly_with_two_graphs_and_no_break(backend, token_fraction):
+    from torch._dynamo.testing import CompileCounterWithBackend  # half a second that collection need not wait for
+
     torch._dynamo.reset()
     model, counter = tiny.litgpt(), CompileCounterWithBackend(backend)
     compiled = torch.compile(model, backend=counter, fullgraph=True)

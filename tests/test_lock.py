@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import requires
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,11 @@ def needed(requirement: Requirement, seen: set[tuple[str, frozenset[str]]]) -> N
     if key in seen:
         return
     seen.add(key)
-    for text in requires(requirement.name) or []:
+    try:
+        below = requires(requirement.name) or []
+    except PackageNotFoundError:  # an incomplete environment; the gate's is complete
+        return
+    for text in below:
         child = Requirement(text)
         extras = requirement.extras or {""}
         if child.marker is None or any(child.marker.evaluate({"extra": extra}) for extra in extras):

@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "pretrain": ("lightning_spectral.cli.pretrain", "train a recipe and record its ranks"),
     "count-tokens": ("lightning_spectral.cli.count_tokens", "token counts of a text, for TailTokenProbe"),
     "measure": ("lightning_spectral.cli.measure", "ranks of one or two finished models on any text"),
+    "optimizer-table": ("lightning_spectral.cli.optimizer_table", "which optimizer rule gets which weight of a model"),
     "plan": ("lightning_spectral.cli.plan", "what a recipe or sweep takes: tokens, operations, hours, memory, disk"),
     "sweep": ("lightning_spectral.cli.sweep", "many runs from one recipe and axes"),
     "fit": ("lightning_spectral.cli.fit", "scaling exponents of runs or of a table of points"),
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    rows = "\n".join(f"  {verb:<14}{help_line}" for verb, (_, help_line) in VERBS.items())
+    rows = "\n".join(f"  {verb:<17}{help_line}" for verb, (_, help_line) in VERBS.items())
     return (
         "usage: lightning-spectral VERB [options]\n       lightning-spectral --version\n\n"
         f"verbs (each has its own --help):\n{rows}"

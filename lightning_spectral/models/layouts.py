@@ -86,6 +86,12 @@ def _whole(place: Place, shape: Shape) -> Views | None:
     return None
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Linear layers by type, and look-alikes (quantised, LoRA, Hugging Face's Conv1D) by what they call themselves."""
+    kind = type(module).__name__
+    return isinstance(module, nn.Linear) or kind == "Conv1D" or ("Linear" in kind and "weight" in module._parameters)
+
+
 def _two_dimensional(module: nn.Module, attribute: str, kind: str, shape: Shape) -> Views | None:
     if kind == "Conv1D":  # Hugging Face's: (inputs, outputs)
         return Views(shape, transposed=True)
@@ -122,7 +128,7 @@ def convolution(place: Place, shape: Shape) -> Views | str | None:
     module = place.module
     if not isinstance(module, _CONVOLUTIONS) or len(shape) < 3:
         return None
-    if min(module.in_channels, module.out_channels) // module.groups <= 1:
+    if module.groups > 1 and min(module.in_channels, module.out_channels) // module.groups <= 1:
         return "depthwise convolution"
     if module.in_channels <= 4 or _INPUT_NAMES.search(place.path) or _is_first(place.root, module):
         return "convolution of the input"

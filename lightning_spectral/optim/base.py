@@ -61,12 +61,16 @@ class SpectralOptimizer(Optimizer):
         settings: Everything that subclasses share.
         own: Settings of the algorithm alone, carried by every group.
 
+    Attributes:
+        table: Which parameters were last given which role, matrices, rule and learning rate, as it was logged.
+
     Raises:
         ValueError: If a setting is out of range, or a parameter's role cannot be known.
     """
 
     matrix_rules: dict[str, MatrixRule] = {}  # noqa: RUF012  # one entry per subclass, never mutated
     settings_class: type[CommonSettings] = CommonSettings
+    table: str = ""
 
     def __init_subclass__(cls) -> None:
         """Spell the shared settings out for help(), litgpt and the checks of recipes."""
@@ -89,7 +93,7 @@ class SpectralOptimizer(Optimizer):
         self._given = [id(one.named.param) for one in routes]
         self._announce(routes)
         for member in self._members():
-            if member.param.requires_grad:
+            if member.param.requires_grad and local(member.param).device.type != "meta":
                 self._init_state(member)
 
     # ---- the step ----------------------------------------------------------------------------------------------------
@@ -346,7 +350,7 @@ class SpectralOptimizer(Optimizer):
 
     def _announce(self, routes: Sequence[Route]) -> None:
         """Log where everything went, and warn where that can hardly be meant."""
-        table = self.routing(routes)
+        self.table = table = self._routing(routes)
         if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
             return
         package = logging.getLogger("lightning_spectral")
@@ -363,8 +367,7 @@ class SpectralOptimizer(Optimizer):
                 stacklevel=4,
             )
 
-    def routing(self, routes: Sequence[Route]) -> str:
-        """The table of roles, matrices, element shares, rules and learning rates."""
+    def _routing(self, routes: Sequence[Route]) -> str:
         by_id = {id(member.param): member for member in self._members()}
 
         def describe(one: Route) -> str:

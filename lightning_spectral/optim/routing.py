@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lightning_spectral.models.layouts import convolution, matrices_of
+from lightning_spectral.models.layouts import convolution, is_linear, matrices_of
+from lightning_spectral.models.names import clean_name
 from lightning_spectral.models.places import Place
 from lightning_spectral.models.views import Views
 from lightning_spectral.optim.owners import NamedParameter
@@ -28,6 +29,7 @@ _HEAD = re.compile(
     r"^(lm_heads?|heads?|classifier|unembed\w*|to_logits|logits|embed_out|score|qa_outputs|output_projection|cls"
     r"|codebooks_head|\w+_(lm_head|classifier))$"
 )
+_TABLE = re.compile(r"embed|pos|token|table|^A_log$|sinks|probe|latents|prompt", re.I)  # of bare parameters
 _POSITIONS = re.compile(
     r"(^|[._])(pos\w*|wpe|\w*position\w*|\w*type\w*|seg\w*|time\w*|level\w*)($|[._])", re.IGNORECASE
 )
@@ -42,7 +44,7 @@ class Route:
         role: ``matrix``, ``embedding``, ``head`` or ``vector``.
         reason: A few words for the table.
         views: Its matrices, for the role ``matrix``.
-        certain: Whether the role follows from ownership, kind or the user's word.
+        certain: Whether the role follows from ownership, kind or the user's word; else it is `vector` for want of one.
     """
 
     named: NamedParameter
@@ -93,74 +95,66 @@ class _Heads:
     """What is known about output layers before single parameters are looked at."""
 
     def __init__(self, named: Sequence[NamedParameter]) -> None:
-        self.owned: set[int] = set()  # weights that the model itself calls its output embeddings
-        self.declared: set[int] = set()  # modules inside a model that says what its output embeddings are
+        self._owned: set[int] = set()  # weights that the model itself calls its output embeddings
+        self._declared: set[int] = set()  # modules inside a model that says what its output embeddings are
+        self._vocabularies: dict[int, set[int]] = {}  # id of the root -> rows of its token tables
+        self._last: dict[
+            tuple[int, str], str
+        ] = {}  # (root, path of a module, "" for itself) -> last linear layer in it
         for root in {id(one.places[0].root): one.places[0].root for one in named}.values():
             self._ask(root)
-        self.vocabularies: dict[int, set[int]] = {}  # id of the root -> rows of its token tables
-        self.last: dict[int, NamedParameter] = {}  # id of the root -> its last linear layer
-        self._last_under: dict[tuple[int, str], str] = {}  # (root, container) -> last linear layer in it
-        for one in named:
-            self._look(one)
+            self._walk(root)
 
     def _ask(self, root: nn.Module) -> None:
         for module in root.modules():
             ask = getattr(type(module), "get_output_embeddings", None)
             if ask is None:
                 continue
-            self.declared.update(id(child) for child in module.modules())
+            self._declared.update(id(child) for child in module.modules())
             try:
                 weight = getattr(ask(module), "weight", None)
             except Exception:  # a foreign method; some models have none and say so by raising
                 continue
             if weight is not None:
-                self.owned.add(id(weight))
+                self._owned.add(id(weight))
 
-    def _look(self, one: NamedParameter) -> None:
-        root = id(one.places[0].root)
-        for place in one.places:
-            table = place.module
-            if isinstance(table, nn.Embedding) and not _POSITIONS.search(place.path):
-                self.vocabularies.setdefault(root, set()).add(table.num_embeddings)
-        place = one.places[0]
-        if len(one.shape) >= 2 and place.attribute.endswith("weight") and matrices_of(place, one.shape) is not None:
-            self.last[root] = one
-            parts = place.path.split(".")
-            for depth in range(1, len(parts)):
-                self._last_under[root, ".".join(parts[:depth])] = place.path
+    def _walk(self, root: nn.Module) -> None:
+        for raw, module in root.named_modules(remove_duplicate=False):
+            path = clean_name(raw)
+            if isinstance(module, nn.Embedding) and not _POSITIONS.search(path):
+                self._vocabularies.setdefault(id(root), set()).add(module.num_embeddings)
+            if is_linear(module):
+                parts = path.split(".")
+                for depth in range(len(parts)):
+                    self._last[id(root), ".".join(parts[:depth])] = path
 
-    def reason(self, one: NamedParameter) -> tuple[str, bool] | None:
-        """Why this matrix is a head, and whether that is certain; None when it is none."""
-        if id(one.param) in self.owned:
-            return "output embeddings", True
-        named_head = self._by_name(one)
-        if named_head:
-            return "head by name", True
+    def reason(self, one: NamedParameter) -> str | None:
+        """Why this matrix is a head; None when it is none."""
+        if id(one.param) in self._owned:
+            return "output embeddings"
         place = one.places[0]
-        vocabulary = self.vocabularies.get(id(one.places[0].root), set())
-        is_last = self.last.get(id(one.places[0].root)) is one
-        if is_last and one.shape[0] in vocabulary and not place.in_block and id(place.module) not in self.declared:
-            return "last layer, as wide as the tokens", False
+        root = id(place.root)
+        as_wide = one.shape[0] in self._vocabularies.get(root, set())
+        if any(self._is_named_head(each, as_wide) for each in one.places):
+            return "head by name"
+        is_last = self._last.get((root, "")) == place.path
+        if is_last and as_wide and not place.in_block and id(place.module) not in self._declared:
+            return "last layer, as wide as the tokens"
         return None
 
-    def _by_name(self, one: NamedParameter) -> bool:
-        for place in one.places:
-            parts = place.path.split(".")
-            if place.in_block:
-                # a block's own head (multi-token prediction) must also be as wide as the token table
-                if _HEAD.match(parts[-1]) and one.shape[0] in self.vocabularies.get(id(one.places[0].root), set()):
-                    return _is_leaf(place)
-                continue
-            if _HEAD.match(parts[-1]) and _is_leaf(place):
-                return True
-            containers = [".".join(parts[: i + 1]) for i, part in enumerate(parts[:-1]) if _HEAD.match(part)]
-            if any(self._last_under.get((id(place.root), container)) == place.path for container in containers):
-                return True
-        return False
+    def _is_named_head(self, place: Place, as_wide: bool) -> bool:
+        """A layer called a head, or the last layer right inside something called so.
 
-
-def _is_leaf(place: Place) -> bool:
-    return not place.module._modules
+        Inside a repeated block (multi-token prediction) it must also be as wide as the token table.
+        """
+        parent, _, last = place.path.rpartition(".")
+        container = parent.rpartition(".")[2]
+        if _HEAD.match(last) and not place.module._modules:
+            return as_wide or not place.in_block
+        if place.in_block or not _HEAD.match(container) or self._last.get((id(place.root), parent)) != place.path:
+            return False
+        # what is inside a `head` may also be a last transformation before a decoder that stands elsewhere
+        return container not in ("head", "heads") or self._last.get((id(place.root), "")) == place.path
 
 
 def _rule(one: NamedParameter, heads: _Heads, split: str) -> Route:
@@ -169,17 +163,20 @@ def _rule(one: NamedParameter, heads: _Heads, split: str) -> Route:
         return Route(one, "embedding", "embedding" if len(kinds) == 1 else "embedding, tied")
     if len(one.shape) < 2:
         return Route(one, "vector", f"{len(one.shape)}-D")
+    if re.search(r"bias(_|$)", one.places[0].attribute):
+        return Route(one, "vector", "bias")
     head = heads.reason(one) if one.places[0].attribute.endswith("weight") else None
     if head is not None and min(one.shape) > 1:
-        return Route(one, "head", head[0], certain=head[1])
+        return Route(one, "head", head)
     excluded = convolution(one.places[0], one.shape)
     if isinstance(excluded, str):
         return Route(one, "vector", excluded)
     views = matrices_of(one.places[0], one.shape, split)
     if views is None:
         thin = len([side for side in one.shape if side > 1]) < 2
-        reason = "one row or column" if thin else f"{len(one.shape)}-D of {type(kinds[0]).__name__}, see `roles`"
-        return Route(one, "vector", reason, certain=thin)
+        if thin or _TABLE.search(one.places[0].attribute):
+            return Route(one, "vector", "one row or column" if thin else "bare table or state, see `roles`")
+        return Route(one, "vector", f"{len(one.shape)}-D of {type(kinds[0]).__name__}, see `roles`", certain=False)
     return Route(one, "matrix", type(kinds[0]).__name__, views)
 
 

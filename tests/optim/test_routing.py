@@ -188,3 +188,82 @@ def test_every_group_carries_what_schedulers_and_litgpt_read():
         assert {"lr", "betas", "momentum", "weight_decay", "eps"} <= optimizer.defaults.keys()
         for group in optimizer.param_groups:
             assert {"lr", "lr_ratio", "betas", "momentum", "weight_decay", "eps", "role", "algorithm"} <= group.keys()
+
+
+class ByteModel(nn.Module):
+    """Vocabulary, block size, width: everything is 16; blocks have a list, the output layer any name."""
+
+    def __init__(self, width: int = 16, blocks: int = 2) -> None:
+        super().__init__()
+        self.bytes, self.pos_table = nn.Embedding(16, width), nn.Embedding(16, width)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"attn": nn.Linear(width, 16), "fc": nn.Linear(16, 16), "proj": nn.Linear(16, width)})
+            for _ in range(blocks)
+        )
+        self.readout = nn.Linear(width, 16)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_layers_as_wide_as_a_table_are_no_heads(blocks):
+    found = roles_of(ByteModel(blocks=blocks))
+    hidden = {f"blocks.{i}.{name}.weight" for i in range(blocks) for name in ("attn", "fc", "proj")}
+    assert {name for name, role in found.items() if role == "matrix"} == hidden
+    assert {name for name, role in found.items() if role == "head"} == {"readout.weight"}
+
+
+def test_a_list_of_parameters_in_another_order_gives_the_same_roles():
+    model = ByteModel()
+    assert roles_of(list(model.parameters())[::-1]) == roles_of(model)
+
+
+def test_a_position_table_alone_makes_no_head():
+    model = nn.ModuleDict({"wpe": nn.Embedding(8, 8), "up": nn.Linear(8, 8), "down": nn.Linear(8, 8)})
+    assert roles_of(model) == {
+        "wpe.weight": "embedding",
+        "up.weight": "matrix",
+        "up.bias": "vector",
+        "down.weight": "matrix",
+        "down.bias": "vector",
+    }
+
+
+def test_parts_of_classifiers_and_heads():
+    model = nn.ModuleDict(
+        {
+            "body": nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),
+            "classifier": nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)),
+        }
+    )
+    found = roles_of(model)
+    assert [name for name, role in found.items() if role == "head"] == ["classifier.2.weight"]
+    lstm = nn.LSTM(8, 8, bias=False)
+    assert set(roles_of(lstm).values()) == {"matrix"}
+
+
+class Foreign(nn.Module):
+    """Matrices that nothing tells apart from tables."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.zeros(size, size))
+        self.layer = nn.Linear(4, 4)
+
+
+def test_less_than_half_of_the_matrix_elements_is_a_loud_warning():
+    with pytest.warns(UserWarning, match="(?s)Muon trains only 20% of the matrix elements.*2-D of Foreign"):
+        Muon(Foreign(8))
+    Muon(Foreign(3))  # 16 of 25
+    Muon(Foreign(8), roles={"mix": "matrix"})
+    Muon(Foreign(8), roles={"mix": "vector"})  # as told
+    AdamW(Foreign(8))
+
+
+def test_transposed_matrices_and_stacks_can_be_named():
+    model = Foreign(6)
+    model.stack = nn.Parameter(torch.zeros(3, 5, 7))
+    views = {
+        one.named.name: one.views
+        for one in route(find_owners(model), {"mix": "transposed matrix", "stack": "transposed matrix"})
+    }
+    assert views["mix"].transposed
+    assert [view.shape for view in views["stack"]] == [(7, 5)] * 3

@@ -1,0 +1,75 @@
+"""The routing of a model is printed without building it, in about a second after imports."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_spectral.cli import main
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.tokens, self.hidden, self.out = nn.Embedding(50, width), nn.Linear(width, 16), nn.Linear(16, 50)
+
+
+def rows(capsys) -> list[list[str]]:
+    return [line.split() for line in capsys.readouterr().out.splitlines()[1:] if line.strip()]
+
+
+def test_a_class_path_with_settings(capsys):
+    model = f"{__name__}.Net"
+    assert main(["optimizer-table", "--model", model, "--model-args", "width=12", "--set", "lr=0.02"]) == 0
+    found = rows(capsys)
+    assert [row[0] for row in found] == ["matrix", "embedding", "head", "vector"]
+    assert found[0][2] == str(12 * 16)
+    assert "muon, lr 0.02" in " ".join(found[0])
+
+
+def test_litgpt_and_hugging_face_names(capsys):
+    assert main(["optimizer-table", "--model", "pythia-14m", "--set", "split=heads"]) == 0
+    (qkv,) = [row for row in rows(capsys) if "attn.qkv" in " ".join(row)]
+    assert "12 x (32 x 128)" in " ".join(qkv)  # four heads of q, k and v
+    started = time.perf_counter()
+    assert main(["optimizer-table", "--model", "gpt2", "--optimizer", "NorMuon"]) == 0
+    assert time.perf_counter() - started < 5  # 124M parameters that nobody allocates, on a busy machine
+    table = rows(capsys)
+    assert sum(int(row[2].replace(",", "")) for row in table) == 124_439_808
+    assert {"transposed"} <= {word for row in table for word in row}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "gpt-22"], "is no litgpt name, Hugging Face model type, folder or class path"),
+        (["--model", "pythia-14m", "--optimizer", "Moun"], "no optimizer `Moun`: did you mean `Muon`?"),
+        (["--model", "pythia-14m", "--set", "splitt=heads"], "`--set splitt` is no setting; did you mean `split`?"),
+        (["--model", "pythia-14m", "--set", "split=head"], "`split` must be one of"),
+        (["--model", "pythia-14m", "--set", "lr"], "must be NAME=VALUE"),
+        (["--model", "no.such.Net"], "cannot be imported"),
+        (["--model", f"{__name__}.Net", "--model-args", "depth=3"], "cannot be built"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, message, capsys):
+    assert main(["optimizer-table", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_optimizer_on_the_meta_device_allocates_nothing_and_trains_once_it_is_real():
+    from lightning_spectral.optim import Dion
+
+    with torch.device("meta"):
+        model = Net()
+    optimizer = Dion(model, lr=0.1)
+    assert not optimizer.state
+    real = Net()
+    for group in optimizer.param_groups:
+        names = dict(real.named_parameters())
+        group["params"] = [names[name] for name in group["param_names"]]
+    before = real.hidden.weight.detach().clone()
+    for p in real.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not torch.equal(before, real.hidden.weight)

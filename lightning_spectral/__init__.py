@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_spectral.callbacks.huggingface import HuggingFaceProbe
     from lightning_spectral.callbacks.weight_spectrum import WeightSpectrumCallback
     from lightning_spectral.memory.module import AssociativeMemory, AssociativeMemoryDataModule
+    from lightning_spectral.memory.recall import FactRecall, FactRecallDataModule
     from lightning_spectral.optim import AdamW, Dion, Muon, NorMuon
     from lightning_spectral.probe.observe import observe
     from lightning_spectral.records import SpectralRecord, WeightRecord, read_spectral, read_weights
@@ -26,6 +27,8 @@ _HOME_OF = {
     "AssociativeMemoryDataModule": "lightning_spectral.memory.module",
     "Dion": "lightning_spectral.optim",
     "FabricSpectralProbe": "lightning_spectral.callbacks",
+    "FactRecall": "lightning_spectral.memory.recall",
+    "FactRecallDataModule": "lightning_spectral.memory.recall",
     "HuggingFaceProbe": "lightning_spectral.callbacks.huggingface",
     "Muon": "lightning_spectral.optim",
     "NorMuon": "lightning_spectral.optim",
@@ -46,6 +49,8 @@ __all__ = [
     "AssociativeMemoryDataModule",
     "Dion",
     "FabricSpectralProbe",
+    "FactRecall",
+    "FactRecallDataModule",
     "HuggingFaceProbe",
     "Muon",
     "NorMuon",

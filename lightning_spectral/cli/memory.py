@@ -22,6 +22,8 @@ says which), with all inputs (``d``, ``d_out``, ``n_items``, ``alpha``, ``batch_
 * ``theory``: predictions only, with ``predicted_d_t``, ``asymptotic_e_t``, ``predicted_critical_batch``;
 * ``claims``: the same kinds with ``part``, SGD with ``method`` gram, and kind ``amplification``, whose ``count`` is
   Muon's signal over noise divided by SGD's at the ``ranks`` just beyond Muon's reach;
+* ``recall``: one row a step: ``optimizer``, ``lr``, ``network``, ``loss``, ``count``, ``mass``, ``tail``, recall by
+  octave of rank (``00``, ``01``, ...), ``tail_soft_rank``, ``tail_hard_rank`` measured at ``rank_step``;
 * ``advise`` (kind ``advice``): ``layer``, ``outputs``, ``inputs``, ``rule``, ``stored``, ``stored_population``,
   ``rank``, ``tail_share``, ``critical_batch``, ``gains``, ``binds``, ``ns_steps_needed``.
 
@@ -168,6 +170,42 @@ def _add_advise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", default="out/memory/advise", metavar="DIR", help="results.jsonl (default: %(default)s)"
     )
+
+
+def _add_recall(parser: argparse.ArgumentParser) -> None:
+    number, real = memory_options.whole_number, memory_options.real_number
+    parser.add_argument("--d", type=number, nargs="+", default=[24, 32, 48, 64], help="features of keys and values")
+    parser.add_argument("--network", default="mlp", choices=("mlp", "attention"), help="mlp, or subject and relation")
+    parser.add_argument("--relations", type=number, default=4, help="attention: relations of each subject (default: 4)")
+    parser.add_argument("--num-facts", type=number, default=4096)
+    parser.add_argument("--alpha", type=real, default=1.2, help="power of the frequencies (default: 1.2)")
+    parser.add_argument("--batch-size", type=number, default=2048, help="facts drawn a step (default: 2048)")
+    parser.add_argument("--steps", type=number, default=40, help="optimizer steps (default: 40)")
+    parser.add_argument("--every", type=number, default=10, help="test and measure every n steps (default: 10)")
+    parser.add_argument("--optimizers", nargs="+", default=["muon", "adamw", "sgd"])
+    parser.add_argument("--lr", type=real, nargs="+", help="learning rates, instead of each optimizer's own three")
+    parser.add_argument("--seeds", type=number, default=5)
+    parser.add_argument("--first-seed", type=number, default=0)
+    parser.add_argument("--out", default="out/memory/recall", metavar="DIR", help="(default: %(default)s)")
+
+
+def _recall(options: argparse.Namespace) -> int:
+    import json
+
+    from lightning_spectral.memory import output, recall_study
+    from lightning_spectral.memory.fit import read_results
+    from lightning_spectral.memory.plan import Progress, Task
+
+    plan = recall_study.plan(options)
+    folder = output.prepare(options.out, keep=False, say=print)
+    tasks = [
+        Task(f"d={run[0]} {run[1]} lr={run[2]:g} seed={run[3]}", frozenset({json.dumps(run)}), 1, float(run[0]),
+             partial(recall_study.run_rows, *run, options))
+        for run in plan
+    ]  # fmt: skip
+    interrupted = output.write_rows(folder, output.with_progress(tasks, Progress(tasks)))
+    output.conclude_recall(folder, read_results(folder), say=print)
+    return output.INTERRUPTED if interrupted else 0
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -351,6 +389,8 @@ COMMANDS: dict[str, tuple[str, str, AddOptions, Callable[[argparse.Namespace], i
                partial(_add_budget, verb="claims", budget="10m"), _claims),
     "advise": ("what one update stores of your vocabulary, and what binds", "--counts counts.npy --d 768 --ffn 3072",
                _add_advise, _advise),
+    "recall": ("facts recalled and TAIL rank of a trained network, by width and optimizer", "--d 24 32 --seeds 2",
+               _add_recall, _recall),
     "report": ("tables, verdicts and figures of a folder of results again, from its rows alone", "out/memory/one-step",
                _add_report, _report),
     "fields": ("what the fields of results.jsonl mean", "", _add_nothing, _fields),

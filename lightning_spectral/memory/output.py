@@ -23,7 +23,7 @@ from lightning_spectral.text import set_aside as move_aside
 Row = dict[str, Any]
 Say = Callable[[str], None]
 INTERRUPTED = 130  # exit code, as of a shell
-_OURS = ("results.jsonl", "results.csv", "verdicts.csv", "verdicts.md", "claims.json", "claims.md", "advice.json")
+_OURS = ("results.jsonl", "results.csv", "verdicts.csv", "verdicts.md", "claims.json", "claims.md", "recall.md")
 
 
 def run_tasks(out: str, tasks: Sequence[Task], *, resume: bool = False, figures: bool = True, say: Say = print) -> int:
@@ -40,15 +40,7 @@ def run_tasks(out: str, tasks: Sequence[Task], *, resume: bool = False, figures:
     left = _missing(folder, tasks) if resume else list(tasks)
     if resume:
         say(f"resume: {len(tasks) - len(left)} of {len(tasks)} runs are there already")
-    progress = Progress(left)
-
-    def rows() -> Iterator[Row]:
-        for number, task in enumerate(left):
-            progress.begin(number)
-            yield from task.make()
-            progress.end(number)
-
-    interrupted = write_rows(folder, rows())
+    interrupted = write_rows(folder, with_progress(left, Progress(left)))
     if interrupted:
         say(f"\ninterrupted; the rows so far are in {folder}: the same command with `--resume` runs the rest.")
     done = memory_fit.read_results(folder)
@@ -57,6 +49,14 @@ def run_tasks(out: str, tasks: Sequence[Task], *, resume: bool = False, figures:
         raise CommandError(str(runs[0]["reason"]))
     conclude(folder, done, figures=figures, say=say)
     return INTERRUPTED if interrupted else 0
+
+
+def with_progress(tasks: Sequence[Task], progress: Progress) -> Iterator[Row]:
+    """The rows of all tasks, each announced."""
+    for number, task in enumerate(tasks):
+        progress.begin(number)
+        yield from task.make()
+        progress.end(number)
 
 
 def prepare(out: str, *, keep: bool, say: Say) -> Path:
@@ -114,6 +114,9 @@ def _missing(folder: Path, tasks: Sequence[Task]) -> list[Task]:
 
 def conclude(folder: Path, rows: Sequence[Row], *, figures: bool, say: Say, laws: bool = False) -> None:
     """Summary, ``results.csv``, figures, and with ``laws`` the table of verdicts; all from the rows alone."""
+    if all(row["kind"] == "recall" for row in rows) and rows:
+        conclude_recall(folder, rows, say=say)
+        return
     if not any(row.get("part") for row in rows):
         for line in summary_lines(rows):
             say(line)
@@ -152,6 +155,18 @@ def _conclude_claims(folder: Path, rows: Sequence[Row], *, figures: bool, say: S
 
         made.append(draw_claims(rows, found, folder).name)
     return made
+
+
+def conclude_recall(folder: Path, rows: Sequence[Row], *, say: Say) -> None:
+    """Tables of ``memory recall``, from its rows alone."""
+    from lightning_spectral.memory.recall_study import study_lines
+
+    lines = study_lines(rows)
+    write_text(folder / "recall.md", "\n".join(lines) + "\n")
+    flat = [{k: v for k, v in row.items() if not isinstance(v, (list, dict))} for row in rows]
+    write_csv(folder / "results.csv", flat)
+    say("\n".join(lines))
+    say(f"\nwritten to {folder}: results.jsonl, results.csv, recall.md")
 
 
 def finite(value: Any) -> Any:

@@ -28,5 +28,5 @@ def test_commands_name_verbs_and_files_that_exist():
     root = Path(__file__).parent.parent
     for recipe in re.findall(r"lightning-spectral pretrain --config (\S+)", README):
         assert (root / "recipes" / f"{recipe.removeprefix('recipes/').removesuffix('.yaml')}.yaml").exists()
-    for picture in re.findall(r"\]\((docs/\S+)\)", README):
+    for picture in re.findall(r"\]\(((?:docs|examples|recipes)[^\s)]*|[A-Z]+\.md)\)", README):
         assert (root / picture).exists()

@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_spectral.callbacks.counting import count_ahead
@@ -93,7 +94,15 @@ class SpectralCallback(EvaluationHooks):
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.observer.resume()
+        if trainer.global_step == self.observer.step:
+            self.observer.resume()
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if not pl_module.automatic_optimization:
+            self.observer.pause()  # what the batch runs after its first step belongs to the next one
 
     @override
     def on_train_batch_end(
@@ -204,6 +213,8 @@ class SpectralCallback(EvaluationHooks):
             published=lambda records, result: self._published(trainer, records, result),
         )
         counts = getattr(getattr(trainer, "datamodule", None), "token_counts", None)
+        if self.home is not trainer:
+            self.observer.run_folder = None  # it is of another run
         self.home = trainer
         try:
             self.observer.attach(pl_module, host, fallback_counts=counts, trains=trainer.state.fn == "fit")

@@ -78,6 +78,8 @@ class WeightSpectrumCallback(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         host = host_of(trainer, pl_module, dirpath=self.dirpath, run_id=self.run_id)
+        if self.home is not trainer:
+            self.observer.run_folder = None  # it is of another run
         self.home = trainer
         try:
             self.observer.attach(pl_module, host)

@@ -50,6 +50,7 @@ class _Window:
     tokens_seen: int | None
     num_micro_batches: int = 0
     trouble: tuple[str, str] | None = None
+    note: str = ""  # what was seen but not understood
     contents: OpenWindow | None = None  # while another window is in the probe
 
 
@@ -97,7 +98,7 @@ class Observer:
         self._window: _Window | None = None
         self._evaluation: _Evaluation | None = None
         self._unlogged: Scalars = {}
-        self._trains = True
+        self._trains, self._folder_is_open = True, False
 
     # start
 
@@ -138,7 +139,7 @@ class Observer:
         if all(part["beside"] for part in parts):
             self._solver = BackgroundSolver(alone=self._agreement.world_size == 1)
         host.folder, host.run_id = parts[0]["folder"], parts[0]["run_id"]
-        self._trains, self.run_folder = trains, None
+        self._trains, self._folder_is_open = trains, False
         try:
             if not host.opens_late:
                 self._open_folder()
@@ -395,6 +396,10 @@ class Observer:
         with self.guard("accumulating activations", "not_matched"):
             calls = self._armed_probe.collect(partial(self._mask, batch), partial(self._targets, batch))
             self.tokens.learn(batch, calls)
+            for kind, note in self._armed_probe.recorder.notes.items():
+                self.guard.say(kind, note)
+                if window is not None:
+                    window.note = window.note or note
         if window is not None:
             window.trouble = window.trouble or self.guard.take()
 
@@ -439,10 +444,10 @@ class Observer:
         """Close the window on all ranks, solve it now or in the background, publish; returns what is known by now."""
         self.num_windows += 1
         closed = self._close(window)
-        if closed is not None and self.run_folder is None:
+        if closed is not None and not self._folder_is_open:
             with self.guard("opening the run folder", "not_written"):
                 self._open_folder()
-        if closed is None or self.run_folder is None:
+        if closed is None or self.run_folder is None or not self._folder_is_open:
             self.num_lost_windows += 1
             return {}
         window_id = WindowId(self.run_folder.run_id, stage, window.step, window.tokens_seen, loader, ordinal)
@@ -468,7 +473,7 @@ class Observer:
             seen = probe.settle(alone=agreement.world_size == 1 or not self.measurement.options.reduce)
             said = {"num_passes": seen.num_passes, "widths": seen.widths, "trouble": None}
         trouble = window.trouble or self.guard.take()
-        said["trouble"] = trouble
+        said |= {"trouble": trouble, "note": window.note}
         try:
             parts = agreement.exchange(f"window {self.num_windows}", said)
         except MissingRankError as error:
@@ -479,6 +484,9 @@ class Observer:
             rank, status, reason = troubles[0]
             return probe.lose(status, reason if len(parts) == 1 else f"rank {rank}: {reason}")
         if not any(part["num_passes"] for part in parts):
+            notes = [part["note"] for part in parts if part["note"]]
+            if notes:
+                return probe.lose("not_matched", notes[0])
             return probe.lose("no_forward", "the model did not run in this window, or a compiled one skipped hooks")
         widths = {key: width for part in parts for key, width in part["widths"].items()}
         return probe.close(self._armed_host.process_group, widths)
@@ -552,6 +560,7 @@ class Observer:
         self.run_folder = open_folder(
             self._armed_host, self._agreement, labels=settings.labels, conventions=self.measurement.conventions
         )
+        self._folder_is_open = True
 
     def _solves_beside(self, probe: SpectralProbe, host: Host) -> bool:
         """Whether training windows are solved in another thread."""

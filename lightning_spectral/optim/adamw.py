@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from typing_extensions import Unpack
-
 from lightning_spectral.optim.base import SpectralOptimizer
-from lightning_spectral.optim.settings import CommonArguments, CommonSettings
+from lightning_spectral.optim.settings import CommonArguments, CommonSettings, Unpack
 
 
 class AdamW(SpectralOptimizer):

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from lightning_spectral.functional.orthogonalize import unit_scale
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule, faded, fading
-from lightning_spectral.optim.settings import MATRIX_PAPER, MatrixArguments, MatrixSettings
+from lightning_spectral.optim.settings import MATRIX_PAPER, MatrixArguments, MatrixSettings, Unpack
 
 # B matrices of one shape, M rows, N columns, R rank of the update
 

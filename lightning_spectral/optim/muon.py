@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from typing_extensions import Unpack
 
 from lightning_spectral.functional.orthogonalize import orthogonalize_stack
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule, absolute_eps, faded, fading
-from lightning_spectral.optim.settings import ORTHOGONAL_PAPER, OrthogonalArguments, OrthogonalSettings
+from lightning_spectral.optim.settings import ORTHOGONAL_PAPER, OrthogonalArguments, OrthogonalSettings, Unpack
 
 
 class MuonRule(MatrixRule):

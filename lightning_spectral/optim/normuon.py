@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from lightning_spectral.functional.orthogonalize import orthogonalize_stack
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule, absolute_eps, faded, fading
-from lightning_spectral.optim.settings import ORTHOGONAL_PAPER, OrthogonalArguments, OrthogonalSettings
+from lightning_spectral.optim.settings import ORTHOGONAL_PAPER, OrthogonalArguments, OrthogonalSettings, Unpack
 
 # B matrices of one shape, M rows, N columns
 NORMALIZERS = ("rows", "long_side", "none")

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
@@ -20,6 +20,17 @@ from lightning_spectral.models.layouts import SPLITS
 from lightning_spectral.optim.matrix_rule import EPS_STYLES, LR_SCALES, MOMENTUM_STYLES, PRECISIONS
 from lightning_spectral.optim.vector_rules import VECTOR_RULES
 from lightning_spectral.optim.weights import BF16_WEIGHTS
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack as Unpack
+else:
+
+    class Unpack:
+        """Nothing at run time: jsonargparse takes every key of an unpacked TypedDict as required."""
+
+        def __class_getitem__(cls, arguments: Any) -> Any:
+            return Any
+
 
 NONFINITE = ("propagate", "raise", "skip")
 HEAD_LR_SCALES: dict[str, Callable[[int], float]] = {"none": lambda width: 1.0, "inverse_sqrt_width": lambda d: d**-0.5}

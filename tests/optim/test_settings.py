@@ -1,0 +1,70 @@
+"""Shared settings are written once, and everybody sees them: mypy, help(), LightningCLI, recipes, litgpt."""
+
+import inspect
+import typing
+from dataclasses import fields
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from lightning_spectral.gpt.module import optimizer_class
+from lightning_spectral.optim import AdamW, Dion, Muon, NorMuon, SpectralOptimizer, settings
+from tests.optim.models import TinyLM
+
+PAIRS = [
+    (settings.CommonArguments, settings.CommonSettings),
+    (settings.MatrixArguments, settings.MatrixSettings),
+    (settings.OrthogonalArguments, settings.OrthogonalSettings),
+]
+
+
+@pytest.mark.parametrize(("typed", "checked"), PAIRS)
+def test_types_for_editors_are_those_of_the_settings(typed, checked):
+    hints = typing.get_type_hints(checked)
+    assert typing.get_type_hints(typed) == {field.name: hints[field.name] for field in fields(checked)}
+
+
+@pytest.mark.parametrize("checked", [checked for _, checked in PAIRS])
+def test_every_setting_is_documented(checked):
+    own = set(checked.__annotations__)
+    assert all(f"{name}:" in (checked.__doc__ or "") for name in own)
+
+
+@pytest.mark.parametrize("cls", [AdamW, Muon, NorMuon, Dion])
+def test_the_signature_names_every_setting_with_its_default(cls):
+    parameters = inspect.signature(cls).parameters
+    assert list(parameters)[:2] == ["params", "lr"]
+    for field in fields(cls.settings_class):
+        assert parameters[field.name].default == field.default
+    assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
+    with pytest.raises(ValueError, match="did you mean `weight_decay`"):
+        optimizer_class({"class_path": f"lightning_spectral.optim.{cls.__name__}", "init_args": {"weight_decy": 0.1}})
+    with pytest.raises(TypeError, match="weight_decy"):
+        cls(TinyLM(), weight_decy=0.1)
+
+
+@pytest.mark.parametrize(
+    ("cls", "shown"),
+    [
+        (AdamW, {"weight_decay", "bf16_weights"}),
+        (Muon, {"momentum", "nesterov", "split", "roles"}),
+        (NorMuon, {"moment_beta", "normalize", "steps", "max_grad_norm"}),
+        (Dion, {"rank_fraction", "momentum", "lr_scale", "betas"}),
+    ],
+)
+def test_command_lines_show_and_check_every_setting(cls, shown):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(SpectralOptimizer, "optimizer", skip={"params"}, instantiate=False)
+    path = f"lightning_spectral.optim.{cls.__name__}"
+    found = parser.parse_args([f"--optimizer={path}", "--optimizer.weight_decay=0.25", "--optimizer.betas=[0.8, 0.9]"])
+    assert found.optimizer.init_args.weight_decay == 0.25
+    assert shown <= set(vars(found.optimizer.init_args))
+    assert set(vars(found.optimizer.init_args)) == set(inspect.signature(cls).parameters) - {"params"}
+
+
+def test_every_group_carries_what_schedulers_may_look_for():
+    for cls in (AdamW, Muon, NorMuon, Dion):
+        optimizer = cls(TinyLM())
+        for group in optimizer.param_groups:
+            assert {"lr", "betas", "momentum", "weight_decay", "eps", "nesterov", "lr_ratio"} <= group.keys()
+            assert not {"roles", "fallback", "fallback_lr", "split"} & group.keys()

@@ -60,8 +60,8 @@ class Guard:
         trouble, self.trouble = self.trouble, None
         return trouble
 
-    def say(self, kind: str, message: str) -> None:
-        """Warn, once per kind."""
+    def say(self, kind: str, message: str, *, on_every_rank: bool = False) -> None:
+        """Warn, once per kind; by default where the host says, which is rank 0."""
         if kind not in self._told:
             self._told.add(kind)
-            self.tell(f"{self.name}: {message}")
+            (warn if on_every_rank else self.tell)(f"{self.name}: {message}")

@@ -468,10 +468,10 @@ class Observer:
         """The window, closed alike on all ranks; ``None`` where they could not agree and stood down."""
         probe, agreement = self._armed_probe, self._agreement
         assert agreement is not None
-        said: dict[str, Any] = {"num_passes": 0, "widths": {}, "trouble": None}
+        said: dict[str, Any] = {"num_passes": 0, "widths": {}}
         with self.guard("closing a window"):
             seen = probe.settle(alone=agreement.world_size == 1 or not self.measurement.options.reduce)
-            said = {"num_passes": seen.num_passes, "widths": seen.widths, "trouble": None}
+            said = {"num_passes": seen.num_passes, "widths": seen.widths}
         trouble = window.trouble or self.guard.take()
         said |= {"trouble": trouble, "note": window.note}
         try:
@@ -479,14 +479,14 @@ class Observer:
         except MissingRankError as error:
             self._stand_down(f"{error} when a window ended; nothing more is measured")
             return None
+        for part in parts:  # a rank that saw something and understood nothing would be left out in silence
+            if part["note"] and not part["num_passes"]:
+                part["trouble"] = part["trouble"] or ("not_matched", part["note"])
         troubles = [(rank, *part["trouble"]) for rank, part in enumerate(parts) if part["trouble"]]
         if troubles:
             rank, status, reason = troubles[0]
             return probe.lose(status, reason if len(parts) == 1 else f"rank {rank}: {reason}")
         if not any(part["num_passes"] for part in parts):
-            notes = [part["note"] for part in parts if part["note"]]
-            if notes:
-                return probe.lose("not_matched", notes[0])
             return probe.lose("no_forward", "the model did not run in this window, or a compiled one skipped hooks")
         widths = {key: width for part in parts for key, width in part["widths"].items()}
         return probe.close(self._armed_host.process_group, widths)
@@ -587,7 +587,7 @@ class Observer:
 
     def _stand_down(self, reason: str) -> None:
         """Nothing more is measured, and the loop runs on."""
-        self.guard.say("stood down", f"{one_line(reason)}.")
+        self.guard.say("stood down", f"{one_line(reason)}.", on_every_rank=True)
         if self._solver is not None:
             self._solver.abandon()
             self._solver = None

@@ -170,7 +170,7 @@ class WeightObserver:
         return True
 
     def _stand_down(self, reason: str) -> None:
-        self.guard.say("stood down", f"{one_line(reason)}.")
+        self.guard.say("stood down", f"{one_line(reason)}.", on_every_rank=True)
         self.is_armed, self.step = False, None
         if self.settings.strict:
             raise DeliberateError(f"{self.name}: {reason}")

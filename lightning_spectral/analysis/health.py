@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from lightning_spectral.analysis.points import Point, PointTable
+from lightning_spectral.analysis.runs import Problem
 
 ROWS_PER_RANK: Final = 50  # bias of a rank is about rank / N: 2 % here
 SLOPE_BIAS: Final = 0.02  # of beta, from the number of rows, that a reader must hear of
@@ -95,6 +96,17 @@ def find_duplicates(table: PointTable) -> Duplicates:
         found.append(Duplicate(_id(table, a, names), _id(table, b, names), len(firsts)))
         touched |= {k for match in matches for k in match}
     return Duplicates(tuple(found), frozenset(touched))
+
+
+def without_duplicates(table: PointTable) -> tuple[PointTable, list[Problem]]:
+    """The table without the points of copied runs: both of a pair, for nobody can tell which is the copy."""
+    duplicates = find_duplicates(table)
+    kept = tuple(point for index, point in enumerate(table.points) if index not in duplicates.points)
+    problems = [
+        Problem(found.first, "duplicate_values", f"{found.sentence()}: both were left out.", refused=True)
+        for found in duplicates.found
+    ]
+    return PointTable(table.by, kept, table.x_name), problems
 
 
 def flags_by_series(table: PointTable, duplicates: Duplicates) -> dict[tuple[str, ...], tuple[str, ...]]:

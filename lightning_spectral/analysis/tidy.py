@@ -7,12 +7,14 @@ import hashlib
 import io
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from lightning_spectral.analysis.fits import PowerLawFit
 from lightning_spectral.analysis.points import Point, PointTable
 from lightning_spectral.analysis.runs import Problem
+from lightning_spectral.analysis.tables import condition, recognised, telling_apart, with_layers
 from lightning_spectral.text import whole_file
 
 T = TypeVar("T")
@@ -52,25 +54,27 @@ FIT_EXTRAS: Final = (
 def read_points_csv(
     path: str | Path,
     *,
-    x: str,
-    y: str,
-    by: Sequence[str],
+    x: str | None = None,
+    y: str = "value",
+    by: Sequence[str] | None = None,
     seed: str | None = None,
     source: str | None = None,
     spread: str | None = None,
     rows: str | None = None,
+    where: Sequence[str] = (),
 ) -> tuple[PointTable, list[Problem]]:
     """Read points from any tidy table: one row a value; cells parted by commas, semicolons or tabs.
 
     Args:
         path: The file.
-        x: Column of the width.
+        x: Column of the width; by default one of the usual names.
         y: Column of the value.
-        by: Columns that make a series; empty for one series.
-        seed: Column of the seed, if any.
+        by: Columns that make a series; by default those known to (``analysis.tables``).
+        seed: Column of the seed; ``seed`` if the file has one.
         source: Column that identifies the run behind a row; ``run_id`` or ``id`` if the file has one.
         spread: Column of one standard deviation of the value.
         rows: Column of the number of rows N behind the value.
+        where: Conditions on rows, as ``optimizer!=muon``.
 
     Raises:
         ValueError: If it is no whole table, a column is missing, or no row holds numbers.
@@ -86,6 +90,10 @@ def read_points_csv(
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     names = [name.strip() for name in _guarded(path, lambda: reader.fieldnames) or []]
     reader.fieldnames = names
+    columns = recognised(names, x, by)
+    x, by = columns.x, columns.by
+    seed, spread, rows = seed or columns.seed, spread or columns.spread, rows or columns.rows
+    kept = [condition(text) for text in where]
     for role, name in (("--x", x), ("--y", y), *(("--by", name) for name in by)):
         if name not in names:
             raise ValueError(f"`{path}` has no column `{name}` ({role}); it has: {', '.join(names) or 'none'}.")
@@ -95,11 +103,14 @@ def read_points_csv(
     source = source or next((name for name in _ID_NAMES if name in names and name not in by), None)
     points: list[Point] = []
     problems: list[Problem] = []
+    used: list[dict[str, str]] = []
     is_rank = "rank" in y
     for number, row in enumerate(_guarded(path, lambda: list(reader)), start=2):
         if None in row or None in row.values():
             why = f"`{path}` line {number} has another number of cells than the header; it was left out."
             problems.append(Problem(str(path), "skipped_lines", why))
+            continue
+        if not all(holds(row) for holds in kept):
             continue
         at, value = _number(row[x]), _number(row[y])
         if at is None or value is None:
@@ -118,15 +129,26 @@ def read_points_csv(
                 _optional(row, spread),
                 num_tokens,
                 value if is_rank or "rank" in row.get("metric", "") else math.nan,
+                _steps(row, columns.steps),
             )
         )
+        used.append(row)
     if not points:
         why = f" The first problem: {problems[0].message}" if problems else ""
         raise ValueError(f"`{path}` holds no usable row of numbers in `{x}` and `{y}`.{why}")
     if not text.endswith(("\n", "\r")):
         cut = f"`{path}` ends without a line break: if it was cut off, its last row is wrong."
         problems.append(Problem(str(path), "no_line_break", cut))
-    return PointTable(tuple(by), tuple(points), x), problems
+    apart = telling_apart(used, replace(columns, seed=seed), [n for n in (y, spread, rows, source) if n])
+    if apart is not None:
+        why = f"`{path}` has several rows of one series and {x}; the column `{apart}` tells them apart (--by, --seed)."
+        problems.append(Problem(str(path), "repeated_x", why))
+    return with_layers(PointTable(tuple(by), tuple(points), x)), problems
+
+
+def _steps(row: dict[str, str], name: str | None) -> tuple[int, ...]:
+    cells = row[name].split(";") if name else []
+    return tuple(int(cell) for cell in cells if cell.strip().lstrip("-").isdigit())
 
 
 def _guarded(path: Path, read: Callable[[], T]) -> T:
@@ -182,7 +204,8 @@ def cell_text(cell: Any) -> str:
         if math.isnan(cell):
             return ""
         return str(int(cell)) if cell.is_integer() and abs(cell) < 1e15 else repr(float(cell))
-    return str(cell)
+    # a spreadsheet runs a text that begins like this
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t")) else str(cell)
 
 
 def write_atomic(path: str | Path, content: bytes) -> Path:

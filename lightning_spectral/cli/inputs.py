@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lightning_spectral.text import CommandError, tables
 
 if TYPE_CHECKING:
+    from lightning_spectral.analysis.points import PointTable
     from lightning_spectral.analysis.runs import Problem, RunSet
     from lightning_spectral.analysis.study import Fitted
 
@@ -25,7 +26,9 @@ def names(text: str) -> list[str]:
 
 def add_input_options(parser: argparse.ArgumentParser) -> None:
     """Options that say what to read and how to group it."""
-    parser.add_argument("inputs", nargs="+", metavar="RUNS|points.csv", help="run folders (any depth), or one tidy CSV")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="RUNS|points.csv", help="run folders (any depth), or tidy CSV files"
+    )
     parser.add_argument("--by", type=names, metavar="COLUMNS", help="columns that make a series, e.g. optimizer,bucket")
     runs = parser.add_argument_group("run folders")
     runs.add_argument("--metrics", type=names, default=["soft_rank", "hard_rank"], metavar="NAMES")
@@ -41,8 +44,12 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     runs.add_argument("--stack", help="stack of blocks, where a model has several: its path, or a part (encoder)")
     runs.add_argument("--loader", type=int, help="index of the evaluation dataloader (default: the first)")
     table = parser.add_argument_group("tidy CSV")
-    table.add_argument("--x", default="width", help="column of the width (default: width)")
+    table.add_argument("--x", help="column of the width (default: width, or another usual name)")
     table.add_argument("--y", default="value", help="column of the value (default: value)")
+    table.add_argument(
+        "--where", action="append", default=[], metavar="CONDITION", help="keep such rows, e.g. optimizer!=muon"
+    )
+    table.add_argument("--drop-duplicates", action="store_true", help="leave out both of two bit-identical points")
     table.add_argument("--seed", metavar="COLUMN", help="column of the seed")
     table.add_argument("--id", metavar="COLUMN", help="column of the run behind a row (default: run_id or id)")
     table.add_argument("--spread", metavar="COLUMN", help="column of one standard deviation of the value")
@@ -76,21 +83,32 @@ def _load(options: argparse.Namespace) -> tuple[Fitted, RunSet | None]:
     files = [path for path in options.inputs if is_table(path)]
     if not files:
         return fit_runs(options, options.by)
-    if len(options.inputs) > 1:
-        raise CommandError(f"give one CSV or run folders, not {len(options.inputs)} inputs with a CSV among them.")
+    if len(files) < len(options.inputs):
+        raise CommandError(f"give tables or run folders, not {len(options.inputs)} inputs of both kinds.")
+    table, problems = read_tables(options, files)
+    return fit_points(table, method=options.method, problems=problems), None
+
+
+def read_tables(options: argparse.Namespace, files: list[str]) -> tuple[PointTable, list[Problem]]:
+    """All points of some tables as one, without duplicates if that is asked for."""
+    from lightning_spectral.analysis.health import without_duplicates
+    from lightning_spectral.analysis.points import PointTable
     from lightning_spectral.analysis.tidy import read_points_csv
 
-    table, problems = read_points_csv(
-        files[0],
-        x=options.x,
-        y=options.y,
-        by=options.by or [],
-        seed=options.seed,
-        source=options.id,
-        spread=options.spread,
-        rows=options.rows,
-    )
-    return fit_points(table, method=options.method, problems=problems), None
+    what = {"x": options.x, "y": options.y, "by": options.by, "seed": options.seed, "source": options.id}
+    what |= {"spread": options.spread, "rows": options.rows, "where": options.where}
+    parts = [read_points_csv(file, **what) for file in files]
+    different = [own.by for own, _ in parts if own.by != parts[0][0].by]
+    if different:
+        raise CommandError(
+            f"the tables have different columns ({', '.join(parts[0][0].by)} and {', '.join(different[0])}): give --by."
+        )
+    table = PointTable(parts[0][0].by, tuple(p for own, _ in parts for p in own.points), parts[0][0].x_name)
+    problems = [problem for _, own in parts for problem in own]
+    if options.drop_duplicates:
+        table, dropped = without_duplicates(table)
+        problems += dropped
+    return table, problems
 
 
 def fit_runs(options: argparse.Namespace, by: list[str] | None) -> tuple[Fitted, RunSet]:

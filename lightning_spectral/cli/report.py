@@ -1,4 +1,4 @@
-"""``lightning-spectral report RUNS``: one offline page with every figure, table and warning."""
+"""``lightning-spectral report RUNS|points.csv``: one offline page with every figure, table and warning."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     folder = inputs.out_folder(options.out)
     assert folder is not None
-    if options.by or any(path.endswith(".csv") for path in options.inputs):
-        raise CommandError("a report needs run folders, grouped as it groups them; for tables use `fit` and `compare`.")
+    tables = [path for path in options.inputs if path.endswith(".csv")]
+    if options.by and not tables:
+        raise CommandError("a report groups runs by their labels; --by is for tables.")
 
     from lightning_spectral.report.page import write_report
     from lightning_spectral.report.scene import ReportData
 
-    scene: ReportData = inputs.guarded(lambda: make_scene(options))
+    scene: ReportData = inputs.guarded(lambda: scene_of_tables(options, tables) if tables else make_scene(options))
     command = shlex.join(["lightning-spectral", "report", *argv])
     written = write_report(scene, folder, title=options.title, command=command, png=options.png)
     for warning in written.warnings:
@@ -48,6 +49,20 @@ def main(argv: list[str]) -> int:
     )
     print(f"{len(written.tables)} tables in {folder}")
     return 0
+
+
+def scene_of_tables(options: argparse.Namespace, files: list[str]):  # type: ignore[no-untyped-def]  # lazy class
+    """What can be shown of tables of points."""
+    from lightning_spectral.analysis.runs import RunSet
+    from lightning_spectral.analysis.study import comparisons_of, fit_points
+    from lightning_spectral.analysis.tables import as_of_runs
+    from lightning_spectral.report.scene import ReportData
+
+    if len(files) < len(options.inputs):
+        raise CommandError(f"give tables or run folders, not {len(options.inputs)} inputs of both kinds.")
+    table, problems = inputs.read_tables(options, files)
+    fitted = fit_points(as_of_runs(table, options.y), method=options.method, problems=problems)
+    return ReportData(RunSet((), ()), fitted, tuple(comparisons_of(fitted)), (), (), options.site, options.last)
 
 
 def make_scene(options: argparse.Namespace):  # type: ignore[no-untyped-def]  # a lazily imported class

@@ -29,22 +29,24 @@ class FigureRow:
     Attributes:
         title: Section heading.
         draw: Makes it.
+        of_points: Whether a table of points is enough; else it needs run folders.
     """
 
     title: str
     draw: Callable[[ReportData], ReportFigure]
+    of_points: bool = False
 
 
 # key (also the file name) -> figure, in the order of the page
 FIGURES: Final[dict[str, FigureRow]] = {
-    "scaling_laws": FigureRow("Scaling laws", figures_scaling.scaling_laws),
-    "betas": FigureRow("Exponents", figures_exponents.betas),
+    "scaling_laws": FigureRow("Scaling laws", figures_scaling.scaling_laws, True),
+    "betas": FigureRow("Exponents", figures_exponents.betas, True),
     "decay": FigureRow("Before and after the learning-rate decay", figures_exponents.decay),
-    "bucket_grid": FigureRow("Soft and hard rank by token frequency", figures_scaling.bucket_grid),
-    "asymmetry": FigureRow("Asymmetry of soft and hard exponents", figures_exponents.asymmetry),
+    "bucket_grid": FigureRow("Soft and hard rank by token frequency", figures_scaling.bucket_grid, True),
+    "asymmetry": FigureRow("Asymmetry of soft and hard exponents", figures_exponents.asymmetry, True),
     "beta_over_training": FigureRow("Exponents over training", figures_training.exponent_over_training),
     "rank_curves": FigureRow("Rank curves by width", figures_training.rank_curves),
-    "layers": FigureRow("Layers", figures_layers.layer_map),
+    "layers": FigureRow("Layers", figures_layers.layer_map, True),
     "learning_rates": FigureRow("Learning-rate sensitivity", figures_exponents.learning_rates),
     "matched_loss": FigureRow("Matched loss", figures_training.matched),
     "bucket_losses": FigureRow("Loss by token frequency", figures_training.bucket_losses),
@@ -56,9 +58,9 @@ FIGURES: Final[dict[str, FigureRow]] = {
 
 
 def draw_all(scene: ReportData) -> dict[str, ReportFigure]:
-    """Every row of :data:`FIGURES`."""
+    """Every row of :data:`FIGURES` that the data are enough for."""
     with rc_context(RC):
-        return {key: row.draw(scene) for key, row in FIGURES.items()}
+        return {key: row.draw(scene) for key, row in FIGURES.items() if row.of_points or scene.runs.runs}
 
 
 def svg_of(figure: Figure, key: str) -> str:

@@ -99,10 +99,20 @@ def write_tables(scene: ReportData, folder: Path) -> list[Path]:
         for step, beta, low, high in zip(path.steps, path.beta, path.low, path.high, strict=True)
     ]
     summaries = [run_summary(run) for run in scene.runs.runs]
-    return [
+    of_points = [
         write_csv(folder / "fits.csv", *fit_table(by, scene.fitted.fits)),
         write_csv(folder / "points.csv", *points_table(scene.fitted.table)),
         write_csv(folder / "comparisons.csv", *comparison_table(by, scene.comparisons)),
+        write_csv(
+            folder / "problems.csv",
+            ["source", "kind", "refused", "message"],
+            [[p.source, p.kind, p.refused, p.message] for p in scene.fitted.problems],
+        ),
+    ]
+    if not summaries:
+        return of_points
+    return [
+        *of_points,
         write_csv(
             folder / "beta_over_training.csv",
             [*(name for name in by if name != "layer"), "step", "beta", "ci_low", "ci_high"],
@@ -111,11 +121,6 @@ def write_tables(scene: ReportData, folder: Path) -> list[Path]:
         write_csv(folder / "learning_rates.csv", *ladder_table(scene.ladders, scene.fitted.table)),
         write_csv(folder / "matched_loss.csv", *matched_table(scene.pairs)),
         write_csv(folder / "runs.csv", list(summaries[0]), [list(row.values()) for row in summaries]),
-        write_csv(
-            folder / "problems.csv",
-            ["source", "kind", "refused", "message"],
-            [[p.source, p.kind, p.refused, p.message] for p in scene.fitted.problems],
-        ),
     ]
 
 
@@ -139,7 +144,7 @@ def warnings_of(scene: ReportData) -> list[str]:
             out.append(f"{flag} ({count} of {len(medians)} fits): {FLAG_TEXT[flag]}.")
         elif flag.startswith("refused:"):
             out.append(f"{count} of {len(medians)} fits refused: {flag.removeprefix('refused:').replace('_', ' ')}.")
-    out += caveats_of(scene.fitted, scene.runs, listed=False)
+    out += caveats_of(scene.fitted, scene.runs if scene.runs.runs else None, listed=False)
     out += _level_warnings(scene)
     return [*out, *_null_warnings(scene)]
 
@@ -167,6 +172,8 @@ def _null_warnings(scene: ReportData) -> list[str]:
 
 
 def _missing(scene: ReportData) -> list[str]:
+    if not scene.runs.runs:
+        return []
     return missing_runs(
         {scene.looks[key].name: [(run.width, run.seed) for run in scene.groups[key]] for key in scene.series}
     )
@@ -184,19 +191,9 @@ def render(
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     summaries = [run_summary(run) for run in scene.runs.runs]
     versions = {f"{name} {version}" for run in scene.runs.runs for name, version in run.info.versions.items()}
-    seeds = {run.seed for run in scene.runs.runs if run.seed}
-    steps = sorted({step for point in scene.fitted.table.points for step in point.steps})
     return environment.from_string(TEMPLATE).render(
         title=title,
-        subtitle=" | ".join(
-            [
-                f"{len(scene.runs.runs)} runs",
-                f"{len(scene.widths)} FFN widths, {scene.widths[0]} to {scene.widths[-1]}",
-                f"{len(seeds) or 'unknown'} seed(s)",
-                f"site: {scene.site}",
-                f"windows at steps {steps[0]} to {steps[-1]}, median per layer, then over layers",
-            ]
-        ),
+        subtitle=_subtitle(scene),
         leads=summary_sentences(scene),
         warnings=found,
         headline=headline_rows(scene),
@@ -213,9 +210,9 @@ def render(
             }
             for key, drawing in drawings.items()
         ],
-        table_note="Over widths: Student's t on one point a width (seeds of one width averaged first). Over seeds: "
-        "one slope a seed. The range of beta with one width left out shows what hangs on a single width; that over the "
-        "layers, what the median hides. Before decay: the last windows at the full learning rate, same method.",
+        table_note="The interval is over widths, and over seeds where there are any (mixed model). Seeds: one slope "
+        "a seed. The range of beta with one width left out shows what hangs on a single width; that over the layers, "
+        "what the median hides. Before decay: the last windows at the full learning rate, same method.",
         fit_names=[name for name in scene.fitted.table.by if name not in ("layer", "site")],
         fits=fit_rows(scene),
         focus=focus_name(scene),
@@ -229,10 +226,22 @@ def render(
         matplotlib=matplotlib.__version__,
         run_versions=", ".join(sorted(versions)) or "unknown",
         missing=_missing(scene),
-        run_names=list(summaries[0]),
-        hash_column=list(summaries[0]).index("sha256"),
+        run_names=list(summaries[0]) if summaries else [],
+        hash_column=list(summaries[0]).index("sha256") if summaries else -1,
         runs=[[str(cell) for cell in row.values()] for row in summaries],
     )
+
+
+def _subtitle(scene: ReportData) -> str:
+    points = scene.fitted.table.points
+    seeds = {point.seed for point in points if point.seed}
+    steps = sorted({step for point in points for step in point.steps})
+    what = f"{len(scene.runs.runs)} runs" if scene.runs.runs else f"a table of {len(points)} points"
+    parts = [what, f"{len(scene.widths)} FFN widths, {scene.widths[0]} to {scene.widths[-1]}"]
+    parts += [f"{len(seeds) or 'unknown'} seed(s)", f"site: {scene.site}"]
+    if steps:
+        parts.append(f"windows at steps {steps[0]} to {steps[-1]}, median per layer, then over layers")
+    return " | ".join(parts)
 
 
 def _before_step(scene: ReportData) -> str:

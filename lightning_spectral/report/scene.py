@@ -78,10 +78,19 @@ class ReportData:
             base, rest = family(key[0])
             known = list(FIXED)
             place = known.index(base) if base in known else len(known)
-            rates = [rate for run in self.groups[key] if (rate := learning_rate(run)) is not None]
+            rates = [rate for run in self.groups.get(key, []) if (rate := learning_rate(run)) is not None]
             return place, bool(rest), min(rates, default=0.0), " ".join(key)
 
-        return sorted(self.groups, key=rank)
+        return sorted(self.groups or self._labels, key=rank)
+
+    @cached_property
+    def _labels(self) -> list[Series]:
+        """Series of a table: what stands before site, bucket, metric and layer."""
+        return list(dict.fromkeys(series[:-4] for series in self.fitted.table.groups()))
+
+    def _cells(self, column: str) -> list[str]:
+        place = self.fitted.table.by.index(column)
+        return list(dict.fromkeys(point.series[place] for point in self.fitted.table.points))
 
     @property
     def any_fit(self) -> bool:
@@ -101,7 +110,7 @@ class ReportData:
     @cached_property
     def buckets(self) -> list[str]:
         """Buckets measured, in house order."""
-        found = {bucket for run in self.runs.runs for bucket in run.buckets}
+        found = {bucket for run in self.runs.runs for bucket in run.buckets} or set(self._cells("bucket"))
         known = [bucket for bucket in ("pooled", "head", "mid", "tail") if bucket in found]
         return known + sorted(found - set(known))
 
@@ -119,12 +128,13 @@ class ReportData:
     @cached_property
     def widths(self) -> list[int]:
         """FFN widths."""
-        return sorted({run.width for run in self.runs.runs})
+        return sorted({run.width for run in self.runs.runs}) or sorted({round(p.x) for p in self.fitted.table.points})
 
     @cached_property
     def layers(self) -> list[str]:
         """Names of the layers of all runs."""
-        return sorted({name for run in self.runs.runs for name in run.layers})
+        names = {name for run in self.runs.runs for name in run.layers} or set(self._cells("layer"))
+        return sorted(names - {LAYER_MEDIAN})
 
     @cached_property
     def ladders(self) -> list[LearningRateSweep]:

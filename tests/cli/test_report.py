@@ -8,6 +8,7 @@ from lightning_spectral.cli import main
 from lightning_spectral.report import page as report
 from lightning_spectral.report.figures import FIGURES
 from tests.analysis.synthetic import write_study
+from tests.analysis.test_tables import published
 
 
 def test_a_report_with_pictures_and_events(
@@ -30,7 +31,7 @@ def test_a_report_with_pictures_and_events(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["points.csv"], "needs run folders"),
+        (["points.csv"], "No such file"),
         (["runs", "--site", "gate"], "no run measured the site `gate`"),
         (["runs", "--metrics", "mean_rank"], "unknown metric `mean_rank`"),
         (["nothing"], "no such file or folder"),
@@ -50,3 +51,16 @@ def test_only_refused_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     (tmp_path / "run" / "run.json").write_text("{")
     assert main(["report", str(tmp_path)]) == 2
     assert "no run could be read" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_published_table_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = published(tmp_path / "published.csv")
+    assert main(["report", str(path), "--out", str(tmp_path / "report")]) == 0
+    shown = capsys.readouterr().out
+    assert "agree to the last bit" in shown
+    assert {p.stem for p in (tmp_path / "report" / "figures").iterdir()} >= {"scaling_laws", "betas", "asymmetry"}
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "a table of 24 points" in page
+    assert main(["report", str(path), "--drop-duplicates", "--out", str(tmp_path / "clean")]) == 0
+    assert "both were left out" in capsys.readouterr().out

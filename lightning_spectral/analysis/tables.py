@@ -1,0 +1,144 @@
+"""Which columns of a table are which: our own tables and the published ones are known without options."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from lightning_spectral.analysis.points import LAYER_MEDIAN, Point, PointTable
+
+_X_NAMES: Final = ("width", "ffn_hidden_dim", "ffn_width", "intermediate_size", "d_ff")
+_SEED_NAMES: Final = ("seed",)
+_ROWS_NAMES: Final = ("num_tokens", "num_rows")  # the second until schema 2
+_OWN: Final = {"value", "spread", "steps", "run_id"}
+# columns that make a series where they are there
+_LABELS: Final = (
+    *("optimizer", "model", "dion_rank_fraction", "rank_fraction", "heads", "n_head", "norm", "positions"),
+    *("learning_rate", "lr", "site", "bucket", "metric", "layer"),
+)
+_MEASURED: Final = {"site": "post", "bucket": "pooled", "metric": "hard_rank", "layer": LAYER_MEDIAN}
+_CONDITION: Final = re.compile(r"^\s*([^=!<>]+?)\s*(==|=|!=|<=|>=|<|>)\s*(.*?)\s*$")
+_TESTS: Final[Mapping[str, Callable[[float, float], bool]]] = {
+    "<": lambda a, b: a < b,
+    ">": lambda a, b: a > b,
+    "<=": lambda a, b: a <= b,
+    ">=": lambda a, b: a >= b,
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns of a table by what they are for; ``None`` where there is none.
+
+    Attributes:
+        x: Width.
+        by: Columns that make a series.
+        seed: Seed.
+        spread: One standard deviation of the value.
+        rows: Rows N behind the value.
+        steps: Windows behind the value, parted by semicolons.
+    """
+
+    x: str
+    by: tuple[str, ...]
+    seed: str | None
+    spread: str | None
+    rows: str | None
+    steps: str | None
+
+
+def recognised(names: Sequence[str], x: str | None = None, by: Sequence[str] | None = None) -> Columns:
+    """What the columns of a table are for, as far as the caller does not say.
+
+    Args:
+        names: Columns of the table.
+        x: Column of the width, if it is known.
+        by: Columns that make a series, if they are known.
+    """
+    first = next((name for name in _X_NAMES if name in names), _X_NAMES[0])
+    chosen = x or first
+    own = set(names) >= _OWN and chosen in names
+    if by is None:
+        labels = list(names[: list(names).index(chosen)]) if own else [name for name in _LABELS if name in names]
+        by = [name for name in labels if name != chosen]
+    free = [name for name in names if name not in by]
+    seed = next((name for name in _SEED_NAMES if name in free), None)
+    rows = next((name for name in _ROWS_NAMES if name in free), None)
+    spread, steps = ("spread" if own else None), ("steps" if own else None)
+    return Columns(chosen, tuple(by), seed, spread, rows, steps)
+
+
+def condition(text: str) -> Callable[[Mapping[str, str]], bool]:
+    """``optimizer!=muon``, ``width>=512`` as a test of a row.
+
+    Raises:
+        ValueError: If it is no condition; on a row without that column, too.
+    """
+    match = _CONDITION.match(text)
+    if match is None:
+        raise ValueError(f"`{text}` is no condition: write COLUMN=VALUE, COLUMN!=VALUE or COLUMN<NUMBER.")
+    name, sign, wanted = match.groups()
+
+    def holds(row: Mapping[str, str]) -> bool:
+        if name not in row:
+            raise ValueError(f"there is no column `{name}` (--where {text}); there are: {', '.join(row)}.")
+        if sign in _TESTS:
+            return _TESTS[sign](float(row[name]), float(wanted))
+        return (row[name] == wanted) == (sign != "!=")
+
+    return holds
+
+
+def telling_apart(rows: Sequence[Mapping[str, str]], columns: Columns, used: Sequence[str]) -> str | None:
+    """The first unused column without which several rows are one series, width and seed; ``None`` if none repeats."""
+    key = [name for name in (*columns.by, columns.x, columns.seed) if name]
+    cells = [tuple(row[name] for name in key) for row in rows]
+    if len(set(cells)) == len(cells):
+        return None
+    for name in rows[0]:
+        if name not in (*key, *used):
+            told = {(*cell, row[name]) for cell, row in zip(cells, rows, strict=True)}
+            if len(told) == len(cells) and len({row[name] for row in rows}) <= max(2, len(rows) // 3):
+                return name
+    return None
+
+
+def with_layers(table: PointTable) -> PointTable:
+    """Give each layer median the values of its layers, where the table has them."""
+    if "layer" not in table.by:
+        return table
+    place = table.by.index("layer")
+    layers: dict[tuple[object, ...], list[tuple[str, float]]] = {}
+
+    def key(point: Point) -> tuple[object, ...]:
+        return (*point.series[:place], *point.series[place + 1 :], point.x, point.seed, point.source)
+
+    for point in table.points:
+        if point.series[place] != LAYER_MEDIAN:
+            layers.setdefault(key(point), []).append((point.series[place], point.value))
+    out = [
+        replace(point, layers=tuple(value for _, value in sorted(layers.get(key(point), []))))
+        if point.series[place] == LAYER_MEDIAN
+        else point
+        for point in table.points
+    ]
+    return PointTable(table.by, tuple(out), table.x_name)
+
+
+def as_of_runs(table: PointTable, y_name: str) -> PointTable:
+    """The table in the columns that a report has: labels, then site, bucket, metric and layer."""
+    labels = [name for name in table.by if name not in _MEASURED]
+    defaults = {**_MEASURED, "metric": y_name if y_name != "value" else _MEASURED["metric"]}
+    by = (*(labels or ["series"]), *_MEASURED)
+    if "optimizer" in labels:
+        by = ("optimizer", *(name for name in by if name != "optimizer"))
+    points = []
+    for point in table.points:
+        cells = {"series": "all", **defaults, **dict(zip(table.by, point.series, strict=True))}
+        cells = {name: cell.lower() if name in ("bucket", "metric") else cell for name, cell in cells.items()}
+        cells["bucket"] = {"all": "pooled"}.get(cells["bucket"], cells["bucket"])
+        cells["metric"] = {"soft": "soft_rank", "hard": "hard_rank"}.get(cells["metric"], cells["metric"])
+        points.append(replace(point, series=tuple(cells[name] for name in by)))
+    return PointTable(by, tuple(points), table.x_name)

@@ -1,0 +1,107 @@
+"""Columns of tables known without options, conditions on rows, copied runs left out, the committed study refitted."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+
+from lightning_spectral.analysis.health import without_duplicates
+from lightning_spectral.analysis.study import fit_points
+from lightning_spectral.analysis.tables import as_of_runs, condition, recognised
+from lightning_spectral.analysis.tidy import cell_text, points_table, read_points_csv, write_csv
+from tests.analysis.synthetic import power_law_points, table
+
+POCKET = Path(__file__).parents[2] / "benchmarks" / "results" / "pocket_study"
+# the mixed model's intervals are over seeds as well: CHANGELOG names the change
+_OF_THE_INTERVAL = ("ci_low", "ci_high")
+
+
+def published(path: Path) -> Path:
+    """A table as the paper's repository has them, one run copied."""
+    lines = ["optimizer,dion_rank_fraction,ffn_hidden_dim,frequency_bucket,bucket,metric,value,err_low,err_high"]
+    for optimizer, rank, slope in (("AdamW", "", 0.4), ("Dion", "1/2", 0.8), ("Dion", "1/16", 0.5)):
+        for width in (768, 1536, 3072, 6144):
+            for metric, factor in (("soft_rank", 2.0), ("hard_rank", 1.0)):
+                wobble = 1 + 0.02 * math.sin(width * slope + factor)
+                value = factor * width**slope * wobble
+                if (optimizer, rank, width) == ("Dion", "1/2", 6144):  # what AdamW has at 3072
+                    value = factor * 3072**0.4 * (1 + 0.02 * math.sin(3072 * 0.4 + factor))
+                lines.append(f"{optimizer},{rank},{width},tail,TAIL,{metric},{value!r},{value * 0.9!r},{value * 1.1!r}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_our_own_tables_need_no_option() -> None:
+    names = ["optimizer", "site", "bucket", "metric", "layer", "width", "seed", "value", "spread"]
+    for rows in ("num_rows", "num_tokens"):
+        found = recognised([*names, rows, "steps", "run_id"])
+        assert (found.x, found.by, found.seed, found.rows) == ("width", tuple(names[:5]), "seed", rows)
+
+
+def test_the_committed_study_is_refitted_from_its_points() -> None:
+    found, problems = read_points_csv(POCKET / "points.csv")
+    assert not problems
+    fits = {fit.series: fit for fit in fit_points(found).fits}
+    with (POCKET / "fits.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(fits)
+    for row in rows:
+        fit = fits[tuple(row[name] for name in found.by)]
+        same = row["method"] == fit.method
+        assert same or (row["method"], fit.method) == ("ols_seed_means", "mixed")
+        for name in ("beta", "ln_a", "r2", "theil_sen", "loo_low", "loo_high", "seed_low", "boot_high"):
+            value = float(row[name]) if row[name] else math.nan
+            assert getattr(fit, name) == pytest.approx(value, rel=1e-9, nan_ok=True)
+        for name in _OF_THE_INTERVAL if same else ():
+            assert getattr(fit, name) == pytest.approx(float(row[name]), rel=1e-9)
+
+
+def test_a_column_that_tells_repeated_rows_apart_is_named(tmp_path: Path) -> None:
+    path = published(tmp_path / "p.csv")
+    assert not read_points_csv(path)[1]  # known without options
+    problems = read_points_csv(path, by=["optimizer", "metric"])[1]
+    assert "the column `dion_rank_fraction` tells them apart" in problems[0].message
+
+
+def test_rows_are_kept_by_conditions(tmp_path: Path) -> None:
+    path = published(tmp_path / "p.csv")
+    found, _ = read_points_csv(path, where=["optimizer!=Dion", "ffn_hidden_dim>=1536"])
+    assert {(p.series[0], p.x) for p in found.points} == {("AdamW", x) for x in (1536.0, 3072.0, 6144.0)}
+    with pytest.raises(ValueError, match=r"there is no column `optimiser` \(--where optimiser=Dion\)"):
+        read_points_csv(path, where=["optimiser=Dion"])
+    with pytest.raises(ValueError, match=r"`Dion` is no condition"):
+        condition("Dion")
+
+
+def test_both_points_of_a_copied_run_are_left_out(tmp_path: Path) -> None:
+    found, _ = read_points_csv(published(tmp_path / "p.csv"))
+    kept, problems = without_duplicates(found)
+    gone = {(p.series[0], p.x) for p in found.points} - {(p.series[0], p.x) for p in kept.points}
+    assert gone == {("AdamW", 3072.0)}  # at 6144, Dion 1/16 is left
+    assert len(found.points) - len(kept.points) == 4
+    assert all("both were left out" in problem.message for problem in problems)
+
+
+def test_a_table_becomes_what_a_report_draws(tmp_path: Path) -> None:
+    found = as_of_runs(read_points_csv(published(tmp_path / "p.csv"))[0], "value")
+    assert found.by == ("optimizer", "dion_rank_fraction", "site", "bucket", "metric", "layer")
+    assert {p.series[2:] for p in found.points} == {
+        ("post", "tail", "soft_rank", "median"),
+        ("post", "tail", "hard_rank", "median"),
+    }
+    alone = as_of_runs(table(power_law_points(0.5)), "loss")
+    assert alone.by[0] == "series"
+    assert {p.series for p in alone.points} == {("all", "post", "pooled", "loss", "median")}
+
+
+@pytest.mark.parametrize("text", ["=cmd|' /C calc'!A0", "+1", "-x", "@SUM(A1)", "\tx"])
+def test_a_cell_that_a_spreadsheet_would_run_is_text(tmp_path: Path, text: str) -> None:
+    assert cell_text(text) == f"'{text}"
+    points = table(power_law_points(0.5, series=(text,)), ("optimizer",))
+    path = write_csv(tmp_path / "p.csv", *points_table(points))
+    assert f"'{text}" in path.read_text()
+    assert cell_text(-0.25) == "-0.25"
+    assert cell_text("AdamW") == "AdamW"

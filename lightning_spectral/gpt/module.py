@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_spectral.gpt.architecture import Architecture, adapt_config, build_gpt
 from lightning_spectral.gpt.learning_rate import LRPlan
+from lightning_spectral.lightning_private import accumulates
 from lightning_spectral.models.checkpoint_file import read_checkpoint
 from lightning_spectral.text import did_you_mean, import_class
 
@@ -104,7 +105,7 @@ class LitGPT(pl.LightningModule):
         """Mean cross-entropy of the next token."""
         loss = self._loss(batch)
         self._losses.append(loss.detach())
-        if not self.trainer.fit_loop._should_accumulate():
+        if not accumulates(self.trainer):
             # the loss of the whole optimizer step, not of its last micro-batch
             self.log("loss", torch.stack(self._losses).mean(), prog_bar=True, sync_dist=self.trainer.world_size > 1)
             self.log("learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])

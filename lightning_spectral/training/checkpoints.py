@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_spectral.lightning_private import accumulates
 from lightning_spectral.models.checkpoint_file import CheckpointError, read_checkpoint
 from lightning_spectral.training.preemption import PreemptedError, StopSignals
 
@@ -110,7 +111,7 @@ class StepCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Save where an optimizer step is complete."""
-        if trainer.fit_loop._should_accumulate():
+        if accumulates(trainer):
             return
         self._weights_moving = False
         interval = self._every_n_steps or trainer.max_steps

@@ -5,6 +5,8 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from lightning_spectral.lightning_private import run_validation
+
 
 class InitialAndFinalValidation(Callback):
     """Run the fit's own validation loop at its edges, as litgpt's ``eval.initial_validation`` and ``final_validation``.
@@ -24,7 +26,7 @@ class InitialAndFinalValidation(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate the untrained model."""
         if self._first and trainer.global_step == 0:
-            _validate(trainer)
+            run_validation(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember the step, so that none is validated twice."""
@@ -34,15 +36,5 @@ class InitialAndFinalValidation(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate the trained model."""
         if self._last and self._validated_step != trainer.global_step:
-            _validate(trainer)
+            run_validation(trainer)
         self.missed = False
-
-
-def _validate(trainer: pl.Trainer) -> None:
-    """What Lightning's training loop does at ``val_check_interval``."""
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    first_loop_iter = trainer._logger_connector._first_loop_iter
-    trainer.validating = True
-    loop.run()
-    trainer.training = True
-    trainer._logger_connector._first_loop_iter = first_loop_iter

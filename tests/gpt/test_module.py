@@ -157,7 +157,7 @@ def test_a_sequence_longer_than_the_model_is_refused(tmp_path: Path) -> None:
         ({"init_args": {}}, r"`optimizer` must be a name or have a `class_path`"),
         (
             {"class_path": "torch.optim.SGD", "init_args": {"betas": 1}},
-            r"has `betas`, which SGD does not know; it knows lr",
+            r"has `betas`, which SGD does not know; it knows: lr",
         ),
     ],
 )

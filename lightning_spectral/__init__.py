@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_spectral.callbacks import FabricSpectralProbe, SpectralRankCallback, TailTokenProbe
+    from lightning_spectral.callbacks import FabricSpectralProbe, SpectralRankCallback, TailTokenProbe, UpdateAudience
     from lightning_spectral.callbacks.alarm import SpectralAlarm
     from lightning_spectral.callbacks.huggingface import HuggingFaceProbe
     from lightning_spectral.callbacks.weight_spectrum import WeightSpectrumCallback
@@ -36,6 +36,7 @@ _HOME_OF = {
     "SpectralRankCallback": "lightning_spectral.callbacks",
     "SpectralRecord": "lightning_spectral.records",
     "TailTokenProbe": "lightning_spectral.callbacks",
+    "UpdateAudience": "lightning_spectral.callbacks",
     "WeightRecord": "lightning_spectral.records",
     "WeightSpectrumCallback": "lightning_spectral.callbacks.weight_spectrum",
     "observe": "lightning_spectral.probe.observe",
@@ -58,6 +59,7 @@ __all__ = [
     "SpectralRankCallback",
     "SpectralRecord",
     "TailTokenProbe",
+    "UpdateAudience",
     "WeightRecord",
     "WeightSpectrumCallback",
     "__version__",

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lightning_spectral.callbacks.fabric import FabricSpectralProbe
     from lightning_spectral.callbacks.spectral_rank import SpectralRankCallback
     from lightning_spectral.callbacks.tail_token_probe import TailTokenProbe
+    from lightning_spectral.callbacks.update_audience import UpdateAudience
     from lightning_spectral.callbacks.weight_spectrum import WeightSpectrumCallback
 
 VARIABLE = "LIGHTNING_SPECTRAL"
@@ -18,10 +19,11 @@ _HOME_OF = {
     "FabricSpectralProbe": "lightning_spectral.callbacks.fabric",
     "SpectralRankCallback": "lightning_spectral.callbacks.spectral_rank",
     "TailTokenProbe": "lightning_spectral.callbacks.tail_token_probe",
+    "UpdateAudience": "lightning_spectral.callbacks.update_audience",
     "WeightSpectrumCallback": "lightning_spectral.callbacks.weight_spectrum",
 }
 
-__all__ = ["FabricSpectralProbe", "SpectralRankCallback", "TailTokenProbe", "WeightSpectrumCallback"]
+__all__ = ["FabricSpectralProbe", "SpectralRankCallback", "TailTokenProbe", "UpdateAudience", "WeightSpectrumCallback"]
 
 
 if not TYPE_CHECKING:  # a type checker knows the names above, and must not believe in any other

@@ -160,6 +160,11 @@ class FactRecall(pl.LightningModule):
             x_BTD = block(x_BTD)
         return self.lm_head(x_BTD[:, -1])  # type: ignore[no-any-return]
 
+    def token_losses(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of each question and the fact it asks for, each shape (B,): what ``UpdateAudience`` asks for."""
+        log_p_BN = torch.log_softmax(self.forward(self.question(batch)), -1)
+        return -log_p_BN.gather(1, batch[:, None])[:, 0], batch
+
     @override
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean cross-entropy of a batch of facts, shape (B,)."""

@@ -63,7 +63,7 @@ def read_points_csv(
     rows: str | None = None,
     where: Sequence[str] = (),
 ) -> tuple[PointTable, list[Problem]]:
-    """Read points from any tidy table: one row a value; cells parted by commas, semicolons or tabs.
+    """Read points from any tidy table: one row per value; cells separated by commas, semicolons or tabs.
 
     Args:
         path: The file.
@@ -80,45 +80,29 @@ def read_points_csv(
         ValueError: If it is no whole table, a column is missing, or no row holds numbers.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"`{path}` is not a text file in UTF-8: {error}.") from error
-    # what stands between the cells is what stands between the names
-    first_line = text.partition("\n")[0]
-    delimiter = next((sign for sign in ",;\t" if sign in first_line), ",")
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
-    names = [name.strip() for name in _guarded(path, lambda: reader.fieldnames) or []]
-    reader.fieldnames = names
+    text = _text_of(path)
+    names, content = _named_rows(path, text)
     columns = recognised(names, x, by)
     x, by = columns.x, columns.by
     seed, spread, rows = seed or columns.seed, spread or columns.spread, rows or columns.rows
     kept = [condition(text) for text in where]
-    for role, name in (("--x", x), ("--y", y), *(("--by", name) for name in by)):
-        if name not in names:
-            raise ValueError(f"`{path}` has no column `{name}` ({role}); it has: {', '.join(names) or 'none'}.")
-    for role, optional in (("--seed", seed), ("--id", source), ("--spread", spread), ("--rows", rows)):
-        if optional is not None and optional not in names:
-            raise ValueError(f"`{path}` has no column `{optional}` ({role}); it has: {', '.join(names)}.")
+    needed = [("--x", x), ("--y", y), *(("--by", name) for name in by)]
+    optional = [("--seed", seed), ("--id", source), ("--spread", spread), ("--rows", rows)]
+    for role, column in (*needed, *optional):
+        if column is not None and column not in names:
+            raise ValueError(f"`{path}` has no column `{column}` ({role}); it has: {', '.join(names) or 'none'}.")
     source = source or next((name for name in _ID_NAMES if name in names and name not in by), None)
     points: list[Point] = []
     problems: list[Problem] = []
     used: list[dict[str, str]] = []
     is_rank = "rank" in y
-    for number, row in enumerate(_guarded(path, lambda: list(reader)), start=2):
-        if None in row or None in row.values():
-            why = f"`{path}` line {number} has another number of cells than the header; it was left out."
-            problems.append(Problem(str(path), "skipped_lines", why))
+    for number, row in enumerate(content, start=2):
+        if _is_whole(row) and not all(holds(row) for holds in kept):
             continue
-        if not all(holds(row) for holds in kept):
+        if why := _unusable(row, x, y):
+            problems.append(Problem(str(path), "skipped_lines", f"`{path}` line {number}{why} it was left out."))
             continue
-        at, value = _number(row[x]), _number(row[y])
-        if at is None or value is None:
-            bad = x if at is None else y
-            why = f"`{path}` line {number}: `{row[bad]}` in column `{bad}` is not a number; the line was left out."
-            problems.append(Problem(str(path), "skipped_lines", why))
-            continue
-        num_tokens = _optional(row, rows)
+        at, value = _optional(row, x), _optional(row, y)
         points.append(
             Point(
                 tuple(row[name] for name in by),
@@ -127,15 +111,15 @@ def read_points_csv(
                 row[source] if source else "",
                 row[seed] if seed else "",
                 _optional(row, spread),
-                num_tokens,
+                _optional(row, rows),
                 value if is_rank or "rank" in row.get("metric", "") else math.nan,
                 _steps(row, columns.steps),
             )
         )
         used.append(row)
     if not points:
-        why = f" The first problem: {problems[0].message}" if problems else ""
-        raise ValueError(f"`{path}` holds no usable row of numbers in `{x}` and `{y}`.{why}")
+        first = f" The first problem: {problems[0].message}" if problems else ""
+        raise ValueError(f"`{path}` holds no usable row of numbers in `{x}` and `{y}`.{first}")
     if not text.endswith(("\n", "\r")):
         cut = f"`{path}` ends without a line break: if it was cut off, its last row is wrong."
         problems.append(Problem(str(path), "no_line_break", cut))
@@ -149,6 +133,35 @@ def read_points_csv(
 def _steps(row: dict[str, str], name: str | None) -> tuple[int, ...]:
     cells = row[name].split(";") if name else []
     return tuple(int(cell) for cell in cells if cell.strip().lstrip("-").isdigit())
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`{path}` is not a text file in UTF-8: {error}.") from error
+
+
+def _named_rows(path: Path, text: str) -> tuple[list[str], list[dict[str, str]]]:
+    """Column names and rows; cells are separated by the sign that separates the names."""
+    first_line = text.partition("\n")[0]
+    delimiter = next((sign for sign in ",;\t" if sign in first_line), ",")
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    names = [name.strip() for name in _guarded(path, lambda: reader.fieldnames) or []]
+    reader.fieldnames = names
+    return names, _guarded(path, lambda: list(reader))
+
+
+def _is_whole(row: dict[str, str]) -> bool:
+    return None not in row and None not in row.values()
+
+
+def _unusable(row: dict[str, str], x: str, y: str) -> str:
+    """Why a row gives no point; empty if it does."""
+    if not _is_whole(row):
+        return " has another number of cells than the header;"
+    bad = next((name for name in (x, y) if _number(row[name]) is None), None)
+    return f": `{row[bad]}` in column `{bad}` is not a number;" if bad is not None else ""
 
 
 def _guarded(path: Path, read: Callable[[], T]) -> T:

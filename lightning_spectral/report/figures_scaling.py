@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,8 +11,18 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lightning_spectral.analysis.caveats import FEW_WIDTHS
+from lightning_spectral.analysis.fits import PowerLawFit
+from lightning_spectral.analysis.points import Point
 from lightning_spectral.report.scene import ReportData, ReportFigure, beta_text
-from lightning_spectral.report.style import BUCKET_NAMES, METRIC_NAMES, label_right, log2_axis, tall, width_ticks
+from lightning_spectral.report.style import (
+    BUCKET_NAMES,
+    METRIC_NAMES,
+    SeriesStyle,
+    label_right,
+    log2_axis,
+    tall,
+    width_ticks,
+)
 
 _RANKS = ("hard_rank", "soft_rank")
 _LEGEND_COLUMNS = 6
@@ -39,30 +50,13 @@ def _law(scene: ReportData, ax: Axes, bucket: str, metric: str, limits: tuple[fl
     smallest = float("inf")
     low_end = float("inf")
     for key in scene.series:
-        look, fit = scene.looks[key], scene.fit(key, bucket, metric)
-        points = scene.points(key, bucket, metric)
+        fit, points = scene.fit(key, bucket, metric), scene.points(key, bucket, metric)
         if not points:
             continue
         smallest = min(smallest, *(p.value for p in points))
-        means = {x: math.exp(np.mean([math.log(p.value) for p in points if p.x == x])) for x in {p.x for p in points}}
-        if len(points) > len(means):
-            ax.plot([p.x for p in points], [p.value for p in points], ".", color=look.color, alpha=0.45, ms=4, zorder=3)
-        for x, mean in means.items():
-            spreads = [p.spread for p in points if p.x == x and np.isfinite(p.spread)]
-            if spreads and np.mean(spreads) < mean:
-                ends = [mean - np.mean(spreads), mean + np.mean(spreads)]
-                ax.plot([x, x], ends, color=look.color, alpha=0.25, lw=1, zorder=1)
-        xs, ys = list(means), list(means.values())
-        ax.plot(xs, ys, look.marker, color=look.color, mfc=look.face, ms=5.5, zorder=4, mew=1.2)
-        if fit is None or fit.refused:
-            continue
-        own = span[(span >= fit.x_min * 0.999) & (span <= fit.x_max * 1.001)]
-        ax.plot(own, fit.line(own), look.line, color=look.color, zorder=3)
-        if np.isfinite(fit.level_se) and fit.num_widths >= FEW_WIDTHS:
-            lower, upper = fit.band(own)
-            lower, upper = np.clip(lower, low / 2, high * 2), np.clip(upper, low / 2, high * 2)
-            ax.fill_between(own, lower, upper, color=look.color, alpha=0.13, lw=0)
-        low_end = min(low_end, float(fit.line(span[-1:])[0]))
+        _points(ax, points, scene.looks[key])
+        if fit is not None and not fit.refused:
+            low_end = min(low_end, _line(ax, fit, span, limits, scene.looks[key]))
     if smallest == float("inf"):
         ax.text(0.5, 0.5, "no numbers", transform=ax.transAxes, ha="center", color="#888888")
         return
@@ -71,6 +65,34 @@ def _law(scene: ReportData, ax: Axes, bucket: str, metric: str, limits: tuple[fl
     null = _null(scene, bucket, metric)
     if null is not None:
         ax.plot(span, null[0] * (span / span[0]) ** null[1], "--", color="#999999", lw=1.1, zorder=1)
+
+
+def _points(ax: Axes, points: Sequence[Point], look: SeriesStyle) -> None:
+    """Means over seeds, the seeds where there are several, and the spread over layers."""
+    means = {x: math.exp(np.mean([math.log(p.value) for p in points if p.x == x])) for x in {p.x for p in points}}
+    if len(points) > len(means):
+        ax.plot([p.x for p in points], [p.value for p in points], ".", color=look.color, alpha=0.45, ms=4, zorder=3)
+    for x, mean in means.items():
+        spreads = [p.spread for p in points if p.x == x and np.isfinite(p.spread)]
+        if spreads and np.mean(spreads) < mean:
+            ends = [mean - np.mean(spreads), mean + np.mean(spreads)]
+            ax.plot([x, x], ends, color=look.color, alpha=0.25, lw=1, zorder=1)
+    xs, ys = list(means), list(means.values())
+    ax.plot(xs, ys, look.marker, color=look.color, mfc=look.face, ms=5.5, zorder=4, mew=1.2)
+
+
+def _line(
+    ax: Axes, fit: PowerLawFit, span: NDArray[np.float64], limits: tuple[float, float], look: SeriesStyle
+) -> float:
+    """A fit and its band over its own widths; returns the line's value at the right edge."""
+    low, high = limits
+    own = span[(span >= fit.x_min * 0.999) & (span <= fit.x_max * 1.001)]
+    ax.plot(own, fit.line(own), look.line, color=look.color, zorder=3)
+    if np.isfinite(fit.level_se) and fit.num_widths >= FEW_WIDTHS:
+        lower, upper = fit.band(own)
+        lower, upper = np.clip(lower, low / 2, high * 2), np.clip(upper, low / 2, high * 2)
+        ax.fill_between(own, lower, upper, color=look.color, alpha=0.13, lw=0)
+    return float(fit.line(span[-1:])[0])
 
 
 def _guide(ax: Axes, span: NDArray[np.float64], below: float, low: float) -> None:

@@ -150,21 +150,9 @@ def bucket_losses(scene: ReportData) -> ReportFigure:
     for ax, bucket in zip(axes, buckets, strict=True):
         ends = []
         for key in scene.series:
-            look = scene.looks[key]
-            final: dict[int, list[float]] = {}
-            for run in scene.groups[key]:
-                losses = loss_curve(run, bucket)[1]
-                if len(losses):
-                    final.setdefault(run.width, []).append(float(losses[-1]))
-            if not final:
-                continue
-            xs = sorted(final)
-            ys = [float(np.mean(final[x])) for x in xs]
-            for x in xs:
-                if len(final[x]) > 1:
-                    ax.plot([x] * len(final[x]), final[x], ".", color=look.color, alpha=0.45, ms=4)
-            ax.plot(xs, ys, look.line, color=look.color, marker=look.marker, mfc=look.face, ms=5)
-            ends.append((ys[-1], look.name, look.text_color))
+            last = _final_losses(scene, ax, key, bucket)
+            if last is not None:
+                ends.append((last, scene.looks[key].name, scene.looks[key].text_color))
         log2_axis(
             ax,
             "x",
@@ -183,6 +171,25 @@ def bucket_losses(scene: ReportData) -> ReportFigure:
     return ReportFigure(
         figure, best or "Loss by bucket.", "Mean over seeds; small dots: single seeds. Every panel has its own scale."
     )
+
+
+def _final_losses(scene: ReportData, ax: Axes, key: tuple[str, ...], bucket: str) -> float | None:
+    """Draw one series: mean over seeds at each width, and the seeds; returns the mean at the widest."""
+    look = scene.looks[key]
+    final: dict[int, list[float]] = {}
+    for run in scene.groups[key]:
+        losses = loss_curve(run, bucket)[1]
+        if len(losses):
+            final.setdefault(run.width, []).append(float(losses[-1]))
+    if not final:
+        return None
+    xs = sorted(final)
+    ys = [float(np.mean(final[x])) for x in xs]
+    for x in xs:
+        if len(final[x]) > 1:
+            ax.plot([x] * len(final[x]), final[x], ".", color=look.color, alpha=0.45, ms=4)
+    ax.plot(xs, ys, look.line, color=look.color, marker=look.marker, mfc=look.face, ms=5)
+    return ys[-1]
 
 
 def matched(scene: ReportData) -> ReportFigure:

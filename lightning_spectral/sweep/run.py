@@ -87,16 +87,7 @@ def run_all(
                 board.running.append(_start(launcher, board.waiting.pop(0), free.pop(0)))
             show(board)
             time.sleep(poll_s)
-            for run in list(board.running):
-                code = launcher.poll(run.handle)
-                if code is None:
-                    continue
-                board.running.remove(run)
-                free.append(run.slot)
-                if sweep.state_of(run.job).name == "finished":
-                    board.done[run.job.run_id] = time.monotonic() - run.started
-                else:
-                    board.failed[run.job.run_id] = reason_of(run.job, code)
+            free += _ended_slots(board, launcher)
     except KeyboardInterrupt:
         for run in board.running:
             launcher.stop(run.handle)
@@ -105,6 +96,22 @@ def run_all(
         sweep.write_summary(found, time.monotonic() - started if to_do else 0.0)
     show(board)
     return board
+
+
+def _ended_slots(board: SweepProgress, launcher: Launcher) -> list[str]:
+    """Slots of the jobs that have ended, which are noted as done or failed."""
+    slots = []
+    for run in list(board.running):
+        code = launcher.poll(run.handle)
+        if code is None:
+            continue
+        board.running.remove(run)
+        slots.append(run.slot)
+        if sweep.state_of(run.job).name == "finished":
+            board.done[run.job.run_id] = time.monotonic() - run.started
+        else:
+            board.failed[run.job.run_id] = reason_of(run.job, code)
+    return slots
 
 
 def _start(launcher: Launcher, job: Job, slot: str) -> Running:

@@ -31,7 +31,7 @@ from lightning_spectral.probe.records_of import WindowId, loss_records, spectral
 from lightning_spectral.probe.run_folder import RunFolder, new_run_id, package_versions
 from lightning_spectral.records import LossRecord, RunInfo, SpectralRecord
 from lightning_spectral.text import one_line
-from lightning_spectral.training.load_checkpoint import load_checkpoint, with_tokenizer
+from lightning_spectral.training.load_checkpoint import LoadedModel, load_checkpoint, with_tokenizer
 
 DEFAULT_NUM_TOKENS = 65_536
 DEFAULT_SEQ_LENGTH = 512
@@ -74,7 +74,7 @@ def measure_checkpoint(
         tokenizer_dir: Default: the checkpoint's own.
         num_tokens: How many tokens to measure, in whole sequences.
         seq_length: Default: what the model takes, at most 512.
-        batch_size: Sequences a forward pass.
+        batch_size: Sequences per forward pass.
         sites: ``post``, ``pre`` or both.
         modules: Globs of down projections, for a model of no known family.
         num_jackknife_groups: As in ``SpectralRankCallback``: more than 1 gives intervals.
@@ -90,59 +90,55 @@ def measure_checkpoint(
         )
     checkpoint = Path(checkpoint).expanduser()
     loaded = load_checkpoint(checkpoint)
-    length = seq_length or min(loaded.max_length, DEFAULT_SEQ_LENGTH)
-    if length > loaded.max_length:
-        raise ValueError(f"`seq_length` is {length}, but `{checkpoint}` takes {loaded.max_length} tokens: lower it.")
+    length = _length(seq_length, loaded, checkpoint)
     encoder = _encoder(checkpoint, tokenizer_dir or loaded.tokenizer_dir)
-    tokens = _tokens(corpus, encoder, max(num_tokens // length, 1) * length + 1)
-    vocab = _vocabulary(loaded.model, modules)
-    if int(tokens.max(initial=0)) >= vocab:
-        raise ValueError(
-            f"the tokenizer gives ids up to {int(tokens.max())}, but `{checkpoint}` embeds {vocab}: use the tokenizer "
-            "that it was trained with (`tokenizer_dir`)."
-        )
-    num_sequences = (len(tokens) - 1) // length
-    if num_sequences < 1:
-        raise ValueError(f"the text has {len(tokens)} tokens, one sequence needs {length + 1}: lower `seq_length`.")
-    tokens = tokens[: num_sequences * length + 1]
+    tokens = _sequences(_tokens(corpus, encoder, max(num_tokens // length, 1) * length + 1), length)
+    vocab = _vocabulary(loaded.model, modules, tokens, checkpoint)
     grouping, notes = _grouping(counts, tokens, vocab, encoder.vocab_size)
+    globs = None if modules is None else tuple(modules)
     options = ProbeOptions(
-        sites=tuple(sites),
-        modules=None if modules is None else tuple(modules),
-        num_jackknife_groups=num_jackknife_groups,
-        with_losses=True,
+        sites=tuple(sites), modules=globs, num_jackknife_groups=num_jackknife_groups, with_losses=True
     )
-    conventions = conventions_of(
-        options,
-        group_by="frequency",
-        attribute_to="input",
-        shares=f"{SHARES[0]:g}/{SHARES[1]:g}",
-        counts=str(counts) if counts is not None else "measured text",
-        step="known" if loaded.step is not None else "unknown, written as 0",
-        text=str(corpus.files[0]),
-    )
+    named = {"counts": str(counts) if counts is not None else "measured text", "text": str(corpus.files[0])}
+    named["step"] = "known" if loaded.step is not None else "unknown, written as 0"
+    shares = f"{SHARES[0]:g}/{SHARES[1]:g}"
+    conventions = conventions_of(options, group_by="frequency", attribute_to="input", shares=shares, **named)
     result = _run(loaded.model, grouping, options, tokens, length, batch_size, _device(device))
-    info = RunInfo(
-        run_id=new_run_id(),
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        optimizer=loaded.optimizer,
-        hparams={
-            "checkpoint": str(checkpoint.absolute()),
-            "kind": loaded.kind,
-            "data": [str(file) for file in corpus.files[:8]],
-            "num_tokens": num_sequences * length,
-            "seq_length": length,
-        },
-        versions=package_versions(),
-        labels={"checkpoint": checkpoint.name},
-        conventions=conventions,
-    )
+    hparams = {"data": [str(file) for file in corpus.files[:8]], "num_tokens": len(tokens) - 1, "seq_length": length}
+    info = _run_info(loaded, checkpoint, hparams, conventions)
     run_folder = RunFolder(folder, info, resume=False, writes=True)
     window = WindowId(info.run_id, "measure", loaded.step or 0, None)
     spectral, losses = spectral_records(result, window, conventions), loss_records(result, window)
     run_folder.append_spectral(spectral)
     run_folder.append_losses(losses)
     return Measured(checkpoint, Path(folder), spectral, losses, notes)
+
+
+def _length(wanted: int | None, loaded: LoadedModel, checkpoint: Path) -> int:
+    length = wanted or min(loaded.max_length, DEFAULT_SEQ_LENGTH)
+    if length > loaded.max_length:
+        raise ValueError(f"`seq_length` is {length}, but `{checkpoint}` takes {loaded.max_length} tokens: lower it.")
+    return length
+
+
+def _run_info(loaded: LoadedModel, checkpoint: Path, hparams: dict[str, Any], conventions: dict[str, str]) -> RunInfo:
+    return RunInfo(
+        run_id=new_run_id(),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        optimizer=loaded.optimizer,
+        hparams={"checkpoint": str(checkpoint.absolute()), "kind": loaded.kind, **hparams},
+        versions=package_versions(),
+        labels={"checkpoint": checkpoint.name},
+        conventions=conventions,
+    )
+
+
+def _sequences(tokens: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    """Whole sequences of the tokens, and the token after the last."""
+    num_sequences = (len(tokens) - 1) // length
+    if num_sequences < 1:
+        raise ValueError(f"the text has {len(tokens)} tokens, one sequence needs {length + 1}: lower `seq_length`.")
+    return tokens[: num_sequences * length + 1]
 
 
 def _encoder(checkpoint: Path, tokenizer_dir: Path | None) -> Encoder:
@@ -170,9 +166,16 @@ def _tokens(corpus: Corpus, encoder: Encoder, enough: int) -> NDArray[np.int64]:
     return np.concatenate(parts)[:enough].astype(np.int64)
 
 
-def _vocabulary(model: nn.Module, modules: Sequence[str] | None) -> int:
+def _vocabulary(model: nn.Module, modules: Sequence[str] | None, tokens: NDArray[np.int64], checkpoint: Path) -> int:
+    """Ids that the model embeds, at least those of the tokens."""
     embedding: Any = resolve(model, modules=modules).embedding
-    return int(embedding.num_embeddings)
+    vocab = int(embedding.num_embeddings)
+    if int(tokens.max(initial=0)) >= vocab:
+        raise ValueError(
+            f"the tokenizer gives ids up to {int(tokens.max())}, but `{checkpoint}` embeds {vocab}: use the tokenizer "
+            "that it was trained with (`tokenizer_dir`)."
+        )
+    return vocab
 
 
 def _grouping(

@@ -108,8 +108,6 @@ def pretrain(recipe: Recipe, *, progress_bar: bool = True, accept_changes: bool 
     """Run a recipe and say how it ended; :func:`run` says the rest."""
     content, out_dir = recipe.content, recipe.out_dir
     objects = instantiate(content, out_dir)
-    train: TrainArgs = objects.train
-    evaluation: EvalArgs = objects.eval
     data: DataModule = objects.data
     resume = _resume_path(content["resume"] or ("auto" if preemption.was_requeued() else False), out_dir)
     if resume is None and first_rank():
@@ -118,53 +116,13 @@ def pretrain(recipe: Recipe, *, progress_bar: bool = True, accept_changes: bool 
     with _as_recipe_error():
         tokenizer_dir = _checkpoint_dir(content["tokenizer_dir"])
         config = _model_config(recipe, data, tokenizer_dir)
-        lengths = _connect(data, train, config, tokenizer_dir, content)
-        plan = LRPlan(lengths.num_steps, lengths.warmup_iters, train.min_lr, lengths.accumulation, recipe.lr_schedule)
-        initial = _checkpoint_dir(content["initial_checkpoint_dir"])
-        module = LitGPT(
-            config,
-            optimizer=content["optimizer"],
-            architecture=recipe.architecture,
-            lr_plan=plan,
-            tie_embeddings=bool(train.tie_embeddings),
-            max_seq_length=lengths.seq_length,
-            initial_checkpoint=initial / "lit_model.pth" if initial else None,
-            seed=content["seed"],
-            recipe=content,
-        )
+        lengths = _connect(data, objects.train, config, tokenizer_dir, content)
+        module = _module(recipe, config, lengths, objects.train)
         pl.seed_everything(content["seed"], verbose=False)
-        edges = InitialAndFinalValidation(first=evaluation.initial_validation, last=evaluation.final_validation)
-        trainer = pl.Trainer(
-            accelerator=content["accelerator"],
-            devices=lengths.devices,
-            num_nodes=lengths.num_nodes,
-            strategy=make_strategy(content["strategy"], lengths.world_size),
-            precision=content["precision"] or get_default_supported_precision(training=True),
-            logger=make_logger(content, out_dir, resuming=resume is not None),
-            callbacks=[
-                *objects.callbacks,
-                edges,
-                checkpoints.StepCheckpoint(out_dir, train.save_interval, preemption.StopSignals()),
-            ],
-            # requeueing is ours: Lightning's own checkpoint would win over a newer one
-            plugins=[SLURMEnvironment(auto_requeue=False)] if preemption.under_slurm() else None,
-            default_root_dir=out_dir,
-            max_steps=lengths.num_steps,
-            max_epochs=1 if isinstance(data, TextBlocks) else None,  # our loader is one epoch of the whole run
-            max_time={"seconds": train.max_time} if train.max_time else None,
-            accumulate_grad_batches=lengths.accumulation,
-            gradient_clip_val=train.max_norm,
-            val_check_interval=evaluation.interval * lengths.accumulation,
-            check_val_every_n_epoch=None,
-            limit_val_batches=evaluation.max_iters,
-            num_sanity_val_steps=0 if evaluation.initial_validation or resume else 2,
-            log_every_n_steps=train.log_interval,
-            use_distributed_sampler=not isinstance(data, TextBlocks),
-            enable_progress_bar=progress_bar,
-            enable_model_summary=False,
-        )
+        edges = InitialAndFinalValidation(first=objects.eval.initial_validation, last=objects.eval.final_validation)
+        trainer = _trainer(recipe, objects, lengths, edges, resuming=resume is not None, progress_bar=progress_bar)
     entropy = unigram_entropy(data.token_counts) if isinstance(data, TextBlocks) else None
-    tokens_per_step = train.global_batch_size * lengths.seq_length
+    tokens_per_step = objects.train.global_batch_size * lengths.seq_length
     done = checkpoints.step_of(resume) if resume else None
     if done is not None and done >= lengths.num_steps and (out_dir / "final" / "lit_model.pth").is_file():
         rank_zero_info(
@@ -172,7 +130,6 @@ def pretrain(recipe: Recipe, *, progress_bar: bool = True, accept_changes: bool 
         )
         return RunResult(out_dir, done, done * tokens_per_step, None, entropy, already_done=True)
     if first_rank():
-        out_dir.mkdir(parents=True, exist_ok=True)
         write_text(out_dir / RECIPE_FILE, recipe.text())
     if resume:
         rank_zero_info(f"resuming from {resume}" + (f", with changes: {shown(changes)}" if changes else ""))
@@ -182,13 +139,75 @@ def pretrain(recipe: Recipe, *, progress_bar: bool = True, accept_changes: bool 
         if edges.missed:  # killed between the last checkpoint and the last validation
             trainer.validate(module, datamodule=data, verbose=False)
     save_final(trainer, module, data, tokenizer_dir, out_dir / "final", recipe.text())
-    val_loss = trainer.callback_metrics.get("val_loss")
-    return RunResult(
-        out_dir,
-        trainer.global_step,
-        trainer.global_step * tokens_per_step,
-        None if val_loss is None else float(val_loss),
-        entropy,
+    reached = trainer.callback_metrics.get("val_loss")
+    val_loss = None if reached is None else float(reached)
+    return RunResult(out_dir, trainer.global_step, trainer.global_step * tokens_per_step, val_loss, entropy)
+
+
+def _module(recipe: Recipe, config: Config, lengths: _Lengths, train: TrainArgs) -> LitGPT:
+    content = recipe.content
+    initial = _checkpoint_dir(content["initial_checkpoint_dir"])
+    return LitGPT(
+        config,
+        optimizer=content["optimizer"],
+        architecture=recipe.architecture,
+        lr_plan=LRPlan(lengths.num_steps, lengths.warmup_iters, train.min_lr, lengths.accumulation, recipe.lr_schedule),
+        tie_embeddings=bool(train.tie_embeddings),
+        max_seq_length=lengths.seq_length,
+        initial_checkpoint=initial / "lit_model.pth" if initial else None,
+        seed=content["seed"],
+        recipe=content,
+    )
+
+
+def _trainer(
+    recipe: Recipe,
+    objects: Any,
+    lengths: _Lengths,
+    edges: InitialAndFinalValidation,
+    *,
+    resuming: bool,
+    progress_bar: bool,
+) -> pl.Trainer:
+    """The Trainer that a recipe asks for.
+
+    Args:
+        recipe: The recipe.
+        objects: Of :func:`~lightning_spectral.training.schema.instantiate`.
+        lengths: Batch sizes and steps.
+        edges: The callback that validates first and last.
+        resuming: Whether a checkpoint is loaded.
+        progress_bar: Show Lightning's progress bar.
+    """
+    content, out_dir = recipe.content, recipe.out_dir
+    train: TrainArgs = objects.train
+    evaluation: EvalArgs = objects.eval
+    own_loader = isinstance(objects.data, TextBlocks)  # one epoch of the whole run, in its own order
+    save = checkpoints.StepCheckpoint(out_dir, train.save_interval, preemption.StopSignals())
+    return pl.Trainer(
+        accelerator=content["accelerator"],
+        devices=lengths.devices,
+        num_nodes=lengths.num_nodes,
+        strategy=make_strategy(content["strategy"], lengths.world_size),
+        precision=content["precision"] or get_default_supported_precision(training=True),
+        logger=make_logger(content, out_dir, resuming=resuming),
+        callbacks=[*objects.callbacks, edges, save],
+        # requeueing is ours: Lightning's own checkpoint would win over a newer one
+        plugins=[SLURMEnvironment(auto_requeue=False)] if preemption.under_slurm() else None,
+        default_root_dir=out_dir,
+        max_steps=lengths.num_steps,
+        max_epochs=1 if own_loader else None,
+        max_time={"seconds": train.max_time} if train.max_time else None,
+        accumulate_grad_batches=lengths.accumulation,
+        gradient_clip_val=train.max_norm,
+        val_check_interval=evaluation.interval * lengths.accumulation,
+        check_val_every_n_epoch=None,
+        limit_val_batches=evaluation.max_iters,
+        num_sanity_val_steps=0 if evaluation.initial_validation or resuming else 2,
+        log_every_n_steps=train.log_interval,
+        use_distributed_sampler=not own_loader,
+        enable_progress_bar=progress_bar,
+        enable_model_summary=False,
     )
 
 

@@ -209,25 +209,33 @@ def _check_class(key: str, spec: Any) -> None:
 
 
 def _refuse_what_cannot_be_honoured(content: dict[str, Any]) -> None:
-    for reason in _reasons(content):
+    for reason in (*_bad_numbers(content), *_bad_combinations(content)):
         raise RecipeError(reason)
 
 
-def _reasons(content: dict[str, Any]) -> Iterator[str]:
+# (group, keys, whether an empty value means no limit): each must be at least 1
+_COUNTS = (
+    ("eval", ("interval", "max_iters"), False),
+    ("train", ("global_batch_size", "micro_batch_size", "log_interval"), False),
+    ("train", ("max_steps", "max_tokens", "epochs", "max_seq_length", "save_interval"), True),
+)
+
+
+def _bad_numbers(content: dict[str, Any]) -> Iterator[str]:
+    for group, names, may_be_empty in _COUNTS:
+        for name in names:
+            value = content[group][name]
+            if value is not None and value < 1:
+                remedy = "; leave it empty for no limit" if may_be_empty else ""
+                yield f"`{group}.{name}` must be >= 1, got {value}{remedy}."
+
+
+def _bad_combinations(content: dict[str, Any]) -> Iterator[str]:
     train, evaluation = content["train"], content["eval"]
     if evaluation["max_new_tokens"] is not None:
         yield f"`eval.max_new_tokens: {evaluation['max_new_tokens']}` is for fine-tuning. Leave it empty."
     if evaluation["evaluate_example"] != "first":
         yield f"`eval.evaluate_example: {evaluation['evaluate_example']}` is for fine-tuning. Leave it out."
-    for key in ("interval", "max_iters"):
-        if evaluation[key] < 1:
-            yield f"`eval.{key}` must be >= 1, got {evaluation[key]}."
-    for key in ("global_batch_size", "micro_batch_size", "log_interval"):
-        if train[key] < 1:
-            yield f"`train.{key}` must be >= 1, got {train[key]}."
-    for key in ("max_steps", "max_tokens", "epochs", "max_seq_length", "save_interval"):
-        if train[key] is not None and train[key] < 1:
-            yield f"`train.{key}` must be >= 1, got {train[key]}; leave it empty for no limit."
     if all(train[key] is None for key in ("max_steps", "max_tokens", "epochs")):
         yield "the run has no end: set `train.max_tokens`, `train.max_steps` or `train.epochs`."
     if content["initial_checkpoint_dir"] and content["resume"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -144,63 +145,91 @@ def test_litgpts_own_folder_of_a_step_says_its_step(trained, text, tmp_path):
     assert load_checkpoint(folder / "lit_model.pth").kind == "litgpt"
 
 
-def broken(name: str, trained: Path, hugging_face: Path, folder: Path) -> list[str]:
-    """Arguments of one bad call."""
-    folder.mkdir()
-    if name == "nothing":
-        return [str(folder / "none")]
-    if name == "empty folder":
-        return [str(folder)]
-    if name in ("torn pth", "no config", "other config", "odd config"):
-        shutil.copytree(trained / "final", folder / "final")
-        weights, config = folder / "final" / "lit_model.pth", folder / "final" / "model_config.yaml"
-        if name == "torn pth":
-            weights.write_bytes(weights.read_bytes()[:1000])
-        elif name == "no config":
-            config.unlink()
-        elif name == "other config":
-            config.write_text(config.read_text().replace("n_layer: 2", "n_layer: 3"))
-        else:
-            config.write_text(config.read_text() + "\nno_such_key: 1\n")
-        return [str(folder / "final")]
-    if name in ("torn ckpt", "foreign ckpt", "ckpt without tokenizer"):
-        ckpt = folder / "a.ckpt"
-        if name == "torn ckpt":
-            ckpt.write_bytes(checkpoint_path(trained, 12).read_bytes()[:5000])
-        elif name == "foreign ckpt":
-            torch.save({"state_dict": {}, "epoch": 1}, ckpt)
-        else:
-            shutil.copy(checkpoint_path(trained, 12), ckpt)
-        return [str(ckpt)]
-    if name == "small vocabulary":
-        from lightning_spectral.data.tokens import prepare_tokens
+def final(trained: Path, folder: Path, change: Callable[[Path, Path], object]) -> list[str]:
+    """A run's final folder, its weights or its configuration changed."""
+    shutil.copytree(trained / "final", folder / "final")
+    change(folder / "final" / "lit_model.pth", folder / "final" / "model_config.yaml")
+    return [str(folder / "final")]
 
-        (folder / "big.txt").write_text(tiny_text(20_000, seed=9))
-        made = prepare_tokens(Corpus((folder / "big.txt",)), vocab_size=500, cache_dir=folder / "cache").folder
-        return [str(hugging_face), "--tokenizer_dir", str(made)]
-    if name in ("no counts", "other counts"):
-        np.save(folder / "counts.npy", np.ones(280, dtype=np.int64))
-        return [str(hugging_face), "--counts", str(folder / ("none.npy" if name == "no counts" else "counts.npy"))]
-    if name.startswith("hf"):
-        shutil.copytree(hugging_face, folder / "hf")
-        weights = folder / "hf" / "model.safetensors"
-        if name == "hf torn":
-            weights.write_bytes(weights.read_bytes()[:3000])
-        elif name == "hf without weights":
-            weights.unlink()
-        elif name == "hf lacks a layer":
-            from safetensors.torch import load_file, save_file
 
-            kept = {key: value for key, value in load_file(weights).items() if "layers.1.mlp.down" not in key}
-            save_file(kept, weights, metadata={"format": "pt"})
-        else:
-            (folder / "hf" / "tokenizer.json").write_text("{")
-        return [str(folder / "hf")]
-    if name == "three":
-        return [str(hugging_face)] * 3
-    if name == "device":
-        return [str(hugging_face), "--device", "cuda"]
-    return [str(hugging_face), "--seq_length", "64"]
+def checkpoint(trained: Path, folder: Path, keep: int | None) -> list[str]:
+    """The first bytes of a Lightning checkpoint, without its run around it."""
+    (folder / "a.ckpt").write_bytes(checkpoint_path(trained, 12).read_bytes()[:keep])
+    return [str(folder / "a.ckpt")]
+
+
+def foreign_checkpoint(folder: Path) -> list[str]:
+    """A Lightning checkpoint of another program."""
+    torch.save({"state_dict": {}, "epoch": 1}, folder / "a.ckpt")
+    return [str(folder / "a.ckpt")]
+
+
+def big_tokenizer(folder: Path) -> list[str]:
+    """A tokenizer with more ids than the model."""
+    from lightning_spectral.data.tokens import prepare_tokens
+
+    (folder / "big.txt").write_text(tiny_text(20_000, seed=9))
+    made = prepare_tokens(Corpus((folder / "big.txt",)), vocab_size=500, cache_dir=folder / "cache").folder
+    return ["--tokenizer_dir", str(made)]
+
+
+def counts_file(folder: Path, name: str) -> list[str]:
+    """Counts of too few ids, and the name of a file."""
+    np.save(folder / "counts.npy", np.ones(280, dtype=np.int64))
+    return ["--counts", str(folder / name)]
+
+
+def copied(hugging_face: Path, folder: Path, change: Callable[[Path], object]) -> list[str]:
+    """A Hugging Face folder, changed."""
+    shutil.copytree(hugging_face, folder / "hf")
+    change(folder / "hf")
+    return [str(folder / "hf")]
+
+
+def cut(file: Path, keep: int) -> None:
+    """Keep the first bytes of a file."""
+    file.write_bytes(file.read_bytes()[:keep])
+
+
+def without_a_layer(folder: Path) -> None:
+    """Leave one matrix out."""
+    from safetensors.torch import load_file, save_file
+
+    weights = folder / "model.safetensors"
+    kept = {key: value for key, value in load_file(weights).items() if "layers.1.mlp.down" not in key}
+    save_file(kept, weights, metadata={"format": "pt"})
+
+
+# what is broken -> arguments of one bad call, from (trained run, Hugging Face folder, empty folder)
+BROKEN: dict[str, Callable[[Path, Path, Path], list[str]]] = {
+    "nothing": lambda trained, hf, folder: [str(folder / "none")],
+    "empty folder": lambda trained, hf, folder: [str(folder)],
+    "torn pth": lambda trained, hf, folder: final(trained, folder, lambda weights, _: cut(weights, 1000)),
+    "no config": lambda trained, hf, folder: final(trained, folder, lambda _, config: config.unlink()),
+    "other config": lambda trained, hf, folder: final(
+        trained, folder, lambda _, config: config.write_text(config.read_text().replace("n_layer: 2", "n_layer: 3"))
+    ),
+    "odd config": lambda trained, hf, folder: final(
+        trained, folder, lambda _, config: config.write_text(config.read_text() + "\nno_such_key: 1\n")
+    ),
+    "torn ckpt": lambda trained, hf, folder: checkpoint(trained, folder, 5000),
+    "foreign ckpt": lambda trained, hf, folder: foreign_checkpoint(folder),
+    "ckpt without tokenizer": lambda trained, hf, folder: checkpoint(trained, folder, None),
+    "small vocabulary": lambda trained, hf, folder: [str(hf), *big_tokenizer(folder)],
+    "no counts": lambda trained, hf, folder: [str(hf), *counts_file(folder, "none.npy")],
+    "other counts": lambda trained, hf, folder: [str(hf), *counts_file(folder, "counts.npy")],
+    "hf torn": lambda trained, hf, folder: copied(hf, folder, lambda own: cut(own / "model.safetensors", 3000)),
+    "hf without weights": lambda trained, hf, folder: copied(
+        hf, folder, lambda own: (own / "model.safetensors").unlink()
+    ),
+    "hf lacks a layer": lambda trained, hf, folder: copied(hf, folder, without_a_layer),
+    "hf tokenizer": lambda trained, hf, folder: copied(
+        hf, folder, lambda own: (own / "tokenizer.json").write_text("{")
+    ),
+    "three": lambda trained, hf, folder: [str(hf)] * 3,
+    "device": lambda trained, hf, folder: [str(hf), "--device", "cuda"],
+    "long": lambda trained, hf, folder: [str(hf), "--seq_length", "64"],
+}
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers has its own to say about broken folders
@@ -231,7 +260,8 @@ def broken(name: str, trained: Path, hugging_face: Path, folder: Path) -> list[s
 def test_bad_input_is_one_sentence(name, message, trained, hugging_face, text, tmp_path, capsys):
     if name == "device" and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    arguments = broken(name, trained, hugging_face, tmp_path / "broken")
+    (tmp_path / "broken").mkdir()
+    arguments = BROKEN[name](trained, hugging_face, tmp_path / "broken")
     assert cli.main(["measure", *words(text, tmp_path / "out"), *arguments]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("lightning-spectral measure: ")

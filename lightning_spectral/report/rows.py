@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Final
 
-from lightning_spectral.analysis.compare import Comparison
+from lightning_spectral.analysis.compare import Comparison, with_holm
 from lightning_spectral.analysis.fits import PowerLawFit
 from lightning_spectral.analysis.points import LAYER_MEDIAN
 from lightning_spectral.analysis.recipe_facts import learning_rate
@@ -42,7 +42,10 @@ def summary_sentences(scene: ReportData) -> list[str]:
 def comparison_headline(scene: ReportData) -> str:
     """Which slopes are separated, with interval and p."""
     metric = "hard_rank" if "hard_rank" in scene.metrics else scene.metrics[0]
-    found = [c for c in scene.compared("slope_difference", scene.focus, metric) if math.isfinite(c.p)]
+    # rungs of a learning-rate ladder are no claims: they have a section of their own
+    plain = {" ".join(filter(None, key)) for key in scene.plain}
+    compared = [c for c in scene.compared("slope_difference", scene.focus, metric) if {c.a, c.b} <= plain]
+    found = with_holm([c for c in compared if math.isfinite(c.p)])
     if not found:
         return "No two series could be compared."
     best = min(found, key=lambda c: c.p)

@@ -185,6 +185,10 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
+_KINDS: tuple[type[Any], ...] = (SpectralRecord, LossRecord, WeightRecord, AlarmRecord, RunInfo)
+_FIELD_NAMES = {kind.__name__: frozenset(f.name for f in fields(kind)) for kind in _KINDS}
+
+
 BuiltT = TypeVar("BuiltT", SpectralRecord, LossRecord, WeightRecord, AlarmRecord, RunInfo)
 
 
@@ -195,7 +199,7 @@ def _build(content: Any, kind: type[BuiltT]) -> BuiltT:
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise ValueError(f"schema_version {version} is newer than {SCHEMA_VERSION}: upgrade lightning-spectral")
     content = upgraded(content, version)
-    known = {f.name for f in fields(kind)}
+    known = _FIELD_NAMES[kind.__name__]
     given = {name: value for name, value in content.items() if name in known}
     if "extra" in known:
         given["extra"] = {name: value for name, value in content.items() if name not in known}

@@ -19,6 +19,7 @@ from torch import Tensor
 IGNORE_INDEX = -100
 _IDS = ("input_ids", "token_ids", "ids", "tokens", "inputs", "input", "x")
 _LABELS = ("labels", "label", "targets", "target", "y")
+_MASKS = ("attention_mask", "padding_mask", "mask")
 _NEVER_IDS = ("mask", "position_ids", "token_type_ids", "segment", "seqlens", "lengths", "index", "idx")
 _MAX_DEPTH = 6
 
@@ -148,10 +149,16 @@ def _beside(batch: Any, ids: Tensor | None, shape: Sequence[int]) -> list[Entry]
     home = next((entry for entry in everything if _same(entry, ids)), None)
     if home is None:
         return fitting
-    stem = _stem(home.name, _IDS)
-    ending = home.name if stem is None else home.name.replace(stem, "", 1)
+    rest = _without(home.name, _IDS)
     near = [entry for entry in fitting if entry.parent == home.parent and entry is not home]
-    return sorted(near, key=lambda entry: not (ending and entry.name.endswith(ending)) and bool(ending))
+    return sorted(near, key=lambda entry: _without(entry.name, (*_MASKS, *_LABELS)) != rest)
+
+
+def _without(name: str, stems: Sequence[str]) -> str:
+    """What tells one of several apart: ``chosen_`` of ``chosen_input_ids`` and of ``chosen_attention_mask``."""
+    lowered = name.lower()
+    stem = next((stem for stem in stems if stem in lowered), "")
+    return lowered.replace(stem, "", 1)
 
 
 def _is_mask(entry: Entry, ids: Tensor | None) -> bool:

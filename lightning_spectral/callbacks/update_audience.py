@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from lightning_spectral.probe.run_folder import new_run_id
 from lightning_spectral.probe.schedule import Schedule
 
 AUDIENCE_FILE = "audience.jsonl"
+_HEAD = re.compile(r"(^|\.)(lm_head|head|embed_out|unembed|output_layer)\.")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MOMENTUM_KEYS = ("momentum_buffer", "momentum", "exp_avg")
 TokenLosses = Callable[[pl.LightningModule, Any], tuple[Tensor, Tensor]]
@@ -43,8 +45,7 @@ def token_losses(pl_module: pl.LightningModule, batch: Any) -> tuple[Tensor, Ten
         return own(batch)  # type: ignore[no-any-return]
     ids_BT = batch.get("input_ids") if isinstance(batch, dict) else batch
     knows_ids = type(pl_module).forward is not pl.LightningModule.forward
-    is_ids = isinstance(ids_BT, Tensor) and ids_BT.ndim == 2 and not ids_BT.is_floating_point() and ids_BT.shape[1] > 1
-    if not knows_ids or not is_ids:
+    if not knows_ids or not isinstance(ids_BT, Tensor) or ids_BT.ndim != 2 or ids_BT.is_floating_point():
         raise MisconfigurationException(
             f"UpdateAudience knows batches of token ids (B, T) and a `forward` from ids to logits; here are a "
             f"{type(batch).__name__} and `{type(pl_module).__name__}`: give the module a method `token_losses(batch)` "
@@ -136,7 +137,7 @@ class UpdateAudience(Callback):
         self._groups = (
             (("head", "mid", "tail"), table_V) if self.group_by == "frequency" else audience.octaves(counts_V)
         )
-        self._matrices = dict(_matrices(pl_module, len(counts_V)))
+        self._matrices = dict(_matrices(pl_module))
         if not self._matrices:
             raise MisconfigurationException(
                 f"UpdateAudience found no trainable matrix in `{type(pl_module).__name__}` beside embedding and head."
@@ -257,12 +258,12 @@ def read_audience(path: str | Path) -> list[AudienceRecord]:
     return records
 
 
-def _matrices(model: nn.Module, vocabulary: int) -> Iterator[tuple[str, Tensor]]:
-    """Trainable matrices but embeddings and what maps to the vocabulary."""
+def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Trainable matrices but embeddings (tied heads among them) and what is called a head."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     names = clean_names(name for name, _ in model.named_parameters())
     for raw, parameter in model.named_parameters():
-        hidden = parameter.ndim == 2 and id(parameter) not in embeddings and parameter.shape[0] < vocabulary
+        hidden = parameter.ndim == 2 and id(parameter) not in embeddings and not _HEAD.search(names[raw])
         if hidden and parameter.requires_grad and parameter.numel():
             yield names[raw], parameter
 

@@ -105,14 +105,14 @@ def test_gains_are_finite_differences(watched):
     size = 1e-6
     for kind in ("mlp.proj", "attn.proj"):
         moved = copy.deepcopy(watch.model).double()
-        before = [float(loss) for loss in losses_by_bucket(moved, watch.batch)]
+        before = [float(loss.detach()) for loss in losses_by_bucket(moved, watch.batch)]
         names, after = dict(moved.named_parameters()), dict(watch.after.named_parameters())
         with torch.no_grad():
             for name, parameter in names.items():
                 if kind_of(name) == kind and name.endswith("weight"):
                     step = after[name].detach().double() - parameter
                     parameter.add_(step * (size * math.sqrt(step.numel()) / step.norm()))
-        fallen = [b - float(a) for b, a in zip(before, losses_by_bucket(moved, watch.batch), strict=True)]
+        fallen = [b - float(a.detach()) for b, a in zip(before, losses_by_bucket(moved, watch.batch), strict=True)]
         for bucket, value in zip(("head", "mid", "tail"), fallen, strict=True):
             found = next(r for r in records if (r.kind, r.bucket, r.rule) == (kind, bucket, "applied"))
             assert found.gain == pytest.approx(value / size, rel=5e-3, abs=1e-3)

@@ -84,10 +84,7 @@ def measure_checkpoint(
         ValueError: If checkpoint, tokenizer, counts and text do not fit together; the message says what to do.
         FileNotFoundError: If one of them is not there.
     """
-    if num_tokens < 1 or batch_size < 1 or (seq_length is not None and seq_length < 1):
-        raise ValueError(
-            f"`num_tokens`, `batch_size` and `seq_length` must be >= 1, got {num_tokens}, {batch_size}, {seq_length}."
-        )
+    _refuse_below_one(num_tokens=num_tokens, batch_size=batch_size, seq_length=seq_length)
     checkpoint = Path(checkpoint).expanduser()
     loaded = load_checkpoint(checkpoint)
     length = _length(seq_length, loaded, checkpoint)
@@ -112,6 +109,12 @@ def measure_checkpoint(
     run_folder.append_spectral(spectral)
     run_folder.append_losses(losses)
     return Measured(checkpoint, Path(folder), spectral, losses, notes)
+
+
+def _refuse_below_one(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"`{name}` must be >= 1, got {count}.")
 
 
 def _length(wanted: int | None, loaded: LoadedModel, checkpoint: Path) -> int:

@@ -316,8 +316,8 @@ def roof_lines(rows: list[Row], cases: dict[str, tuple[int, int]], device: str) 
     flops_per_s, bytes_per_s = roof(device)
     lines = [
         f"Roof: {flops_per_s / 1e9:.0f} GFLOP/s in one large {auto_dtype(device)} product, "
-        f"{bytes_per_s / 1e9:.1f} GB/s in one copy of 64 MiB; a step needs at least its products and 28 bytes of traffic "
-        "an entry.",
+        f"{bytes_per_s / 1e9:.1f} GB/s in one copy of 64 MiB; a step needs at least its products and 28 bytes of "
+        "traffic an entry.",
         "",
     ]
     for row in rows:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lightning_spectral.callbacks.weight_spectrum import WeightSpectrumCallback
     from lightning_spectral.memory.module import AssociativeMemory, AssociativeMemoryDataModule
     from lightning_spectral.memory.recall import FactRecall, FactRecallDataModule
-    from lightning_spectral.optim import AdamW, Dion, Muon, NorMuon
+    from lightning_spectral.optim import AdaMuon, AdamW, Dion, Dion2, Muon, NorMuon
     from lightning_spectral.probe.observe import observe
     from lightning_spectral.records import SpectralRecord, WeightRecord, read_spectral, read_weights
 
@@ -25,7 +25,9 @@ _HOME_OF = {
     "AdamW": "lightning_spectral.optim",
     "AssociativeMemory": "lightning_spectral.memory.module",
     "AssociativeMemoryDataModule": "lightning_spectral.memory.module",
+    "AdaMuon": "lightning_spectral.optim",
     "Dion": "lightning_spectral.optim",
+    "Dion2": "lightning_spectral.optim",
     "FabricSpectralProbe": "lightning_spectral.callbacks",
     "FactRecall": "lightning_spectral.memory.recall",
     "FactRecallDataModule": "lightning_spectral.memory.recall",
@@ -45,10 +47,12 @@ _HOME_OF = {
 }
 
 __all__ = [
+    "AdaMuon",
     "AdamW",
     "AssociativeMemory",
     "AssociativeMemoryDataModule",
     "Dion",
+    "Dion2",
     "FabricSpectralProbe",
     "FactRecall",
     "FactRecallDataModule",

@@ -1,9 +1,11 @@
-"""Matrix optimizers that give the same update on one device, DDP, FSDP1 and FSDP2."""
+"""Matrix optimizers that give the same update on one device and under every way to divide a model over ranks."""
 
+from lightning_spectral.optim.adamuon import AdaMuon
 from lightning_spectral.optim.adamw import AdamW
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.dion import Dion
+from lightning_spectral.optim.dion2 import Dion2
 from lightning_spectral.optim.muon import Muon
 from lightning_spectral.optim.normuon import NorMuon
 
-__all__ = ["AdamW", "Dion", "Muon", "NorMuon", "SpectralOptimizer"]
+__all__ = ["AdaMuon", "AdamW", "Dion", "Dion2", "Muon", "NorMuon", "SpectralOptimizer"]

@@ -46,6 +46,15 @@ class Muon(SpectralOptimizer):
         return cls(params, **{**ORTHOGONAL_PAPER, **changes})
 
     @classmethod
+    def scion(cls, params: Any, **changes: Any) -> Muon:
+        """The norms of Scion (arXiv:2502.07529): spectral for hidden matrices, sign with 1 / fan_in for the head.
+
+        Each layer moves by the steepest direction of its norm: sqrt(m/n) times the polar factor; signs elsewhere.
+        """
+        norms = {"lr_scale": "spectral", "fallback": "lion", "betas": (0.95, 0.95), "head_lr_scale": "inverse_width"}
+        return cls(params, **{**norms, "nesterov": False, **changes})
+
+    @classmethod
     def like_torch(cls, params: Any, **changes: Any) -> Muon:
         """The conventions of ``torch.optim.Muon``, bit for bit on one device for the hidden matrices."""
         same = {"orthogonalize": "muon", "steps": 5, "precision": "bf16", "lr_scale": "original"}

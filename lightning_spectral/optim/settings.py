@@ -33,7 +33,11 @@ else:
 
 
 NONFINITE = ("propagate", "raise", "skip")
-HEAD_LR_SCALES: dict[str, Callable[[int], float]] = {"none": lambda width: 1.0, "inverse_sqrt_width": lambda d: d**-0.5}
+HEAD_LR_SCALES: dict[str, Callable[[int], float]] = {
+    "none": lambda width: 1.0,
+    "inverse_sqrt_width": lambda width: width**-0.5,
+    "inverse_width": lambda width: 1 / width,
+}
 
 
 class CommonArguments(TypedDict, total=False):
@@ -84,7 +88,8 @@ class CommonSettings:
         eps: Added to the root of AdamW's second moment.
         fallback_lr: Learning rate of what is not a hidden matrix; ``lr`` when None. Kept as a ratio to ``lr``.
         fallback_weight_decay: Weight decay of what is not a hidden matrix; ``weight_decay`` when None.
-        head_lr_scale: ``none``, or ``inverse_sqrt_width`` to divide the head's learning rate by sqrt(fan_in).
+        head_lr_scale: ``none``, or ``inverse_sqrt_width`` or ``inverse_width`` to divide the head's learning rate by
+            sqrt(fan_in) or fan_in.
         roles: Regular expression searched in parameter names -> ``matrix``, ``transposed matrix``, ``embedding``,
             ``head`` or ``vector``, where the routing table is not what you want.
         max_grad_norm: Clip to this global norm, under every strategy; ``p.grad`` stays as it is.

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_spectral.optim import AdamW, Dion, Muon, NorMuon
+from lightning_spectral.optim import AdaMuon, AdamW, Dion, Dion2, Muon, NorMuon
 from tests.distributed.harness import run_ranks
 from tests.distributed.optim_runs import Weights, distance
 
@@ -28,6 +28,8 @@ KINDS: dict[str, Callable[..., Any]] = {
     "normuon": lambda m: NorMuon(m, lr=1e-2, split="projections"),
     "dion": lambda m: Dion(m, lr=1e-2, rank_fraction=0.5),
     "adamw": lambda m: AdamW(m, lr=1e-2),
+    "adamuon": lambda m: AdaMuon(m, lr=1e-2),
+    "dion2": lambda m: Dion2(m, lr=1e-2, fraction=0.5),
     "clipped": lambda m: Muon(m, lr=1e-2, max_grad_norm=0.02, nonfinite="raise"),
 }
 

@@ -13,6 +13,9 @@ RECIPES = {
     "adamw": "adamw",
     "muon": "muon",
     "normuon": "normuon",
+    "adamuon": "adamuon",
+    "dion2": "dion2",
+    "muon_heads": "muon",
     **{f"dion_{k}": "dion" for k in (2, 4, 8, 16)},
 }
 
@@ -27,7 +30,7 @@ def test_only_the_optimizer_differs_from_the_quickstart(name):
     assert groups["matrix"]["algorithm"] == RECIPES[name]
     assert groups["head"]["algorithm"] == "adamw"
     assert {group["lr"] * group["lr_ratio"] for group in optimizer.param_groups} == {3e-3}
-    if name.startswith("dion"):
+    if name.startswith("dion_"):
         assert groups["matrix"]["rank_fraction"] == 1 / int(name.removeprefix("dion_"))
 
 

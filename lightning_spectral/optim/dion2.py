@@ -1,0 +1,85 @@
+"""Dion2: orthogonalise a part of the momentum's rows or columns, keep the others for later steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_spectral.functional.orthogonalize import check_method, orthogonalize_stack
+from lightning_spectral.optim.base import SpectralOptimizer
+from lightning_spectral.optim.matrix_rule import Group, MatrixRule, absolute_eps, faded, fading
+from lightning_spectral.optim.settings import MatrixArguments, MatrixSettings, Unpack
+
+# B matrices of one shape, M rows, N columns, S slices (rows or columns, whichever are fewer), K of them selected
+
+
+class Dion2Rule(MatrixRule):
+    """Of the short side's slices those of the largest 1-norm; what they explain decays, the rest accumulates."""
+
+    rewrites_momentum = True
+
+    def update_momentum(self, momenta: Sequence[Tensor], grads: Sequence[Tensor], group: Group) -> None:
+        """``M = M + G``; the selected slices decay in ``update_matrices``."""
+        torch._foreach_add_(list(momenta), list(grads))
+
+    def orthogonalizer_input(self, momentum: Tensor, grad: Tensor, group: Group) -> Tensor:
+        """``M`` itself."""
+        return momentum
+
+    def update_matrices(self, inputs_BMN: Tensor, extra: dict[str, list[Tensor]], group: Group) -> Tensor:
+        """``O = orth(M[K])``, ``M[K] = mu M[K]``; the update is ``O`` at K and zero elsewhere."""
+        factors = fading(inputs_BMN, extra, group)
+        by_row = inputs_BMN.shape[-2] <= inputs_BMN.shape[-1]
+        slices_BSL = inputs_BMN if by_row else inputs_BMN.mT
+        count = max(1, round(group["fraction"] * slices_BSL.shape[-2]))
+        norms_BS = slices_BSL.abs().sum(dim=-1, dtype=torch.promote_types(inputs_BMN.dtype, torch.float32))
+        chosen_BK = norms_BS.topk(count, dim=-1).indices.sort(dim=-1).values
+        index_BKL = chosen_BK.unsqueeze(-1).expand(-1, -1, slices_BSL.shape[-1])
+        selected_BKL = slices_BSL.gather(-2, index_BKL)
+        method, steps = group["orthogonalize"], group["steps"]
+        orthogonal_BKL = orthogonalize_stack(selected_BKL, method, steps, eps=absolute_eps(group))
+        for momentum, chosen_K in zip(extra["momentum_buffer"], chosen_BK.unbind(0), strict=True):
+            side = momentum if by_row else momentum.mT
+            side[chosen_K] = side[chosen_K] * group["momentum"]
+        slices_BSL.zero_().scatter_(-2, index_BKL, orthogonal_BKL)
+        return faded(inputs_BMN, factors)
+
+
+class Dion2(SpectralOptimizer):
+    """Dion2 (arXiv:2512.16928) for hidden matrices, AdamW or Lion for the rest.
+
+    ``momentum`` is what stays of a slice that was orthogonalised; the others keep all of theirs.
+
+    Args:
+        params: A module, ``named_parameters()``, ``parameters()``, or a list of group dicts.
+        lr: Learning rate; what it means for a matrix is said by ``lr_scale``.
+        fraction: Share of the rows (of wide matrices) or columns (of tall ones) that a step orthogonalises, in (0, 1].
+        orthogonalize: A coefficient set of ``functional.orthogonalize``, ``svd`` or ``identity``.
+        steps: Number of iterations; the set's own when None.
+        shared: Settings described in ``MatrixSettings`` and ``CommonSettings``.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    matrix_rules = {"dion2": Dion2Rule()}  # noqa: RUF012
+    settings_class = MatrixSettings
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        *,
+        fraction: float = 0.25,
+        orthogonalize: str = "polar_express",
+        steps: int | None = None,
+        **shared: Unpack[MatrixArguments],
+    ) -> None:
+        if not 0 < fraction <= 1:
+            raise ValueError(f"`fraction` must be in (0, 1], got {fraction!r}.")
+        check_method(orthogonalize)
+        own = {"fraction": fraction, "orthogonalize": orthogonalize, "steps": steps}
+        super().__init__(params, lr, "dion2", MatrixSettings(**shared), own)

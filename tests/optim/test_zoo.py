@@ -1,0 +1,97 @@
+"""The further rules are the formulas of their papers."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_spectral.functional.orthogonalize import polar_svd
+from lightning_spectral.optim import AdaMuon, Dion2, Muon
+from tests.optim.models import TinyLM, train
+
+
+def one_matrix(m: int, n: int) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(n, m, bias=False, dtype=torch.float64)
+
+
+def gradient(seed: int, shape: torch.Size) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_adamuon_is_its_papers_formula(shape):
+    layer = one_matrix(*shape)
+    optimizer = AdaMuon(layer, lr=0.1, orthogonalize="svd", weight_decay=0.0, moment_beta=0.9)
+    moment = momentum = 0.0
+    for seed in range(3):
+        before, grad = layer.weight.detach().clone(), gradient(seed, layer.weight.shape)
+        layer.weight.grad = grad
+        optimizer.step()
+        momentum = 0.95 * momentum + 0.05 * grad
+        orthogonal = polar_svd((0.05 * grad + 0.95 * momentum).sign())
+        moment = 0.9 * moment + 0.1 * orthogonal.square()
+        normed = orthogonal / (moment.sqrt() + 1e-8)
+        expected = 0.1 * 0.2 * max(shape) ** 0.5 * normed * orthogonal.norm() / normed.norm()
+        torch.testing.assert_close(before - layer.weight.detach(), expected, rtol=2e-5, atol=1e-7)  # fp32 moments
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((8, 20), 0), ((20, 8), 1)])
+@pytest.mark.parametrize("fraction", [0.25, 1.0])
+def test_dion2_orthogonalises_the_largest_slices_of_the_short_side(shape, dim, fraction):
+    layer = one_matrix(*shape)
+    optimizer = Dion2(layer, lr=0.1, fraction=fraction, orthogonalize="svd", weight_decay=0.0, lr_scale="none")
+    momentum = torch.zeros(shape, dtype=torch.float64)
+    for seed in range(4):
+        before, grad = layer.weight.detach().clone(), gradient(seed, layer.weight.shape)
+        layer.weight.grad = grad
+        optimizer.step()
+        momentum = momentum + grad
+        chosen = momentum.abs().sum(dim=1 - dim).topk(round(8 * fraction)).indices
+        expected = torch.zeros_like(momentum)
+        expected.index_copy_(dim, chosen, polar_svd(momentum.index_select(dim, chosen)))
+        momentum = momentum.index_copy(dim, chosen, 0.95 * momentum.index_select(dim, chosen))
+        torch.testing.assert_close(before - layer.weight.detach(), 0.1 * expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(optimizer.state[layer.weight]["momentum_buffer"], momentum, rtol=1e-12, atol=1e-14)
+
+
+def test_scion_moves_every_layer_by_the_steepest_direction_of_its_norm():
+    model = TinyLM()
+    optimizer = Muon.scion(model, lr=0.1, orthogonalize="svd", precision="fp32", weight_decay=0.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, optimizer, 1)
+    moved = {name: before[name] - p.detach() for name, p in model.named_parameters()}
+    head = moved["head.weight"]
+    torch.testing.assert_close(head.abs(), torch.full_like(head, 0.1 / TinyLM.WIDTH), rtol=1e-4, atol=1e-6)
+    fc = moved["blocks.0.fc.weight"]
+    expected = 0.1 * (fc.shape[0] / fc.shape[1]) ** 0.5
+    assert float(torch.linalg.svdvals(fc)[0]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda m: AdaMuon(m, moment_beta=1.0), "`moment_beta` in"),
+        (lambda m: Dion2(m, fraction=0.0), r"`fraction` must be in \(0, 1\]"),
+        (lambda m: Dion2(m, orthogonalize="qr"), "`method` must be one of"),
+    ],
+)
+def test_misuse_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(TinyLM())
+
+
+@pytest.mark.parametrize("cls", [AdaMuon, Dion2])
+def test_training_learns_and_resumes_bit_equal(cls):
+    import copy
+
+    model = TinyLM()
+    optimizer = cls(model, lr=1e-2)
+    first = model.loss(0).item()
+    train(model, optimizer, 20)
+    assert model.loss(0).item() < first
+    twin = copy.deepcopy(model)
+    other = cls(twin, lr=1e-2)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, 2, first=20)
+    train(twin, other, 2, first=20)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))

@@ -1,0 +1,165 @@
+"""What varies in a sweep: axes and grids, as a recipe, a command line or a smoke run names them.
+
+A recipe says in a ``sweep:`` block what varies::
+
+    sweep:
+      axes:
+        optimizer:                                  # a name of one's own: label -> overrides of recipe keys
+          AdamW: {optimizer.init_args.lr: 3e-3}
+          Muon: {optimizer.class_path: lightning_spectral.optim.Muon, optimizer.init_args.lr: 0.02}
+        architecture.ffn_multiplier: [1, 2, 4]      # or any recipe key: values
+        seed: [0, 1, 2]
+      also:                                         # further grids, added to the first
+        - optimizer: {AdamW lr x3: {optimizer.init_args.lr: 1e-2}}
+          architecture.ffn_multiplier: [1, 4]
+          seed: [0]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_spectral.training import document
+from lightning_spectral.training.document import RecipeError
+from lightning_spectral.training.names import refuse_unknown_names, with_class_paths
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One thing that varies: (label, overrides) for each of its values."""
+
+    name: str
+    values: tuple[tuple[str, dict[str, Any]], ...]
+
+
+def read(
+    source: str | Path, *, axes: Sequence[str] = (), overrides: Sequence[str] = (), smoke: bool = False
+) -> tuple[Path, dict[str, Any], dict[str, Any], list[list[Axis]]]:
+    """File, tree, common overrides and grids of a sweep, every name in them checked; imports neither torch nor litgpt.
+
+    Args:
+        source: As for :func:`lightning_spectral.sweep.plan.plan`.
+        axes: As for :func:`lightning_spectral.sweep.plan.plan`.
+        overrides: As for :func:`lightning_spectral.sweep.plan.plan`.
+        smoke: As for :func:`lightning_spectral.sweep.plan.plan`.
+
+    Raises:
+        RecipeError: If the recipe or an axis cannot be read, or a name is not known.
+    """
+    file = document.find(source)
+    common = dict(document.parse_words(overrides))
+    tree = document.read_tree(file)
+    grids = read_grids(tree, file)
+    if smoke:
+        settings, grids = smoke_form(tree, file, grids)
+        common = {**settings, **common}
+    given = [parse_axis(text) for text in axes]
+    if given:
+        grids = [_with_axes(grids[0] if grids else [], given)]
+    if not grids:
+        raise RecipeError(f"`{file}` has no `sweep:` block and no --axis was given: nothing varies.")
+    values = [own for grid in grids for axis in grid for _, own in axis.values]
+    for own in ({}, *values):
+        refuse_unknown_names(with_class_paths(document.overridden(tree, {**common, **own})))
+    return file, tree, common, grids
+
+
+def read_grids(tree: Mapping[str, Any], file: Path) -> list[list[Axis]]:
+    """Grids of a recipe's ``sweep:`` block: ``axes`` first, then each of ``also``.
+
+    Raises:
+        RecipeError: If the block is not understood.
+    """
+    block = tree.get("sweep")
+    if block is None:
+        return []
+    if not isinstance(block, dict) or not set(block) <= {"axes", "also"}:
+        raise RecipeError(
+            f"`sweep:` in `{file}` has the keys `axes` (a mapping) and `also` (a list of such), nothing else."
+        )
+    grids = [block.get("axes") or {}, *(block.get("also") or [])]
+    return [[_axis(str(name), values) for name, values in grid.items()] for grid in grids if grid]
+
+
+def smoke_form(tree: Mapping[str, Any], file: Path, grids: list[list[Axis]]) -> tuple[dict[str, Any], list[list[Axis]]]:
+    """What the ``smoke:`` block sets for every run, and the first grid with the values that it keeps.
+
+    Raises:
+        RecipeError: If there is no such block, or it names an axis or a label that the sweep does not have.
+    """
+    block = tree.get("smoke")
+    if not isinstance(block, dict) or not set(block) <= {"set", "axes"}:
+        raise RecipeError(f"`{file}` has no `smoke:` block with `set` (keys and values) and `axes` (labels to keep).")
+    kept, first = block.get("axes") or {}, grids[0] if grids else []
+    for name, labels in kept.items():
+        axis = next((axis for axis in first if axis.name == name), None)
+        known = [label for label, _ in axis.values] if axis else []
+        missing = [str(label) for label in labels if str(label) not in known]
+        if missing:
+            there = ", ".join(known) or "no values"
+            raise RecipeError(f"`smoke.axes.{name}` keeps `{missing[0]}`; the axis has {there}.")
+    chosen = [
+        Axis(axis.name, tuple(pair for pair in axis.values if pair[0] in map(str, kept[axis.name])))
+        if axis.name in kept
+        else axis
+        for axis in first
+    ]
+    return dict(block.get("set") or {}), [chosen]
+
+
+def parse_axis(text: str) -> Axis:
+    """``seed=0,1,2`` as an axis.
+
+    Raises:
+        RecipeError: If it is not ``key=a,b,c``.
+    """
+    name, equals, values = text.partition("=")
+    if not equals or not name or not values:
+        raise RecipeError(f"--axis `{text}`: write `key=a,b,c`, e.g. `seed=0,1,2`.")
+    return _axis(name, [document.read_value(value) for value in values.split(",")])
+
+
+def _axis(name: str, values: Any) -> Axis:
+    if isinstance(values, dict):
+        if not all(isinstance(own, dict) for own in values.values()):
+            raise RecipeError(f"axis `{name}`: each label needs a mapping of recipe keys to values.")
+        return Axis(name, tuple((str(label), {str(k): v for k, v in own.items()}) for label, own in values.items()))
+    if not isinstance(values, list) or not values:
+        raise RecipeError(f"axis `{name}` is {values!r}: give a list of values, or a mapping label -> overrides.")
+    return Axis(name, tuple((str(value), {name: value}) for value in values))
+
+
+def _with_axes(grid: list[Axis], given: list[Axis]) -> list[Axis]:
+    """Axes of a grid with those given on the command line in place of, or after, its own.
+
+    A named axis of the recipe keeps the overrides of the labels that are chosen.
+    """
+    own = {axis.name: axis for axis in grid}
+    for axis in given:
+        old = own.get(axis.name)
+        known = dict(old.values) if old is not None else {}
+        if old is not None and any(set(overrides) != {axis.name} for overrides in known.values()):
+            missing = [label for label, _ in axis.values if label not in known]
+            if missing:
+                raise RecipeError(f"axis `{axis.name}` has no `{missing[0]}`; it has {', '.join(known)}.")
+            own[axis.name] = Axis(axis.name, tuple((label, known[label]) for label, _ in axis.values))
+        else:
+            own[axis.name] = axis
+    return list(own.values())
+
+
+def distinct(grids: list[list[Axis]]) -> Iterator[dict[str, Any]]:
+    """Overrides of each labelled value, and of one value of each key: the rest shows in the run that has it.
+
+    Checking a recipe in full takes most of a second, too long to do it for each of a hundred runs.
+    """
+    seen: list[Any] = []
+    for axis in (axis for grid in grids for axis in grid):
+        for _, overrides in axis.values:
+            key = axis.name if set(overrides) == {axis.name} else overrides
+            if key not in seen:
+                seen.append(key)
+                yield overrides

@@ -66,7 +66,7 @@ def file(tmp_path: Path) -> Path:
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checking a recipe takes most of a second: leave it out where it is not the point."""
     base = recipes.load
-    monkeypatch.setattr(sweep, "_distinct", lambda *_: [])
+    monkeypatch.setattr(sweep, "distinct", lambda *_: [])
     monkeypatch.setattr(recipes, "load", lambda path, overrides=(): _loaded(base, path, overrides))
 
 

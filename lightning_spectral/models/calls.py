@@ -1,14 +1,20 @@
-"""What one forward call of one stack left behind: rows, and which token each row is of.
+"""From events to forward calls: which rows belong together, how deep a layer was run, which token each row is of.
 
-Axes: P places of a call (its tokens, or its rows where it has no tokens), N rows of a site, D features.
+Pure: nothing here hooks anything. Axes: P places of a call (its tokens, or its rows where it has no tokens), N rows
+of a site, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
+
+from lightning_spectral.models.layout import Ids, Layout
+from lightning_spectral.models.stacks import Site, Stack
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,9 @@ class ForwardCall:
         layout: How rows were matched to ids, e.g. ``(B, T)``; empty where they were not.
         agreement: Share of rows that the match was proven for; ``None`` where there was nothing to prove.
         reason: Why there are no ids; empty if there are.
-        logits: Output of the head, if it is tapped.
+        unmatched: Sites of this call whose rows could not be matched to places, each with the reason; all their rows
+            are at place 0.
+        deeper: Sites of layers that ran a second time and more often.
     """
 
     stack: str
@@ -49,4 +57,268 @@ class ForwardCall:
     layout: str = ""
     agreement: float | None = None
     reason: str = ""
-    logits: Tensor | None = None
+    unmatched: dict[str, str] = field(default_factory=dict)
+    deeper: tuple[Site, ...] = ()
+
+
+@dataclass
+class Frame:
+    """One call of a module that encloses stacks: its tensors by name, and whether an exception of its own ended it."""
+
+    path: str
+    arguments: dict[str, Tensor]
+    parent: Frame | None = None
+    handling: bool = False
+    failed: bool = False
+
+    def chain(self) -> list[Frame]:
+        """This frame and those around it, innermost first."""
+        return [self, *(self.parent.chain() if self.parent else [])]
+
+
+@dataclass
+class Piece:
+    """Rows of one call of one tapped module, the leading shape that they were kept of, and what a router sent."""
+
+    site: Site
+    rows: Tensor
+    lead: tuple[int, ...]
+    arrived: Tensor | None = None
+    sent: Tensor | None = None
+
+
+@dataclass
+class Run:
+    """One run of one block."""
+
+    layer: int
+    entered: Tensor
+    pieces: list[Piece] = field(default_factory=list)
+    routed: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class RawCall:
+    """Runs of a stack's blocks that belong to one forward call, and the embedding calls seen until then."""
+
+    stack: Stack
+    frame: Frame | None
+    num_ids: int
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def entered(self) -> Tensor:
+        """What came into the first block that ran."""
+        return self.runs[0].entered
+
+    @property
+    def failed(self) -> bool:
+        """Whether an exception ended it: by its frame, or because the last block gave no rows."""
+        if self.frame is not None:
+            return any(frame.failed for frame in self.frame.chain())
+        layers = {site.layer for site in self.stack.sites if not site.is_routed}
+        return bool(layers) and self.runs[-1].layer in layers and not self.runs[-1].pieces
+
+    def continues(self, layer: int, frame: Frame | None, num_ids: int) -> bool:
+        """Whether another run of a block still belongs to this call."""
+        if frame is not self.frame:
+            return False
+        if layer not in {run.layer for run in self.runs} or frame is not None:
+            return True
+        # Blocks that are called one by one: a loop over one of them, or the next pass over all of them.
+        return num_ids == self.num_ids and len({run.layer for run in self.runs}) < max(len(self.stack.blocks), 2)
+
+
+def depths(call: RawCall) -> list[tuple[int, int]]:
+    """Depth of each run, and how often its block had run before in this call.
+
+    The depth is the block's index; where blocks run several times (a shared or looped layer), the number of the run.
+    """
+    occurrences: dict[int, int] = {}
+    layers = sorted({run.layer for run in call.runs})
+    out = []
+    for run in call.runs:
+        before = occurrences.get(run.layer, 0)
+        occurrences[run.layer] = before + 1
+        depth = run.layer if before == 0 else before * len(layers) + layers.index(run.layer)
+        out.append((depth, before))
+    return out
+
+
+def assemble(
+    call: RawCall, layout: Layout | None, ids: Ids | None, reason: str, kept: Mapping[tuple[int, ...], Tensor]
+) -> ForwardCall:
+    """One forward call from its runs.
+
+    Args:
+        call: The runs.
+        layout: Which row of the stack's input is which token, if that was proven.
+        ids: The embedding call that it was proven for.
+        reason: Why not, if it was not.
+        kept: Flat indices of the rows kept, by the leading shape that they were kept of; empty for all rows.
+    """
+    lead = tuple(call.entered.shape[:-1])
+    every = Places(call.entered, layout, kept)
+    rows: dict[str, Tensor] = {}
+    places: dict[str, Tensor] = {}
+    unmatched: dict[str, str] = {}
+    deeper: list[Site] = []
+    for run, (depth, occurrence) in zip(call.runs, depths(call), strict=True):
+        for site, pieces in _by_site(run).items():
+            at_depth = site if occurrence == 0 else replace(site, layer=depth, run=occurrence)
+            deeper += [at_depth] * (occurrence > 0)
+            found = every.of(pieces, run)
+            if found is None:
+                unmatched[at_depth.key] = f"{sum(map(_num_rows, pieces))} rows for an input of {math.prod(lead)}"
+                found = [torch.zeros(len(piece.rows), dtype=torch.int64, device=piece.rows.device) for piece in pieces]
+            rows[at_depth.key] = _cat([piece.rows for piece in pieces])
+            places[at_depth.key] = found[0] if len(found) == 1 else torch.cat(found)
+    shape = lead if layout is None or ids is None else tuple(ids.ids.shape)
+    arguments = () if call.frame is None else tuple(frame.arguments for frame in call.frame.chain())
+    sequences_P, num_sequences = _sequences(shape, ids if layout is not None else None, arguments, call.entered.device)
+    return ForwardCall(
+        stack=call.stack.name,
+        shape=shape,
+        ids=None if layout is None or ids is None else ids.ids,
+        sequences_P=sequences_P,
+        num_sequences=num_sequences,
+        rows=rows,
+        places=places,
+        mask=None if layout is None or ids is None else ids.mask,
+        arguments=arguments,
+        layout="" if layout is None else layout.name,
+        agreement=None if layout is None else layout.agreement,
+        reason=reason,
+        unmatched=unmatched,
+        deeper=tuple(deeper),
+    )
+
+
+class Places:
+    """Which place each row of a call is of."""
+
+    def __init__(self, entered: Tensor, layout: Layout | None, kept: Mapping[tuple[int, ...], Tensor]) -> None:
+        self._num_rows = math.prod(entered.shape[:-1])
+        self._map = torch.arange(self._num_rows, device=entered.device) if layout is None else layout.tokens_N
+        self._kept = kept
+        self._lead = tuple(entered.shape[:-1])
+        self._by_lead: dict[tuple[int, ...], Tensor] = {}
+
+    def of(self, pieces: Sequence[Piece], run: Run) -> list[Tensor] | None:
+        """The places of the rows of one site in one run of its block, or ``None`` if that cannot be told."""
+        if pieces[0].site.is_routed:
+            return self._routed(pieces, run)
+        if all(math.prod(piece.lead) == self._num_rows for piece in pieces):
+            return [self._whole(piece.lead) for piece in pieces]  # a network that runs several times in its block
+        axis = self._axis_of(pieces)
+        if axis is None or self._kept:
+            return None
+        index = torch.arange(self._num_rows, device=self._map.device).view(self._lead)
+        parts = index.split([piece.lead[axis] for piece in pieces], axis)
+        return [self._map[part.flatten()] for part in parts]
+
+    def _whole(self, lead: tuple[int, ...]) -> Tensor:
+        if lead not in self._by_lead:
+            self._by_lead[lead] = self._map[self._kept[lead]] if lead in self._kept else self._map
+        return self._by_lead[lead]
+
+    def _axis_of(self, pieces: Sequence[Piece]) -> int | None:
+        """The axis along which chunks of a feed-forward network make up the input again."""
+        for axis in range(len(self._lead)):
+            total = sum(piece.lead[axis] for piece in pieces if len(piece.lead) == len(self._lead))
+            others = [piece.lead[:axis] + piece.lead[axis + 1 :] for piece in pieces]
+            rest = self._lead[:axis] + self._lead[axis + 1 :]
+            if total == self._lead[axis] and all(other == rest for other in others):
+                return axis
+        return None
+
+    def _routed(self, pieces: Sequence[Piece], run: Run) -> list[Tensor] | None:
+        found = []
+        for piece in pieces:
+            source = piece.sent if piece.sent is not None else run.routed.get(id(piece.site.routed_by))
+            if source is None or piece.arrived is None:
+                return None
+            source = source.reshape(-1, source.shape[-1])
+            if len(source) != self._num_rows:
+                return None
+            index = match_rows(piece.arrived.reshape(-1, piece.arrived.shape[-1]), source)
+            if index is None or len(index) != len(piece.rows):
+                return None
+            found.append(torch.where(index >= 0, self._map[index.clamp(min=0)], -1))
+        return found
+
+
+def match_rows(arrived_ND: Tensor, source_MD: Tensor) -> Tensor | None:
+    """Index of the source row that each arrived row is a copy of, -1 for none; ``None`` where nothing tells.
+
+    Where every expert gets all tokens, scaled (zero for those that it was not sent), the order is that of the source.
+    """
+    index_N = _copies(arrived_ND, source_MD)
+    if index_N is not None and bool((index_N >= 0).float().mean() > 0.5):
+        return index_N
+    if len(arrived_ND) % max(len(source_MD), 1) == 0 and len(source_MD):
+        index_N = torch.arange(len(arrived_ND), device=arrived_ND.device) % len(source_MD)
+        cosine_N = torch.nn.functional.cosine_similarity(arrived_ND.float(), source_MD[index_N].float(), dim=-1)
+        sent_N = arrived_ND.abs().amax(-1) > 0
+        if bool(sent_N.any()) and bool((cosine_N[sent_N] > 0.98).all()):
+            return torch.where(sent_N, index_N, -1)
+    return None
+
+
+def _copies(arrived_ND: Tensor, source_MD: Tensor) -> Tensor | None:
+    """By a number per row that equal rows share: their bytes as whole numbers, times fixed odd ones, added up."""
+    if arrived_ND.shape[-1] != source_MD.shape[-1] or arrived_ND.dtype != source_MD.dtype or not len(source_MD):
+        return None
+    sources_M, arrived_N = _row_number(source_MD), _row_number(arrived_ND)
+    ordered_M, order_M = sources_M.sort(stable=True)
+    place_N = torch.searchsorted(ordered_M, arrived_N).clamp(max=len(ordered_M) - 1)
+    return torch.where(ordered_M[place_N] == arrived_N, order_M[place_N], -1)
+
+
+def _row_number(rows_ND: Tensor) -> Tensor:
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows_ND.element_size()]
+    bits_ND = rows_ND.contiguous().view(whole).to(torch.int64)
+    position_D = torch.arange(1, rows_ND.shape[-1] + 1, device=rows_ND.device, dtype=torch.int64)
+    weights_D = position_D * 6364136223846793005 + 1442695040888963407  # Knuth's generator; sums wrap around
+    return ((bits_ND + 12345) * (weights_D | 1)).sum(-1)
+
+
+def _by_site(run: Run) -> dict[Site, list[Piece]]:
+    grouped: dict[str, list[Piece]] = {}
+    for piece in run.pieces:
+        grouped.setdefault(piece.site.key, []).append(piece)
+    return {pieces[0].site: pieces for pieces in grouped.values()}
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _num_rows(piece: Piece) -> int:
+    return math.prod(piece.lead)
+
+
+def _sequences(
+    shape: tuple[int, ...], ids: Ids | None, arguments: Sequence[Mapping[str, Tensor]], device: torch.device
+) -> tuple[Tensor, int]:
+    """Sequence of each place: the leading index; of packed ids, where positions start again."""
+    num_places = math.prod(shape)
+    if ids is not None and (len(shape) == 1 or math.prod(shape[:-1]) == 1):
+        return _packed(num_places, arguments, device)
+    inner = shape[-1] if ids is not None else max(math.prod(shape[1:]), 1)
+    return torch.arange(num_places, device=device) // max(inner, 1), num_places // max(inner, 1)
+
+
+def _packed(num_places: int, arguments: Sequence[Mapping[str, Tensor]], device: torch.device) -> tuple[Tensor, int]:
+    for named in arguments:
+        positions = named.get("position_ids")
+        if positions is not None and positions.numel() == num_places and num_places:
+            flat = positions.flatten()
+            starts = torch.cat([flat.new_zeros(1), (flat[1:] <= flat[:-1]).to(flat.dtype)])
+            sequences_P = starts.cumsum(0).to(torch.int64)
+            return sequences_P, int(sequences_P[-1]) + 1
+        bounds = next((named[name] for name in named if name.startswith(("cu_seqlens", "cu_seq_lens"))), None)
+        if bounds is not None and bounds.ndim == 1 and len(bounds) > 1:
+            inside = torch.arange(num_places, device=device)
+            return torch.searchsorted(bounds[1:].to(device).contiguous(), inside, right=True), len(bounds) - 1
+    return torch.zeros(num_places, dtype=torch.int64, device=device), 1

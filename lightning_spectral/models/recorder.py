@@ -7,42 +7,58 @@ could not make sense of is in ``notes``.
 
 from __future__ import annotations
 
-from lightning_spectral.models.calls import ForwardCall
-from lightning_spectral.models.families import TappedModel
-from lightning_spectral.models.stacks import Site
-from lightning_spectral.models.taps import ForwardPass, Taps
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_spectral.models.calls import ForwardCall, Piece, RawCall, assemble
+from lightning_spectral.models.hooks import Hook, Switch, kept_rows
+from lightning_spectral.models.layout import Ids, Layout, candidates, looks_like_positions, prove
+from lightning_spectral.models.masks import call_mask
+from lightning_spectral.models.names import clean_name
+from lightning_spectral.models.parameter_taps import EnterExperts, LeaveExperts
+from lightning_spectral.models.reader import Reader
+from lightning_spectral.models.shards import whole_rows
+from lightning_spectral.models.stacks import Found, Site, Stack
+
+# Embedding calls looked at for one forward call: a generation inside the step makes hundreds.
+_LOOK_BACK = 8
 
 
 class Recorder:
     """The hooks on one model.
 
     Args:
-        found: What to hook.
+        model: The model.
+        found: What to hook in it.
         token_fraction: Share of the rows to keep, in (0, 1]; drawn evenly along every sequence, the same for all sites.
-        with_logits: Also keep the head's output.
-        follow_forward: Arm from the root's forward.
     """
 
-    def __init__(
-        self,
-        found: TappedModel,
-        *,
-        token_fraction: float = 1.0,
-        with_logits: bool = False,
-        follow_forward: bool = True,
-    ) -> None:
-        self._taps = Taps(found, token_fraction=token_fraction, with_logits=with_logits, follow_forward=follow_forward)
+    def __init__(self, model: nn.Module, found: Found, *, token_fraction: float = 1.0) -> None:
         self.sites: list[Site] = list(found.sites)
-        self.notes: dict[str, str] = {}
+        self._found = found
+        self._switch = Switch(token_fraction)
+        self._open = False
+        self._keys = {site.key for site in self.sites}
+        self._proven: dict[tuple[Any, ...], tuple[str, float]] = {}
+        self._framed: set[str] = set()
+        self._handles: list[RemovableHandle] = []
+        self._attach(model, found)
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """What could not be recorded in this window: one sentence for the user by a short cause."""
+        return self._switch.notes
 
     @property
     def open(self) -> bool:
-        """Whether forwards are being recorded."""
-        return self._taps.open
-
-    @open.setter
-    def open(self, is_open: bool) -> None:
-        self._taps.open = is_open
+        """Whether a micro-batch has been started and not collected."""
+        return self._open
 
     def start(self, *, seed: int = 0, training: bool = True) -> None:
         """Open for one micro-batch.
@@ -52,51 +68,227 @@ class Recorder:
             training: Count only forwards with gradients enabled, of modules in training mode. ``False`` counts every
                 forward (evaluation, a pass over a checkpoint).
         """
-        self._taps.start(seed=seed, training=training)
+        self._switch.clear()
+        self._switch.training = training
+        self._switch.seed(seed, self._device())
+        self._open = self._switch.on = True
 
     def pause(self) -> None:
         """Before the backward pass: what runs now is recomputation."""
-        self._taps.arm(False)
+        self._switch.on = False
 
     def resume(self) -> None:
         """After the backward pass."""
-        self._taps.arm(True)
+        self._switch.on = self._open
 
     def collect(self) -> list[ForwardCall]:
         """Close and return every forward call since :meth:`start`, in order. Never raises; see :attr:`notes`.
 
-        :attr:`notes` maps a short cause to one sentence for the user; both stay until :meth:`discard`. :attr:`sites`
-        grows when a shared or looped layer is seen to run at a further depth.
+        :attr:`notes` stay until :meth:`discard`. :attr:`sites` grows when a shared or looped layer is seen to run at a
+        further depth.
         """
+        self._open = self._switch.on = False
+        calls: list[ForwardCall] = []
         try:
-            return [_call(forward, self.sites) for forward in self._taps.collect()]
-        except RuntimeError as error:
-            self.notes["not_understood"] = str(error)
-            self._taps.discard()
-            return []
+            self._switch.drain()
+            calls = self._read()
+            self._learn([site for call in calls for site in call.deeper])
+        except Exception as error:  # an observer never ends what it observes
+            self._switch.note("not_understood", f"A micro-batch could not be read ({type(error).__name__}: {error}).")
+        self._switch.clear()
+        return calls
 
     def discard(self) -> None:
-        """Close and forget what was kept."""
-        self._taps.discard()
+        """Close and forget what was kept, and what was proven about layouts."""
+        self._open = self._switch.on = False
+        self._switch.clear()
+        self._switch.notes.clear()
+        self._proven.clear()
 
     def remove(self) -> None:
         """Take every hook off the model."""
-        self._taps.remove()
+        self.discard()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._switch.hooks.clear()
+
+    # hooks
+
+    def _attach(self, model: nn.Module, found: Found) -> None:
+        enclosing = enclosing_modules(model, found.stacks)
+        for path, module in enclosing:
+            self._before(module, Hook(self._switch, "open", path, _argument_names(module), always=True))
+        for path, table in found.embeddings.items():
+            self._after(table, Hook(self._switch, "ids", path, always=True))
+        for stack in found.stacks:
+            for layer, block in stack.blocks:
+                self._before(block, Hook(self._switch, "block", f"{stack.name}.{layer}", (stack, layer)))
+                self._attach_sites([site for site in stack.sites if site.layer == layer])
+        for path, module in enclosing:
+            self._after(module, Hook(self._switch, "close", path, always=True), always=True)
+
+    def _attach_sites(self, sites: list[Site]) -> None:
+        for router in {id(site.routed_by): site.routed_by for site in sites if not site.parameter}.values():
+            if router is not None:
+                self._before(router, Hook(self._switch, "route", sites[0].name, router))
+        fused: dict[int, list[Site]] = {}
+        for site in sites:
+            if site.parameter:
+                fused.setdefault(id(site.module), []).append(site)
+        for members in fused.values():
+            names = {*(site.parameter for site in members), members[0].up_parameter}
+            enter = EnterExperts(self._switch, members[0].name, members, sorted(names))
+            self._before(members[0].module, enter)
+            leave = LeaveExperts(self._switch, members[0].name, members, enter)
+            self._after(members[0].module, leave, always=True)
+        arrivals = {id(site.up): site.up for site in sites if not site.parameter}
+        for up in arrivals.values():
+            if up is not None:
+                self._before(up, Hook(self._switch, "arrive", sites[0].name, up))
+        for site in sites:
+            if site.parameter:
+                continue
+            if site.site == "post":
+                self._before(site.module, Hook(self._switch, "rows", site.name, site))
+            else:
+                self._after(site.module, Hook(self._switch, "output", site.name, site))
+
+    def _before(self, module: nn.Module, hook: Hook) -> None:
+        self._switch.hooks.append(hook)
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _after(self, module: nn.Module, hook: Hook, *, always: bool = False) -> None:
+        self._switch.hooks.append(hook)
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=always))
+
+    def _device(self) -> torch.device:
+        parameter = next(self._found.sites[0].module.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    # calls
+
+    def _read(self) -> list[ForwardCall]:
+        reader = Reader(self._found.stacks, self._framed)
+        for hook, content, traced in self._switch.events:
+            reader.take(hook, content, traced)
+        kept = self._kept(reader)
+        calls: list[ForwardCall] = []
+        for raw in reader.calls:
+            if raw.failed:
+                self._switch.note(
+                    "failed", f"A forward of `{raw.stack.name}` ended in an exception: it is not measured."
+                )
+                continue
+            self._make_whole(raw)
+            ids, layout, reason = self._layout(raw, reader)
+            calls.append(assemble(raw, layout, ids, reason, kept))
+        return calls
+
+    def _kept(self, reader: Reader) -> dict[tuple[int, ...], Tensor]:
+        if self._switch.jitter is None:
+            return {}
+        pieces = [piece for call in reader.calls for run in call.runs for piece in run.pieces]
+        leads = {piece.lead for piece in pieces if not piece.site.is_routed}
+        return {lead: kept_rows(lead, self._switch.fraction, self._switch.jitter) for lead in leads}
+
+    def _make_whole(self, raw: RawCall) -> None:
+        """Flatten rows; gather the features that tensor parallelism has spread over ranks."""
+        for run in raw.runs:
+            whole: list[Piece] = []
+            for piece in run.pieces:
+                piece.rows = piece.rows.reshape(-1, piece.rows.shape[-1])
+                try:
+                    piece.rows = whole_rows(piece.rows, piece.site)
+                    whole.append(piece)
+                except ValueError as error:
+                    self._switch.note("slice", str(error))
+            run.pieces = whole
+
+    def _layout(self, raw: RawCall, reader: Reader) -> tuple[Ids | None, Layout | None, str]:
+        """The ids of a call and their layout, proven once a window for each combination of shapes."""
+        entered = raw.entered
+        arguments = () if raw.frame is None else tuple(frame.arguments for frame in raw.frame.chain())
+        looked_up = _in_order(reader.ids, raw.num_ids)
+        if not looked_up:
+            return None, None, "no token ids entered an embedding of the model"
+        best: tuple[Ids, Layout] | None = None
+        for path, ids, embedded in looked_up:
+            call = _time_first(Ids(ids, embedded, call_mask(ids, arguments)), raw)
+            key = (raw.stack.name, path, tuple(call.ids.shape), tuple(entered.shape))
+            layout = self._known(key, call, len(entered.reshape(-1, entered.shape[-1]))) or prove(call, entered)
+            if layout is not None and (best is None or layout.agreement > best[1].agreement):
+                best = call, layout
+                self._proven[key] = layout.name, layout.agreement
+            if best is not None and best[1].agreement > 0.9:
+                break
+        if best is None:
+            return None, None, "no arrangement of the token ids agrees with what entered the first block"
+        return best[0], best[1], ""
+
+    def _known(self, key: tuple[Any, ...], ids: Ids, num_rows: int) -> Layout | None:
+        """The layout that was proven for these shapes in this window."""
+        if key not in self._proven or self._proven[key][1] < 0.9:
+            return None
+        name, agreement = self._proven[key]
+        tokens_N = next((found for other, found in candidates(ids, num_rows) if other == name), None)
+        return None if tokens_N is None else Layout(name, tokens_N, agreement)
+
+    def know(self, deeper: Mapping[str, tuple[str, str, int, int]]) -> None:
+        """Add sites that other ranks saw: name, site, depth and run by key."""
+        bases = {(site.name, site.site): site for site in self.sites if site.run == 0}
+        found = [
+            replace(bases[name, kind], layer=layer, run=run)
+            for name, kind, layer, run in deeper.values()
+            if (name, kind) in bases
+        ]
+        self._learn(found)
+
+    def _learn(self, sites: Sequence[Site]) -> None:
+        """Sites at further depths, where a layer was seen to run several times."""
+        new = {site.key: site for site in sites if site.key not in self._keys}
+        if new:
+            self._keys |= set(new)
+            order = {stack.name: index for index, stack in enumerate(self._found.stacks)}
+            self.sites.extend(new.values())
+            self.sites.sort(key=lambda site: (order[site.stack], site.layer, site.run, site.key))
 
 
-def _call(forward: ForwardPass, sites: list[Site]) -> ForwardCall:
-    ids_BT = forward.ids_BT
-    num_sequences, length = ids_BT.shape
-    sequences_P = ids_BT.new_tensor(range(num_sequences)).repeat_interleave(length)
-    every_place = ids_BT.new_tensor(range(ids_BT.numel())) if forward.kept_N is None else forward.kept_N
-    return ForwardCall(
-        stack=sites[0].stack,
-        shape=tuple(ids_BT.shape),
-        ids=ids_BT,
-        sequences_P=sequences_P,
-        num_sequences=num_sequences,
-        rows=forward.rows,
-        places={key: forward.tokens.get(key, every_place) for key in forward.rows},
-        layout="(B, T)",
-        logits=forward.logits_BTV,
-    )
+def enclosing_modules(model: nn.Module, stacks: Sequence[Stack]) -> list[tuple[str, nn.Module]]:
+    """Modules with a forward of their own around the stacks, outermost first."""
+    inside = {stack.name for stack in stacks}
+    found = []
+    for name, module in model.named_modules():
+        path = clean_name(name)
+        if name.rpartition(".")[2] == "_orig_mod":
+            continue  # its hooks would be compiled each for itself; those of its wrapper run outside
+        around = not path or any(stack.startswith(path + ".") for stack in inside)
+        if around and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            found.append((path, module))
+    return found
+
+
+def _argument_names(module: nn.Module) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+def _in_order(ids: Sequence[tuple[str, Tensor, Tensor]], num_before: int) -> list[tuple[str, Tensor, Tensor]]:
+    """Embedding calls, the latest before the forward call first, those behind it last; positions are left out."""
+    ordered = [*reversed(ids[:num_before]), *ids[num_before:]]
+    return [call for call in ordered[:_LOOK_BACK] if not looks_like_positions(call[1])]
+
+
+def _time_first(ids: Ids, raw: RawCall) -> Ids:
+    """Ids with sequences along the first axis, where it can be seen that they were turned."""
+    if ids.ids.ndim != 2 or 1 in ids.ids.shape:
+        return ids
+    turned = ids.ids.stride()[0] == 1 and ids.ids.stride()[1] > 1
+    attention = next((m for _, block in raw.stack.blocks for m in block.modules() if hasattr(m, "batch_first")), None)
+    time_first = attention is not None and not attention.batch_first and raw.entered.shape[:2] == ids.ids.shape
+    if not turned and not time_first:
+        return ids
+    mask = None if ids.mask is None else ids.mask.T
+    return Ids(ids.ids.T, ids.embedded.transpose(0, 1), mask)

@@ -14,7 +14,7 @@ A window is one optimizer step with all its micro-batches, or one evaluation::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from lightning_spectral.probe.agreement import Agreement, MissingRankError, wait
 from lightning_spectral.probe.background import BackgroundSolver, has_free_core
 from lightning_spectral.probe.guard import DeliberateError, Guard
 from lightning_spectral.probe.host import Host, Scalars
-from lightning_spectral.probe.probe import OpenWindow, SpectralProbe
+from lightning_spectral.probe.probe import NOT_RUN, OpenWindow, Seen, SpectralProbe, merge
 from lightning_spectral.probe.publish import publish
 from lightning_spectral.probe.records_of import WindowId
 from lightning_spectral.probe.run_folder import RunFolder
@@ -468,10 +468,10 @@ class Observer:
         """The window, closed alike on all ranks; ``None`` where they could not agree and stood down."""
         probe, agreement = self._armed_probe, self._agreement
         assert agreement is not None
-        said: dict[str, Any] = {"num_passes": 0, "widths": {}}
+        said: dict[str, Any] = {"seen": asdict(Seen())}
         with self.guard("closing a window"):
             seen = probe.settle(alone=agreement.world_size == 1 or not self.measurement.options.reduce)
-            said = {"num_passes": seen.num_passes, "widths": seen.widths}
+            said = {"seen": asdict(seen)}
         trouble = window.trouble or self.guard.take()
         said |= {"trouble": trouble, "note": window.note}
         try:
@@ -486,10 +486,10 @@ class Observer:
         if troubles:
             rank, status, reason = troubles[0]
             return probe.lose(status, reason if len(parts) == 1 else f"rank {rank}: {reason}")
-        if not any(part["num_passes"] for part in parts):
-            return probe.lose("no_forward", "the model did not run in this window, or a compiled one skipped hooks")
-        widths = {key: width for part in parts for key, width in part["widths"].items()}
-        return probe.close(self._armed_host.process_group, widths)
+        agreed = merge([Seen(**part["seen"]) for part in parts])
+        if not agreed.num_passes:
+            return probe.lose("no_forward", agreed.reason or NOT_RUN)
+        return probe.close(self._armed_host.process_group, agreed)
 
     def _publish_result(
         self, number: int, window: WindowId, closed: ClosedWindow, is_settled: bool, owned: list[SiteResult]
@@ -580,7 +580,7 @@ class Observer:
         if limit is not None and needed is not None and needed > limit:
             _remove(probe)
             raise ValueError(
-                f"needs {needed:.1f} MiB in a window ({len(probe.tapped.sites)} sites x {probe.buckets.num_groups} "
+                f"needs {needed:.1f} MiB in a window ({len(probe.sites)} sites x {probe.buckets.num_groups} "
                 f"groups x 9/16 D^2 x 4 bytes), `memory_limit_mib` allows {limit:.1f}: measure fewer layers "
                 "(`modules=[...]`), one site, or fewer jackknife groups."
             )
@@ -599,7 +599,7 @@ class Observer:
             raise DeliberateError(f"{self.name}: {reason}")
 
     def _said_at_start(self, probe: SpectralProbe) -> str:
-        sites, folder = probe.tapped.sites, self.run_folder
+        sites, folder = probe.sites, self.run_folder
         state = "unknown before the first forward" if probe.state_mib is None else f"{probe.state_mib:.1f} MiB"
         products = "".join(f"products of width {width} by {choice}; " for width, choice in probe.products.items())
         return (

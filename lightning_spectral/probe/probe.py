@@ -7,8 +7,9 @@ Axes: B sequences, T positions, N rows, D features, K buckets.
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,9 +22,8 @@ from lightning_spectral.functional.packed import packed_size
 from lightning_spectral.functional.products import Calibration, calibrate, strips
 from lightning_spectral.functional.sample import Gram, gram
 from lightning_spectral.models.calls import ForwardCall
-from lightning_spectral.models.families import TappedModel, resolve
 from lightning_spectral.models.recorder import Recorder
-from lightning_spectral.models.stacks import Site
+from lightning_spectral.models.stacks import Found, Site, find_stacks
 from lightning_spectral.probe.grouping import Grouping, check_vocabulary
 from lightning_spectral.probe.loss_tap import LossTap
 from lightning_spectral.probe.losses import BucketLosses
@@ -32,6 +32,7 @@ from lightning_spectral.probe.window import BucketLoss, Buckets, ClosedWindow, W
 
 # A product over fewer rows moves more memory than it multiplies: rows wait until there are this many.
 FLUSH_ROWS = 2_048
+NOT_RUN = "the model did not run in this window, or a compiled one skipped hooks"
 
 
 # what a caller can say about a forward call: its padding mask, or the token that each place is to predict
@@ -48,8 +49,6 @@ class StackSeen:
         sequences_K: Sequences with rows in each bucket, and in any.
         layout: How rows were matched to tokens in the first call.
         agreement: Smallest share of rows that the match was proven for.
-        reason: Why at least one call could not be matched; empty if all were. The rows of such a call are all in the
-            first bucket: pooled numbers are right, those of the stack's buckets are ``not_matched``.
     """
 
     num_calls: int = 0
@@ -57,18 +56,23 @@ class StackSeen:
     sequences_K: Tensor | None = None
     layout: str = ""
     agreement: float | None = None
-    reason: str = ""
 
 
 @dataclass
 class OpenWindow:
-    """What a window has taken in so far; all keys but those of ``stacks`` are ``Site.key``."""
+    """What a window has accumulated so far; all keys but those of ``stacks`` are ``Site.key``.
+
+    Attributes:
+        unmatched: Why rows of a site could not be matched to tokens. All of them are in the first bucket: pooled
+            numbers are right, those of the buckets are ``not_matched``.
+    """
 
     states: dict[str, Moments | Gram] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     waiting: dict[str, list[Tensor]] = field(default_factory=dict)
     groups: dict[str, list[Tensor]] = field(default_factory=dict)
     stacks: dict[str, StackSeen] = field(default_factory=dict)
+    unmatched: dict[str, str] = field(default_factory=dict)
     losses: BucketLosses | None = None
     num_waiting: int = 0
     busy_s: float = 0.0
@@ -81,12 +85,27 @@ class Seen:
     Attributes:
         num_passes: Forward calls.
         widths: Features of each site that had a row, by site key.
-        unmatched: Why rows could not be matched to tokens, by stack; stacks whose rows all were are absent.
+        unmatched: Why rows could not be matched to tokens, by site key; sites whose rows all were are absent.
+        deeper: Name, site, depth and run of sites that only running has shown (shared and looped layers), by key.
+        reason: Why nothing was seen, where there is a reason to tell.
     """
 
-    num_passes: int
-    widths: dict[str, int]
+    num_passes: int = 0
+    widths: dict[str, int] = field(default_factory=dict)
     unmatched: dict[str, str] = field(default_factory=dict)
+    deeper: dict[str, tuple[str, str, int, int]] = field(default_factory=dict)
+    reason: str = ""
+
+
+def merge(parts: Sequence[Seen]) -> Seen:
+    """What all ranks together saw; equal on all of them."""
+    unmatched: dict[str, str] = {}
+    for part in parts:
+        unmatched = part.unmatched | unmatched  # the first rank's reason
+    widths = {key: width for part in parts for key, width in part.widths.items()}
+    deeper = {key: place for part in parts for key, place in part.deeper.items()}
+    reason = next((part.reason for part in parts if part.reason), "")
+    return Seen(sum(part.num_passes for part in parts), widths, unmatched, deeper, reason)
 
 
 class SpectralProbe:
@@ -104,22 +123,13 @@ class SpectralProbe:
     def __init__(self, model: nn.Module, grouping: Grouping, options: ProbeOptions) -> None:
         self.grouping, self.options = grouping, options
         self.buckets = Buckets(grouping.names, options.num_jackknife_groups)
-        self.tapped = resolve(model, sites=options.sites, modules=options.modules, embedding=options.embedding)
-        vocab, config = (
-            getattr(self.tapped.embedding, "num_embeddings", None),
-            getattr(self.tapped.root, "config", None),
-        )
+        self.found = find_stacks(model, sites=options.sites, modules=options.modules, embedding=options.embedding)
+        vocab = getattr(self.found.embedding, "num_embeddings", None)
         if grouping.vocab_size is not None and vocab is not None:
-            num_known = getattr(config, "vocab_size", None) if hasattr(config, "padded_vocab_size") else None
-            check_vocabulary(grouping.vocab_size, vocab, num_known)
-        _forget_compiled_code(model)
-        self.sites: list[Site] = list(self.tapped.sites)
-        # Blocks that a LightningModule runs one by one inside `training_step` have no forward to follow.
-        self.follows_forward = not (self.tapped.root is model and hasattr(model, "training_step"))
-        self.recorder = Recorder(
-            self.tapped, token_fraction=options.token_fraction, follow_forward=self.follows_forward
-        )
-        self._loss_tap = LossTap(_vocab_sizes(self.tapped, grouping), self._keep_loss) if options.with_losses else None
+            check_vocabulary(grouping.vocab_size, vocab, _num_known_ids(model))
+        self.recorder = Recorder(model, self.found, token_fraction=options.token_fraction)
+        _forget_compiled_code()
+        self._loss_tap = LossTap(_vocab_sizes(self.found, grouping), self._keep_loss) if options.with_losses else None
         self._scored: list[tuple[Tensor, Tensor, Tensor]] = []
         self._last_shape: tuple[int, ...] = (0, 0)
         self.products = self._choose_products()
@@ -130,7 +140,7 @@ class SpectralProbe:
     @property
     def state_mib(self) -> float | None:
         """Memory of the moments during a window, MiB; ``None`` if a width is not known before the first forward."""
-        widths = [site.width for site in self.tapped.sites]
+        widths = [site.width for site in self.sites]
         if None in widths:
             return None
         return sum(4 * self.buckets.num_groups * packed_size(width) for width in widths if width) / 2**20
@@ -138,7 +148,7 @@ class SpectralProbe:
     @property
     def waiting_mib(self) -> float:
         """Rows that may wait for a product, as fp32, MiB: a model in bf16 keeps half of it."""
-        widths = sum(site.width or 0 for site in self.tapped.sites if site.router is None)
+        widths = sum(site.width or 0 for site in self.sites if not site.is_routed)
         return 4 * self._waiting_rows * widths / 2**20
 
     def begin(self) -> OpenWindow:
@@ -215,10 +225,15 @@ class SpectralProbe:
         return Seen(
             sum(seen.num_calls for seen in self.window.stacks.values()),
             {key: state.width for key, state in self.window.states.items()},
+            dict(self.window.unmatched),
+            {site.key: (site.name, site.site, site.layer, site.run) for site in self.sites if site.run},
+            "" if self.window.stacks else " ".join(self.recorder.notes.values()),
         )
 
     def close(
-        self, process_group: dist.ProcessGroup | None = None, widths: Mapping[str, int] | None = None
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        agreed: Seen | None = None,
     ) -> ClosedWindow:
         """Add the states of all ranks; what is left is to solve the window and to share the results.
 
@@ -226,7 +241,8 @@ class SpectralProbe:
 
         Args:
             process_group: Default: the world.
-            widths: Features of the sites that any rank saw a row of, where modules do not declare them.
+            agreed: What all ranks together saw (:func:`merge`): only sites of which a rank saw a row are reduced, those
+                at depths that another rank saw are known here too, and what one rank could not match none reports.
 
         Raises:
             RuntimeError: If a site saw no row on this rank and nothing says how wide it is.
@@ -234,11 +250,14 @@ class SpectralProbe:
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
             world_size = self._world_size(process_group)
+            if agreed is not None:
+                self.window.unmatched |= agreed.unmatched
+                self.recorder.know(agreed.deeper)
             num_sequences, num_passes = self._sequence_counts(process_group, world_size)
             if num_passes == 0:
-                return self.lose("no_forward", "the model did not run in this window, or a compiled one skipped hooks")
+                return self.lose("no_forward", NOT_RUN)
             if world_size > 1:
-                self._complete_states(widths or {})
+                self._complete_states(agreed)
             losses = self._bucket_losses(process_group, world_size)
             window = self.begin()
             closed = self._closed(window, losses, num_sequences, process_group, world_size)
@@ -261,8 +280,9 @@ class SpectralProbe:
         process_group: dist.ProcessGroup | None,
         world_size: int,
     ) -> ClosedWindow:
+        ran = {site.stack for site in self.sites if not num_sequences or num_sequences.get(site.stack)}
         return ClosedWindow(
-            sites=self.sites,
+            sites=[site for site in self.sites if site.stack in ran],
             states=window.states,
             buckets=self.buckets,
             num_sequences=num_sequences,
@@ -271,6 +291,8 @@ class SpectralProbe:
             options=self.options,
             process_group=process_group,
             world_size=world_size,
+            unmatched=window.unmatched,
+            layouts={name: (seen.layout, seen.agreement) for name, seen in window.stacks.items()},
         )
 
     def _world_size(self, process_group: dist.ProcessGroup | None) -> int:
@@ -285,7 +307,18 @@ class SpectralProbe:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(iter(self.tapped.embedding.parameters())).device
+        return self._parameter.device
+
+    @property
+    def sites(self) -> list[Site]:
+        """What is measured; grows when a shared or looped layer is seen to run at a further depth."""
+        return self.recorder.sites
+
+    @property
+    def _parameter(self) -> Tensor:
+        """A parameter of the first measured module, for its device and dtype."""
+        modules = [site.module for site in self.sites]
+        return next((p for module in modules for p in module.parameters()), torch.zeros(()))
 
     def _keep_loss(self, losses: Tensor, right: Tensor, targets: Tensor) -> None:
         self._scored.append((losses, right, targets))
@@ -322,6 +355,12 @@ class SpectralProbe:
                 continue
             self.window.dtypes[site.key] = str(rows_ND.dtype).removeprefix("torch.")
             places_N = call.places[site.key]
+            if call.ids is None and len(self.grouping.names) > 1:
+                self.window.unmatched.setdefault(site.key, call.reason)
+            if site.key in call.unmatched:
+                self.window.unmatched.setdefault(site.key, call.unmatched[site.key])
+                self._add(site, rows_ND, *sort_by_group(torch.zeros_like(places_N), self.buckets.num_groups))
+                continue
             if site.is_routed:
                 # Each expert has its own few tokens: their rows cannot wait with the others'.
                 self._add(site, rows_ND, *sort_by_group(_of_rows(groups_P, places_N), self.buckets.num_groups))
@@ -336,7 +375,6 @@ class SpectralProbe:
     def _codes(self, call: ForwardCall, seen: StackSeen, real_P: Tensor, targets_of: OfCall | None) -> Tensor:
         """Bucket of each place ``(P,)``; those of a call without ids are all in the first group."""
         if call.ids is None:
-            seen.reason = seen.reason or call.reason or "the call has no token ids"
             return torch.where(real_P, 0, EXCLUDED)
         seen.layout = seen.layout or call.layout
         if call.agreement is not None:
@@ -395,14 +433,14 @@ class SpectralProbe:
 
     def _rows_to_wait_for(self) -> int:
         """Rows may wait while they take no more memory than the moments would: fewer than D of them need no moments."""
-        widths = [site.width for site in self.tapped.sites]
+        widths = [site.width for site in self.sites]
         groups = self.buckets.num_groups
         return max([FLUSH_ROWS, *(min(width, groups * packed_size(width) // width) for width in widths if width)])
 
     def _choose_products(self) -> dict[int, Calibration]:
         """The fastest correct product for each width that is known before the first forward."""
-        parameter = next(iter(self.tapped.embedding.parameters()))
-        widths = sorted({width for site in self.tapped.sites if (width := site.width) is not None})
+        parameter = self._parameter
+        widths = sorted({width for site in self.sites if (width := site.width) is not None})
         if parameter.dtype == torch.float64:
             return {}
         return {width: calibrate(width, device=parameter.device, activations=parameter.dtype) for width in widths}
@@ -411,11 +449,11 @@ class SpectralProbe:
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         return empty_moments(self.buckets.num_groups, width, dtype=dtype, device=device)
 
-    def _complete_states(self, widths: Mapping[str, int]) -> None:
+    def _complete_states(self, agreed: Seen | None) -> None:
         """A rank that saw no row of a site still takes part in its reduction."""
         for site in self.sites:
-            if site.key not in self.window.states:
-                width = site.width or widths.get(site.key)
+            if site.key not in self.window.states and (agreed is None or site.key in agreed.widths):
+                width = site.width or (None if agreed is None else agreed.widths[site.key])
                 if width is None:
                     raise RuntimeError(f"`{site.name}` saw no row on this rank and does not declare its width.")
                 self.window.states[site.key] = self._empty_state(width, torch.float32, self.device)
@@ -437,6 +475,7 @@ class SpectralProbe:
         by_stack = {
             name: dict(zip(reported, counts, strict=False))
             for name, counts in zip(stacks, counts_SK.tolist(), strict=True)
+            if counts[-1]  # a copy of the model that did not run has no records
         }
         return by_stack, int(counts_SK[:, -1].sum())
 
@@ -477,16 +516,22 @@ def _real_places(call: ForwardCall, mask: Tensor | None) -> Tensor:
     return mask.to(device=call.sequences_P.device, dtype=torch.bool).flatten()
 
 
-def _forget_compiled_code(model: nn.Module) -> None:
-    """Code that torch.compile made before the hooks existed would run without them."""
-    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
-        import torch._dynamo
+def _num_known_ids(model: nn.Module) -> int | None:
+    """Ids of the tokenizer, where a model says how many of those that it embeds are padding (litgpt)."""
+    configs = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
+    padded = [config for config in configs if hasattr(config, "padded_vocab_size")]
+    return getattr(padded[0], "vocab_size", None) if padded else None
 
-        torch._dynamo.reset()
+
+def _forget_compiled_code() -> None:
+    """Code that torch.compile made before the hooks existed would run without them, functions included."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
 
 
-def _vocab_sizes(tapped: TappedModel, grouping: Grouping) -> set[int]:
+def _vocab_sizes(found: Found, grouping: Grouping) -> set[int]:
     """Widths that logits over the vocabulary can have."""
-    sizes = [grouping.vocab_size, getattr(tapped.embedding, "num_embeddings", None)]
-    sizes.append(getattr(tapped.head, "out_features", None))
+    sizes = [grouping.vocab_size, getattr(found.embedding, "num_embeddings", None)]
+    sizes.append(getattr(found.head, "out_features", None))
     return {size for size in sizes if isinstance(size, int)}

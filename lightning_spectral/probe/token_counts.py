@@ -93,11 +93,11 @@ class StreamCounts:
         assert measurement.buckets is not None
         self._buckets = measurement.buckets
         probe = SpectralProbe(model, Grouping(BUCKETS, self._codes, self._buckets.attribute_to), measurement.options)
-        vocab = getattr(probe.tapped.embedding, "num_embeddings", None)
+        vocab = getattr(probe.found.embedding, "num_embeddings", None)
         if vocab is None:
             probe.remove()
             raise ValueError(
-                f"`counts='stream'`: {type(probe.tapped.embedding).__name__} has no `num_embeddings`; pass counts."
+                f"`counts='stream'`: {type(probe.found.embedding).__name__} has no `num_embeddings`; pass counts."
             )
         if self.counts_V is None:
             self.counts_V = torch.zeros(vocab, dtype=torch.int64)

@@ -121,6 +121,8 @@ class ClosedWindow:
         world_size: How many; 1 for no reduction.
         busy_s: Time that this rank has spent on the window so far.
         lost: Status and reason of a window that gives no number, else ``None``.
+        unmatched: Why the buckets of a site are not those of its rows' tokens, by site key.
+        layouts: How rows were matched to tokens, and the share of rows that it was proven for, by stack.
     """
 
     sites: Sequence[Site]
@@ -134,6 +136,8 @@ class ClosedWindow:
     world_size: int
     busy_s: float = 0.0
     lost: tuple[str, str] | None = None
+    unmatched: Mapping[str, str] = field(default_factory=dict)
+    layouts: Mapping[str, tuple[str, float | None]] = field(default_factory=dict)
 
     def reduce(self) -> None:
         """Add the states of all ranks at each layer's owner; what a rank does not own it frees."""
@@ -141,6 +145,8 @@ class ClosedWindow:
             return
         for owner, members in self._layers():
             for site in members:
+                if site.key not in self.states:
+                    continue  # no rank saw a row of it
                 moments = self.states[site.key] if owner == self._rank else self.states.pop(site.key)
                 assert isinstance(moments, Moments)
                 reduce_(moments, owner, self.process_group)
@@ -196,23 +202,30 @@ class ClosedWindow:
         return dist.get_rank(self.process_group) if self.world_size > 1 else 0
 
     def _layers(self) -> list[tuple[int, list[Site]]]:
-        """The owner and the sites of each layer or expert."""
-        layers: dict[tuple[str, int, int | None], list[Site]] = {}
+        """The owner and the sites of each feed-forward network."""
+        layers: dict[tuple[str, str, int], list[Site]] = {}
         for site in self.sites:
-            layers.setdefault((site.stack, site.layer, site.expert), []).append(site)
+            layers.setdefault((site.stack, site.unit or site.name, site.run), []).append(site)
         return [(index % self.world_size, members) for index, members in enumerate(layers.values())]
 
     def _solve_layer(self, members: Sequence[Site], eigensolver: Eigensolver) -> list[SiteResult]:
         solved = {
-            (site.site, bucket): self._result(
-                site, bucket, _measure(self.states.get(site.key), self.buckets, bucket, self.options, eigensolver)
-            )
+            (site.site, bucket): self._solved(site, bucket, eigensolver)
             for site in members
             for bucket in self.buckets.reported
         }
         return [_with_reinjection(result, solved.get(("pre", result.bucket))) for result in solved.values()]
 
+    def _solved(self, site: Site, bucket: str, eigensolver: Eigensolver) -> SiteResult:
+        reason = self.unmatched.get(site.key) if bucket != POOLED else None
+        if reason is not None:
+            return replace(self._result(site, bucket, RankMeasurement(0, 0, "not_matched")), reason=reason)
+        state = self.states.get(site.key)
+        return self._result(site, bucket, _measure(state, self.buckets, bucket, self.options, eigensolver))
+
     def _result(self, site: Site, bucket: str, measurement: RankMeasurement) -> SiteResult:
+        matched = site.key not in self.unmatched
+        layout, agreement = self.layouts.get(site.stack, ("", None)) if matched else ("", None)
         return SiteResult(
             site.layer,
             site.name,
@@ -223,6 +236,8 @@ class ClosedWindow:
             self.dtypes.get(site.key, ""),
             measurement,
             stack=site.stack,
+            layout=layout,
+            layout_agreement=agreement,
         )
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from lightning_spectral.data.corpus import Corpus, documents
 from lightning_spectral.data.tokens import Encoder
 from lightning_spectral.models.calls import ForwardCall
-from lightning_spectral.models.families import resolve
+from lightning_spectral.models.stacks import find_stacks
 from lightning_spectral.probe.grouping import Grouping, by_frequency, check_vocabulary, load_counts
 from lightning_spectral.probe.options import ProbeOptions, conventions_of
 from lightning_spectral.probe.probe import SpectralProbe
@@ -171,7 +171,7 @@ def _tokens(corpus: Corpus, encoder: Encoder, enough: int) -> NDArray[np.int64]:
 
 def _vocabulary(model: nn.Module, modules: Sequence[str] | None, tokens: NDArray[np.int64], checkpoint: Path) -> int:
     """Ids that the model embeds, at least those of the tokens."""
-    embedding: Any = resolve(model, modules=modules).embedding
+    embedding: Any = find_stacks(model, modules=modules).embedding
     vocab = int(embedding.num_embeddings)
     if int(tokens.max(initial=0)) >= vocab:
         raise ValueError(

@@ -145,7 +145,7 @@ def test_a_bad_set_up_fails_before_step_1(tmp_path, callback, message):
 def test_a_model_without_a_feed_forward_network(tmp_path):
     from lightning.pytorch.demos.boring_classes import BoringModel
 
-    with pytest.raises(MisconfigurationException, match="No feed-forward site found in `BoringModel`.*modules="):
+    with pytest.raises(MisconfigurationException, match="No feed-forward network.*`BoringModel`.*modules="):
         tiny.trainer(tmp_path, [SpectralRankCallback()]).fit(BoringModel())
 
 

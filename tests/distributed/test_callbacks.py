@@ -172,7 +172,8 @@ def uneven(rank: int, world_size: int, path: str) -> None:
     from lightning_spectral.probe.probe import SpectralProbe
 
     grouping = by_frequency(tiny.counts(), head_share=0.33, mid_share=0.67, attribute_to="input")
-    probe = SpectralProbe(tiny.Module().gpt, grouping, ProbeOptions())
+    model = tiny.Module().gpt
+    probe = SpectralProbe(model, grouping, ProbeOptions())
     parts = {
         1: [tiny.data()[:8]],
         2: [tiny.data()[:8], None],
@@ -182,7 +183,7 @@ def uneven(rank: int, world_size: int, path: str) -> None:
     probe.begin()
     if ids is not None:
         probe.start(seed=0)
-        probe.tapped.root(ids[:, :-1])
+        model(ids[:, :-1])
         probe.collect()
     result = probe.end()
     return [

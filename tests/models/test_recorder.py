@@ -5,8 +5,8 @@ import torch
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as ckpt
 from torch.utils.checkpoint import checkpoint
 
-from lightning_spectral.models.families import resolve
-from lightning_spectral.models.taps import Taps
+from lightning_spectral.models.recorder import Recorder
+from lightning_spectral.models.stacks import find_stacks
 from tests.models import tiny
 
 
@@ -23,37 +23,36 @@ def test_compiled_hooks_fire_exactly_with_two_graphs_and_no_break(backend, token
     torch._dynamo.reset()
     model, counter = tiny.litgpt(), CompileCounterWithBackend(backend)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    taps = Taps(resolve(compiled, sites=("post", "pre")), token_fraction=token_fraction, with_logits=True)
+    recorder = Recorder(compiled, find_stacks(compiled, sites=("post", "pre")), token_fraction=token_fraction)
     for index in range(6):
         ids = tiny.ids(seed=index)
         if index % 2 == 0:
-            taps.start(seed=index)
-        logits = step(compiled, ids)
-        passes = taps.collect()
+            recorder.start(seed=index)
+        step(compiled, ids)
+        passes = recorder.collect()
         assert len(passes) == (index % 2 == 0)
         for forward in passes:
-            assert torch.equal(forward.ids_BT, ids)
-            torch.testing.assert_close(forward.logits_BTV, logits)
+            assert torch.equal(forward.ids, ids)
             assert all(len(rows) == 24 * token_fraction for rows in forward.rows.values())
     assert counter.frame_count == 2  # armed and not
-    taps.remove()
+    recorder.remove()
 
 
 def test_compiled_rows_equal_eager_rows():
     torch._dynamo.reset()
     model = tiny.litgpt()
-    taps = Taps(resolve(model))
-    taps.start()
+    recorder = Recorder(model, find_stacks(model))
+    recorder.start()
     step(model, tiny.ids())
-    eager = taps.collect()[0].rows
-    taps.remove()
+    eager = recorder.collect()[0].rows
+    recorder.remove()
     compiled = torch.compile(model, backend="aot_eager")
-    taps = Taps(resolve(compiled))
-    taps.start()
+    recorder = Recorder(compiled, find_stacks(compiled))
+    recorder.start()
     step(compiled, tiny.ids())
-    for key, rows in taps.collect()[0].rows.items():
+    for key, rows in recorder.collect()[0].rows.items():
         torch.testing.assert_close(rows, eager[key], rtol=1e-5, atol=1e-6)  # fp32 of another operation order
-    taps.remove()
+    recorder.remove()
 
 
 @pytest.mark.parametrize("mode", ["reentrant", "non_reentrant", "wrapper"])
@@ -61,7 +60,7 @@ def test_recomputation_is_not_counted_twice(mode):
     model = tiny.litgpt()
     calls = []
     model.transformer.h[0].mlp.proj.register_forward_pre_hook(lambda *_: calls.append(1))
-    taps = Taps(resolve(model))  # before wrapping, as a strategy would
+    recorder = Recorder(model, find_stacks(model))  # before wrapping, as a strategy would
     if mode == "wrapper":
         ckpt.apply_activation_checkpointing(model, check_fn=lambda m: type(m).__name__ == "Block")
     else:
@@ -69,22 +68,24 @@ def test_recomputation_is_not_counted_twice(mode):
             inner = block.forward
             block.forward = lambda *a, inner=inner, **k: checkpoint(inner, *a, use_reentrant=mode == "reentrant", **k)
     for seed in range(3):
-        taps.start()
+        recorder.start()
         step(model, tiny.ids(seed=seed))
-        assert len(taps.collect()) == 1
+        assert len(recorder.collect()) == 1
     assert len(calls) == 6, "the test must recompute"
-    taps.remove()
+    recorder.remove()
 
 
 def test_thinned_positions_cover_every_sequence_and_depend_on_the_seed_only():
     model = tiny.litgpt()
-    taps = Taps(resolve(model, sites=("post", "pre")), token_fraction=0.25)
+    recorder = Recorder(model, find_stacks(model, sites=("post", "pre")), token_fraction=0.25)
 
     def kept(seed: int) -> torch.Tensor:
-        taps.start(seed=seed)
+        recorder.start(seed=seed)
         model(tiny.ids(batch=4, length=16))
-        forward = taps.collect()[0]
-        return forward.kept_N
+        (call,) = recorder.collect()
+        places = {tuple(places.tolist()) for places in call.places.values()}
+        assert len(places) == 1  # the same for all sites
+        return next(iter(call.places.values()))
 
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -95,51 +96,67 @@ def test_thinned_positions_cover_every_sequence_and_depend_on_the_seed_only():
     assert not torch.equal(kept(2), first)
     assert torch.bincount(first // 16, minlength=4).tolist() == [4, 4, 4, 4]
     assert all(0 <= position % 16 // 4 == index % 4 for index, position in enumerate(first.tolist()))
-    taps.remove()
+    recorder.remove()
 
 
 def test_thinned_rows_are_rows_of_the_whole():
     model = tiny.litgpt()
-    rows = {}
+    calls = {}
     for share in (1.0, 0.5):
-        taps = Taps(resolve(model), token_fraction=share)
-        taps.start(seed=3)
-        with torch.no_grad():
-            model(tiny.ids())
-        rows[share] = taps.collect()[0]
-        taps.remove()
-    kept = rows[0.5].kept_N
-    for key, whole in rows[1.0].rows.items():
-        assert torch.equal(rows[0.5].rows[key], whole[kept])
+        recorder = Recorder(model, find_stacks(model), token_fraction=share)
+        recorder.start(seed=3)
+        model(tiny.ids())
+        (calls[share],) = recorder.collect()
+        recorder.remove()
+    for key, whole in calls[1.0].rows.items():
+        assert torch.equal(calls[0.5].rows[key], whole[calls[0.5].places[key]])
 
 
-def test_a_site_that_does_not_run_is_named():
+def test_a_dropped_network_is_absent_and_the_others_are_there():
     model = tiny.litgpt()
-    taps = Taps(resolve(model))
-    model.transformer.h[1].mlp.forward = lambda x: x
-    taps.start()
+    recorder = Recorder(model, find_stacks(model))
+    model.transformer.h[0].mlp.forward = lambda x: x
+    recorder.start()
     model(tiny.ids())
-    with pytest.raises(RuntimeError, match="transformer.h.1.mlp.proj` ran 0 times while the token embedding ran 1"):
-        taps.collect()
+    (call,) = recorder.collect()
+    assert list(call.rows) == ["transformer.h.1.mlp.proj.post"]
+    recorder.remove()
 
 
-def test_a_slice_of_the_features_is_refused():
+def test_a_slice_of_the_features_is_noted_and_left_out():
     model = tiny.litgpt()
     for block in model.transformer.h:
         block.mlp.proj.in_features = 128  # what a hand-cut layer of two ranks would declare
-    taps = Taps(resolve(model))
-    taps.start()
+        block.mlp.fc.out_features = 128
+    recorder = Recorder(model, find_stacks(model))
+    recorder.start()
     model(tiny.ids())
-    with pytest.raises(RuntimeError, match="64 of its 128 features"):
-        taps.collect()
+    (call,) = recorder.collect()
+    assert not call.rows
+    assert "64 of its 128 features" in recorder.notes["slice"]
+    recorder.remove()
 
 
-def test_disarmed_after_an_error_in_forward_and_nothing_left_after_removal():
+def test_a_failed_forward_is_left_out_and_nothing_is_left_after_removal():
     model = tiny.litgpt()
-    taps = Taps(resolve(model), with_logits=True)
-    taps.start()
-    with pytest.raises((IndexError, RuntimeError)):
-        model(torch.full((1, 4), tiny.VOCAB + 5))
-    assert not taps.armed
-    taps.remove()
+    recorder = Recorder(model, find_stacks(model))
+    recorder.start()
+
+    def fail(module, args):
+        raise RuntimeError("out of memory")
+
+    handle = model.transformer.h[1].register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(tiny.ids())
+    finally:
+        handle.remove()
+    try:
+        raise RuntimeError("out of memory")
+    except RuntimeError:
+        model(tiny.ids(seed=1))  # a retry inside the handler
+    (call,) = recorder.collect()
+    assert torch.equal(call.ids, tiny.ids(seed=1))
+    assert "ended in an exception" in recorder.notes["failed"]
+    recorder.remove()
     assert all(not m._forward_pre_hooks and not m._forward_hooks for m in model.modules())

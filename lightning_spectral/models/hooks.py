@@ -1,0 +1,259 @@
+"""Hooks that look at one bool, and that neither copies nor files of the model can carry away.
+
+A :class:`Hook` is copied and pickled as a harmless standard-library callable that takes anything and returns ``None``:
+a deep copy of the model, a checkpoint of it or an exported program holds nothing of ours.
+
+In eager code events go onto one list, in order. Inside a compiled region each hook has a list of its own (one list
+would be guarded by its length and recompile): :meth:`Switch.drain` puts them in order when eager code is reached again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KINDS = (
+    "open",  # a module that encloses stacks is called: its arguments
+    "close",  # it returns, or an exception passes through it
+    "ids",  # an embedding looked ids up
+    "block",  # a block of a stack is entered
+    "route",  # a module is entered that sends tokens to experts
+    "arrive",  # rows come to an expert's up projection
+    "rows",  # rows come to a down projection
+    "output",  # an up projection returns
+    "fused_in",  # fused experts are entered
+    "fused_out",  # they return: rows that met their parameters
+)
+# Numbers that jitter the kept rows; more rows than this reuse them cyclically.
+_NUM_JITTERS = 1 << 16
+_APPLY_CODE = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
+
+
+class Switch:
+    """What every hook of one recorder looks at, and where events go.
+
+    Attributes:
+        on: Whether anything is recorded.
+        training: Record only modules in training mode, with gradients enabled.
+        fraction: Share of the rows to keep.
+        jitter: Numbers in [0, 1) that place the kept rows, or ``None`` for all rows.
+        events: ``(hook, content, whether a compiled region made it)`` in order.
+        notes: One sentence a cause.
+        hooks: Every hook, in the order in which a forward would meet them.
+    """
+
+    def __init__(self, fraction: float = 1.0) -> None:
+        self.on = False
+        self.training = True
+        self.fraction = fraction
+        self.jitter: Tensor | None = None
+        self.events: list[tuple[Hook, Any, bool]] = []
+        self.notes: dict[str, str] = {}
+        self.hooks: list[Hook] = []
+
+    def seed(self, seed: int, device: torch.device) -> None:
+        """Draw the jitter for one micro-batch from a generator of its own."""
+        if self.fraction < 1:
+            generator = torch.Generator()
+            generator.manual_seed(seed)
+            self.jitter = torch.rand(_NUM_JITTERS, generator=generator).to(device)
+
+    def drain(self) -> None:
+        """Events of compiled regions, behind those seen so far: round by round in the order of the hooks."""
+        compiled = [hook for hook in self.hooks if hook.traced]
+        for index in range(max((len(hook.traced) for hook in compiled), default=0)):
+            self.events += [(hook, hook.traced[index], True) for hook in compiled if index < len(hook.traced)]
+        for hook in compiled:
+            hook.traced.clear()
+
+    def clear(self) -> None:
+        """Forget every event."""
+        self.events.clear()
+        for hook in self.hooks:
+            hook.traced.clear()
+
+    def note(self, cause: str, sentence: str) -> None:
+        """Remember what could not be recorded, once a cause."""
+        self.notes.setdefault(cause, sentence)
+
+
+def _nothing() -> Callable[..., Any]:
+    """Takes anything and returns ``None``; needs only the standard library where it is unpickled."""
+    exit_: Callable[..., Any] = getattr(contextlib.nullcontext(), "__exit__")  # noqa: B009  # as pickle spells it
+    return exit_
+
+
+class Hook:
+    """One hook on one module.
+
+    Args:
+        switch: What it looks at.
+        kind: What it records, see :data:`KINDS`.
+        path: Of the module, for messages.
+        target: What it belongs to: a site, a stack with the depth of a block, a module.
+        always: Record whatever the modes are (ids and boundaries).
+    """
+
+    def __init__(self, switch: Switch, kind: str, path: str, target: Any = None, *, always: bool = False) -> None:
+        self.switch = switch
+        self.kind = kind
+        self.path = path
+        self.target = target
+        self.always = always
+        self.traced: list[Any] = []
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        """Record, if the switch is on."""
+        if self.switch.on:
+            if torch.compiler.is_compiling():
+                self._trace(module, args, kwargs, output)
+            else:
+                self._record(module, args, kwargs, output)
+
+    def __deepcopy__(self, memo: Any) -> Callable[..., Any]:
+        return _nothing()
+
+    def __copy__(self) -> Callable[..., Any]:
+        return _nothing()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+    def _trace(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.always or not self.switch.training or (module.training and torch.is_grad_enabled()):
+            content = self.content(args, kwargs, output)
+            if content is not None:
+                self.traced.append(content)
+
+    def _record(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        switch = self.switch
+        try:
+            if _in_backward() or torch._C._get_tracing_state() is not None or not self._counts(module):
+                return
+            if self.kind in ("open", "close"):
+                switch.drain()
+            content = self.content(args, kwargs, output)
+            if content is None:
+                switch.note("no_tensor", f"`{self.path}` was called without a tensor that could be recorded.")
+            elif _is_real(content):
+                switch.events.append((self, content, False))
+            else:
+                switch.note(
+                    "transformed",
+                    f"`{self.path}` ran inside vmap, a functional gradient or an export: such calls are not measured.",
+                )
+        except Exception as error:  # an observer never ends what it observes
+            switch.note("hook_failed", f"`{self.path}` could not be recorded ({type(error).__name__}: {error}).")
+
+    def _counts(self, module: nn.Module) -> bool:
+        """Training steps count modules in training mode with gradients enabled, seen from outside of checkpointing."""
+        if self.always or not self.switch.training:
+            return True
+        if not module.training:
+            self.switch.note(
+                "eval_mode", f"`{self.path}` ran in eval mode during training: such calls are not measured."
+            )
+            return False
+        if not torch.is_grad_enabled() and not _in_function_forward():
+            self.switch.note(
+                "no_grad", f"`{self.path}` ran without gradients in training: such calls are not measured."
+            )
+            return False
+        return True
+
+    def content(self, args: Any, kwargs: Any, output: Any) -> Any:
+        """What is kept of a call: no copy, but for outputs that a nonlinearity may overwrite."""
+        kind = self.kind
+        if kind == "open":
+            named = {name: _argument(value) for name, value in kwargs.items()}
+            return tuple(_argument(value) for value in args), named, self._is_handling()
+        if kind == "close":
+            return (sys.exc_info()[1] is not None,)
+        if kind == "ids":
+            ids, looked_up = _first_tensor(args, kwargs), _tensor_of(output)
+            return None if ids is None or looked_up is None else (ids.detach(), looked_up.detach())
+        tensor = _tensor_of(output) if kind == "output" else _first_tensor(args, kwargs)
+        if tensor is None:
+            return None
+        if kind in ("rows", "output"):
+            return self.rows(tensor.detach(), copy=kind == "output")
+        return (tensor.detach(),)
+
+    def _is_handling(self) -> bool:
+        """Whether the caller is handling an exception: one that passes through later is then another one."""
+        return not torch.compiler.is_compiling() and sys.exc_info()[1] is not None
+
+    def rows(self, tensor: Tensor, *, copy: bool) -> tuple[Tensor, tuple[int, ...]]:
+        """The kept rows and the leading shape that they were kept of."""
+        lead = tuple(tensor.shape[:-1])
+        jitter = self.switch.jitter
+        if jitter is None or self.always:
+            return (tensor.clone() if copy else tensor), lead
+        return tensor.reshape(-1, tensor.shape[-1]).index_select(0, kept_rows(lead, self.switch.fraction, jitter)), lead
+
+
+def kept_rows(lead: tuple[int, ...], fraction: float, jitter: Tensor) -> Tensor:
+    """Flat indices of the rows kept: one drawn in each of m equal parts of every leading index."""
+    num_leading = lead[0] if len(lead) > 1 else 1
+    num_inner = math.prod(lead[1:]) if len(lead) > 1 else (lead[0] if lead else 1)
+    kept = max(round(fraction * num_inner), 1)
+    index = torch.arange(num_leading * kept, device=jitter.device)
+    part = index % kept + jitter[index % _NUM_JITTERS]
+    position = (part * (num_inner / kept)).long().clamp(max=num_inner - 1)
+    return index // kept * num_inner + position
+
+
+def _first_tensor(args: Any, kwargs: Any) -> Tensor | None:
+    for value in args:
+        if isinstance(value, Tensor):
+            return value
+    for name in kwargs:
+        if isinstance(kwargs[name], Tensor):
+            found: Tensor = kwargs[name]
+            return found
+    return None
+
+
+def _tensor_of(output: Any) -> Tensor | None:
+    """A module's output, or the first tensor of a tuple: layers may return ``(output, bias)``."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, (tuple, list)):
+        return _first_tensor(output, {})
+    return None
+
+
+def _argument(value: Any) -> Tensor | None:
+    """An argument as it is: ids, masks and positions. Without an operation, which would be a graph of its own."""
+    return value if isinstance(value, Tensor) and not value.is_floating_point() else None
+
+
+def _in_backward() -> bool:
+    """Whether an autograd engine runs on this thread: what runs forward now is recomputation."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _in_function_forward() -> bool:
+    """Whether a ``torch.autograd.Function`` runs its forward (re-entrant checkpointing), which turns gradients off."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _APPLY_CODE:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _is_real(content: Any) -> bool:
+    """Whether tensors hold numbers: not batched by vmap, not fake as during an export, not nested."""
+    if isinstance(content, Tensor):
+        fake = type(content).__name__ in ("FakeTensor", "FunctionalTensor") or content.is_meta or content.is_nested
+        return not fake and not torch._C._functorch.is_functorch_wrapped_tensor(content)
+    if isinstance(content, dict):
+        return all(_is_real(value) for value in content.values())
+    return all(_is_real(value) for value in content) if isinstance(content, (tuple, list)) else True

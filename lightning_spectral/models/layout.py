@@ -1,0 +1,251 @@
+"""Which row of a stack's input is which token: candidates by shape, proven by content.
+
+The embedding's output and the first block's input are looked at together. A layout (a map from rows to ids) is believed
+where the id decoded from each row agrees with the id that the layout says: by the nearest of the embedded ids, or,
+where the input is not as wide as the embedding, by the nearest mean of the rows that the layout gives the same id.
+
+Axes: B sequences, T positions, N rows, S rows looked at, U distinct ids, D features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+NUM_ROWS = 512  # rows looked at
+ENOUGH = 0.7  # share of rows that must agree
+_MARGIN = 0.3  # by which a layout must beat another one on the rows where they differ
+_NO_TOKEN = -1
+_MAX_REPLACED = 3  # ids whose rows hold something else (image features at place holders)
+
+
+@dataclass(frozen=True)
+class Ids:
+    """One call of an embedding.
+
+    Attributes:
+        ids: Token ids of any shape.
+        embedded: Its output.
+        mask: False where a token is padding, if known.
+    """
+
+    ids: Tensor
+    embedded: Tensor
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A map from rows to ids.
+
+    Attributes:
+        name: For the record: ``(B, T)``, ``(T, B)``, ``4 before (B, T)``, ...
+        tokens_N: Flat index of each row's id, -1 for a row that is no token.
+        agreement: Share of the rows looked at that agree.
+    """
+
+    name: str
+    tokens_N: Tensor
+    agreement: float
+
+
+def candidates(ids: Ids, num_rows: int) -> Iterator[tuple[str, Tensor]]:
+    """Layouts of ``num_rows`` rows that the shapes allow, the likeliest first."""
+    shape = tuple(ids.ids.shape)
+    batch, length = (math.prod(shape[:-1]), shape[-1]) if shape else (0, 0)
+    index_BT = torch.arange(batch * length, device=ids.ids.device).view(batch, length)
+    if num_rows == batch * length:
+        yield _name("(B, T)", shape), index_BT.flatten()
+        if batch > 1 and length > 1:
+            yield "(T, B)", index_BT.T.flatten()
+    elif num_rows > batch * length > 0 and num_rows % batch == 0:
+        yield from _with_others(index_BT, num_rows // batch - length)
+    elif 0 < num_rows < batch * length:
+        yield from _with_fewer(index_BT, num_rows, ids)
+
+
+def prove(ids: Ids, rows: Tensor) -> Layout | None:
+    """The layout of rows ``(..., D)`` that their content proves, or ``None``."""
+    if looks_like_positions(ids.ids):
+        return None
+    rows_ND = rows.reshape(-1, rows.shape[-1])
+    flat_M = ids.ids.flatten()
+    found = list(candidates(ids, len(rows_ND)))
+    if not found:
+        return None
+    looked_S = _rows_to_look_at(rows.shape[:-1], rows.device)
+    scored = [_Scored(name, tokens_N, looked_S, ids, rows_ND, flat_M) for name, tokens_N in found]
+    best = max(scored, key=lambda candidate: candidate.agreement)
+    if best.agreement < ENOUGH or best.num_ids < 3 or not all(best.beats(other) for other in scored):
+        return None
+    return Layout(best.name, best.without_replaced(), best.agreement)
+
+
+def looks_like_positions(ids: Tensor) -> bool:
+    """Whether ids count up along their last axis, as those of a position table do."""
+    if ids.ndim == 0 or ids.shape[-1] < 4:
+        return ids.ndim == 0
+    steps = ids[..., 1:] - ids[..., :-1]
+    return float((steps == 1).float().mean()) > 0.9
+
+
+class _Scored:
+    """One candidate and how well content agrees with it."""
+
+    def __init__(
+        self, name: str, tokens_N: Tensor, looked_S: Tensor, ids: Ids, rows_ND: Tensor, flat_M: Tensor
+    ) -> None:
+        self.name, self._tokens_N, self._flat_M = name, tokens_N, flat_M
+        tokens_S = tokens_N[looked_S]
+        self._looked_S = looked_S
+        self.labels_S = torch.where(tokens_S >= 0, flat_M[tokens_S.clamp(min=0)], _NO_TOKEN)
+        real_S = self.labels_S >= 0
+        same_width = ids.embedded.shape[-1] == rows_ND.shape[-1]
+        self.agrees_S = torch.zeros_like(real_S)
+        for centred in (False, True):
+            rows_SD = _rows(rows_ND, looked_S, tokens_N, ids.ids, centred=centred)
+            decoded_S = _by_table(rows_SD, self.labels_S, ids) if same_width else _by_means(rows_SD, self.labels_S)
+            agrees_S = (decoded_S == self.labels_S) & real_S
+            if int(agrees_S.sum()) > int(self.agrees_S.sum()):
+                self.agrees_S = agrees_S
+            if float(self.agrees_S.sum()) >= 0.95 * float(real_S.sum()):
+                break
+        self._replaced = self._replaced_ids()
+        counted_S = real_S & ~torch.isin(self.labels_S, self._replaced)
+        self.counted_S = counted_S if same_width else counted_S & _repeated(self.labels_S)
+        num_counted = int(self.counted_S.sum())
+        self.agreement = float((self.agrees_S & self.counted_S).sum()) / num_counted if num_counted else 0.0
+        self.num_ids = len(torch.unique(self.labels_S[self.counted_S]))
+
+    def beats(self, other: _Scored) -> bool:
+        """Whether this layout is right, and the other one wrong, where they say different ids."""
+        differ_S = (self.labels_S != other.labels_S) & (self.counted_S | other.counted_S)
+        if other is self or not bool(differ_S.any()):
+            return True
+        ours, theirs = self.agrees_S[differ_S].float().mean(), other.agrees_S[differ_S].float().mean()
+        return float(ours - theirs) > _MARGIN
+
+    def without_replaced(self) -> Tensor:
+        """The map, with rows that hold something else than their id marked as no token."""
+        if not len(self._replaced):
+            return self._tokens_N
+        labels_N = self._flat_M[self._tokens_N.clamp(min=0)]
+        return torch.where(torch.isin(labels_N, self._replaced), _NO_TOKEN, self._tokens_N)
+
+    def _replaced_ids(self) -> Tensor:
+        """Ids of at least four rows of which none agrees, while others do: place holders."""
+        values, inverse = torch.unique(self.labels_S, return_inverse=True)
+        totals = torch.bincount(inverse, minlength=len(values))
+        hits = torch.bincount(inverse, weights=self.agrees_S.double(), minlength=len(values))
+        bad = (totals >= 4) & (hits == 0) & (values >= 0)
+        return values[bad] if int(bad.sum()) <= _MAX_REPLACED and bool(hits.any()) else values[:0]
+
+
+def _rows_to_look_at(lead: torch.Size, device: torch.device) -> Tensor:
+    """Flat indices spread over all leading indices and positions."""
+    num_rows = math.prod(lead)
+    if num_rows <= NUM_ROWS:
+        return torch.arange(num_rows, device=device)
+    step = num_rows / NUM_ROWS  # not a whole number in general, so that no position is left out
+    spread = (torch.arange(NUM_ROWS, device=device, dtype=torch.float64) * step).long()
+    shift = torch.arange(NUM_ROWS, device=device) * 7 % max(int(step), 1)
+    return (spread + shift).clamp(max=num_rows - 1)
+
+
+def _rows(rows_ND: Tensor, looked_S: Tensor, tokens_N: Tensor, ids: Tensor, *, centred: bool) -> Tensor:
+    """The rows looked at; ``centred``: without the mean of all rows at the same position."""
+    rows_SD = rows_ND[looked_S].float()
+    if not centred:
+        return rows_SD
+    length = ids.shape[-1]
+    if ids.numel() < 4 * length:
+        return rows_SD
+    real_N = tokens_N >= 0
+    position_N = tokens_N.clamp(min=0) % length
+    sums = rows_SD.new_zeros(length, rows_ND.shape[1])
+    sums.index_add_(0, position_N[real_N], rows_ND[real_N].float())
+    counts = torch.bincount(position_N[real_N], minlength=length).clamp(min=1)
+    return rows_SD - (sums / counts[:, None])[position_N[looked_S]]
+
+
+def _by_table(rows_SD: Tensor, labels_S: Tensor, ids: Ids) -> Tensor:
+    """Id of the nearest embedded id, by cosine about the mean."""
+    embedded_MD = ids.embedded.reshape(-1, ids.embedded.shape[-1])
+    flat_M = ids.ids.flatten()
+    values_U, inverse_M = torch.unique(flat_M, return_inverse=True)
+    first_U = torch.full((len(values_U),), len(flat_M), device=flat_M.device, dtype=torch.int64)
+    first_U.scatter_reduce_(0, inverse_M, torch.arange(len(flat_M), device=flat_M.device), "amin")
+    if len(values_U) > 2 * NUM_ROWS:  # enough to be mistaken for, with every id that is looked for
+        keep_U = torch.isin(values_U, labels_S) | (torch.arange(len(values_U), device=flat_M.device) % 8 == 0)
+        values_U, first_U = values_U[keep_U], first_U[keep_U]
+    table_UD = embedded_MD[first_U].float()
+    return values_U[(_direction(rows_SD) @ _direction(table_UD).T).argmax(1)]
+
+
+def _by_means(rows_SD: Tensor, labels_S: Tensor) -> Tensor:
+    """Id whose other rows have the nearest mean."""
+    values_U, inverse_S = torch.unique(labels_S, return_inverse=True)
+    rows_SD = rows_SD - rows_SD.mean(0)
+    sums_UD = torch.zeros(len(values_U), rows_SD.shape[1], device=rows_SD.device).index_add_(0, inverse_S, rows_SD)
+    counts_U = torch.bincount(inverse_S, minlength=len(values_U)).to(rows_SD.dtype)
+    means_UD = F.normalize(sums_UD / counts_U[:, None], dim=-1)
+    unit_SD = F.normalize(rows_SD, dim=-1)
+    cosines_SU = unit_SD @ means_UD.T
+    others_SD = F.normalize(sums_UD[inverse_S] - rows_SD, dim=-1)  # a row does not vouch for itself
+    own_S1 = (unit_SD * others_SD).sum(-1, keepdim=True)
+    own_S1 = torch.where(counts_U[inverse_S][:, None] > 1, own_S1, torch.full_like(own_S1, -2.0))
+    cosines_SU.scatter_(1, inverse_S[:, None], own_S1)
+    return values_U[cosines_SU.argmax(1)]
+
+
+def _direction(rows: Tensor) -> Tensor:
+    return F.normalize(rows - rows.mean(0), dim=-1)
+
+
+def _repeated(labels_S: Tensor) -> Tensor:
+    _, inverse, counts = torch.unique(labels_S, return_inverse=True, return_counts=True)
+    return counts[inverse] > 1
+
+
+def _name(layout: str, shape: tuple[int, ...]) -> str:
+    return layout if len(shape) == 2 else "(N)" if len(shape) == 1 else f"({', '.join('B' * (len(shape) - 1))}, T)"
+
+
+def _with_others(index_BT: Tensor, num_others: int) -> Iterator[tuple[str, Tensor]]:
+    """Rows that are no tokens before and behind the tokens: prompts, class tokens, registers, image patches."""
+    batch = len(index_BT)
+    splits = range(num_others + 1) if num_others <= 8 else (num_others, 0, 1, num_others - 1)
+    for before in dict.fromkeys((num_others, 0, *splits)):
+        left = index_BT.new_full((batch, before), _NO_TOKEN)
+        right = index_BT.new_full((batch, num_others - before), _NO_TOKEN)
+        whole = torch.cat([left, index_BT, right], 1)
+        parts = [f"{before} before"] * (before > 0) + [f"{num_others - before} behind"] * (num_others > before)
+        yield f"{', '.join(parts)} (B, T)", whole.flatten()
+        if batch > 1:
+            yield f"{', '.join(parts)} (T, B)", whole.T.flatten()
+
+
+def _with_fewer(index_BT: Tensor, num_rows: int, ids: Ids) -> Iterator[tuple[str, Tensor]]:
+    """Fewer rows than ids: padding taken out, every k-th token, the first ones, the last ones."""
+    batch, length = index_BT.shape
+    flat = index_BT.flatten()
+    if ids.mask is not None and ids.mask.numel() == flat.numel() and int(ids.mask.sum()) == num_rows:
+        yield "unpadded", flat[ids.mask.flatten().bool()]
+    ids_M = ids.ids.flatten()
+    for padding in torch.unique(torch.stack([ids_M[0], ids_M[-1], ids_M[length - 1]])).tolist():
+        if int((ids_M != padding).sum()) == num_rows:
+            yield "unpadded", flat[ids_M != padding]
+    for step in (2, 3, 4):
+        if num_rows == batch * -(-length // step):
+            yield f"every {step} (B, T)", index_BT[:, ::step].flatten()
+    if num_rows % batch == 0:
+        kept = num_rows // batch
+        yield f"first {kept} (B, T)", index_BT[:, :kept].flatten()
+        yield f"last {kept} (B, T)", index_BT[:, length - kept :].flatten()
+        if batch > 1 and kept > 1:
+            yield f"first {kept} (T, B)", index_BT[:, :kept].T.flatten()

@@ -1,0 +1,166 @@
+"""Lists of repeated blocks in a model: a decoder's layers, an encoder's, the stages of a vision tower.
+
+A list is a ``ModuleList``, ``Sequential`` or ``ModuleDict`` whose members are numbered, or numbered attributes of one
+class (``block1``, ``block2``). Where members of a list are stages with lists of whole blocks, the inner lists count.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_spectral.models.feed_forward import Anatomy, anatomy
+from lightning_spectral.models.linears import fused_experts, widths_of
+from lightning_spectral.models.names import clean_name
+
+_NUMBER = re.compile(r"\d+$")
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One member of a list.
+
+    Attributes:
+        path: Its path, wrapper prefixes removed.
+        index: Depth at which it occurs first.
+        module: The member.
+    """
+
+    path: str
+    index: int
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class Series:
+    """One list.
+
+    Attributes:
+        path: Its path, wrapper prefixes removed.
+        blocks: Its distinct members.
+        depth: Members, a shared one counted as often as it occurs.
+    """
+
+    path: str
+    blocks: tuple[Block, ...]
+    depth: int
+
+
+def all_series(model: nn.Module) -> list[Series]:
+    """Every list of blocks in which a feed-forward network was recognised, in the order of definition.
+
+    Lists of feed-forward networks and nothing else (prediction heads) count only where the model has no other list.
+    """
+    search = _Search(model)
+    found = [series for series in search.lists(model, "") if search.has_networks(series)]
+    return [series for series in found if search.mixes(series)] or found
+
+
+class _Search:
+    """One walk through a model; what was learnt about a module is kept by identity."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._sizes: dict[int, int] = {}
+        self._anatomies: dict[int, Anatomy] = {}
+        self._seen: set[int] = set()
+        self._size(model)
+
+    def has_networks(self, series: Series) -> bool:
+        """Whether any member holds a feed-forward network."""
+        return any(self._anatomy(block.module).networks for block in series.blocks)
+
+    def mixes(self, series: Series) -> bool:
+        """Whether any member holds more than that."""
+        parts = [self._anatomy(block.module) for block in series.blocks]
+        return any(part.has_attention or part.num_other for part in parts)
+
+    def lists(self, module: nn.Module, path: str) -> Iterator[Series]:
+        """The outermost lists below a module, or those inside their members where these are stages."""
+        if id(module) in self._seen:
+            return
+        self._seen.add(id(module))
+        series, others = self._split(module, path)
+        for row in series:
+            inner = [found for block in row.blocks for found in self._stages(block)]
+            if inner:
+                yield from inner
+            else:
+                yield row
+        for name, child in others:
+            yield from self.lists(child, _join(path, name))
+
+    def _stages(self, block: Block) -> list[Series]:
+        """Lists of whole blocks inside a member."""
+        if not any(self._numbered(child) for child in block.module.modules()):
+            return []
+        found = [series for series in self.lists(block.module, block.path) if self.has_networks(series)]
+        whole = all(self._anatomy(inner.module).is_block for series in found for inner in series.blocks)
+        return found if whole else []
+
+    def _split(self, module: nn.Module, path: str) -> tuple[list[Series], list[tuple[str, nn.Module]]]:
+        """The lists that a module's children make, and the children that are in none."""
+        numbered = self._numbered(module)
+        series: list[Series] = []
+        taken: set[str] = set()
+        for stem, members in numbered.items():
+            whole = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and len(numbered) == 1
+            name = "" if whole or not stem else f"{stem}*"
+            series.append(_series(_join(path, name), path, members))
+            taken |= {member for member, _ in members}
+        children = module._modules.items()
+        others = [(name, child) for name, child in children if child is not None and name not in taken]
+        return series, [(name, child) for name, child in others if self._sizes.get(id(child), 0) >= 2]
+
+    def _numbered(self, module: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
+        """Children whose names differ in a number only, by what is left of the name."""
+        groups: dict[str, list[tuple[str, nn.Module]]] = {}
+        for name, child in module._modules.items():
+            stem = _NUMBER.sub("", name)
+            if child is None or stem == name or self._sizes.get(id(child), 0) < 2 or widths_of(child) is not None:
+                continue
+            groups.setdefault(stem, []).append((name, child))
+        in_list = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+        return {stem: members for stem, members in groups.items() if in_list or _alike(members)}
+
+    def _size(self, module: nn.Module) -> int:
+        """Linear modules in a module, fused experts counted as two."""
+        known = self._sizes.get(id(module))
+        if known is None:
+            if widths_of(module) is not None:
+                known = 1
+            else:
+                known = sum(self._size(child) for child in module._modules.values() if child is not None)
+                known += 2 * (fused_experts(module) is not None)
+            self._sizes[id(module)] = known
+        return known
+
+    def _anatomy(self, block: nn.Module) -> Anatomy:
+        if id(block) not in self._anatomies:
+            self._anatomies[id(block)] = anatomy(block)
+        return self._anatomies[id(block)]
+
+
+def _alike(members: list[tuple[str, nn.Module]]) -> bool:
+    return len(members) > 1 and len({type(_unwrapped(child)) for _, child in members}) == 1
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    inner = next((module._modules[name] for name in _WRAPPED if module._modules.get(name) is not None), None)
+    return module if inner is None else _unwrapped(inner)
+
+
+def _series(path: str, parent: str, members: list[tuple[str, nn.Module]]) -> Series:
+    numbers = [int(match[0]) for name, _ in members if (match := _NUMBER.search(name))]
+    indices = numbers if len(set(numbers)) == len(members) else list(range(len(members)))
+    blocks: dict[int, Block] = {}
+    for (name, child), index in zip(members, indices, strict=True):
+        blocks.setdefault(id(child), Block(clean_name(_join(parent, name)), index, child))
+    return Series(clean_name(path), tuple(blocks.values()), len(members))
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)

@@ -31,7 +31,7 @@ _DOWN_LEAF = re.compile(
     r"output_dense|pwconv2)$",
     re.IGNORECASE,
 )
-_NOT_MEASURED = re.compile(r"lora|adapter|prompt_encoder|prefix_encoder", re.IGNORECASE)
+_NOT_MEASURED = re.compile(r"lora|adapter|bottleneck|prompt_encoder|prefix_encoder", re.IGNORECASE)
 
 _OTHER_TABLE = re.compile(r"pos(ition)?(_|s|$|e)|wpe|type|segment", re.IGNORECASE)
 
@@ -87,7 +87,7 @@ def is_down_leaf(name: str) -> bool:
 
 
 def is_not_measured(name: str) -> bool:
-    """Whether a part of a path says that what follows is an addition to the model: LoRA, adapters, prompts."""
+    """Whether a part of a path says that what follows is beside the network: LoRA, adapters, bottlenecks, prompts."""
     return _NOT_MEASURED.search(name) is not None
 
 

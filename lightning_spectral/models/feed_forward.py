@@ -136,10 +136,9 @@ class _Search:
             pairs = [pair for pair in pairs if not _feeds_others(*pair, free)]
         wide = [(up, down) for up, down in pairs if down.num_in != down.num_out]
         if wide:
+            wide = [pair for pair in wide if pair[0].order < pair[1].order]
             to_residual = [pair for pair in wide if pair[1].num_out == self.residual]
-            if to_residual:
-                return _unique(down for _, down in to_residual)
-            return _unique(down for up, down in wide if up.order < down.order)
+            return _unique(down for _, down in to_residual or wide)
         square = _unique(linear for pair in pairs for linear in pair)
         if len(square) < 2:
             return _unique(down for _, down in pairs)

@@ -43,6 +43,7 @@ class Switch:
         training: Record only modules in training mode, with gradients enabled.
         fraction: Share of the rows to keep.
         jitter: Numbers in [0, 1) that place the kept rows, or ``None`` for all rows.
+        kept: Indices of the kept rows, and the leading shape that they were drawn for last.
         events: ``(hook, content, whether a compiled region made it)`` in order.
         notes: One sentence a cause.
         hooks: Every hook, in the order in which a forward would meet them.
@@ -53,12 +54,14 @@ class Switch:
         self.training = True
         self.fraction = fraction
         self.jitter: Tensor | None = None
+        self.kept: tuple[tuple[int, ...], Tensor] | None = None
         self.events: list[tuple[Hook, Any, bool]] = []
         self.notes: dict[str, str] = {}
         self.hooks: list[Hook] = []
 
     def seed(self, seed: int, device: torch.device) -> None:
         """Draw the jitter for one micro-batch from a generator of its own."""
+        self.kept = None
         if self.fraction < 1:
             generator = torch.Generator()
             generator.manual_seed(seed)
@@ -195,7 +198,10 @@ class Hook:
         jitter = self.switch.jitter
         if jitter is None or self.always:
             return (tensor.clone() if copy else tensor), lead
-        return tensor.reshape(-1, tensor.shape[-1]).index_select(0, kept_rows(lead, self.switch.fraction, jitter)), lead
+        kept = self.switch.kept
+        if kept is None or kept[0] != lead:
+            kept = self.switch.kept = (lead, kept_rows(lead, self.switch.fraction, jitter))
+        return tensor.reshape(-1, tensor.shape[-1]).index_select(0, kept[1]), lead
 
 
 def kept_rows(lead: tuple[int, ...], fraction: float, jitter: Tensor) -> Tensor:

@@ -108,7 +108,9 @@ class _Scored:
         same_width = ids.embedded.shape[-1] == rows_ND.shape[-1]
         self.agrees_S = torch.zeros_like(real_S)
         for centred in (False, True):
-            rows_SD = _rows(rows_ND, looked_S, tokens_N, ids.ids, centred=centred)
+            if centred and ids.ids.numel() < 2 * ids.ids.shape[-1]:
+                break
+            rows_SD = _centred(rows_ND, looked_S, tokens_N, ids) if centred else rows_ND[looked_S].float()
             decoded_S = _by_table(rows_SD, self.labels_S, ids) if same_width else _by_means(rows_SD, self.labels_S)
             agrees_S = (decoded_S == self.labels_S) & real_S
             if int(agrees_S.sum()) > int(self.agrees_S.sum()):
@@ -157,20 +159,30 @@ def _rows_to_look_at(lead: torch.Size, device: torch.device) -> Tensor:
     return (spread + shift).clamp(max=num_rows - 1)
 
 
-def _rows(rows_ND: Tensor, looked_S: Tensor, tokens_N: Tensor, ids: Tensor, *, centred: bool) -> Tensor:
-    """The rows looked at; ``centred``: without the mean of all rows at the same position."""
-    rows_SD = rows_ND[looked_S].float()
-    if not centred:
-        return rows_SD
-    length = ids.shape[-1]
-    if ids.numel() < 4 * length:
-        return rows_SD
+def _centred(rows_ND: Tensor, looked_S: Tensor, tokens_N: Tensor, ids: Ids) -> Tensor:
+    """The rows looked at without what is added to all tokens at one position.
+
+    Where ``x = s e + p``, rows minus their mean at each position are ``s`` times the same of what was embedded: with
+    ``s`` by least squares this gives back ``e``.
+    """
+    length = ids.ids.shape[-1]
     real_N = tokens_N >= 0
-    position_N = tokens_N.clamp(min=0) % length
-    sums = rows_SD.new_zeros(length, rows_ND.shape[1])
-    sums.index_add_(0, position_N[real_N], rows_ND[real_N].float())
-    counts = torch.bincount(position_N[real_N], minlength=length).clamp(min=1)
-    return rows_SD - (sums / counts[:, None])[position_N[looked_S]]
+    tokens_M = tokens_N[real_N]
+    means_TD = _means_by_position(rows_ND[real_N], tokens_M % length, length)
+    tokens_S = tokens_N[looked_S].clamp(min=0)
+    centred_SD = rows_ND[looked_S].float() - means_TD[tokens_S % length]
+    if ids.embedded.shape[-1] != rows_ND.shape[-1]:
+        return centred_SD
+    embedded_MD = ids.embedded.reshape(-1, rows_ND.shape[-1])
+    mean_embedded_SD = _means_by_position(embedded_MD[tokens_M], tokens_M % length, length)[tokens_S % length]
+    expected_SD = embedded_MD[tokens_S].float() - mean_embedded_SD
+    scale = (centred_SD * expected_SD).sum() / expected_SD.square().sum().clamp(min=1e-30)
+    return centred_SD + scale * mean_embedded_SD
+
+
+def _means_by_position(rows_ND: Tensor, position_N: Tensor, length: int) -> Tensor:
+    sums_TD = torch.zeros(length, rows_ND.shape[1], device=rows_ND.device).index_add_(0, position_N, rows_ND.float())
+    return sums_TD / torch.bincount(position_N, minlength=length).clamp(min=1)[:, None]
 
 
 def _by_table(rows_SD: Tensor, labels_S: Tensor, ids: Ids) -> Tensor:

@@ -65,6 +65,7 @@ def installed_hints() -> tuple[Hint, ...]:
     return tuple(found)
 
 
+@cache
 def kind_of(name: str, class_name: str) -> str:
     """``attention``, ``feed_forward`` or empty, by the last part of a path and the class of a module below a block."""
     for word in (name, class_name):
@@ -86,6 +87,7 @@ def is_down_leaf(name: str) -> bool:
     return _DOWN_LEAF.search(name) is not None
 
 
+@cache
 def is_not_measured(name: str) -> bool:
     """Whether a part of a path says that what follows is beside the network: LoRA, adapters, bottlenecks, prompts."""
     return _NOT_MEASURED.search(name) is not None

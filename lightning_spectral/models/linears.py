@@ -17,6 +17,7 @@ _SPELLINGS = (
     ("input_size", "output_size"),
     ("in_dim", "out_dim"),
 )
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 
 
@@ -64,13 +65,24 @@ class FusedExperts:
 
 def widths_of(module: nn.Module) -> tuple[int, int] | None:
     """``(in, out)`` of a module that multiplies by a matrix, or ``None``."""
+    if type(module) is nn.Linear:
+        return module.in_features, module.out_features
+    for name in _WRAPPED:
+        if name in module._modules:
+            return widths_of(module._modules[name])  # type: ignore[arg-type]
     if isinstance(module, (*_CONVOLUTIONS, nn.RNNBase, nn.Bilinear, nn.Embedding)):
         return None
     for spelling in _SPELLINGS:
-        num_in, num_out = (getattr(module, name, None) for name in spelling)
+        num_in, num_out = _attribute(module, spelling[0]), _attribute(module, spelling[1])
         if isinstance(num_in, int) and isinstance(num_out, int) and _has_weight(module):
             return num_in, num_out
     return None
+
+
+def _attribute(module: nn.Module, name: str) -> object:
+    """An attribute of the module or of its class; not through ``__getattr__``, which is slow where there is none."""
+    own = module.__dict__.get(name)
+    return getattr(module, name, None) if own is None and hasattr(type(module), name) else own
 
 
 def is_stacked(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -28,11 +28,13 @@ class Block:
         path: Its path, wrapper prefixes removed.
         index: Depth at which it occurs first.
         module: The member.
+        anatomy: What it is made of.
     """
 
     path: str
     index: int
     module: nn.Module
+    anatomy: Anatomy = field(default_factory=lambda: Anatomy([], False, 0))
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def all_series(model: nn.Module) -> list[Series]:
     """
     search = _Search(model)
     found = [series for series in search.lists(model, "") if search.has_networks(series)]
-    return [series for series in found if search.mixes(series)] or found
+    return [search.with_anatomy(series) for series in [s for s in found if search.mixes(s)] or found]
 
 
 class _Search:
@@ -77,6 +79,11 @@ class _Search:
         """Whether any member holds more than that."""
         parts = [self._anatomy(block.module) for block in series.blocks]
         return any(part.has_attention or part.num_other for part in parts)
+
+    def with_anatomy(self, series: Series) -> Series:
+        """The same list with what was learnt about its members."""
+        blocks = tuple(replace(block, anatomy=self._anatomy(block.module)) for block in series.blocks)
+        return replace(series, blocks=blocks)
 
     def lists(self, module: nn.Module, path: str) -> Iterator[Series]:
         """The outermost lists below a module, or those inside their members where these are stages."""

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lightning_spectral.models.families import Hint, installed_hints, is_other_table
-from lightning_spectral.models.feed_forward import Anatomy, FeedForward, anatomy
+from lightning_spectral.models.feed_forward import Anatomy, FeedForward
 from lightning_spectral.models.linears import FusedExperts, fused_experts, widths_of
 from lightning_spectral.models.names import clean_name
 from lightning_spectral.models.series import Block, Series, all_series
@@ -176,7 +176,7 @@ def _stack(series: Series, sites: Sequence[str]) -> Stack:
     found: list[Site] = []
     uncovered: dict[str, str] = {}
     for block in series.blocks:
-        parts = anatomy(block.module)
+        parts = block.anatomy
         for network in parts.networks:
             found += _network_sites(network, block.path, block.index, block.module, series.path, sites)
         if not parts.networks:
@@ -185,16 +185,13 @@ def _stack(series: Series, sites: Sequence[str]) -> Stack:
 
 
 def _entrances(series: Series) -> tuple[tuple[int, nn.Module], ...]:
-    return tuple((block.index, _entrance(block.module)) for block in series.blocks)
+    return tuple((block.index, _entrance(block)) for block in series.blocks)
 
 
-def _entrance(block: nn.Module) -> nn.Module:
-    if not isinstance(block, (nn.ModuleList, nn.ModuleDict)):
-        return block
-    networks = anatomy(block).networks
-    if not networks:
-        return block
-    first = networks[0]
+def _entrance(block: Block) -> nn.Module:
+    if not isinstance(block.module, (nn.ModuleList, nn.ModuleDict)) or not block.anatomy.networks:
+        return block.module
+    first = block.anatomy.networks[0]
     return first.ups[0].module if first.ups else first.down.module
 
 
@@ -308,7 +305,7 @@ def _known_networks(series: Sequence[Series]) -> dict[str, tuple[FeedForward, Bl
     known: dict[str, tuple[FeedForward, Block, str]] = {}
     for row in series:
         for block in row.blocks:
-            for network in anatomy(block.module).networks:
+            for network in block.anatomy.networks:
                 down = network.down
                 path = clean_name(f"{block.path}.{down.path}" if down.path else block.path)
                 known[path] = (network, block, row.path)

@@ -480,7 +480,7 @@ class Observer:
             self._stand_down(f"{error} when a window ended; nothing more is measured")
             return None
         for part in parts:  # a rank that saw something and understood nothing would be left out in silence
-            if part["note"] and not part["num_passes"]:
+            if part["note"] and not part["seen"]["num_passes"]:
                 part["trouble"] = part["trouble"] or ("not_matched", part["note"])
         troubles = [(rank, *part["trouble"]) for rank, part in enumerate(parts) if part["trouble"]]
         if troubles:

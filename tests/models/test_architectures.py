@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_spectral.models.recorder import Recorder
 from lightning_spectral.models.stacks import find_stacks
-from tests.models.architectures import QUICK, SLOW, D, linear, module
+from tests.models.architectures import QUICK, SLOW, D, Fused, linear, module
 
 QUIET = pytest.mark.filterwarnings("ignore")  # what third-party models warn about while they are built
 
@@ -63,16 +63,10 @@ def test_stacks_and_down_projections_of_every_family(name):
 
 
 def test_a_model_of_12_000_experts_is_searched_and_hooked_in_two_seconds():
-    def expert() -> nn.Module:
-        return module(w1=linear(D, 8), w2=linear(8, D), w3=linear(D, 8))
-
-    def block() -> nn.Module:
-        experts = nn.ModuleList(expert() for _ in range(200))
-        mlp = module(gate=linear(D, 200), experts=experts)
-        return module(attn=architectures.Fused(), norm=nn.LayerNorm(D), mlp=mlp)
-
-    with torch.device("meta"):
-        model = module(embedding=nn.Embedding(64, D), layers=nn.ModuleList(block() for _ in range(60)))
+    expert = module(w1=linear(D, 8), w2=linear(8, D), w3=linear(D, 8))
+    experts = nn.ModuleList(copy.deepcopy(expert) for _ in range(200))
+    block = module(attn=Fused(), norm=nn.LayerNorm(D), mlp=module(gate=linear(D, 200), experts=experts))
+    model = module(embedding=nn.Embedding(64, D), layers=nn.ModuleList(copy.deepcopy(block) for _ in range(60)))
     began = time.process_time()
     found = find_stacks(model)
     recorder = Recorder(model, found)

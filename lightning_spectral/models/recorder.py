@@ -132,16 +132,7 @@ class Recorder:
         for router in {id(site.routed_by): site.routed_by for site in sites if not site.parameter}.values():
             if router is not None:
                 self._before(router, Hook(self._switch, "route", sites[0].name, router))
-        fused: dict[int, list[Site]] = {}
-        for site in sites:
-            if site.parameter:
-                fused.setdefault(id(site.module), []).append(site)
-        for members in fused.values():
-            names = {*(site.parameter for site in members), members[0].up_parameter}
-            enter = EnterExperts(self._switch, members[0].name, members, sorted(names))
-            self._before(members[0].module, enter)
-            leave = LeaveExperts(self._switch, members[0].name, members, enter)
-            self._after(members[0].module, leave, always=True)
+        self._attach_fused([site for site in sites if site.parameter])
         arrivals = {id(site.up): site.up for site in sites if not site.parameter}
         for up in arrivals.values():
             if up is not None:
@@ -153,6 +144,17 @@ class Recorder:
                 self._before(site.module, Hook(self._switch, "rows", site.name, site))
             else:
                 self._after(site.module, Hook(self._switch, "output", site.name, site))
+
+    def _attach_fused(self, sites: list[Site]) -> None:
+        fused: dict[int, list[Site]] = {}
+        for site in sites:
+            fused.setdefault(id(site.module), []).append(site)
+        for members in fused.values():
+            names = {*(site.parameter for site in members), members[0].up_parameter}
+            enter = EnterExperts(self._switch, members[0].name, members, sorted(names))
+            self._before(members[0].module, enter)
+            leave = LeaveExperts(self._switch, members[0].name, members, enter)
+            self._after(members[0].module, leave, always=True)
 
     def _before(self, module: nn.Module, hook: Hook) -> None:
         self._switch.hooks.append(hook)

@@ -18,6 +18,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "pretrain": ("lightning_spectral.cli.pretrain", "train a recipe and record its ranks"),
     "count-tokens": ("lightning_spectral.cli.count_tokens", "token counts of a text, for TailTokenProbe"),
     "measure": ("lightning_spectral.cli.measure", "ranks of one or two finished models on any text"),
+    "inspect": (
+        "lightning_spectral.cli.inspect",
+        "which layers of a model would be measured, which not, and the memory",
+    ),
     "optimizer-table": ("lightning_spectral.cli.optimizer_table", "which optimizer rule gets which weight of a model"),
     "plan": ("lightning_spectral.cli.plan", "what a recipe or sweep takes: tokens, operations, hours, memory, disk"),
     "sweep": ("lightning_spectral.cli.sweep", "many runs from one recipe and axes"),

@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "fit": ("lightning_spectral.cli.fit", "scaling exponents of runs or of a table of points"),
     "compare": ("lightning_spectral.cli.compare", "differences of exponents, levels and spectra, with intervals"),
     "report": ("lightning_spectral.cli.report", "one offline HTML page of figures and tables"),
+    "completion": ("lightning_spectral.cli.completion", "let your shell complete verbs, options and recipes"),
     "schema": ("lightning_spectral.cli.schema", "JSON Schema of recipes and records, for editors and other readers"),
     "memory": ("lightning_spectral.cli.memory", "the associative memory: what one step stores, predicted and measured"),
 }

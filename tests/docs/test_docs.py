@@ -113,6 +113,11 @@ def test_every_page_is_in_the_navigation_and_every_public_class_in_the_reference
         assert f"::: {home}.{name}" in reference or f"::: {home}\n" in reference, name
 
 
+def test_every_verb_is_in_the_table() -> None:
+    for verb in VERBS:
+        assert f"| `{verb}` |" in TEXT["verbs.md"], verb
+
+
 def test_every_status_is_explained() -> None:
     for status in STATUSES:
         assert f"`{status}`" in TEXT["numbers.md"], status

@@ -144,7 +144,7 @@ def test_litgpt_pretrain_script(tmp_path) -> None:
         },
         "out_dir": str(tmp_path / "out"),
         "precision": "32-true",
-        "data": {"class_path": "tests.integration.foreign_data.RandomTokens", "init_args": {"num_sequences": 8}},
+        "data": {"class_path": "tests.training.foreign_data.RandomTokens", "init_args": {"num_sequences": 8}},
         "train": {
             "global_batch_size": 4, "micro_batch_size": 4, "max_tokens": 64, "max_seq_length": 8, "lr_warmup_steps": 1,
         },

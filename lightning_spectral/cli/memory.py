@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         verb = verbs.add_parser(
             name, help=help_line, description=help_line, epilog=f"Example: lightning-spectral memory {name} {example}"
         )
-        if name not in ("report", "fields"):
+        if name not in ("report", "fields", "audience"):
             verb.add_argument(
                 "--config", metavar="YAML", help="options from a recipe, e.g. recipes/memory/one_step.yaml"
             )
@@ -348,6 +348,23 @@ def _advise(options: argparse.Namespace) -> int:
     return 0
 
 
+def _audience(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from lightning_spectral.memory.audience_study import read_runs, table
+    from lightning_spectral.text import write_text
+
+    lines = table(read_runs(options.dir))
+    write_text(Path(options.dir) / "audience.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+    print(f"\nwritten to {options.dir}: audience.md")
+    return 0
+
+
+def _add_audience(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", metavar="DIR", help="a folder of runs that were trained with UpdateAudience")
+
+
 def _report(options: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -391,6 +408,8 @@ COMMANDS: dict[str, tuple[str, str, AddOptions, Callable[[argparse.Namespace], i
                _add_advise, _advise),
     "recall": ("facts recalled and TAIL rank of a trained network, by width and optimizer", "--d 24 32 --seeds 2",
                _add_recall, _recall),
+    "audience": ("whom updates served: records of UpdateAudience over runs, with intervals", "out/audience",
+                 _add_audience, _audience),
     "report": ("tables, verdicts and figures of a folder of results again, from its rows alone", "out/memory/one-step",
                _add_report, _report),
     "fields": ("what the fields of results.jsonl mean", "", _add_nothing, _fields),

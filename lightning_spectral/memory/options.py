@@ -66,7 +66,11 @@ def add_problem(parser: argparse.ArgumentParser, d: list[int], batches: bool = T
         "--n-items", type=whole_number, default=30000, help="items N, the same at every d (default: 30000)"
     )
     problem.add_argument(
-        "--seeds", type=whole_number, default=3, metavar="K", help="run seeds first..first+K-1 (default: 3)"
+        "--seeds",
+        type=whole_number,
+        default=3,
+        metavar="K",
+        help="seeds first..first+K-1, the same in every cell: paired (3)",
     )
     problem.add_argument("--first-seed", type=whole_number, default=0, help="first seed (default: 0)")
     problem.add_argument("--anisotropy", type=real_number, nargs="+", default=[0.0], help="beta of Cov(v)_kk ~ k^-beta")

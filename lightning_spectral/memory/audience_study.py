@@ -41,34 +41,42 @@ def read_runs(folder: str) -> list[tuple[str, list[Row]]]:
 
 
 def table(runs: Sequence[tuple[str, Sequence[Row]]]) -> list[str]:
-    """Markdown: mean gain of each group, and what rare tokens get per gain of frequent ones, against raw momentum's.
+    """Markdown: mean gain of each group, TAIL gain per HEAD gain, and how much that exceeds raw momentum's.
 
-    The last column is ``(TAIL / HEAD of the rule) / (TAIL / HEAD of the momentum)``, a mean over runs with its 95 % t
-    interval: below 1 an update disturbs (or serves) rare tokens less than raw momentum at the same HEAD gain.
+    All three are means over runs with 95 % t intervals; the difference is taken run by run, on the same momentum. While
+    HEAD gains, a positive difference says that the rule serves rare tokens more, or disturbs them less, than raw
+    momentum would at the same HEAD gain; where HEAD gains nothing, neither number means much.
     """
     gains: dict[Key, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    ratios: dict[Key, list[float]] = defaultdict(list)
+    shares: dict[Key, list[float]] = defaultdict(list)
+    excess: dict[Key, list[float]] = defaultdict(list)
     for optimizer, records in runs:
         one = {(r["step"], r["kind"], r["rule"], r["bucket"]): r["gain"] for r in records if r["gain"] is not None}
         for (step, kind, rule, bucket), gain in one.items():
             gains[optimizer, step, kind, rule][bucket].append(gain)
         for step, kind, rule in dict.fromkeys(key[:3] for key in one):
-            needed = [one.get((step, kind, r, b)) for r in (rule, "momentum") for b in ("tail", "head")]
-            if all(value for value in needed):
-                tail, head, raw_tail, raw_head = (float(value or 0) for value in needed)
-                ratios[optimizer, step, kind, rule].append((tail / head) / (raw_tail / raw_head))
+            own, raw = (_tail_per_head(one, step, kind, of) for of in (rule, "momentum"))
+            if own is not None:
+                shares[optimizer, step, kind, rule].append(own)
+            if own is not None and raw is not None and rule != "momentum":
+                excess[optimizer, step, kind, rule].append(own - raw)
     buckets = list(dict.fromkeys(bucket for of in gains.values() for bucket in of))
     lines = [
-        f"| optimizer | step | matrices | rule | {' | '.join(buckets)} | TAIL per HEAD, of momentum's | runs |",
-        "|" + "---|" * (len(buckets) + 6),
+        f"| optimizer | step | matrices | rule | {' | '.join(buckets)} | TAIL per HEAD | less momentum's | runs |",
+        "|" + "---|" * (len(buckets) + 7),
     ]
     for key in sorted(gains):
-        optimizer, step, kind, rule = key
-        cells = [interval(gains[key].get(bucket, [])) for bucket in buckets]
-        runs_of = max(len(values) for values in gains[key].values())
-        ratio = interval(ratios.get(key, []))
-        lines.append(f"| {optimizer} | {step} | {kind} | {rule} | {' | '.join(cells)} | {ratio} | {runs_of} |")
+        cells = [str(part) for part in key]
+        cells += [interval(gains[key].get(bucket, [])) for bucket in buckets]
+        cells += [interval(shares.get(key, [])), interval(excess.get(key, []))]
+        cells.append(str(max(len(values) for values in gains[key].values())))
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _tail_per_head(gains: dict[tuple[int, str, str, str], float], step: int, kind: str, rule: str) -> float | None:
+    tail, head = (gains.get((step, kind, rule, bucket)) for bucket in ("tail", "head"))
+    return None if tail is None or not head else tail / head
 
 
 def interval(values: Sequence[float]) -> str:

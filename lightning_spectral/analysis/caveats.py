@@ -1,4 +1,4 @@
-"""What nobody may miss when reading an exponent: one sentence each, the same in ``fit``, ``compare`` and ``report``."""
+"""Warnings for readers of an exponent: one sentence each, the same in ``fit``, ``compare`` and ``report``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Power laws ``value = A * x ** beta`` with an interval that says what it is an interval over.
+"""Power laws ``value = A * x ** beta`` with the source of variation named for each interval.
 
 Which interval is right depends on what repeats:
 

@@ -95,7 +95,7 @@ def _with_layer_range(by: Sequence[str], fits: Sequence[PowerLawFit]) -> tuple[P
 
 
 def finished_only(runs: RunSet) -> RunSet:
-    """Leave out runs that are still on their way when others have reached the end of their recipe.
+    """Leave out unfinished runs when others have reached the end of their recipe.
 
     The last window of a run cut short is another state of training than that of a whole one. When no run has reached
     its end (or none says how long it is), all are kept: they can still be compared with one another.

@@ -38,7 +38,7 @@ class Columns:
         seed: Seed.
         spread: One standard deviation of the value.
         rows: Rows N behind the value.
-        steps: Windows behind the value, parted by semicolons.
+        steps: Windows behind the value, separated by semicolons.
     """
 
     x: str

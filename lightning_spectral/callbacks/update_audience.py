@@ -246,7 +246,7 @@ class UpdateAudience(Callback):
 
 
 def read_audience(path: str | Path) -> list[AudienceRecord]:
-    """Records of an ``audience.jsonl``, or of the folder that holds it; a torn last line is left out."""
+    """Records of an ``audience.jsonl``, or of the folder that holds it; an incomplete last line is left out."""
     path = Path(path)
     path = path / AUDIENCE_FILE if path.is_dir() else path
     records = []

@@ -1,9 +1,9 @@
-"""Windows solved beside training: eigensolves release the GIL, so that where a core is idle they cost the run nothing.
+"""Windows solved in a background thread: eigensolves release the GIL, so where a core is idle they cost the run nothing.
 
 One window at most is being solved; the next one waits for it. Results are published by the training thread, in the
 order of the windows, and are the same numbers as without a thread. Collectives never leave the training thread: with
-several ranks each solves its layers, and they exchange results only where all of them come by (the next window, a
-checkpoint, the end), however long each took.
+several ranks each solves its layers, and they exchange results at the next synchronisation point of all (the next
+window, a checkpoint, the end), however long each took.
 """
 
 from __future__ import annotations

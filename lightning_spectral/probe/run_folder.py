@@ -140,7 +140,7 @@ class RunFolder:
 
     def _read_known(self) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the torn tail of a killed run is why we are here
+            warnings.simplefilter("ignore")  # the incomplete last line of a killed run is expected here
             for name, read in _READERS.items():
                 if (self.path / name).exists():
                     self._known[name] = rec.known_keys(read(self.path / name).records)

@@ -73,7 +73,7 @@ def _is_alive(path: Path, *, continues: bool) -> bool:
         host, pid = owner["host"], int(owner["pid"])
         age = time.time() - path.stat().st_mtime
     except (OSError, ValueError, KeyError, TypeError):
-        return False  # torn, or gone by now
+        return False  # incomplete, or gone by now
     if host != socket.gethostname():
         return not continues and age < _SILENT_S
     if continues and pid == os.getpid():

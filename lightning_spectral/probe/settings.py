@@ -85,7 +85,7 @@ class ProbeSettings:
         mask_fn: ``batch -> (B, T)`` mask, False at padding, where neither the model's own arguments nor the batch say.
         on_nonfinite: NaN or Inf activations are recorded with a status and ``warn`` once, only ``record``, or
             ``raise``.
-        memory_limit_mib: Refuse to start if the state of a window needs more; rows that wait for a product come on top
+        memory_limit_mib: Refuse to start if the state of a window needs more; buffered rows come on top
             (the line logged at the start states both).
         convention: ``default``, or ``paper`` for comparisons with the paper's numbers: an absolute epsilon in the hard
             rank, and buckets from the tokens of rank 0 only.

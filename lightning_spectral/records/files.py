@@ -9,7 +9,7 @@ A run folder holds up to five files, each written by one place and read through 
 * ``alarms.jsonl``: one :class:`AlarmRecord` per alarm.
 
 The JSONL files only ever grow. A line is whole or it is not a record: a file cut at any byte gives back every
-whole line, and :func:`append_records` first closes a torn tail so that what follows stays readable.
+whole line, and :func:`append_records` first closes an incomplete last line so that what follows stays readable.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ReadReport(Generic[RecordT]):
 
 
 def append_records(path: str | Path, records: Sequence[Record]) -> None:
-    """Append ``records`` in one flushed write; a torn tail left by a killed run is closed first."""
+    """Append ``records`` in one flushed write; an incomplete last line of a killed run is closed first."""
     if not records:
         return
     path = Path(path)

@@ -151,7 +151,7 @@ def read_spectra(run: Run, site: str, bucket: str) -> dict[int, NDArray[np.float
                     if np.isfinite(values).all() and values.sum() > 0:
                         out[int(step[1])] = values
         except (SafetensorError, OSError):
-            continue  # a torn spectrum file costs its picture only
+            continue  # an incomplete spectrum file costs its picture only
     return out
 
 

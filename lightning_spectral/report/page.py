@@ -125,7 +125,7 @@ def write_tables(scene: ReportData, folder: Path) -> list[Path]:
 
 
 def warnings_of(scene: ReportData) -> list[str]:
-    """What nobody may miss: bad inputs, few widths or seeds, wide intervals, duplicates, the null."""
+    """Warnings: bad inputs, few widths or seeds, wide intervals, duplicates, the null."""
     out = [
         problem.message for problem in scene.fitted.problems if problem.kind == "duplicate_values" or problem.refused
     ]

@@ -255,7 +255,7 @@ def load_job(path: Path) -> tuple[Job, Recipe]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty if the file is missing or torn."""
+    """A JSON object, empty if the file is missing or incomplete."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -146,7 +146,7 @@ def _eigenvalues(file: Path, key: str) -> NDArray[np.float64] | None:
                 return None
             eigs = np.asarray(tensors.get_tensor(key), dtype=np.float64)
     except (SafetensorError, OSError):
-        return None  # torn: costs this window only
+        return None  # incomplete or corrupted: costs this window only
     return np.maximum(eigs, 0.0) if np.isfinite(eigs).all() and eigs.sum() > 0 else None
 
 

@@ -47,7 +47,7 @@ def load_checkpoint(path: Path) -> LoadedModel:
 
     Raises:
         FileNotFoundError: If nothing is there.
-        ValueError: If it is none of the kinds, torn, or does not fit its own configuration.
+        ValueError: If it is none of the kinds, incomplete, or does not fit its own configuration.
     """
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at `{path}`.")

@@ -1,4 +1,4 @@
-"""Windows solved in a background thread: eigensolves release the GIL, so where a core is idle they cost the run nothing.
+"""Windows solved in a background thread: eigensolves release the GIL, so an idle core solves them at no cost.
 
 One window at most is being solved; the next one waits for it. Results are published by the training thread, in the
 order of the windows, and are the same numbers as without a thread. Collectives never leave the training thread: with

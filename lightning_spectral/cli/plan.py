@@ -52,14 +52,14 @@ def main(argv: list[str]) -> int:
 
 
 def _costs(options: argparse.Namespace, words: Sequence[str]) -> list[RunCost]:
-    from lightning_spectral.sweep import plan as sweep
+    from lightning_spectral.sweep.axes import read
     from lightning_spectral.training import document
 
     file = document.find(options.recipe)
     tree = document.read_tree(file)
     if not options.axis and not options.smoke and not tree.get("sweep"):
         return [run_cost(file.stem, document.overridden(tree, words))]
-    _, tree, common, grids = sweep.read(options.recipe, axes=options.axis, overrides=words, smoke=options.smoke)
+    _, tree, common, grids = read(options.recipe, axes=options.axis, overrides=words, smoke=options.smoke)
     costs = []
     for grid in grids:
         for chosen in product(*(axis.values for axis in grid)):

@@ -48,10 +48,11 @@ def main(argv: list[str]) -> int:
         raise CommandError(f"--workers must be >= 1, got {options.workers}.")
 
     from lightning_spectral.sweep import plan as sweep
+    from lightning_spectral.sweep.axes import read
 
     what = {"axes": options.axis, "overrides": words, "smoke": options.smoke}
     try:
-        sweep.read(options.recipe, **what)  # a misspelled name is said before anything is started or imported
+        read(options.recipe, **what)  # a misspelled name is said before anything is started or imported
         from lightning_spectral.sweep.launchers import LAUNCHERS
 
         # before the plan is made: workers import torch meanwhile

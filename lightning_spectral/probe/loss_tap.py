@@ -2,7 +2,7 @@
 
 A ``TorchFunctionMode`` sees every such call with its own targets, ``ignore_index`` and chunks, so that nothing has to
 be guessed about shifts, masks or heads. It is active in windows only, and answers every function with that function's
-own result. Code inside a compiled region is not seen.
+own result. Code inside a compiled region does not come by.
 
 Axes: N predictions, V vocabulary.
 """

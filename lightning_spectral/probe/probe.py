@@ -30,7 +30,7 @@ from lightning_spectral.probe.losses import BucketLosses
 from lightning_spectral.probe.options import ProbeOptions
 from lightning_spectral.probe.window import BucketLoss, Buckets, ClosedWindow, WindowResult
 
-# A product over fewer rows moves more memory than it multiplies: rows are buffered until there are this many.
+# A product over fewer rows moves more memory than it multiplies: rows wait until there are this many.
 FLUSH_ROWS = 2_048
 NOT_RUN = "the model did not run in this window, or a compiled one skipped hooks"
 
@@ -402,7 +402,7 @@ class SpectralProbe:
         return torch.where(codes_P >= 0, codes_P * self.buckets.num_jackknife_groups + shard_P, EXCLUDED)
 
     def _flush(self, to_be_added: bool = True) -> None:
-        """Multiply the buffered rows. ``to_be_added``: more rows may come, from here or from other ranks."""
+        """Multiply the rows that wait. ``to_be_added``: more rows may come, from here or from other ranks."""
         sorted_by: dict[tuple[int, ...], tuple[list[int], Tensor | None]] = {}  # one sort serves all sites alike
         for site in self.sites:
             waiting, groups = self.window.waiting.get(site.key), self.window.groups.get(site.key)

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from lightning_spectral.text import CommandError
+from lightning_spectral.text.tables import Column, Table, render
 
 Row = dict[str, Any]
 _MOMENTUM_KEYS = ("momentum_buffer", "momentum", "exp_avg")
@@ -89,11 +90,16 @@ def table(rows: Sequence[Row]) -> list[str]:
     settings = dict.fromkeys((row["coefficients"], row["ns_steps"]) for row in rows)
     for coefficients, steps in settings:
         same = [row for row in rows if (row["coefficients"], row["ns_steps"]) == (coefficients, steps)]
-        lines += ["", f"{coefficients}, {steps} steps", f"{'flattened':>10} {'needed':>7}  matrix"]
-        for row in sorted(same, key=lambda row: float(row["flattened_share"])):
-            needed = row["steps_needed"] if row["steps_needed"] is not None else "> 60"
-            shape = " x ".join(str(size) for size in row["shape"])
-            lines.append(f"{100 * row['flattened_share']:>8.1f} % {needed:>7}  {row['matrix']} ({shape})")
+        cells = [
+            (
+                100 * row["flattened_share"],
+                row["steps_needed"] if row["steps_needed"] is not None else "> 60",
+                f"{row['matrix']} ({' x '.join(str(size) for size in row['shape'])})",
+            )
+            for row in sorted(same, key=lambda row: float(row["flattened_share"]))
+        ]
+        columns = (Column("flattened", lambda share: f"{share:.1f} %"), "needed", "matrix")
+        lines += ["", render(Table(columns, cells, f"{coefficients}, {steps} steps"))]
         closing.append(verdict(same))
     return [*lines, "", *closing]
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lightning_spectral.memory.fit import group, ok
+from lightning_spectral.text.tables import Column, Table, render
 
 Row = dict[str, Any]
 _SUMMARY = ("rule_label", "alpha", "d", "d_out", "n_items", "batch_size", "anisotropy", "mode", "dtype", "step")
-_WIDTH = 12
 
 
 def summary_lines(rows: Sequence[Row]) -> list[str]:
@@ -19,13 +19,11 @@ def summary_lines(rows: Sequence[Row]) -> list[str]:
         fields = [f for f in _SUMMARY if any(f in row for row in members) and _varies_or_names(members, f)]
         theory = kind == "theory"
         columns = ["predicted", "asymptotic", "crit. batch"] if theory else ["count", "sd", "predicted"]
-        lines.append(f"\n{kind}: " + "  ".join(f"{f:>{_WIDTH}}" for f in [*fields, *columns]))
+        cells = []
         for key, same in group([row for row in members if theory or ok(row)], *fields).items():
-            named = [
-                "population" if f == "batch_size" and v is None else str(v) for f, v in zip(fields, key, strict=True)
-            ]
-            cells = [*named, *(_theory_cells(same) if theory else _measured_cells(same))]
-            lines.append(" " * (len(kind) + 2) + "  ".join(f"{cell:>{_WIDTH}}" for cell in cells))
+            named = ["population" if f == "batch_size" and v is None else v for f, v in zip(fields, key, strict=True)]
+            cells.append([*named, *(_theory_cells(same) if theory else _measured_cells(same))])
+        lines.append("\n" + render(Table([*fields, *(Column(name, ".1f") for name in columns)], cells, kind)))
     return [*lines, *_notes(rows), *_singular(rows), *_censored(rows)]
 
 
@@ -33,21 +31,21 @@ def _varies_or_names(rows: Sequence[Row], field: str) -> bool:
     return field in ("rule_label", "d") or len({row.get(field) for row in rows}) > 1
 
 
-def _measured_cells(rows: Sequence[Row]) -> list[str]:
+def _measured_cells(rows: Sequence[Row]) -> list[float | None]:
     counts = [row["count"] for row in rows]
     mean = sum(counts) / len(counts)
     variance = sum((count - mean) ** 2 for count in counts) / max(len(counts) - 1, 1)
-    return [f"{mean:.1f}", f"{variance**0.5:.1f}" if len(counts) > 1 else "-", _guess(rows)]
+    return [mean, variance**0.5 if len(counts) > 1 else None, _guess(rows)]
 
 
-def _theory_cells(rows: Sequence[Row]) -> list[str]:
+def _theory_cells(rows: Sequence[Row]) -> list[float | None]:
     critical, limit = rows[0].get("predicted_critical_batch"), rows[0].get("asymptotic_count")
-    return [_guess(rows), f"{limit:.1f}" if limit else "-", f"{critical:.0f}" if critical else "-"]
+    return [_guess(rows), limit or None, critical or None]
 
 
-def _guess(rows: Sequence[Row]) -> str:
+def _guess(rows: Sequence[Row]) -> float | None:
     predicted = [row["predicted_count"] for row in rows if row.get("predicted_count") is not None]
-    return f"{sum(predicted) / len(predicted):.1f}" if predicted else "-"
+    return sum(predicted) / len(predicted) if predicted else None
 
 
 def _notes(rows: Sequence[Row]) -> Iterator[str]:

@@ -235,11 +235,10 @@ class Places:
     def _routed(self, pieces: Sequence[Piece], run: Run) -> list[Tensor] | None:
         found = []
         for piece in pieces:
-            source = piece.sent if piece.sent is not None else run.routed.get(id(piece.site.routed_by))
+            sources = [piece.sent, run.routed.get(id(piece.site.routed_by))]
+            flat = [source.reshape(-1, source.shape[-1]) for source in sources if source is not None]
+            source = next((rows for rows in flat if len(rows) == self._num_rows), None)
             if source is None or piece.arrived is None:
-                return None
-            source = source.reshape(-1, source.shape[-1])
-            if len(source) != self._num_rows:
                 return None
             index = match_rows(piece.arrived.reshape(-1, piece.arrived.shape[-1]), source)
             if index is None or len(index) != len(piece.rows):

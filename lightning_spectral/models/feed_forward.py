@@ -112,7 +112,9 @@ class _Search:
         if found is None:
             return
         self._order += 1
-        self.networks.append(FeedForward(path, FusedExperts(path, module, *found, self._order), routed_by=path))
+        self.networks.append(
+            FeedForward(path, FusedExperts(path, module, *found, self._order), routed_by=_parent(path))
+        )
 
     def _pair(self, left: list[Linear], path: str, kind: str) -> set[str]:
         """Claim the networks among these linear modules; the paths of what they use."""
@@ -168,6 +170,11 @@ class _Search:
                 self.networks[n] = FeedForward(
                     network.unit, network.down, network.ups, int(number[1]) if number else None, path
                 )
+
+
+def _parent(path: str) -> str:
+    """Path of the module around; of the block itself where there is none between."""
+    return path.rpartition(".")[0]
 
 
 def _fit(up: Linear, down: Linear) -> bool:

@@ -115,7 +115,8 @@ class Hook:
         """Record, if the switch is on."""
         if self.switch.on:
             if torch.compiler.is_compiling():
-                self._trace(module, args, kwargs, output)
+                if not torch.compiler.is_exporting():
+                    self._trace(module, args, kwargs, output)
             else:
                 self._record(module, args, kwargs, output)
 

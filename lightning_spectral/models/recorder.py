@@ -129,7 +129,7 @@ class Recorder:
             self._after(module, Hook(self._switch, "close", path, always=True), always=True)
 
     def _attach_sites(self, sites: list[Site]) -> None:
-        for router in {id(site.routed_by): site.routed_by for site in sites if not site.parameter}.values():
+        for router in {id(site.routed_by): site.routed_by for site in sites}.values():
             if router is not None:
                 self._before(router, Hook(self._switch, "route", sites[0].name, router))
         self._attach_fused([site for site in sites if site.parameter])

@@ -359,6 +359,14 @@ class SpectralOptimizer(Optimizer):
             package.addHandler(logging.StreamHandler())
             package.setLevel(logging.INFO)
         self._say("routes:\n" + table)
+        narrow = [m.name for m in self._members() if m.param.dtype == torch.bfloat16 and m.param.requires_grad]
+        if narrow and self._settings.bf16_weights == "nearest":
+            _LOG.warning(
+                "%d weights are bf16, %s first: updates smaller than their rounding (0.4 %% of a weight) are lost. Set "
+                "`bf16_weights` to stochastic or compensated.",
+                len(narrow),
+                narrow[0],
+            )
         share = share_under_rule(routes)
         if self._algorithm in self.matrix_rules and share < _FEW:
             warnings.warn(

@@ -64,12 +64,14 @@ class Bucket:
         owned: Those that this rank makes whole.
         inward: Letters (to every rank, from every rank) on the way in; None when no rank sends any.
         outward: The same for the way out.
+        runs: Owned matrices that go through the rule together; found at the first step.
     """
 
     matrices: list[int]
     owned: list[int]
     inward: Letters | None
     outward: Letters | None
+    runs: list[list[Matrix]] | None = None
 
 
 @dataclass

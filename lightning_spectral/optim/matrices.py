@@ -167,6 +167,27 @@ def run_rule(
     return updates
 
 
+def empty_stack(run: Sequence[Matrix], device: torch.device) -> Tensor:
+    """Room for the directions of a run, (B, M, N)."""
+    return torch.empty((len(run), *run[0].shape), dtype=run[0].dtype, device=device)
+
+
+def entries(matrix: Tensor, rectangle: Rectangle) -> Tensor:
+    """Entries of an M x N matrix."""
+    (r0, r1), (c0, c1) = rectangle.rows, rectangle.columns
+    return matrix[r0:r1, c0:c1]
+
+
+def keep_momentum(matrix: Matrix, states: States, momentum: Tensor) -> None:
+    """Write the local entries of a momentum that the rule has rewritten."""
+    held = flat(local(states[matrix.param]["momentum_buffer"]))
+    for block in matrix.blocks:
+        part = entries(momentum, block.target)
+        here = block.of(held)
+        if here.data_ptr() != part.data_ptr():
+            here.copy_(part)
+
+
 class WeightUpdate:
     """Moves weights by parts of updates.
 

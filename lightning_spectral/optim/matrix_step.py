@@ -10,25 +10,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lightning_spectral.optim.exchange import (
-    Bucket,
-    Exchange,
-    Letter,
-    Message,
-    heads_of,
-    require_same_gradients,
-    views_into,
-)
+from lightning_spectral.optim.exchange import Exchange
 from lightning_spectral.optim.matrices import (
     Matrix,
     Observer,
     States,
     WeightUpdate,
+    empty_stack,
+    entries,
     extra_here,
     flat,
+    keep_momentum,
     matrices_of_member,
     run_rule,
     runs_of,
@@ -37,6 +31,7 @@ from lightning_spectral.optim.matrices import (
 from lightning_spectral.optim.matrix_rule import MatrixRule
 from lightning_spectral.optim.members import Member
 from lightning_spectral.optim.shards import local
+from lightning_spectral.optim.trip import Trip
 
 
 class MatrixStep:
@@ -81,7 +76,7 @@ class MatrixStep:
         update = WeightUpdate(states, self._bf16_weights)
         self._run_own([m for m in self._own if id(m.param) in grads], grads, states, update, observe)
         for exchange in self._exchanges:
-            _Trip(exchange, grads, states, update, observe).run()
+            Trip(exchange, grads, states, update, observe).run()
 
     def _move_momenta(self, grads: dict[int, Tensor], states: States) -> None:
         alike: dict[tuple[int, str], list[Member]] = {}
@@ -106,7 +101,7 @@ class MatrixStep:
         if self._runs_of[0] != key:
             self._runs_of = (key, runs_of(matrices))
         for run in self._runs_of[1]:
-            stacked = _empty_stack(run, local(run[0].param).device)
+            stacked = empty_stack(run, local(run[0].param).device)
             for matrix, target in zip(run, stacked.unbind(0), strict=True):
                 write_inputs(matrix, target, grads, states)
             extra = {name: [extra_here(m, name, states) for m in run] for name in run[0].extra}
@@ -117,253 +112,11 @@ class MatrixStep:
             updates = run_rule(run, stacked, extra, observe)
             for position, matrix in enumerate(run):
                 for block in matrix.blocks:
-                    update.apply(matrix, block, _part(updates[position], block.target))
+                    update.apply(matrix, block, entries(updates[position], block.target))
                 if run[0].rule.rewrites_momentum:
-                    _keep_momentum(matrix, states, extra["momentum_buffer"][position])
+                    keep_momentum(matrix, states, extra["momentum_buffer"][position])
             update.store()
             del updates, stacked  # the next batch needs the room
-
-
-class _Trip:
-    """One step of one exchange."""
-
-    def __init__(
-        self,
-        exchange: Exchange,
-        grads: dict[int, Tensor],
-        states: States,
-        update: WeightUpdate,
-        observe: Observer | None,
-    ) -> None:
-        self.exchange, self.grads, self.states, self.update, self.observe = exchange, grads, states, update, observe
-        self.device = wire_device(exchange)
-        self.present = [id(m.param) in grads for m in exchange.matrices]
-        self.results: dict[int, dict[str, Tensor]] = {}
-
-    def run(self) -> None:
-        """Every bucket: in, through the rule, out; two of them on their way while one is computed."""
-        buckets = self.exchange.buckets
-        agreed = self._ask_for_gradients()
-        arriving = self._begin_in(buckets[0])
-        leaving: tuple[Bucket, Any] | None = None
-        for k, bucket in enumerate(buckets):
-            now, arriving = arriving, self._begin_in(buckets[k + 1]) if k + 1 < len(buckets) else None
-            self._compute(bucket, now)
-            out = self._begin_out(bucket)
-            if leaving is None:
-                self._require_agreement(agreed, now)
-            else:
-                self._deliver(*leaving)
-            leaving = (bucket, out)
-        assert leaving is not None
-        self._deliver(*leaving)
-
-    # ---- gradients ---------------------------------------------------------------------------------------------------
-
-    def _ask_for_gradients(self) -> tuple[Tensor, Any] | None:
-        """Begin to count the ranks with a gradient of each matrix, where no letter goes in that could say it."""
-        if self.exchange.buckets[0].inward is not None:
-            return None
-        held = self.exchange.holdings[self.exchange.rank]
-        said = [int(has and bool(here)) for has, here in zip(self.present, held, strict=True)]
-        counts = torch.tensor(said, dtype=torch.int32).to(self.device)
-        return counts, dist.all_reduce(counts, group=self.exchange.group, async_op=True)
-
-    def _require_agreement(self, agreed: tuple[Tensor, Any] | None, first: Any) -> None:
-        """The one question a step that the host waits for. All ranks raise, or none."""
-        exchange = self.exchange
-        names = [m.member.name for m in exchange.matrices]
-        if agreed is None:
-            incoming, _, _ = first
-            inward = exchange.buckets[0].inward
-            assert inward is not None
-            everybody = torch.stack(heads_of(incoming, inward[1])).tolist()
-        else:
-            counts, work = agreed
-            work.wait()
-            if all(n in (0, holders) for n, holders in zip(counts.tolist(), exchange.num_holders, strict=True)):
-                return
-            everybody = [None] * exchange.size
-            dist.all_gather_object(everybody, self.present, group=exchange.group)
-        said = [
-            [int(has) if exchange.holdings[rank][i] else None for i, has in enumerate(of_rank)]
-            for rank, of_rank in enumerate(everybody)
-        ]
-        require_same_gradients(said, names)
-
-    # ---- in ----------------------------------------------------------------------------------------------------------
-
-    def _begin_in(self, bucket: Bucket) -> tuple[Tensor, Any] | None:
-        if bucket.inward is None:
-            return None
-        outgoing = _buffer(bucket.inward[0], self.device)
-        for head in heads_of(outgoing, bucket.inward[0]):
-            if head.numel():
-                head.copy_(torch.tensor(self.present, dtype=torch.uint8))
-        for message, values in views_into(outgoing, bucket.inward[0]):
-            matrix = self.exchange.matrices[message.matrix]
-            if not self.present[message.matrix]:
-                values.zero_()
-            elif message.name == "input":
-                self._write_inputs(matrix, values)
-            else:
-                values.copy_(extra_here(matrix, message.name, self.states))
-        return (*self.exchange.send(bucket.inward, outgoing), outgoing)  # type: ignore[return-value]
-
-    def _write_inputs(self, matrix: Matrix, values: Tensor) -> None:
-        momentum = flat(local(self.states[matrix.param]["momentum_buffer"]))
-        grad = flat(self.grads[id(matrix.param)])
-        position = 0
-        for block in matrix.blocks:
-            entering = matrix.rule.orthogonalizer_input(block.of(momentum), block.of(grad), matrix.group)
-            values[position : position + entering.numel()].view(entering.shape).copy_(entering)
-            position += entering.numel()
-
-    # ---- the rule ----------------------------------------------------------------------------------------------------
-
-    def _compute(self, bucket: Bucket, arriving: Any) -> None:
-        matrices = self.exchange.matrices
-        runs = runs_of([matrices[i] for i in bucket.owned])
-        index_of = {id(matrices[i]): i for i in bucket.owned}
-        whole: dict[tuple[int, str], Tensor] = {}
-        stacks = []
-        for run in runs:  # directions arrive where the batched product reads them
-            stacked = _empty_stack(run, self.device)
-            stacks.append(stacked)
-            for matrix, target in zip(run, stacked.unbind(0), strict=True):
-                self._begin_whole(index_of[id(matrix)], matrix, target, whole)
-        if arriving is not None:
-            incoming, work, _ = arriving
-            work.wait()
-            assert bucket.inward is not None
-            for message, values in views_into(incoming, bucket.inward[1]):
-                _fill(whole[message.matrix, message.name], message, values)
-        for run, stacked in zip(runs, stacks, strict=True):
-            indices = [index_of[id(matrix)] for matrix in run]
-            extra = {name: [whole[i, name] for i in indices] for name in run[0].extra}
-            if run[0].rule.rewrites_momentum:
-                extra["momentum_buffer"] = [one.clone() for one in stacked.unbind(0)]
-            updates = run_rule(run, stacked, extra, self.observe)
-            for position, i in enumerate(indices):
-                self.results[i] = {name: arrays[position] for name, arrays in extra.items()}
-                self.results[i]["update"] = updates[position]
-
-    def _begin_whole(self, i: int, matrix: Matrix, target: Tensor, whole: dict[tuple[int, str], Tensor]) -> None:
-        """What of a matrix is here already."""
-        whole[i, "input"] = target
-        if self.present[i]:
-            write_inputs(matrix, target, self.grads, self.states)
-        elif matrix.blocks:
-            target.zero_()
-        for name, extra in matrix.extra.items():
-            array = torch.zeros(extra.length, dtype=torch.float32, device=self.device)
-            if extra.held and self.present[i]:
-                _scatter(array, extra.spans, extra_here(matrix, name, self.states))
-            whole[i, name] = array
-
-    # ---- out ---------------------------------------------------------------------------------------------------------
-
-    def _begin_out(self, bucket: Bucket) -> Any:
-        if bucket.outward is None:
-            return None
-        outgoing = _buffer(bucket.outward[0], self.device)
-        for message, values in views_into(outgoing, bucket.outward[0]):
-            result = self.results[message.matrix][message.name]
-            if message.rectangles:
-                position = 0
-                for rectangle in message.rectangles:
-                    part = _part(result, rectangle)
-                    values[position : position + part.numel()].view(part.shape).copy_(part)
-                    position += part.numel()
-            else:
-                _gather(result, message.spans, values)
-        return (*self.exchange.send(bucket.outward, outgoing), outgoing)
-
-    def _deliver(self, bucket: Bucket, leaving: Any) -> None:
-        for i in bucket.owned:
-            result = self.results.pop(i)
-            if self.present[i]:
-                self._deliver_own(self.exchange.matrices[i], result)
-        if leaving is not None:
-            incoming, work, _ = leaving
-            work.wait()
-            assert bucket.outward is not None
-            for message, values in views_into(incoming, bucket.outward[1]):
-                if self.present[message.matrix]:
-                    self._deliver_message(self.exchange.matrices[message.matrix], message, values)
-        self.update.store()
-
-    def _deliver_own(self, matrix: Matrix, result: dict[str, Tensor]) -> None:
-        for block in matrix.blocks:
-            self.update.apply(matrix, block, _part(result["update"], block.target))
-        if matrix.rule.rewrites_momentum:
-            _keep_momentum(matrix, self.states, result["momentum_buffer"])
-        for name, extra in matrix.extra.items():
-            if extra.held:
-                _gather(result[name], extra.spans, extra_here(matrix, name, self.states))
-
-    def _deliver_message(self, matrix: Matrix, message: Message, values: Tensor) -> None:
-        if not message.rectangles:
-            extra_here(matrix, message.name, self.states).copy_(values)
-            return
-        position = 0
-        momentum = flat(local(self.states[matrix.param]["momentum_buffer"]))
-        for block in matrix.blocks:
-            shape = block.target.rows[1] - block.target.rows[0], block.target.columns[1] - block.target.columns[0]
-            part = values[position : position + block.target.numel].view(shape)
-            position += block.target.numel
-            if message.name == "update":
-                self.update.apply(matrix, block, part.to(local(matrix.param).device))
-            else:
-                block.of(momentum).copy_(part)
-
-
-def wire_device(exchange: Exchange) -> torch.device:
-    """Where buffers live: with the weights, or on the GPU if the group cannot carry tensors of the CPU (offloading)."""
-    device = local(exchange.matrices[0].param).device
-    if device.type == "cpu" and dist.get_backend(exchange.group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _buffer(letters: Sequence[Letter], device: torch.device) -> Tensor:
-    return torch.empty(sum(letter.size for letter in letters), dtype=torch.uint8, device=device)
-
-
-def _empty_stack(run: Sequence[Matrix], device: torch.device) -> Tensor:
-    return torch.empty((len(run), *run[0].shape), dtype=run[0].dtype, device=device)
-
-
-def _part(matrix: Tensor, rectangle: Any) -> Tensor:
-    (r0, r1), (c0, c1) = rectangle.rows, rectangle.columns
-    return matrix[r0:r1, c0:c1]
-
-
-def _fill(target: Tensor, message: Message, values: Tensor) -> None:
-    if not message.rectangles:
-        _scatter(target, message.spans, values)
-        return
-    position = 0
-    for rectangle in message.rectangles:
-        part = _part(target, rectangle)
-        part.copy_(values[position : position + part.numel()].view(part.shape))
-        position += part.numel()
-
-
-def _scatter(array: Tensor, spans: Sequence[tuple[int, int]], values: Tensor) -> None:
-    """Write values that lie one after the other into their ranges of an array."""
-    position = 0
-    for low, high in spans:
-        array[low:high].copy_(values[position : position + high - low])
-        position += high - low
-
-
-def _gather(array: Tensor, spans: Sequence[tuple[int, int]], values: Tensor) -> None:
-    """Write ranges of an array one after the other into ``values``."""
-    position = 0
-    for low, high in spans:
-        values[position : position + high - low].copy_(array[low:high])
-        position += high - low
 
 
 def _whole_momentum(matrix: Matrix, states: States, direction: Tensor) -> Tensor:
@@ -371,12 +124,3 @@ def _whole_momentum(matrix: Matrix, states: States, direction: Tensor) -> Tensor
     if len(matrix.blocks) == 1 and local(states[matrix.param]["momentum_buffer"]).is_contiguous():
         return matrix.blocks[0].of(flat(local(states[matrix.param]["momentum_buffer"])))
     return direction.clone()
-
-
-def _keep_momentum(matrix: Matrix, states: States, momentum: Tensor) -> None:
-    held = flat(local(states[matrix.param]["momentum_buffer"]))
-    for block in matrix.blocks:
-        part = _part(momentum, block.target)
-        here = block.of(held)
-        if here.data_ptr() != part.data_ptr():
-            here.copy_(part)

@@ -126,3 +126,13 @@ def test_bf16_weights_resume_bit_equal(how):
     other.load_state_dict(saved)
     train(resumed, other, 3, first=3)
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "how", "said"),
+    [("bfloat16", "nearest", True), ("bfloat16", "stochastic", False), ("float32", "nearest", False)],
+)
+def test_bf16_weights_that_lose_updates_are_named(dtype, how, said, caplog):
+    with caplog.at_level("WARNING", logger="lightning_spectral"):
+        Muon(TinyLM().to(getattr(torch, dtype)), bf16_weights=how)
+    assert ("are bf16, blocks.0.qkv.weight first: updates smaller than their rounding" in caplog.text) == said

@@ -147,7 +147,9 @@ def rank_curves(curves: dict[str, dict[str, dict[int, float]]]) -> Any:
         axis.set_title(f"{METRIC_NAMES[metric]}, median over layers; dotted: untrained", loc="left", fontsize=10)
         axis.set_xlabel("optimizer step")
         axis.set_ylim(bottom=0)
-        axis.legend(frameon=False)
+    axes[-1].legend(
+        frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True
+    )  # beside, not on, the curves
     return figure
 
 

@@ -15,7 +15,7 @@ from lightning_spectral.analysis.points import points_of_runs
 from lightning_spectral.analysis.runs import load_runs
 from lightning_spectral.functional import rank
 from lightning_spectral.functional.covariance import empty_moments, update_
-from lightning_spectral.models import families
+from lightning_spectral.models import families, stacks
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.matrix_rule import MatrixRule
 from lightning_spectral.optim.settings import OrthogonalSettings
@@ -94,31 +94,35 @@ def test_the_docs_have_every_metric():
     assert rows == section(), "run `python tools/metric_docs.py`"
 
 
+class Floor(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.narrow(self.wide(x).relu())
+
+
 class Decoder(nn.Module):
     """A model whose names nobody knows."""
 
     def __init__(self) -> None:
         super().__init__()
         self.words = nn.Embedding(10, 4)
-        self.floors = nn.ModuleList([nn.ModuleDict({"wide": nn.Linear(4, 8), "narrow": nn.Linear(8, 4)})])
+        self.floors = nn.ModuleList([Floor(), Floor()])
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.words(ids)
         for floor in self.floors:
-            x = x + floor["narrow"](floor["wide"](x).relu())
+            x = floor(x)
         return x
 
 
-def test_a_row_of_families_finds_its_sites(monkeypatch):
-    row = families.ModelFamily(
-        "nobody's", post="floors.{layer}.narrow", pre=("floors.{layer}.wide",), embedding="words", head="out"
-    )
-    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, row))
-    found = families.resolve(Decoder(), sites=["pre", "post"])
-    assert {(site.layer, site.site, site.name) for site in found.sites} == {
-        (0, "post", "floors.0.narrow"),
-        (0, "pre", "floors.0.wide"),
-    }
+def test_a_hint_says_what_to_measure_in_a_model_of_its_own_names(monkeypatch):
+    assert {site.name for site in stacks.find_stacks(Decoder()).sites} == {"floors.0.narrow", "floors.1.narrow"}
+    monkeypatch.setattr(stacks, "installed_hints", lambda: (families.Hint("nobody's", down="floors.*.wide"),))
+    found = stacks.find_stacks(Decoder())
+    assert {(site.layer, site.name) for site in found.sites} == {(0, "floors.0.wide"), (1, "floors.1.wide")}
 
 
 def test_a_grouping_is_a_bucket_rule():
@@ -163,13 +167,13 @@ class SignOptimizer(SpectralOptimizer):
 
 def test_a_matrix_rule_is_an_optimizer():
     model = Decoder()
-    before = model.floors[0]["wide"].weight.detach().clone()
+    before = model.floors[0].wide.weight.detach().clone()
     settings = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "lr_scale": "spectral", "norm_eps": 0.0}
     optimizer = SignOptimizer(model, lr=0.1, **settings)
     model(torch.arange(10)).square().sum().backward()
-    gradient = model.floors[0]["wide"].weight.grad.clone()
+    gradient = model.floors[0].wide.weight.grad.clone()
     optimizer.step()
-    step = before - model.floors[0]["wide"].weight.detach()
+    step = before - model.floors[0].wide.weight.detach()
     # lr * sqrt(m / n) = 0.1 * sqrt(2) for an 8 x 4 matrix
     torch.testing.assert_close(step, 0.1 * 2**0.5 * gradient.sign())
 

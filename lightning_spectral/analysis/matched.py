@@ -1,8 +1,8 @@
 """Matched loss: do two optimizers at the SAME validation loss still have different spectra?
 
-Two runs of one width and seed are paired. Their common yardstick is a loss that both reached; each run's rank is read
-off, by interpolation, where it first reached that loss. On the ``step`` or ``tokens`` axis both are read off at the
-same amount of training instead, and the loss gap that remains is reported with the ranks.
+Two runs of one width and seed are paired. Their common yardstick is a validation loss that both reached; each run's
+rank is read off, by interpolation, where the falling curve through its losses reaches it. On the ``step`` or ``tokens``
+axis both are read off at the same amount of training instead, and the loss gap that remains is reported with the ranks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
 
 from lightning_spectral.analysis.compare import Comparison
 from lightning_spectral.analysis.linear import least_squares, seed_means, t_quantile, two_sided_p
@@ -35,7 +36,7 @@ class Curve:
     Attributes:
         steps: (T,) optimizer steps.
         tokens: (T,) tokens seen; NaN if not counted.
-        loss: (T,) loss interpolated to those steps, lowest so far.
+        loss: (T,) loss interpolated to those steps, as it was measured.
         ranks: (T,) layer median of a metric.
     """
 
@@ -78,9 +79,11 @@ class MatchedPair:
     rank_b: float
 
 
-def loss_curve(run: Run, bucket: str = POOLED) -> tuple[FloatArray, FloatArray]:
-    """(steps, losses) of validation if the run has it, else of training; empty if it has neither."""
-    for stage in ("validation", "train"):
+def loss_curve(
+    run: Run, bucket: str = POOLED, stages: Sequence[str] = ("validation", "train")
+) -> tuple[FloatArray, FloatArray]:
+    """(steps, losses) of the first of the stages that the run has; empty if it has none of them."""
+    for stage in stages:
         found = [
             (float(record.step or 0), record.loss)
             for record in run.losses
@@ -94,7 +97,7 @@ def loss_curve(run: Run, bucket: str = POOLED) -> tuple[FloatArray, FloatArray]:
 
 def curve(run: Run, site: str, bucket: str, metric: str) -> Curve | None:
     """The run's windows on the loss axis, or ``None`` without losses or ranks."""
-    steps, losses = loss_curve(run)
+    steps, losses = loss_curve(run, stages=("validation",))  # a training batch's own loss is too noisy to match on
     if len(steps) < 2 or site not in run.sites or bucket not in run.buckets:
         return None
     s, b = run.sites.index(site), run.buckets.index(bucket)
@@ -105,8 +108,15 @@ def curve(run: Run, site: str, bucket: str, metric: str) -> Curve | None:
         return None
     at = at[usable]
     tokens = nanmedian(run.cube("tokens_seen")[s, b], axis=-1)[usable]
-    lowest = np.minimum.accumulate(np.interp(at, steps, losses))
-    return Curve(at, tokens, lowest, ranks[usable])
+    return Curve(at, tokens, np.interp(at, steps, losses), ranks[usable])
+
+
+def falling(loss: FloatArray) -> FloatArray:
+    """The falling curve nearest to a noisy one (isotonic regression: pool adjacent violators).
+
+    The lowest loss so far would be the noise's lowest: a run of noisy losses would reach a target before it does.
+    """
+    return np.asarray(-isotonic_regression(-loss).x, dtype=np.float64)
 
 
 def match(a: Curve, b: Curve, axis: Axis = "loss", tolerance: float = TOLERANCE) -> tuple[float, ...] | None:
@@ -116,6 +126,7 @@ def match(a: Curve, b: Curve, axis: Axis = "loss", tolerance: float = TOLERANCE)
     within ``tolerance`` nats. On the other axes it is the last common step or token count.
     """
     if axis == "loss":
+        a, b = replace(a, loss=falling(a.loss)), replace(b, loss=falling(b.loss))
         target = max(float(a.loss[-1]), float(b.loss[-1]))
         one, two = _at_loss(a, target, tolerance), _at_loss(b, target, tolerance)
         return None if one is None or two is None else (target, one[0], two[0], one[1], two[1])

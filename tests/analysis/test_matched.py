@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_spectral.analysis.matched import Curve, compare_matched, match, matched_pairs, matched_table
+from lightning_spectral.analysis.matched import Curve, compare_matched, falling, match, matched_pairs, matched_table
 from lightning_spectral.analysis.runs import load_runs
 from tests.analysis.synthetic import write_one, write_study
 
@@ -76,3 +76,34 @@ def test_bad_options(tmp_path: Path) -> None:
         matched_pairs(runs, axis="time")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="nats"):
         matched_pairs(runs, tolerance=-1.0)
+
+
+def test_the_falling_curve_is_the_nearest_one() -> None:
+    np.testing.assert_allclose(falling(np.array([5.0, 3.0, 4.0, 1.0])), [5.0, 3.5, 3.5, 1.0])
+
+
+def test_a_noisy_loss_does_not_reach_a_target_early() -> None:
+    """Equal ranks at equal true loss, one of the two losses noisy (.05 nats, 200 windows): ln(a/b) should be 0.
+
+    The lowest loss so far has a bias of .072 here; the falling curve's is .024 with a standard error of .005.
+    """
+    rng, t, gaps = np.random.default_rng(2), np.linspace(0, 1, 200), []
+    for _ in range(100):
+        pair = []
+        for speed, noise in ((4, 0.0), (3, 0.05)):
+            loss = 3.8 + 3 * np.exp(-speed * t)
+            ranks = 60 * np.exp(-0.8 * (loss - 3.8)) * np.exp(rng.normal(0, 0.02, 200))
+            pair.append(Curve(t * 1000, t * 1e6, loss + rng.normal(0, noise, 200), ranks))
+        found = match(*pair)
+        assert found is not None
+        gaps.append(math.log(found[3] / found[4]))
+    assert abs(float(np.mean(gaps))) < 0.04
+
+
+def test_training_losses_are_not_matched_on(tmp_path: Path) -> None:
+    for name in ("muon", "adamw"):
+        file = write_one(tmp_path, name, 0.5, 128) / "losses.jsonl"
+        file.write_text(file.read_text().replace("validation", "train"))
+    pairs, unmatched = matched_pairs(load_runs([tmp_path]), metrics=["hard_rank"])
+    assert not pairs
+    assert unmatched == 4

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_spectral.analysis.load import load
     from lightning_spectral.callbacks import FabricSpectralProbe, SpectralRankCallback, TailTokenProbe, UpdateAudience
     from lightning_spectral.callbacks.alarm import SpectralAlarm
     from lightning_spectral.callbacks.huggingface import HuggingFaceProbe
@@ -41,6 +42,7 @@ _HOME_OF = {
     "UpdateAudience": "lightning_spectral.callbacks",
     "WeightRecord": "lightning_spectral.records",
     "WeightSpectrumCallback": "lightning_spectral.callbacks.weight_spectrum",
+    "load": "lightning_spectral.analysis.load",
     "observe": "lightning_spectral.probe.observe",
     "read_spectral": "lightning_spectral.records",
     "read_weights": "lightning_spectral.records",
@@ -67,6 +69,7 @@ __all__ = [
     "WeightRecord",
     "WeightSpectrumCallback",
     "__version__",
+    "load",
     "observe",
     "read_spectral",
     "read_weights",

@@ -204,11 +204,16 @@ def points_table(table: PointTable) -> tuple[list[str], list[list[Any]]]:
 
 def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
     """Write a table atomically; NaN becomes an empty cell, floats keep every digit."""
+    return write_atomic(path, csv_text(header, rows).encode())
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table as CSV."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header)
     writer.writerows([[cell_text(cell) for cell in row] for row in rows])
-    return write_atomic(path, buffer.getvalue().encode())
+    return buffer.getvalue()
 
 
 def cell_text(cell: Any) -> str:

@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "report": ("lightning_spectral.cli.report", "one offline HTML page of figures and tables"),
     "completion": ("lightning_spectral.cli.completion", "let your shell complete verbs, options and recipes"),
     "schema": ("lightning_spectral.cli.schema", "JSON Schema of recipes and records, for editors and other readers"),
+    "records": ("lightning_spectral.cli.records", "all records as one table: CSV, JSON or Parquet"),
     "memory": ("lightning_spectral.cli.memory", "the associative memory: what one step stores, predicted and measured"),
 }
 

@@ -82,6 +82,8 @@ def _files(path: str, name: str) -> Iterator[Path]:
     for place in map(Path, glob.glob(path, recursive=True)):
         if place.is_dir():
             yield from (file for file in place.rglob(name) if "previous" not in file.relative_to(fixed).parts)
+        elif "previous" in place.relative_to(fixed).parts:
+            continue
         elif place.name in (name, RUN_FILE) and (place.parent / name).is_file():
             yield place.parent / name
 

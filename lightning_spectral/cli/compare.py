@@ -38,6 +38,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--architecture", metavar="COLUMN", help="weigh the optimizer's effect against this column's")
     parser.add_argument("--match-on", choices=["loss", "step", "tokens"], default="loss")
     parser.add_argument("--tolerance", type=float, default=0.02, help="nats within which a loss counts as reached")
+    parser.add_argument(
+        "--separate", type=float, metavar="AMOUNT", help="say how many more runs separate slopes by this amount"
+    )
     parser.add_argument("--all", action="store_true", help=f"print all comparisons, even if more than {_SHOWN}")
     parser.add_argument("--out", metavar="DIR", help="write comparisons.csv (and matched_loss.csv) there")
     options = parser.parse_args(argv)
@@ -88,6 +91,8 @@ def main(argv: list[str]) -> int:
         )
     if len(medians) > 1:
         print("p (Holm) is corrected for the pairs of one kind, site, bucket, metric and layer.", file=out)
+    if options.separate is not None:
+        inputs.print_notes(inputs.guarded(lambda: needed(shown, options.separate)), options.format)
     inputs.print_notes(caveats_of(fitted, runs), options.format)
     inputs.print_problems(fitted.problems)
     inputs.print_flags(c.status for c in found)
@@ -96,6 +101,23 @@ def main(argv: list[str]) -> int:
         if pairs:
             print(f"wrote {write_csv(folder / 'matched_loss.csv', *matched_table(pairs))}", file=out)
     return 0 if any(not c.status.startswith("refused") for c in found) else 1
+
+
+def needed(found: list[Comparison], amount: float) -> list[str]:
+    """How many times as many runs would separate each pair of slopes by ``amount``, with a power of 80 %."""
+    from lightning_spectral.analysis.linear import t_quantile
+    from lightning_spectral.analysis.shapes import more_needed
+
+    out = []
+    for c in found:
+        half = (c.ci_high - c.ci_low) / 2
+        if c.kind == "slope_difference" and half == half:
+            times = more_needed(half / float(t_quantile(c.df)), c.df, amount)
+            what = f"{c.a} and {c.b}, {' '.join(filter(None, c.where.values()))}"
+            out.append(
+                f"{what}: {times:.1f} times as many runs separate slopes by {amount:g} (power 80 %, uncorrected)."
+            )
+    return out
 
 
 def headline(found: list[Comparison]) -> list[Comparison]:

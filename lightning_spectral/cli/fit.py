@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lightning_spectral.cli import inputs
+from lightning_spectral.text import tables
 from lightning_spectral.text.tables import aside
 
 if TYPE_CHECKING:
     from lightning_spectral.analysis.fits import PowerLawFit
+    from lightning_spectral.analysis.study import Fitted
 
 _EPILOG = """\
 examples:
@@ -30,6 +34,12 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     inputs.add_input_options(parser)
+    parser.add_argument(
+        "--model",
+        choices=["power", "bent", "floor", "all"],
+        default="power",
+        help="also fit y = E + A x^-a (floor), a parabola in ln-ln (bent), or all, and compare them by AICc",
+    )
     parser.add_argument("--out", metavar="DIR", help="write fits.csv and points.csv there")
     options = parser.parse_args(argv)
     folder = inputs.out_folder(options.out)
@@ -67,6 +77,8 @@ def main(argv: list[str]) -> int:
         for fit in shown
     ]
     inputs.print_table(header, rows, options.format, fit_table(by, shown))
+    if options.model != "power":
+        print_shapes(fitted, options.model, options.format)
     inputs.print_notes(caveats_of(fitted, runs), options.format)
     inputs.print_problems(fitted.problems)
     inputs.print_flags(fit.status for fit in fitted.fits)
@@ -75,6 +87,26 @@ def main(argv: list[str]) -> int:
         points_file = write_csv(folder / "points.csv", *points_table(fitted.table))
         print(f"wrote {fits_file} and {points_file}", file=aside(options.format))
     return 0 if any(not fit.refused for fit in fitted.fits) else 1
+
+
+def print_shapes(fitted: Fitted, model: str, style: str) -> None:
+    """A table of the models of every layer median, the best of a series first."""
+    from lightning_spectral.analysis.caveats import median_fits
+    from lightning_spectral.analysis.shapes import shapes_of
+
+    groups, rows = fitted.table.groups(), []
+    for fit in median_fits(fitted):
+        points = [point for point in groups[fit.series] if point.value > 0 and point.x > 0]
+        found = shapes_of(*(np.array([getattr(point, name) for point in points]) for name in ("x", "value")))
+        for shape in found:
+            if model in (shape.model, "all"):
+                k = shape.names.index("exponent")
+                delta = shape.aicc - found[0].aicc
+                level = inputs.number(shape.values[0]) if shape.model == "floor" else "-"
+                cells = [inputs.number(shape.values[k]), inputs.interval(shape.low[k], shape.high[k]), level]
+                rows.append([*fit.series, shape.model, *cells, inputs.number(delta, 1)])
+    header = [*fitted.table.by, "model", "exponent", "95% CI", "E", "AICc minus the best"]
+    tables.print_table(tables.Table(header, rows), style)
 
 
 def before_text(fit: PowerLawFit) -> str:

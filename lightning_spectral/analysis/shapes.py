@@ -1,0 +1,157 @@
+"""Shape before slope: a straight line in ln-ln, a bent one, or a law with a floor, and which of them the data prefer.
+
+* ``power``: ``A x^b``;
+* ``bent``: ``ln y`` a parabola in ``ln x`` (its ``exponent`` is the slope in the middle);
+* ``floor``: ``E + A x^-a``, the usual law of a loss with an irreducible part; in two variables
+  ``E + A N^-a + B D^-b`` (the form of Hoffmann et al. 2022).
+
+All are fitted to ln(y) by least squares, so that their AICc (small-sample Akaike criterion) can be compared: lower is
+better, and a difference under 2 says nothing. Intervals are Student's t from the linearised fit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import OptimizeResult
+from scipy.optimize import least_squares as solve
+
+from lightning_spectral.analysis.linear import t_quantile
+
+FloatArray = NDArray[np.float64]
+NAN: Final = float("nan")
+MODELS: Final = ("power", "bent", "floor")
+_EXPONENTS: Final = (0.1, 0.3, 0.7, 1.5)  # starting points
+_FLOORS: Final = (0.2, 0.7, 0.95)  # of the smallest value
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model of one series.
+
+    Attributes:
+        model: Name of the model.
+        names: Its parameters.
+        values: Their estimates.
+        low: Lower ends of their 95 % intervals; NaN without degrees of freedom.
+        high: Upper ends.
+        aicc: Small-sample Akaike criterion; NaN with too few points.
+        n: Points.
+    """
+
+    model: str
+    names: tuple[str, ...]
+    values: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    aicc: float
+    n: int
+
+
+def shapes_of(x: FloatArray, y: FloatArray) -> list[Shape]:
+    """Every model of one series, best first; those with more parameters than the points can bear are left out.
+
+    Args:
+        x: (n,) positive.
+        y: (n,) positive.
+    """
+    found = [polynomial(x, y, 1), polynomial(x, y, 2), floor([x], y)]
+    usable = [shape for shape in found if shape is not None]
+    return sorted(usable, key=lambda shape: shape.aicc if math.isfinite(shape.aicc) else math.inf)
+
+
+def polynomial(x: FloatArray, y: FloatArray, degree: int) -> Shape | None:
+    """``power`` (degree 1) or ``bent`` (2); ``None`` without a degree of freedom."""
+    u = np.log(x) - np.log(x).mean()
+    columns = np.stack([u**k for k in range(degree + 1)], axis=1)
+    n, k = columns.shape
+    if len(np.unique(x)) <= k:
+        return None
+    values = np.linalg.lstsq(columns, np.log(y), rcond=None)[0]
+    rss = float(((np.log(y) - columns @ values) ** 2).sum())
+    name, names = ("power", ("level", "exponent")) if degree == 1 else ("bent", ("level", "exponent", "bend"))
+    return _shape(name, names, values, columns, rss, n)
+
+
+def floor(xs: Sequence[FloatArray], y: FloatArray) -> Shape | None:
+    """``E + sum_i A_i x_i^-a_i``; ``None`` where no decreasing law can be fitted.
+
+    Args:
+        xs: One or more variables, each (n,).
+        y: (n,) positive.
+    """
+    scales = [float(np.exp(np.log(x).mean())) for x in xs]
+    z = [x / scale for x, scale in zip(xs, scales, strict=True)]
+    n, k = len(y), 1 + 2 * len(xs)
+    if n <= k or any(len(np.unique(x)) < 3 for x in xs):
+        return None
+
+    def residual(parameters: FloatArray) -> FloatArray:
+        """``parameters``: ln E, then ln A_i and a_i in turn."""
+        terms = [np.exp(parameters[1 + 2 * i]) * x ** -parameters[2 + 2 * i] for i, x in enumerate(z)]
+        return np.asarray(np.log(np.exp(parameters[0]) + sum(terms)) - np.log(y))
+
+    best: OptimizeResult | None = None
+    for share, exponent in itertools.product(_FLOORS, _EXPONENTS):
+        rest = max(float(np.median(y)) - share * float(y.min()), 1e-6 * float(y.min())) / len(xs)
+        start = [math.log(share * float(y.min())), *[math.log(rest), exponent] * len(xs)]
+        with np.errstate(all="ignore"):
+            found = solve(residual, start, method="lm", max_nfev=400)
+        if np.isfinite(found.cost) and (best is None or found.cost < best.cost):
+            best = found
+    if best is None or any(best.x[2 + 2 * i] <= 0 for i in range(len(xs))):
+        return None
+    names = ["E", *itertools.chain(*([f"A{i or ''}", f"exponent{i or ''}"] for i in range(len(xs))))]
+    shape = _shape("floor", tuple(names), best.x, best.jac, 2 * float(best.cost), n)
+    return _in_units(shape, scales)
+
+
+def _shape(model: str, names: tuple[str, ...], values: FloatArray, jacobian: FloatArray, rss: float, n: int) -> Shape:
+    k, df = len(values), n - len(values)
+    covariance = np.linalg.pinv(jacobian.T @ jacobian) * (rss / df if df > 0 else NAN)
+    half = float(t_quantile(df)) * np.sqrt(np.diag(covariance))
+    free = n - k - 2  # the variance is a parameter, too
+    aicc = n * math.log(max(rss, 1e-300) / n) + 2 * (k + 1) * n / free if free > 0 else NAN
+    low, high = values - half, values + half
+    return Shape(model, names, tuple(map(float, values)), tuple(map(float, low)), tuple(map(float, high)), aicc, n)
+
+
+def _in_units(shape: Shape, scales: Sequence[float]) -> Shape:
+    """Ln E and ln A_i of scaled variables -> E and A_i of the variables; ends of A_i are at the fitted exponent."""
+
+    def converted(parameters: tuple[float, ...]) -> tuple[float, ...]:
+        out = [math.exp(min(parameters[0], 700.0))]
+        for i, scale in enumerate(scales):
+            ln_a = parameters[1 + 2 * i] + shape.values[2 + 2 * i] * math.log(scale)
+            out += [math.exp(min(ln_a, 700.0)), parameters[2 + 2 * i]]
+        return tuple(out)
+
+    return Shape(
+        shape.model,
+        shape.names,
+        converted(shape.values),
+        converted(shape.low),
+        converted(shape.high),
+        shape.aicc,
+        shape.n,
+    )
+
+
+def more_needed(std_err: float, df: float, amount: float, power: float = 0.8) -> float:
+    """How many times as many runs (seeds, or widths over the same range) separate two slopes by ``amount``.
+
+    The error of a slope falls with the root of their number; ``std_err`` is that of the difference now.
+
+    Raises:
+        ValueError: If ``amount`` is not positive or ``power`` not in (0, 1).
+    """
+    if not amount > 0 or not 0 < power < 1:
+        raise ValueError(f"`amount` must be > 0 and `power` in (0, 1), got {amount} and {power}.")
+    reach = float(t_quantile(df)) + float(t_quantile(df, 2 * power - 1) if power > 0.5 else 0.0)
+    return max(1.0, (reach * std_err / amount) ** 2)

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from lightning_spectral.analysis.compare import Comparison
-from lightning_spectral.analysis.linear import least_squares, seed_means, t_quantile, two_sided_p
+from lightning_spectral.analysis.compare import Comparison, Ratio, with_holm
+from lightning_spectral.analysis.linear import seed_means, t_quantile, two_sided_p
 from lightning_spectral.analysis.points import DEFAULT_METRICS, nanmedian
 from lightning_spectral.analysis.runs import Run, RunSet
+from lightning_spectral.analysis.strata import seed_design, width_design
 from lightning_spectral.analysis.trajectory import group_runs
 from lightning_spectral.records import POOLED
 
@@ -216,10 +217,13 @@ def compare_matched(pairs: Sequence[MatchedPair]) -> list[Comparison]:
         if len(np.unique(x)) < 3:
             out.append(replace(base, kind="matched_loss_slope", status="refused:fewer_than_3_widths"))
             continue
-        line = least_squares(*seed_means(x, y))
-        slope = replace(base, kind="matched_loss_slope")
-        out.append(_t(slope, float(line.slope), float(line.slope_se), line.df, "ols_of_ln_ratio"))
-    return out
+        design, method = seed_design(x, [pair.seed for pair in own]), "mixed_of_ln_ratio"
+        if design is None:
+            x, y = seed_means(x, y)
+            design, method = width_design(x), "ols_of_ln_ratio"
+        ratio = Ratio(design.fit(y), method)
+        out.append(ratio.estimate(replace(base, kind="matched_loss_slope"), design.slope))
+    return with_holm(out)
 
 
 def _t(base: Comparison, estimate: float, se: float, df: int, method: str) -> Comparison:

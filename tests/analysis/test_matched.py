@@ -48,6 +48,8 @@ def test_study_of_matched_runs(tmp_path: Path) -> None:
     slope = next(c for c in found if c.kind == "matched_loss_slope" and c.where["bucket"] == "tail")
     assert {slope.a, slope.b} == {"adamw", "muon"}
     assert abs(slope.estimate) == pytest.approx(0.5, abs=0.05)  # at equal loss muon is a little less far in training
+    assert slope.method == "mixed_of_ln_ratio"
+    assert slope.p_holm == slope.p  # one pair
     assert len([c for c in found if c.kind == "matched_loss"]) == 3 * 4
     header, rows = matched_table(pairs)
     assert {len(row) for row in rows} == {len(header)}

@@ -36,6 +36,7 @@ from lightning_spectral.analysis.linear import LEVEL, t_quantile, two_sided_p
 FloatArray = NDArray[np.float64]
 MAX_POINTS: Final = 400  # projections are n x n
 _NODES: Final = 11  # of the product rule, for a mean square of few degrees of freedom
+_MANY_STRATA_NODES: Final = 9  # of each, where there are four or more
 _FEW_NODES: Final = 5  # for the residual's
 _REACH: Final = 5.4  # of the rule, in standard normal units
 _TINY: Final = 1e-9
@@ -124,7 +125,8 @@ def _rule(df: tuple[int, ...]) -> tuple[FloatArray, FloatArray]:
         if last and own > 3:
             s, w = np.polynomial.hermite_e.hermegauss(_FEW_NODES)
         else:
-            s = np.linspace(-_REACH, _REACH, 2 * _NODES - 1 if own < 3 else _NODES)
+            nodes = 2 * _NODES - 1 if own < 3 else _NODES
+            s = np.linspace(-_REACH, _REACH, nodes if len(df) < 4 else _MANY_STRATA_NODES)
             w = np.exp(-0.5 * s * s)
         axes.append(own / np.asarray(chdtri(own, ndtr(-s))))
         weights.append(w / w.sum())

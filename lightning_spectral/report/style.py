@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,6 +104,16 @@ def family(label: str) -> tuple[str, str]:
     return "", text
 
 
+# explicit directions of bidirectional text: embeddings, overrides, isolates and their ends
+_DIRECTIONS: Final = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+
+
+def shown_name(label: str, longest: int = 40) -> str:
+    """A label that fits a figure: cut, and without the characters that turn the text around it backwards."""
+    clean = "".join(sign for sign in label if unicodedata.bidirectional(sign) not in _DIRECTIONS)
+    return clean if len(clean) <= longest else clean[: longest - 1] + "\u2026"
+
+
 def looks_of(series: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], SeriesStyle]:
     """A look for each series (optimizer, other labels ...); the same optimizer looks the same in every report."""
     out: dict[tuple[str, ...], SeriesStyle] = {}
@@ -113,11 +124,12 @@ def looks_of(series: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], SeriesS
         labels = " ".join(filter(None, key[1:]))
         if not base:
             color, marker = next(spare)
-            out[key] = SeriesStyle(" ".join(filter(None, (key[0], labels))), color, marker)
+            out[key] = SeriesStyle(shown_name(" ".join(filter(None, (key[0], labels)))), color, marker)
             continue
         color, marker = FIXED[base]
         first = _NAMES[base.split(" ")[0]] + (f" ({base.split(' ')[1]})" if " " in base else "")
-        out[key] = SeriesStyle(" ".join(filter(None, (first, rest, labels))), color, marker, variant=seen[base])
+        name = shown_name(" ".join(filter(None, (first, rest, labels))))
+        out[key] = SeriesStyle(name, color, marker, variant=seen[base])
         seen[base] += 1
     return out
 

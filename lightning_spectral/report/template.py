@@ -37,6 +37,7 @@ table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabula
 th { text-align: left; color: #666; font-weight: normal; border-bottom: 1px solid #bbb; padding: 4px 12px 4px 0;
   vertical-align: bottom; }
 td { padding: 3px 12px 3px 0; border-bottom: 1px solid #eee; white-space: nowrap; }
+td, th, li, .lead, .finding { unicode-bidi: isolate; }
 td.num, th.num { text-align: right; }
 td.flag { color: #A03D00; white-space: normal; }
 tr.new td { border-top: 1px solid #bbb; }
@@ -45,6 +46,9 @@ nav a { color: #0072B2; text-decoration: none; margin-right: 14px; display: inli
 code { font: 12px "DejaVu Sans Mono", Menlo, monospace; background: #f5f5f5; padding: 1px 4px; overflow-wrap: anywhere; }
 .swatch { display: inline-block; width: 10px; height: 10px; margin-right: 6px; border-radius: 2px; }
 details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
+@media (prefers-color-scheme: dark) { :root { color-scheme: dark; } body { background: #16181c; color: #ddd; }
+  h2, .sub, .note, th { color: #aaa; } figure { background: #fff; } .warnings { background: #33291b; }
+  code { background: #2a2d33; } td, th { border-color: #3a3d43; } nav a, details summary { color: #6db3e8; } }
 @media print { nav { display: none; } h2, figure { break-inside: avoid; } }
 </style>
 </head>
@@ -54,7 +58,7 @@ details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 {% for sentence in leads %}<p class="lead">{{ sentence }}</p>{% endfor %}
 {% if warnings %}<div class="warnings" role="alert"><b>Read this before quoting a number</b>
 <ul>{% for warning in warnings %}<li>{{ warning }}</li>{% endfor %}</ul></div>{% endif %}
-{% if headline %}<div class="scroll"><table class="headline"><thead><tr><th></th><th class="num">beta</th><th>95 % CI</th><th>95 % CI, seeds</th><th>before decay{{ before_step }}</th><th class="num">untrained</th><th>layers</th><th>minus {{ reference }}</th><th>the same before decay</th><th>over</th></tr></thead>
+{% if headline %}<div class="scroll"><table class="headline"><thead><tr><th scope="col"></th><th scope="col" class="num">beta</th><th scope="col">95 % CI</th><th scope="col">95 % CI, seeds</th><th scope="col">before decay{{ before_step }}</th><th scope="col" class="num">untrained</th><th scope="col">layers</th><th scope="col">minus {{ reference }}</th><th scope="col">the same before decay</th><th scope="col">over</th></tr></thead>
 <tbody>{% for row in headline %}<tr><td><b style="color:{{ row.color }}">{{ row.name }}</b></td>
 <td class="num beta" data-csv="fits.csv" data-row="{{ row.row }}" data-column="beta">{{ row.beta }}</td>
 <td>{{ row.ci }}{% if row.wide %} <span class="wide">wide</span>{% endif %}</td><td>{{ row.seeds }}</td><td>{{ row.before or "-" }}</td>
@@ -72,8 +76,8 @@ details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 <section id="beta_table"><h2>Table of exponents</h2>
 <p class="note">{{ table_note }}</p>
 <div class="scroll"><table><thead><tr>
-{% for name in fit_names %}<th>{{ name }}</th>{% endfor %}
-<th class="num">beta</th><th>95 % CI</th><th>status</th><th>95 % CI, seeds</th><th>one width left out</th><th>before decay</th><th>layers</th><th class="num">untrained</th><th class="num">ln A</th><th class="num">R2</th><th class="num">n</th><th>widths</th><th>method</th></tr></thead>
+{% for name in fit_names %}<th scope="col">{{ name }}</th>{% endfor %}
+<th scope="col" class="num">beta</th><th scope="col">95 % CI</th><th scope="col">status</th><th scope="col">95 % CI, seeds</th><th scope="col">one width left out</th><th scope="col">before decay</th><th scope="col">layers</th><th scope="col" class="num">untrained</th><th scope="col" class="num">ln A</th><th scope="col" class="num">R2</th><th scope="col" class="num">n</th><th scope="col">widths</th><th scope="col">method</th></tr></thead>
 <tbody>{% for fit in fits %}<tr{% if fit.new %} class="new"{% endif %}>
 {% for cell in fit.cells %}<td>{% if loop.first %}<span class="swatch" style="background:{{ fit.color }}"></span>{% endif %}{{ cell }}</td>{% endfor %}
 <td class="num" data-csv="fits.csv" data-row="{{ fit.row }}" data-column="beta">{{ fit.beta }}</td>
@@ -88,7 +92,7 @@ details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 <section id="comparisons"><h2>Differences</h2>
 <p class="finding">{{ comparison_headline }}</p>
 <p class="note">a minus b on {{ focus }}; all of them, with levels, crossovers and the other buckets, are in comparisons.csv. {{ comparisons|length }} differences are shown; p (Holm) is corrected for the pairs of one kind and metric.</p>
-<div class="scroll"><table><thead><tr><th>a</th><th>b</th><th>metric</th><th>kind</th><th class="num">estimate</th><th>95 % CI</th><th class="num">p</th><th class="num">p (Holm)</th><th>status</th><th>note</th></tr></thead>
+<div class="scroll"><table><thead><tr><th scope="col">a</th><th scope="col">b</th><th scope="col">metric</th><th scope="col">kind</th><th scope="col" class="num">estimate</th><th scope="col">95 % CI</th><th scope="col" class="num">p</th><th scope="col" class="num">p (Holm)</th><th scope="col">status</th><th scope="col">note</th></tr></thead>
 <tbody>{% for c in comparisons %}<tr><td>{{ c.a }}</td><td>{{ c.b }}</td><td>{{ c.metric }}</td><td>{{ c.kind }}</td>
 <td class="num" data-csv="comparisons.csv" data-row="{{ c.row }}" data-column="estimate">{{ c.estimate }}</td><td>{{ c.ci }}</td>
 <td class="num" data-csv="comparisons.csv" data-row="{{ c.row }}" data-column="p">{{ c.p }}</td><td class="num" data-csv="comparisons.csv" data-row="{{ c.row }}" data-column="p_holm">{{ c.p_holm }}</td><td class="{{ '' if c.status == 'ok' else 'flag' }}">{{ c.status }}</td><td>{{ c.note }}</td></tr>{% endfor %}</tbody></table></div>
@@ -97,7 +101,7 @@ details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 <p class="note">Command: <code>{{ command }}</code><br>Written {{ date }} by lightning-spectral {{ version }}; numpy {{ numpy }}, scipy {{ scipy }}, matplotlib {{ matplotlib }}. Versions of the runs: {{ run_versions }}.</p>
 {% for expected in missing %}<p class="note"><b>Missing:</b> {{ expected }}</p>{% endfor %}
 <details><summary>{{ runs|length }} runs read, with the hash of their records</summary>
-<div class="scroll"><table><thead><tr>{% for name in run_names %}<th>{{ name }}</th>{% endfor %}</tr></thead>
+<div class="scroll"><table><thead><tr>{% for name in run_names %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>{% for run in runs %}<tr>{% for cell in run %}<td>{% if loop.index0 == hash_column %}<code title="{{ cell }}">{{ cell[:12] }}</code>{% else %}{{ cell }}{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div></details>
 </section>
 </body>

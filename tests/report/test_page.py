@@ -18,7 +18,7 @@ from lightning_spectral.report.figures_spectrum import read_spectra
 from lightning_spectral.report.page import warnings_of, write_report
 from lightning_spectral.report.rows import headline_rows
 from lightning_spectral.report.scene import ReportData
-from lightning_spectral.report.style import FIXED, family, looks_of, spread_labels
+from lightning_spectral.report.style import FIXED, family, looks_of, shown_name, spread_labels
 from tests.analysis.synthetic import recipe, write_one, write_spectra, write_study
 
 OPTIONS = {
@@ -224,3 +224,11 @@ def test_labels_keep_their_order_and_their_distance() -> None:
     assert min(gaps) > 0.0999
     assert placed[2] == max(placed)
     assert spread_labels([], 0.1, 0.0, 1.0) == []
+
+
+def test_labels_are_cut_and_cannot_turn_the_text_round() -> None:
+    assert shown_name("a" * 300) == "a" * 39 + "\u2026"
+    assert shown_name("safe \u202egnp.exe\u202c \u2066x\u2069") == "safe gnp.exe x"
+    (look,) = looks_of([("\u202eevil" + "x" * 300,)]).values()
+    assert look.name.startswith("evilx")
+    assert len(look.name) == 40

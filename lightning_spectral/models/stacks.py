@@ -133,7 +133,8 @@ def find_stacks(
     """
     if not sites or set(sites) - set(SITES):
         raise ValueError(f"`sites` must name `post`, `pre` or both, got {list(sites)}.")
-    named = {clean_name(name): module for name, module in model.named_modules() if clean_name(name)}
+    named = {clean_name(name): module for name, module in model.named_modules()}
+    named.pop("", None)
     series = all_series(model)
     rows = (*hints, *installed_hints())
     hint = next((row for row in rows if any(fnmatchcase(name, row.down) for name in named)), None)
@@ -158,11 +159,9 @@ def find_stacks(
 
 def is_embedding(module: nn.Module) -> bool:
     """Whether a module looks ids up in a table."""
-    return isinstance(module, nn.Embedding) or (
-        isinstance(getattr(module, "num_embeddings", None), int)
-        and isinstance(getattr(module, "embedding_dim", None), int)
-        and not isinstance(module, nn.EmbeddingBag)
-    )
+    own = module.__dict__
+    looks = isinstance(own.get("num_embeddings"), int) and isinstance(own.get("embedding_dim"), int)
+    return isinstance(module, nn.Embedding) or (looks and not isinstance(module, nn.EmbeddingBag))
 
 
 def _num_ids(module: nn.Module) -> int:

@@ -62,6 +62,7 @@ def test_stacks_and_down_projections_of_every_family(name):
     check(SLOW, name)
 
 
+@pytest.mark.slow
 def test_a_model_of_12_000_experts_is_searched_and_hooked_in_two_seconds():
     expert = module(w1=linear(D, 8), w2=linear(8, D), w3=linear(D, 8))
     experts = nn.ModuleList(copy.deepcopy(expert) for _ in range(200))

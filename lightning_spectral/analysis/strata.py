@@ -15,7 +15,7 @@ replaces each mean square by what its chi-squared law says its expectation may b
 that law, here by a fixed product rule rather than by random draws, so that a number is the same at every call. It
 covers too much (up to 99.5 %) where seeds do not differ, so it is averaged with the model without seeds, by how much
 the data speak for seeds (:attr:`Uncertainty.weight`). With one mean square all of this is Student's t, exactly.
-`benchmarks/coverage.py` measures what is covered.
+`benchmarks/bench_coverage.py` measures what is covered.
 """
 
 from __future__ import annotations

@@ -107,7 +107,8 @@ class LossTap(TorchFunctionMode):
                 part = slice(start, start + _CHUNK_ROWS)
                 scores, own = rows_NV[part].float(), flat_N[part].clamp(min=0)
                 own = torch.where(scored_N[part], own, 0)
-                losses_N[part] = func(scores, own, reduction="none", **smoothing).double() * scored_N[part]
+                losses = func(scores, own, reduction="none", **smoothing).double()
+                losses_N[part] = torch.where(scored_N[part], losses, 0.0)
                 right_N[part] = (scores.argmax(-1) == own).double()
             self._take(losses_N, right_N, torch.where(scored_N, flat_N, -1).view(targets.shape))
 

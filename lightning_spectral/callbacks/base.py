@@ -84,8 +84,8 @@ class SpectralCallback(EvaluationHooks):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.observer.is_armed:
-            is_last = self._last_step.is_next(trainer, batch_idx)
-            self.observer.begin_step(trainer.global_step, is_last=is_last)
+            step = trainer.global_step
+            self.observer.begin_step(step, is_last=self._last_step.is_next(trainer, batch_idx, step))
             self.observer.begin_micro_batch()
 
     @override
@@ -94,7 +94,7 @@ class SpectralCallback(EvaluationHooks):
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step == self.observer.step:
+        if self.observer.step is not None and trainer.global_step == self.observer.step:
             self.observer.resume()
 
     @override
@@ -111,8 +111,9 @@ class SpectralCallback(EvaluationHooks):
         if not self.observer.is_armed:
             return
         self.observer.end_micro_batch(batch)
-        self._last_step.learn(trainer)
-        if trainer.global_step != self.observer.step:
+        step = trainer.global_step
+        self._last_step.learn(step)
+        if step != self.observer.step:
             self.observer.end_step()
         self._log_medians(pl_module)
 

@@ -83,10 +83,10 @@ class LastStep:
         self._steps_per_batch = 1  # of the latest batch that stepped: several optimizers count a step each
         self._before = 0
 
-    def is_next(self, trainer: pl.Trainer, batch_idx: int) -> bool:
-        """Whether the step about to be taken is the last one of the run."""
-        self._before = trainer.global_step
-        if trainer.max_steps is not None and 0 <= trainer.max_steps <= trainer.global_step + self._steps_per_batch:
+    def is_next(self, trainer: pl.Trainer, batch_idx: int, step: int) -> bool:
+        """Whether the step about to be taken, ``step`` being done, is the last one of the run."""
+        self._before = step
+        if trainer.max_steps is not None and 0 <= trainer.max_steps <= step + self._steps_per_batch:
             return True
         if trainer.max_epochs is None or trainer.max_epochs < 0 or trainer.current_epoch != trainer.max_epochs - 1:
             return False
@@ -95,10 +95,10 @@ class LastStep:
             return accumulate == 1 and trainer.is_last_batch
         return batch_idx // accumulate == (int(num_batches) - 1) // accumulate
 
-    def learn(self, trainer: pl.Trainer) -> None:
-        """After a batch: how many steps it was."""
-        if trainer.global_step > self._before:
-            self._steps_per_batch = trainer.global_step - self._before
+    def learn(self, step: int) -> None:
+        """After a batch, ``step`` being done: how many steps it was."""
+        if step > self._before:
+            self._steps_per_batch = step - self._before
 
 
 def publish_medians(pl_module: pl.LightningModule, scalars: dict[str, float], *, at_epoch_end: bool = False) -> None:

@@ -90,7 +90,8 @@ class WeightSpectrumCallback(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.observer.begin_step(trainer.global_step, is_last=self._last_step.is_next(trainer, batch_idx))
+        step = trainer.global_step
+        self.observer.begin_step(step, is_last=self._last_step.is_next(trainer, batch_idx, step))
 
     @override
     def on_before_optimizer_step(
@@ -102,7 +103,7 @@ class WeightSpectrumCallback(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._last_step.learn(trainer)
+        self._last_step.learn(trainer.global_step)
         if self.observer.step is None or trainer.global_step == self.observer.step:
             return  # gradients still accumulate
         scalars = self.observer.end_step(trainer.optimizers)

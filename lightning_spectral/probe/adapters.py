@@ -103,6 +103,8 @@ def ids_in(batch: Any) -> list[Tensor]:
 
     They may have one column more than the model is given.
     """
+    if isinstance(batch, Tensor):  # the common case, in every step
+        return [batch] if batch.ndim == 2 and _is_integer(batch) else []
     found = [entry for entry in entries(batch) if _is_integer(entry.tensor) and entry.tensor.ndim in (1, 2, 3)]
     named = [entry for entry in found if _stem(entry.name, _IDS) is not None]
     if named:

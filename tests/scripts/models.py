@@ -170,6 +170,9 @@ class TimeFirst(Lit):
 class Shared(Lit):
     """One block, run three times."""
 
+    def watched(self) -> None:
+        """Rows of several depths, or of places that are no tokens: the harness's count is another question."""
+
     def __init__(self) -> None:
         super().__init__()
         model = self.net.model
@@ -189,6 +192,9 @@ class LayerDrop(Lit):
 
 
 class SoftPrompt(Lit):
+    def watched(self) -> None:
+        """Rows of several depths, or of places that are no tokens: the harness's count is another question."""
+
     def __init__(self) -> None:
         super().__init__()
         self.prompt = nn.Parameter(torch.randn(4, toys.D))

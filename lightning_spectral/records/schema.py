@@ -137,7 +137,7 @@ class SpectralRecord:
     @property
     def key(self) -> tuple[Any, ...]:
         """What makes a record unique inside its run."""
-        place = (self.stack, self.layer, self.expert, self.site, self.bucket)
+        place = (self.stack, self.layer, self.module, self.expert, self.site, self.bucket)  # a block may have two
         return (self.stage, self.step, *place, self.loader, self.ordinal)
 
     def value(self, metric: str) -> float | None:

@@ -256,3 +256,14 @@ def test_an_input_of_another_width_is_matched_by_equal_ids():
         found = prove(Ids(tokens, embedded), rows)
         assert found is not None
         assert found.name == layout
+
+
+def test_two_networks_of_one_block_have_records_of_their_own():
+    from dataclasses import replace
+
+    from tests.records_factory import spectral
+
+    first = spectral()
+    assert (
+        replace(first, module="mlp.experts.down_proj").key != replace(first, module="mlp.shared_expert.down_proj").key
+    )

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
-from typing import get_args, get_type_hints
 
 import litgpt.data
 import pytest
@@ -48,8 +47,8 @@ def test_arguments_are_those_of_the_signature(path):
     parameters = inspect.signature(known).parameters.values()
     expected = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
     if len(expected) < len(parameters):  # **shared: Unpack[SomeTypedDict]
-        (shared,) = get_args(get_type_hints(known.__init__)["shared"])
-        expected += shared.__annotations__
+        (name,) = re.findall(r"^Unpack\[(\w+)\]$", known.__init__.__annotations__["shared"])
+        expected += known.__init__.__globals__[name].__annotations__
     assert sorted(sources.arguments_of(path)) == sorted(expected)
     assert not sources.is_missing(path)
 

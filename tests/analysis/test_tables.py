@@ -57,8 +57,8 @@ def test_the_committed_study_is_refitted_from_its_points() -> None:
             assert getattr(fit, name) == pytest.approx(value, rel=1e-9, nan_ok=True)
         width = fit.ci_high - fit.ci_low
         for name in _OF_THE_INTERVAL if same else ():
-            # An end near zero is a small difference of large numbers: it is as exact as the interval is wide. scipy 1.15
-            # (Python 3.10) and 1.17 give Student quantiles that differ by 1e-11.
+            # An end near zero is a small difference of large numbers: its error is a share of the interval's width. The
+            # Student quantiles of scipy 1.15 (Python 3.10) and of 1.17 differ by 2e-11.
             assert getattr(fit, name) / width == pytest.approx(float(row[name]) / width, rel=1e-9, abs=1e-10)
 
 

@@ -15,6 +15,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -153,15 +154,19 @@ def _make_private(folder: Path) -> None:
         folder.mkdir(parents=True, mode=0o700)
 
 
-def _only_builder(folder: Path, say: Callable[[str], None]) -> FileLock:
-    """A lock that the system frees when its holder dies; entered by ``with``."""
+@contextmanager
+def _only_builder(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold a lock that the system frees when its holder dies."""
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     try:
         lock.acquire(timeout=0.1)
-        lock.release()
     except Timeout:
         say(f"another process is building the token cache `{folder}`: waiting for it.")
-    return lock
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _key(corpus: Corpus, vocab_size: int, tokenizer_dir: Path | None) -> str:

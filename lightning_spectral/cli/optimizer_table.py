@@ -42,13 +42,17 @@ def main(argv: list[str]) -> int:
     _require_known("--set", settings, [n for n in inspect.signature(optimizer_class).parameters if n != "params"])
     with torch.device("meta"):
         model = build_model(options.model, _settings("--model-args", options.model_args))
-    logging.getLogger("lightning_spectral.optim").setLevel(logging.ERROR)  # printed below instead
+    log = logging.getLogger("lightning_spectral.optim")
+    level = log.level
+    log.setLevel(logging.ERROR)  # the table is printed below instead
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             optimizer = optimizer_class(model, **settings)
         except (TypeError, ValueError) as error:
             raise CommandError(one_line(error)) from error
+        finally:
+            log.setLevel(level)
     print(optimizer.table)
     for warning in caught:
         print(f"\nWarning: {str(warning.message).splitlines()[0]}")

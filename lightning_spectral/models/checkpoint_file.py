@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from lightning_spectral.text import one_line
-
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, said in one sentence: the file, what is wrong with it, the remedy."""
@@ -41,10 +39,5 @@ def read_checkpoint(path: str | Path, *, device: str = "cpu") -> Any:
                 "plain values only, e.g. `torch.save(model.state_dict(), FILE)`."
             ) from error
         raise CheckpointError(
-            f"`{path}` cannot be read, it is incomplete or corrupted, or no file of `torch.save`: "
-            f"{_short(one_line(error))}."
+            f"`{path}` cannot be read, it is incomplete or corrupted, or no file of `torch.save`."
         ) from error
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 160 else text[:160] + " ..."

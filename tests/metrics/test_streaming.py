@@ -118,9 +118,12 @@ def test_bucket_losses_equal_torch():
     targets = torch.randint(0, 11, (3, 7), generator=generator)
     codes = torch.randint(-1, 2, (3, 7), generator=generator)
     targets[0, 0] = -100
+    scored = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    right = (logits.argmax(-1) == targets).flatten()
+    codes_N = torch.where(targets.flatten() >= 0, codes.flatten(), -1)
     losses = BucketLosses(2)
-    losses.add(logits[:2], targets[:2], codes[:2])
-    losses.add(logits[2:], targets[2:], codes[2:])
+    for part in (slice(0, 14), slice(14, None)):
+        losses.add(scored[part].double(), right[part].double(), codes_N[part])
     for code, (count, loss, accuracy) in enumerate(losses.result()[:2]):
         chosen = (codes == code) & (targets >= 0)
         assert count == int(chosen.sum())

@@ -31,11 +31,11 @@ _CHUNK = 1024
 
 
 class _Mlp(nn.Module):
-    def __init__(self, d: int, hidden: int) -> None:
+    def __init__(self, d: int, hidden: int, generator: torch.Generator) -> None:
         super().__init__()
         self.c_fc = nn.Linear(d, hidden, bias=False)
         self.c_proj = nn.Linear(hidden, d, bias=False)
-        nn.init.normal_(self.c_fc.weight, std=d**-0.5)
+        nn.init.normal_(self.c_fc.weight, std=d**-0.5, generator=generator)
         nn.init.zeros_(self.c_proj.weight)
 
     @override
@@ -46,11 +46,11 @@ class _Mlp(nn.Module):
 class _Attention(nn.Module):
     """One causal head over subject and relation; starts as their mean."""
 
-    def __init__(self, d: int) -> None:
+    def __init__(self, d: int, generator: torch.Generator) -> None:
         super().__init__()
         self.c_attn = nn.Linear(d, 2 * d, bias=False)
         self.c_proj = nn.Linear(d, d, bias=False)
-        nn.init.normal_(self.c_attn.weight, std=d**-0.5)
+        nn.init.normal_(self.c_attn.weight, std=d**-0.5, generator=generator)
         nn.init.zeros_(self.c_proj.weight)
 
     @override
@@ -61,10 +61,10 @@ class _Attention(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, d: int, hidden: int, attends: bool) -> None:
+    def __init__(self, d: int, hidden: int, attends: bool, generator: torch.Generator) -> None:
         super().__init__()
-        self.attn = _Attention(d) if attends else None
-        self.mlp = _Mlp(d, hidden)
+        self.attn = _Attention(d, generator) if attends else None
+        self.mlp = _Mlp(d, hidden, generator)
 
     @override
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class FactRecall(pl.LightningModule):
         alpha: Power of the frequencies, > 0.
         network: ``mlp``: one token a question. ``attention``: a subject and one of ``num_relations`` relations.
         num_relations: Relations; every subject has all of them.
-        seed: Of keys and values.
+        seed: Of keys, values and the network's first weights.
         optimizer: Builds the optimizer from the module; default: our Muon at learning rate 0.02.
         num_steps: The learning rate falls linearly to zero over them; ``None`` leaves it constant.
         eval_every_n_steps: Test all facts every n optimizer steps.
@@ -130,9 +130,9 @@ class FactRecall(pl.LightningModule):
         self.subjects = subjects
         self.wte = nn.Embedding(max(subjects + self.relations, num_facts), d)
         self.wte.weight = nn.Parameter(torch.randn(self.wte.weight.shape, generator=generator), requires_grad=False)
-        self.h = nn.ModuleList([_Block(d, hidden or 4 * d, network == "attention")])
         self.lm_head = nn.Linear(d, num_facts, bias=False)
         self.lm_head.weight = nn.Parameter(torch.randn(num_facts, d, generator=generator) / math.sqrt(d), False)
+        self.h = nn.ModuleList([_Block(d, hidden or 4 * d, network == "attention", generator)])
         self._optimizer_factory = optimizer or _default_optimizer
         self._num_steps, self._every = num_steps, eval_every_n_steps
         self._tested_at = -1

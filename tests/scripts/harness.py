@@ -104,6 +104,10 @@ class Notes(pl.Callback):
     def on_validation_start(self, *_: Any) -> None:
         self._trains = False
 
+    def forget(self, step: int) -> None:
+        """What was seen in this step did not train."""
+        self.rows.pop(step, None)
+
     def teardown(self, *_: Any, **__: Any) -> None:
         if self._handle is not None:
             self._handle.remove()

@@ -13,6 +13,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -86,6 +87,12 @@ class Switch:
         self.notes.setdefault(cause, sentence)
 
 
+@lru_cache
+def _eager_record(kind: type) -> Callable[..., None]:
+    """Recording between two compiled regions: dynamo would compile it as a frame of its own, and gets shapes wrong."""
+    return torch.compiler.disable(getattr(kind, "_record"))  # noqa: B009  # type: ignore[no-any-return]
+
+
 def _nothing() -> Callable[..., Any]:
     """Takes anything and returns ``None``; needs only the standard library where it is unpickled."""
     exit_: Callable[..., Any] = getattr(contextlib.nullcontext(), "__exit__")  # noqa: B009  # as pickle spells it
@@ -117,6 +124,8 @@ class Hook:
             if torch.compiler.is_compiling():
                 if not torch.compiler.is_exporting():
                     self._trace(module, args, kwargs, output)
+            elif "torch._dynamo" in sys.modules:
+                _eager_record(type(self))(self, module, args, kwargs, output)  # type: ignore[arg-type]
             else:
                 self._record(module, args, kwargs, output)
 

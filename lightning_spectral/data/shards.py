@@ -85,21 +85,23 @@ class TokenShards:
     folder: Path | None
     cache_dir: Path
 
-    @cached_property
+    @property
     def train(self) -> TokenSequence:
         """Training ids."""
-        everything = TokenSequence([open_shard(file) for file in self.train_files])
-        return (
-            everything if self.held_out_files else everything.split(len(everything) - len(everything) // _HOLD_OUT)[0]
-        )
+        return self._split[0]
 
-    @cached_property
+    @property
     def validation(self) -> TokenSequence:
         """Held-out ids."""
+        return self._split[1]
+
+    @cached_property
+    def _split(self) -> tuple[TokenSequence, TokenSequence]:
+        """Training and held-out ids; every shard is opened once."""
+        trained = TokenSequence([open_shard(file) for file in self.train_files])
         if self.held_out_files:
-            return TokenSequence([open_shard(file) for file in self.held_out_files])
-        everything = TokenSequence([open_shard(file) for file in self.train_files])
-        return everything.split(len(everything) - len(everything) // _HOLD_OUT)[1]
+            return trained, TokenSequence([open_shard(file) for file in self.held_out_files])
+        return trained.split(len(trained) - len(trained) // _HOLD_OUT)
 
     @cached_property
     def counts(self) -> NDArray[np.int64]:

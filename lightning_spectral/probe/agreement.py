@@ -58,7 +58,7 @@ class Agreement:
         """
         if self.world_size == 1:
             return [json.loads(json.dumps(said))]
-        store, key, limit = _store(), f"{self._prefix}/{topic}", self.limit_s if limit_s is None else limit_s
+        store, key, limit = default_store(), f"{self._prefix}/{topic}", self.limit_s if limit_s is None else limit_s
         if store.check([_MISSED]):
             limit = min(limit, _AFTER_ONE_MISSED_S)
         store.set(f"{key}/{self.rank}", json.dumps(said))
@@ -101,7 +101,7 @@ def _missing(store: Any, keys: Sequence[str], limit_s: float) -> list[int]:
         return [place for place, key in enumerate(keys) if not store.check([key])]
 
 
-def _store() -> Any:
+def default_store() -> Any:
     """The store of the default process group: private in torch, and read here only."""
     return dist.distributed_c10d._get_default_store()
 

@@ -15,10 +15,11 @@ import threading
 from types import FrameType
 from typing import Any
 
-import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_spectral.probe.agreement import default_store
 
 _KEY = "lightning_spectral/stop"
 _STEPS_AHEAD = 2
@@ -67,7 +68,7 @@ class StopSignals:
         """Name of the signal for which all ranks stop now, after ``step`` optimizer steps; equal on all of them."""
         if world_size == 1:
             return None if self._noted is None else signal.Signals(self._noted).name
-        store = dist.distributed_c10d._get_default_store()
+        store = default_store()
         if self._noted is not None and not self._told:
             self._told = True
             store.compare_set(_KEY, "", f"{step + _STEPS_AHEAD} {signal.Signals(self._noted).name}")

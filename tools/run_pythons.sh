@@ -15,7 +15,8 @@ mkdir -p "$keep"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MPLBACKEND=Agg WANDB_MODE=offline HF_HUB_OFFLINE=1
 
 find_python() {
-    command -v "python$1" 2>/dev/null && return
+    # pyenv puts a shim on the path for versions that are not switched on: only what answers counts
+    "python$1" -c 'import sys; print(sys.executable)' 2>/dev/null && return
     ls -d "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1"*/bin/python 2>/dev/null | sort -V | tail -n 1
 }
 

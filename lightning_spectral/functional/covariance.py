@@ -76,7 +76,17 @@ class Moments:
 def empty_moments(
     num_groups: int, width: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Moments:
-    """No rows yet. ``dtype`` is the type of the products; the O(D) sums are kept in fp64."""
+    """No rows yet.
+
+    Args:
+        num_groups: Number of groups G.
+        width: Number of features D.
+        dtype: Type of the products; the O(D) sums are kept in fp64.
+        device: Where the sums live.
+
+    Raises:
+        ValueError: If ``width`` or ``num_groups`` is below 1.
+    """
     if width < 1 or num_groups < 1:
         raise ValueError(f"`width` and `num_groups` must be >= 1, got {width} and {num_groups}.")
     high = sum_dtype(device)

@@ -73,7 +73,11 @@ def flattening(
 def spectrum_flattening(
     singular_values: Tensor, coefficients: str = "muon", steps: int = 5, band: tuple[float, float] = FLAT_BAND
 ) -> Flattening:
-    """As :func:`flattening`, from the singular values, shape (R,)."""
+    """As :func:`flattening`, from the singular values, shape (R,).
+
+    Raises:
+        ValueError: ``steps`` below 1, only zeros, or an unknown set.
+    """
     if steps < 1:
         raise ValueError(f"`steps` must be >= 1, got {steps}.")
     largest = float(singular_values.max())

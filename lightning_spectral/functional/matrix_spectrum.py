@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 TOP_K = 10
@@ -52,22 +53,25 @@ class MatrixSpectrum:
         return asdict(self)
 
 
-def normalized_entropy(singular_values: Tensor) -> float:
+def normalized_entropy(singular_values: Float[Tensor, " R"]) -> float:
     """``-(1 / ln n) sum q ln q``, in [0, 1]; 0 for a single direction.
 
     Args:
         singular_values: Shape (R,), >= 0, not all zero.
+
+    Raises:
+        ValueError: Another shape, a negative or non-finite entry, or only zeros.
     """
     energy_R = _energies(singular_values)
     return 0.0 if len(energy_R) == 1 else _entropy(energy_R) / math.log(len(energy_R))
 
 
-def effective_rank(singular_values: Tensor) -> float:
+def effective_rank(singular_values: Float[Tensor, " R"]) -> float:
     """``exp(-sum q ln q)`` of the energies, in [1, n]; arguments as in :func:`normalized_entropy`."""
     return math.exp(_entropy(_energies(singular_values)))
 
 
-def top_energy(singular_values: Tensor, k: int = TOP_K) -> float:
+def top_energy(singular_values: Float[Tensor, " R"], k: int = TOP_K) -> float:
     """Share of the energy in the ``k`` largest directions (TopE_k), in (0, 1].
 
     Raises:
@@ -78,19 +82,19 @@ def top_energy(singular_values: Tensor, k: int = TOP_K) -> float:
     return float(_energies(singular_values)[:k].sum())
 
 
-def quartile_ratio(singular_values: Tensor) -> float:
+def quartile_ratio(singular_values: Float[Tensor, " R"]) -> float:
     """``Q3({s^2}) / Q1({s^2})`` over the non-zero ones, >= 1; linear interpolation between order statistics."""
     energy_R = _energies(singular_values)
     quartiles = torch.quantile(energy_R, torch.tensor([0.25, 0.75], dtype=torch.float64, device=energy_R.device))
     return float(quartiles[1] / quartiles[0])
 
 
-def stable_rank(singular_values: Tensor) -> float:
+def stable_rank(singular_values: Float[Tensor, " R"]) -> float:
     """``sum s^2 / s_1^2``, in [1, n]."""
     return float(1.0 / _energies(singular_values)[0])
 
 
-def condition_number(singular_values: Tensor) -> float:
+def condition_number(singular_values: Float[Tensor, " R"]) -> float:
     """``s_1 / s_n`` over the non-zero ones, >= 1."""
     energy_R = _energies(singular_values)
     return float((energy_R[0] / energy_R[-1]).sqrt())
@@ -123,7 +127,7 @@ def matrix_spectrum(matrix: Tensor) -> MatrixSpectrum:
     return spectrum_measures(_singular_values(matrix.detach().flatten(1)), _epsilon(matrix.dtype))
 
 
-def spectrum_measures(singular_values: Tensor, relative_zero: float = _RELATIVE_ZERO) -> MatrixSpectrum:
+def spectrum_measures(singular_values: Float[Tensor, " R"], relative_zero: float = _RELATIVE_ZERO) -> MatrixSpectrum:
     """All measures of one spectrum, shape (R,); values below ``relative_zero`` times the largest count as zero."""
     sigma_R = _checked(singular_values)
     largest = float(sigma_R.amax())

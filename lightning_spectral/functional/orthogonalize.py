@@ -171,7 +171,16 @@ def _unit_norm(iterate: Tensor, overwrite: bool, eps: float) -> Tensor:
 
 
 def polar_express(matrix: Tensor, steps: int | None = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """``newton_schulz`` with the Polar Express rows: the best composition of quintics (arXiv:2505.16932)."""
+    """:func:`newton_schulz` with the Polar Express rows: the best composition of quintics (arXiv:2505.16932).
+
+    Args:
+        matrix: (..., M, N), any floating dtype.
+        steps: Number of quintics; the set's own number when None.
+        dtype: Precision of the products; that of ``matrix`` when None.
+
+    Returns:
+        (..., M, N) in ``dtype``.
+    """
     return newton_schulz(matrix, "polar_express", steps, dtype)
 
 

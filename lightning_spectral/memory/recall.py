@@ -96,6 +96,9 @@ class FactRecall(pl.LightningModule):
         num_steps: The learning rate falls linearly to zero over them; ``None`` leaves it constant.
         eval_every_n_steps: Test all facts every n optimizer steps.
 
+    Raises:
+        ValueError: If a number is out of its range or ``network`` is unknown.
+
     Example:
         >>> FactRecall(8, num_facts=32, optimizer=lambda m: torch.optim.SGD(m.parameters(), 0.1)).recall().sum().item()
         0

@@ -183,7 +183,9 @@ def resumed_fit(rank: int, world_size: int, name: str, kind: str, folder: str) -
     path = f"{folder}/three.ckpt"
     trainer.save_checkpoint(path)
     second = LM(kind)
-    trainer_for(name, world_size, 6, folder).fit(second, loader, ckpt_path=path)
+    trainer_for(name, world_size, 6, folder).fit(
+        second, loader, ckpt_path=path, weights_only=True
+    )  # as `pretrain` does
     return full_weights(straight, name), full_weights(second, name)
 
 

@@ -21,7 +21,7 @@ from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from lightning_spectral.callbacks.uploads import add_figure, holds_pictures, upload_records
 from lightning_spectral.probe.window import WindowResult
 from lightning_spectral.records import POOLED, RunInfo, SpectralRecord, layer_name
-from lightning_spectral.records.looks import BUCKET_NAMES, METRIC_NAMES, bucket_colors, ordered_buckets
+from lightning_spectral.records.looks import bucket_colors, bucket_name, metric_name, ordered_buckets
 
 MAX_SERIES = 4  # more lines than this in one chart cannot be told apart
 MAX_SPECTRA = 24
@@ -140,11 +140,11 @@ def rank_curves(curves: dict[str, dict[str, dict[int, float]]]) -> Any:
         colors = bucket_colors(buckets)
         for bucket in ordered_buckets(buckets):
             points = sorted(buckets[bucket].items())
-            name = BUCKET_NAMES.get(bucket, bucket)
+            name = bucket_name(bucket)
             axis.plot(*zip(*points, strict=True), color=colors[bucket], marker=".", label=name)
             if points[0][0] == 0:
                 axis.axhline(points[0][1], color=colors[bucket], linestyle=":", linewidth=1)
-        axis.set_title(f"{METRIC_NAMES[metric]}, median over layers; dotted: untrained", loc="left", fontsize=10)
+        axis.set_title(f"{metric_name(metric)}, median over layers; dotted: untrained", loc="left", fontsize=10)
         axis.set_xlabel("optimizer step")
         axis.set_ylim(bottom=0)
     axes[-1].legend(

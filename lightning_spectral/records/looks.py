@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from itertools import cycle
 from typing import Final
 
 BUCKET_NAMES: Final = {"pooled": "ALL", "head": "HEAD", "mid": "MID", "tail": "TAIL"}
@@ -24,22 +26,51 @@ METRIC_NAMES: Final = {
     "accuracy": "top-1 accuracy",
 }
 
-# by the class's name in run.json or a sweep's label; Okabe and Ito's palette, as in the report
-OPTIMIZER_COLORS: Final = {
-    "AdamW": "#E69F00",
-    "Adam": "#E69F00",
-    "adamw": "#E69F00",
-    "Muon": "#0072B2",
-    "muon": "#0072B2",
-    "NorMuon": "#56B4E9",
-    "normuon": "#56B4E9",
-    "Dion": "#009E73",
-    "dion": "#009E73",
-    "dion_2": "#009E73",
-    "dion_16": "#CC79A7",
-    "Lion": "#666666",
-    "SGD": "#999999",
+# family of optimizers -> (colour, matplotlib's marker, name that people read); Okabe and Ito's palette, safe for
+# colour-blind readers; yellow is left out (unreadable on white)
+OPTIMIZERS: Final = {
+    "adamw": ("#E69F00", "o", "AdamW"),
+    "muon": ("#0072B2", "s", "Muon"),
+    "normuon": ("#56B4E9", "D", "NorMuon"),
+    "dion 1/2": ("#009E73", "^", "Dion (1/2)"),
+    "dion 1/16": ("#CC79A7", "v", "Dion (1/16)"),
+    "dion 1/4": ("#8B6F3E", "P", "Dion (1/4)"),
+    "dion 1/8": ("#7A5195", "X", "Dion (1/8)"),
+    "dion": ("#009E73", "^", "Dion"),
+    "lion": ("#666666", "*", "Lion"),
+    "sgd": ("#000000", "h", "SGD"),
 }
+# (colour, marker) of optimizers that the table does not know, in the order in which they come
+SPARE_LOOKS: Final = (("#D55E00", "p"), ("#444444", "<"), ("#2F4B7C", ">"), ("#A05195", "H"), ("#665191", "8"))
+
+
+def family(label: str) -> tuple[str, str]:
+    """Key of :data:`OPTIMIZERS` and the rest of a label: ``dion_1_16`` -> (``dion 1/16``, ``""``)."""
+    text = label.strip().lower().replace("_", " ")
+    found = re.match(r"dion\W*(?:r\W*)?\(?1\s*[/ ]\s*(\d+)\)?(.*)", text)
+    if found and f"dion 1/{found[1]}" in OPTIMIZERS:
+        return f"dion 1/{found[1]}", found[2].strip()
+    for key in sorted((key for key in OPTIMIZERS if " " not in key), key=len, reverse=True):
+        if re.match(rf"{key}(?![a-z])", text):
+            return key, text[len(key) :].strip()
+    return "", text
+
+
+def optimizer_colors(labels: Iterable[str]) -> dict[str, str]:
+    """A colour for each optimizer (its class or its label in a sweep): the known ones always have the same."""
+    spare = cycle(color for color, _ in SPARE_LOOKS)
+    named = {label: family(label)[0] for label in dict.fromkeys(labels)}
+    return {label: OPTIMIZERS[base][0] if base else next(spare) for label, base in named.items()}
+
+
+def bucket_name(bucket: str) -> str:
+    """What people read: ALL, HEAD, MID, TAIL, or the name of a group of their own."""
+    return BUCKET_NAMES.get(bucket, bucket)
+
+
+def metric_name(metric: str) -> str:
+    """What people read, in lower case."""
+    return METRIC_NAMES.get(metric, metric)
 
 
 def ordered_buckets(buckets: Iterable[str]) -> list[str]:

@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from lightning_spectral.analysis.learning_rates import level
+from lightning_spectral.records.looks import bucket_name, metric_name
 from lightning_spectral.report.scene import ReportData, ReportFigure, joined
-from lightning_spectral.report.style import BUCKET_NAMES, METRIC_NAMES, label_right, log2_axis, tall
+from lightning_spectral.report.style import label_right, log2_axis, tall
 
 _RANKS = ("hard_rank", "soft_rank")
 _NO_FIT = "A slope needs at least 3 FFN widths with positive ranks."
@@ -49,7 +50,7 @@ def betas(scene: ReportData) -> ReportFigure:
                 ax.plot([fit.beta], [y], look.marker, color=look.color, mfc=look.face, ms=6)
                 if np.isfinite(fit.null_beta):
                     ax.plot([fit.null_beta] * 2, [y - 0.35, y + 0.35], color="#555555", lw=1.6)
-            ax.set_title(f"{BUCKET_NAMES.get(bucket, bucket)}, {METRIC_NAMES.get(metric, metric)}", fontsize=9)
+            ax.set_title(f"{bucket_name(bucket)}, {metric_name(metric)}", fontsize=9)
             _rows(scene, ax, scene.series)
         found = [f for key in scene.series for b in buckets if (f := scene.fit(key, b, metric)) and not f.refused]
         if found:
@@ -108,11 +109,11 @@ def asymmetry(scene: ReportData) -> ReportFigure:
                 )
                 if c.separated and bucket == scene.focus and not look.variant:
                     separated.append(f"{look.name} ({c.estimate:+.2f} [{c.ci_low:.2f}, {c.ci_high:.2f}])")
-        ax.set_title(BUCKET_NAMES.get(bucket, bucket))
+        ax.set_title(bucket_name(bucket))
         _rows(scene, ax, scene.series)
         ax.set_xlabel("beta (filled: hard, open: soft)")
     axes[0].set_xlim(min(lows) - 0.08, max(lows) + 0.42)
-    where = BUCKET_NAMES.get(scene.focus, scene.focus)
+    where = bucket_name(scene.focus)
     head = (
         f"Soft rank grows faster than hard rank on {where} for {joined(separated)}."
         if separated
@@ -158,7 +159,7 @@ def decay(scene: ReportData) -> ReportFigure:
                     ax.plot([fit.null_beta] * 2, [y - 0.4, y + 0.4], color="#555555", lw=1.6)
                     ends.append(fit.null_beta)
             _rows(scene, ax, keys)
-            ax.set_title(f"{BUCKET_NAMES.get(bucket, bucket)}, {METRIC_NAMES.get(metric, metric)}", fontsize=9)
+            ax.set_title(f"{bucket_name(bucket)}, {metric_name(metric)}", fontsize=9)
         axes[r, 0].set_xlim(max(-1.6, min(ends) - 0.08), min(2.6, max(ends) + 0.08))
     for ax in axes[-1]:
         ax.set_xlabel("beta (open: before the decay, filled: at the end)")
@@ -183,7 +184,7 @@ def _decay_headline(scene: ReportData, metric: str) -> str:
         look = scene.looks.get(tuple(c.where[name] for name in labels))
         if look is not None and not look.variant and np.isfinite(c.ci_low):
             parts.append(f"{look.name} {c.estimate:+.2f} [{c.ci_low:.2f}, {c.ci_high:.2f}]")
-    what = f"{BUCKET_NAMES.get(scene.focus, scene.focus)} {METRIC_NAMES.get(metric, metric)}"
+    what = f"{bucket_name(scene.focus)} {metric_name(metric)}"
     return f"The decay changes beta of {what} by {joined(parts)}." if parts else f"beta of {what} before and after."
 
 
@@ -229,7 +230,7 @@ def learning_rates(scene: ReportData) -> ReportFigure:
             for panel, values in curves.items():
                 axes[panel].plot(rates, values, style, color=look.color, marker=look.marker, ms=5)
                 ends[panel].append((values[-1], name, look.text_color))
-    where = f"{BUCKET_NAMES.get(scene.focus, scene.focus)} {METRIC_NAMES.get(metric, metric)}"
+    where = f"{bucket_name(scene.focus)} {metric_name(metric)}"
     titles = {"slopes": f"beta, {where}", "levels": where, "losses": "last loss, nats"}
     every = [rung.rate for ladder in scene.ladders for rung in ladder.rungs]
     for panel, ax in axes.items():

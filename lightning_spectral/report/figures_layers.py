@@ -6,8 +6,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lightning_spectral.records.looks import bucket_name, metric_name
 from lightning_spectral.report.scene import ReportData, ReportFigure, joined
-from lightning_spectral.report.style import BUCKET_NAMES, METRIC_NAMES, label_right, log2_axis, tall
+from lightning_spectral.report.style import label_right, log2_axis, tall
 
 
 def layer_map(scene: ReportData) -> ReportFigure:
@@ -40,7 +41,7 @@ def layer_map(scene: ReportData) -> ReportFigure:
     if len(scene.series) > 5:
         left.tick_params(axis="x", rotation=20 if len(scene.series) < 10 else 60)
     left.set_yticks(np.arange(len(scene.layers)) + 0.5, [name.replace("_", " ") for name in scene.layers], fontsize=8)
-    where = f"{BUCKET_NAMES.get(scene.focus, scene.focus)} {METRIC_NAMES.get(metric, metric)}"
+    where = f"{bucket_name(scene.focus)} {metric_name(metric)}"
     left.set_title(f"beta by layer, {where}")
     _ranks_by_layer(scene, right, metric)
     spans = [
@@ -82,4 +83,4 @@ def _ranks_by_layer(scene: ReportData, ax: Axes, metric: str) -> None:
         ax.set_xticks(range(len(scene.layers)), [str(k) for k in range(len(scene.layers))])
         label_right(ax, ends)
     ax.set_xlabel("layer")
-    ax.set_title(f"{METRIC_NAMES.get(metric, metric)} by layer at D = {widest}")
+    ax.set_title(f"{metric_name(metric)} by layer at D = {widest}")

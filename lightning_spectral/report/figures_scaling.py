@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from lightning_spectral.analysis.caveats import FEW_WIDTHS
 from lightning_spectral.analysis.fits import PowerLawFit
 from lightning_spectral.analysis.points import Point
+from lightning_spectral.records.looks import bucket_name, metric_name
 from lightning_spectral.report.scene import ReportData, ReportFigure, beta_text
 from lightning_spectral.report.style import (
-    BUCKET_NAMES,
-    METRIC_NAMES,
     SeriesStyle,
     label_right,
     log2_axis,
@@ -130,7 +129,7 @@ def scaling_laws(scene: ReportData) -> ReportFigure:
     for ax, metric, ends in zip(axes, metrics, limits, strict=True):
         _law(scene, ax, scene.focus, metric, ends)
         label_right(ax, [(min(y, ends[1]), text, color) for y, text, color in _ends(scene, metric)])
-        ax.set_title(f"{BUCKET_NAMES.get(scene.focus, scene.focus)}: {METRIC_NAMES.get(metric, metric)}")
+        ax.set_title(f"{bucket_name(scene.focus)}: {metric_name(metric)}")
         ax.set_xlabel("FFN width D")
     return ReportFigure(
         figure,
@@ -142,7 +141,7 @@ def scaling_laws(scene: ReportData) -> ReportFigure:
 
 
 def _steepest(scene: ReportData, metric: str) -> str:
-    name = f"{BUCKET_NAMES.get(scene.focus, scene.focus)} {METRIC_NAMES.get(metric, metric)}"
+    name = f"{bucket_name(scene.focus)} {metric_name(metric)}"
     fits = [
         (fit.beta, key, fit) for key in scene.series if (fit := scene.fit(key, scene.focus, metric)) and not fit.refused
     ]
@@ -192,7 +191,7 @@ def bucket_grid(scene: ReportData) -> ReportFigure:
         for column, bucket in enumerate(buckets):
             ax = axes[row, column]
             _law(scene, ax, bucket, metric, limits)
-            ax.set_title(f"{BUCKET_NAMES.get(bucket, bucket)}, {METRIC_NAMES.get(metric, metric)}")
+            ax.set_title(f"{bucket_name(bucket)}, {metric_name(metric)}")
     for ax in axes[-1]:
         ax.set_xlabel("FFN width D")
     for ax in axes[:, 0]:

@@ -14,8 +14,9 @@ from lightning_spectral.analysis.health import ROWS_PER_RANK
 from lightning_spectral.analysis.points import nanmedian
 from lightning_spectral.analysis.runs import Run
 from lightning_spectral.records import EIGENVALUES_FOLDER
+from lightning_spectral.records.looks import bucket_colors, bucket_name
 from lightning_spectral.report.scene import ReportData, ReportFigure, Series
-from lightning_spectral.report.style import BUCKET_NAMES, label_right, log2_axis, tall
+from lightning_spectral.report.style import label_right, log2_axis, tall
 
 _SMALLEST_SHARE = 1e-9
 
@@ -56,7 +57,7 @@ def renyi(scene: ReportData) -> ReportFigure:
         note += " The ranks before the nonlinearity were not measured: add `pre` to the callback's sites."
     return ReportFigure(
         figure,
-        f"Renyi ranks on {BUCKET_NAMES.get(scene.focus, scene.focus)} at D = {scene.widths[-1]}: "
+        f"Renyi ranks on {bucket_name(scene.focus)} at D = {scene.widths[-1]}: "
         "order 1 is the soft, order 2 the hard rank.",
         note,
     )
@@ -121,7 +122,7 @@ def waterfall(scene: ReportData) -> ReportFigure:
     layer = _middle_layer(found[0][1])
     return ReportFigure(
         figure,
-        f"Eigenspectrum of {layer.replace('_', ' ')}, {BUCKET_NAMES.get(scene.focus, scene.focus)}, over training.",
+        f"Eigenspectrum of {layer.replace('_', ' ')}, {bucket_name(scene.focus)}, over training.",
         "Share of the variance by mode; dark: early, bright: late.",
     )
 
@@ -183,7 +184,7 @@ def phase_map(scene: ReportData) -> ReportFigure:
             )
             values += at.ravel().tolist()
             ends.append((float(at[-1, 1]), look.name, look.text_color))
-        ax.set_title(BUCKET_NAMES.get(bucket, bucket))
+        ax.set_title(bucket_name(bucket))
         ax.set_xlabel("soft rank")
         if bucket == buckets[-1] and values:
             last = ends
@@ -211,7 +212,7 @@ def health(scene: ReportData) -> ReportFigure:
     left, right = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.06, right=0.93, top=0.9, bottom=0.15, wspace=0.3)
     worst = np.inf
-    shades = {"pooled": "#333333", "head": "#999999", "mid": "#BB7733", "tail": "#3366AA"}
+    colors = bucket_colors(scene.buckets)
     for ax, title in ((left, "rows per dimension, N / D"), (right, "rows per unit of hard rank found, N / rank")):
         ends = []
         for bucket in scene.buckets:
@@ -225,9 +226,8 @@ def health(scene: ReportData) -> ReportFigure:
             if not xs:
                 continue
             ys = [min(by_width[x]) for x in xs]
-            color = shades.get(bucket, "#666666")
-            ax.plot(xs, ys, "-o", color=color, ms=4, lw=1.3)
-            ends.append((ys[-1], BUCKET_NAMES.get(bucket, bucket), color))
+            ax.plot(xs, ys, "-o", color=colors[bucket], ms=4, lw=1.3)
+            ends.append((ys[-1], bucket_name(bucket), colors[bucket]))
             if ax is right:
                 worst = min(worst, *ys)
         values = [v for line in ax.lines for v in np.asarray(line.get_ydata(), dtype=float) if np.isfinite(v)] or [

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from lightning_spectral.analysis.matched import MatchedPair, loss_curve
 from lightning_spectral.analysis.points import nanmedian
+from lightning_spectral.records.looks import bucket_name, metric_name
 from lightning_spectral.report.scene import ReportData, ReportFigure, Series, joined
-from lightning_spectral.report.style import BUCKET_NAMES, METRIC_NAMES, label_right, log2_axis, tall, width_ticks
+from lightning_spectral.report.style import label_right, log2_axis, tall, width_ticks
 
 
 def exponent_over_training(scene: ReportData) -> ReportFigure:
@@ -44,7 +45,7 @@ def exponent_over_training(scene: ReportData) -> ReportFigure:
                 everything += path.beta[np.isfinite(path.beta)].tolist()
                 ends.append((float(path.beta[np.isfinite(path.beta)][-1]), look.name, look.text_color))
             _decay_line(scene, ax)
-            ax.set_title(f"{BUCKET_NAMES.get(bucket, bucket)}, {METRIC_NAMES.get(metric, metric)}")
+            ax.set_title(f"{bucket_name(bucket)}, {metric_name(metric)}")
             ax.margins(x=0.01)
             if c == len(buckets) - 1:
                 ax.set_ylim(min(*everything, -0.05) - 0.15, max(*everything, 1.0) + 0.15)
@@ -61,7 +62,7 @@ def exponent_over_training(scene: ReportData) -> ReportFigure:
         path = scene.path(key, scene.focus, metrics[-1])
         if path is not None and path.null is not None:
             parts.append(f"{path.null[0]:.2f} to {path.beta[np.isfinite(path.beta)][-1]:.2f} ({scene.looks[key].name})")
-    where = f"{BUCKET_NAMES.get(scene.focus, scene.focus)} {METRIC_NAMES.get(metrics[-1], metrics[-1])}"
+    where = f"{bucket_name(scene.focus)} {metric_name(metrics[-1])}"
     head = f"beta of {where} moves from {joined(parts)} over training." if parts else "beta over training."
     smoothed = f"Trailing median of {scene.smoothing} windows" if scene.smoothing > 1 else "Every window by itself"
     note = f"{smoothed}; band: 95 % interval over widths at that window"
@@ -129,7 +130,7 @@ def rank_curves(scene: ReportData) -> ReportFigure:
         ax.set_visible(False)
     for ax in axes[-1]:
         ax.set_xlabel("optimizer step")
-    where = f"{BUCKET_NAMES.get(scene.focus, scene.focus)} {METRIC_NAMES.get(metric, metric)}"
+    where = f"{bucket_name(scene.focus)} {metric_name(metric)}"
     axes[0, 0].set_ylabel(where)
     return ReportFigure(
         figure, f"{where} over training, by FFN width.", "Number at a line: FFN width D; paler: further seeds."
@@ -160,7 +161,7 @@ def bucket_losses(scene: ReportData) -> ReportFigure:
             scene.widths[-1] * 1.12,
             width_ticks(scene.widths)[:: 1 if len(scene.widths) < 6 else 2],
         )
-        ax.set_title(BUCKET_NAMES.get(bucket, bucket))
+        ax.set_title(bucket_name(bucket))
         ax.set_xlabel("FFN width D")
         if ends and bucket == buckets[0]:
             loss, name, _ = min(ends)
@@ -229,7 +230,7 @@ def matched(scene: ReportData) -> ReportFigure:
         log2_axis(ax, "x", scene.widths[0] / 1.12, scene.widths[-1] * 1.12, width_ticks(scene.widths))
         log2_axis(ax, "y", low, high, ticks if len(ticks) < 8 else ticks[::2])
         ax.axhline(1.0, color="#777777", lw=1)
-        ax.set_title(f"{BUCKET_NAMES.get(scene.focus, scene.focus)} {METRIC_NAMES.get(metric, metric)} at equal loss")
+        ax.set_title(f"{bucket_name(scene.focus)} {metric_name(metric)} at equal loss")
         ax.set_xlabel("FFN width D")
         label_right(ax, ends)
     axes[0].set_ylabel(f"ratio to {scene.looks[reference].name}")

@@ -10,8 +10,8 @@ from lightning_spectral.analysis.fits import PowerLawFit
 from lightning_spectral.analysis.points import LAYER_MEDIAN
 from lightning_spectral.analysis.recipe_facts import learning_rate
 from lightning_spectral.analysis.runs import Run
+from lightning_spectral.records.looks import bucket_name, metric_name
 from lightning_spectral.report.scene import ReportData, beta_text, joined
-from lightning_spectral.report.style import BUCKET_NAMES, METRIC_NAMES
 
 _SHOWN_KINDS: Final = (
     "slope_difference",
@@ -30,7 +30,7 @@ _GAPS: Final = ("slope_difference", "slope_difference_pre_decay")
 def summary_sentences(scene: ReportData) -> list[str]:
     """The first sentences: the exponents of the headline bucket, and the difference clearest against its noise."""
     metric = "hard_rank" if "hard_rank" in scene.metrics else scene.metrics[0]
-    what = f"{focus_name(scene)} {METRIC_NAMES.get(metric, metric)}"
+    what = f"{focus_name(scene)} {metric_name(metric)}"
     fits = [(scene.looks[key].name, scene.fit(key, scene.focus, metric)) for key in scene.series]
     plain = {scene.looks[key].name for key in scene.plain}
     parts = [f"{name} {beta_text(fit)}" for name, fit in fits if fit and not fit.refused and name in plain]
@@ -114,8 +114,8 @@ def fit_rows(scene: ReportData) -> list[dict[str, Any]]:
         shown = {name: cells[name] for name in by if name not in ("layer", "site")}
         look = scene.looks[fit.series[:labels]]
         shown |= {
-            "bucket": BUCKET_NAMES.get(cells["bucket"], cells["bucket"]),
-            "metric": METRIC_NAMES.get(cells["metric"], cells["metric"]),
+            "bucket": bucket_name(cells["bucket"]),
+            "metric": metric_name(cells["metric"]),
         }
         out.append(
             _numbers(fit)
@@ -171,7 +171,7 @@ def _comparison_row(row: int, c: Comparison) -> dict[str, Any]:
     return {
         "a": c.a,
         "b": c.b,
-        "metric": METRIC_NAMES.get(c.where.get("metric", ""), ""),
+        "metric": metric_name(c.where.get("metric", "")),
         "kind": c.kind.replace("_", " "),
         "estimate": _text(c.estimate, digits),
         "ci": ci,
@@ -194,12 +194,12 @@ def _text(value: float, digits: int = 3) -> str:
 def headline_name(scene: ReportData) -> str:
     """What the headline is about: TAIL hard rank, where both were measured."""
     metric = "hard_rank" if "hard_rank" in scene.metrics else scene.metrics[0]
-    return f"{focus_name(scene)} {METRIC_NAMES.get(metric, metric)}"
+    return f"{focus_name(scene)} {metric_name(metric)}"
 
 
 def focus_name(scene: ReportData) -> str:
     """The headline's bucket, for people."""
-    return BUCKET_NAMES.get(scene.focus, scene.focus)
+    return bucket_name(scene.focus)
 
 
 def run_summary(run: Run) -> dict[str, Any]:

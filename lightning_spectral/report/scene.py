@@ -17,7 +17,8 @@ from lightning_spectral.analysis.recipe_facts import decay_step, learning_rate
 from lightning_spectral.analysis.runs import Run, RunSet
 from lightning_spectral.analysis.study import Fitted
 from lightning_spectral.analysis.trajectory import SMOOTHING_WINDOWS, Trajectory, group_runs
-from lightning_spectral.report.style import FIXED, SeriesStyle, family, looks_of
+from lightning_spectral.records.looks import OPTIMIZERS, family, ordered_buckets
+from lightning_spectral.report.style import SeriesStyle, looks_of
 
 Series = tuple[str, ...]
 FOCUS_BUCKETS = ("tail", "pooled", "mid", "head")
@@ -76,7 +77,7 @@ class ReportData:
 
         def rank(key: Series) -> tuple[int, bool, float, str]:
             base, rest = family(key[0])
-            known = list(FIXED)
+            known = list(OPTIMIZERS)
             place = known.index(base) if base in known else len(known)
             rates = [rate for run in self.groups.get(key, []) if (rate := learning_rate(run)) is not None]
             return place, bool(rest), min(rates, default=0.0), " ".join(key)
@@ -111,8 +112,7 @@ class ReportData:
     def buckets(self) -> list[str]:
         """Buckets measured, in house order."""
         found = {bucket for run in self.runs.runs for bucket in run.buckets} or set(self._cells("bucket"))
-        known = [bucket for bucket in ("pooled", "head", "mid", "tail") if bucket in found]
-        return known + sorted(found - set(known))
+        return ordered_buckets(found)
 
     @cached_property
     def focus(self) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, Final
 
 import numpy as np
@@ -14,23 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-# Okabe and Ito's palette, safe for colour-blind readers; yellow is left out (unreadable on white)
-FIXED: Final = {
-    "adamw": ("#E69F00", "o"),
-    "muon": ("#0072B2", "s"),
-    "normuon": ("#56B4E9", "D"),
-    "dion 1/2": ("#009E73", "^"),
-    "dion 1/16": ("#CC79A7", "v"),
-    "dion 1/4": ("#8B6F3E", "P"),
-    "dion 1/8": ("#7A5195", "X"),
-    "dion": ("#009E73", "^"),
-    "lion": ("#666666", "*"),
-    "sgd": ("#000000", "h"),
-}
-_SPARE: Final = (("#D55E00", "p"), ("#444444", "<"), ("#2F4B7C", ">"), ("#A05195", "H"), ("#665191", "8"))
-_NAMES: Final = {"adamw": "AdamW", "muon": "Muon", "normuon": "NorMuon", "dion": "Dion", "lion": "Lion", "sgd": "SGD"}
-BUCKET_NAMES: Final = {"pooled": "ALL", "head": "HEAD", "mid": "MID", "tail": "TAIL"}
-METRIC_NAMES: Final = {"soft_rank": "soft rank", "hard_rank": "hard rank", "hard_rank_debiased": "hard rank, debiased"}
+from lightning_spectral.records.looks import OPTIMIZERS, SPARE_LOOKS, family
 
 _LINES: Final = ("-", "--", ":", "-.")
 
@@ -92,18 +76,6 @@ class SeriesStyle:
         return self.color if not self.variant else "white" if self.variant == 1 else "#D0D0D0"
 
 
-def family(label: str) -> tuple[str, str]:
-    """Key of :data:`FIXED` and the rest of a label: ``dion_1_16`` -> (``dion 1/16``, ``""``)."""
-    text = label.strip().lower().replace("_", " ")
-    found = re.match(r"dion\W*(?:r\W*)?\(?1\s*[/ ]\s*(\d+)\)?(.*)", text)
-    if found and f"dion 1/{found[1]}" in FIXED:
-        return f"dion 1/{found[1]}", found[2].strip()
-    for key in sorted(_NAMES, key=len, reverse=True):
-        if re.match(rf"{key}(?![a-z])", text):
-            return key, text[len(key) :].strip()
-    return "", text
-
-
 # explicit directions of bidirectional text: embeddings, overrides, isolates and their ends
 _DIRECTIONS: Final = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
@@ -117,7 +89,7 @@ def shown_name(label: str, longest: int = 40) -> str:
 def looks_of(series: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], SeriesStyle]:
     """A look for each series (optimizer, other labels ...); the same optimizer looks the same in every report."""
     out: dict[tuple[str, ...], SeriesStyle] = {}
-    spare = iter(_SPARE * 4)
+    spare = cycle(SPARE_LOOKS)
     seen: Counter[str] = Counter()
     for key in series:
         base, rest = family(key[0])
@@ -126,8 +98,7 @@ def looks_of(series: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], SeriesS
             color, marker = next(spare)
             out[key] = SeriesStyle(shown_name(" ".join(filter(None, (key[0], labels)))), color, marker)
             continue
-        color, marker = FIXED[base]
-        first = _NAMES[base.split(" ")[0]] + (f" ({base.split(' ')[1]})" if " " in base else "")
+        color, marker, first = OPTIMIZERS[base]
         name = shown_name(" ".join(filter(None, (first, rest, labels))))
         out[key] = SeriesStyle(name, color, marker, variant=seen[base])
         seen[base] += 1

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lightning_spectral.analysis.points import nanmedian
 from lightning_spectral.records import EIGENVALUES_FOLDER, STATUSES
-from lightning_spectral.records.looks import METRIC_NAMES, bucket_colors, ordered_buckets
+from lightning_spectral.records.looks import METRIC_NAMES, bucket_colors, bucket_name, optimizer_colors, ordered_buckets
 from lightning_spectral.tensorboard.reader import LOSS_METRICS, LOSS_SITE, METRICS, Columns, RunReader
 
 MAX_SPECTRA: Final = 200  # windows of one slider
@@ -154,8 +154,8 @@ def exponents(folders: Sequence[Path], stage: str, site: str, metric: str) -> An
     """Width exponent at every window, for each optimizer (and other label) that has two widths; nothing is smoothed.
 
     Returns:
-        ``series``: ``name``, ``bucket``, ``steps``, ``beta``, ``low``, ``high`` (95 % over widths), ``widths``,
-        ``seeds``; and ``message``, why there is none.
+        ``series``: ``name``, ``color``, ``bucket``, ``steps``, ``beta``, ``low``, ``high`` (95 % over widths),
+        ``widths``, ``seeds``; and ``message``, why there is none.
     """
     from lightning_spectral.analysis.runs import load_runs
     from lightning_spectral.analysis.trajectory import beta_trajectories
@@ -182,6 +182,9 @@ def exponents(folders: Sequence[Path], stage: str, site: str, metric: str) -> An
                 "seeds": path.num_seeds,
             }
         )
+    colors = optimizer_colors(series["name"] for series in out)
+    for series in out:
+        series["color"] = colors[series["name"]]
     widths = sorted({run.width for run in runs.runs})
     message = "" if out else f"An exponent needs runs of two widths that share windows; selected: {_words(widths)}."
     return {"series": out, "message": message}
@@ -189,7 +192,7 @@ def exponents(folders: Sequence[Path], stage: str, site: str, metric: str) -> An
 
 def looks(buckets: Sequence[str]) -> Answer:
     """Names and colours."""
-    names = {bucket: bucket.upper() if bucket != "pooled" else "ALL" for bucket in buckets}
+    names = {bucket: bucket_name(bucket) for bucket in buckets}
     return {"colors": bucket_colors(buckets), "buckets": names, "metrics": METRIC_NAMES}
 
 

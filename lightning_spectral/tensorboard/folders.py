@@ -42,6 +42,12 @@ def find_runs(roots: dict[str, Path]) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def prefix_of(roots: dict[str, Path], name: str, folder: Path) -> str:
+    """What TensorBoard's names of the event files in a run folder begin with; empty if it holds the whole logdir."""
+    whole = roots.get("")
+    return "" if whole is not None and whole.absolute().is_relative_to(folder.absolute()) else name
+
+
 class FoundRuns:
     """:func:`find_runs`, looked for again when the last look is older than :data:`RESCAN_SECONDS`."""
 

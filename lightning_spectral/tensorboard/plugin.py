@@ -13,9 +13,9 @@ from tensorboard.backend import http_util
 from tensorboard.plugins import base_plugin
 from werkzeug import Request, Response
 
-from lightning_spectral.records.looks import OPTIMIZER_COLORS
+from lightning_spectral.records.looks import optimizer_colors
 from lightning_spectral.tensorboard import answers
-from lightning_spectral.tensorboard.folders import FoundRuns, roots_of
+from lightning_spectral.tensorboard.folders import FoundRuns, prefix_of, roots_of
 from lightning_spectral.tensorboard.reader import RunReader
 from lightning_spectral.text import one_line
 
@@ -36,7 +36,8 @@ class SpectralPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
 
     def __init__(self, context: base_plugin.TBContext) -> None:
         logdir_spec = getattr(context.flags, "logdir_spec", "") or ""
-        self.runs = Runs(FoundRuns(roots_of(context.logdir or "", logdir_spec)))
+        self.roots = roots_of(context.logdir or "", logdir_spec)
+        self.runs = Runs(FoundRuns(self.roots))
 
     def get_plugin_apps(self) -> dict[str, Any]:
         """Route -> WSGI application."""
@@ -60,7 +61,8 @@ class SpectralPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         )
 
     def _runs(self, request: Request) -> Answer:
-        return {"runs": self.runs.overviews(), "palette": OPTIMIZER_COLORS}
+        found = self.runs.overviews(self.roots)
+        return {"runs": found, "palette": optimizer_colors(run["optimizer"] for run in found)}
 
     def _curves(self, request: Request) -> Answer:
         stage, site, metric = _words(request, "stage", "site", "metric")
@@ -100,13 +102,16 @@ class Runs:
         self._readers: dict[str, RunReader] = {}
         self._lock = Lock()  # TensorBoard answers requests in threads
 
-    def overviews(self) -> list[Answer]:
-        """Every run, from ``run.json`` and the first record only."""
+    def overviews(self, roots: dict[str, Path]) -> list[Answer]:
+        """Every run, from ``run.json`` and the first record only; ``key``: see :func:`~.folders.prefix_of`."""
         with self._lock:
             readers = {name: self._reader(name, folder) for name, folder in self.folders().items()}
             for reader in readers.values():
                 reader.describe()
-            return [answers.overview(name, reader) for name, reader in readers.items()]
+            return [
+                answers.overview(name, reader) | {"key": prefix_of(roots, name, reader.folder)}
+                for name, reader in readers.items()
+            ]
 
     @contextmanager
     def reading(self, names: list[str]) -> Iterator[dict[str, RunReader]]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import subprocess
 import threading
+import urllib.error
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from werkzeug import Response
 from werkzeug.serving import make_server
 
@@ -19,8 +23,17 @@ from lightning_spectral.records.looks import BUCKET_COLORS
 from lightning_spectral.tensorboard.plugin import SpectralPlugin
 from tests.analysis.synthetic import write_one, write_spectra, write_study
 from tests.browser.test_report_page import chromium
+from tests.tensorboard.test_plugin import tensorboard
 
 pytestmark = pytest.mark.browser
+
+REPORT = """
+const node = document.createElement("script");
+node.type = "application/json";
+node.id = "probe-result";
+node.textContent = JSON.stringify(result);
+document.body.append(node);
+"""
 
 PAGE = """<!DOCTYPE html><head><base href="/plugin/"></head><body><script type="module">
 const errors = [];
@@ -48,26 +61,26 @@ try {
 } catch (error) {
   errors.push(String(error.stack));
 }
-const node = document.createElement("script");
-node.type = "application/json";
-node.id = "probe-result";
-node.textContent = JSON.stringify(result);
-document.body.append(node);
-</script></body>"""
+REPORT</script></body>"""
 
 
 def look(logdir: Path, tmp_path: Path, steps: str, size: str = "1400,1200") -> dict:
     """What ``steps`` put into ``result`` after the page was drawn."""
     apps = SpectralPlugin(TBContext(logdir=str(logdir))).get_plugin_apps()
+    page = PAGE.replace("REPORT", REPORT).replace("STEPS", steps)
 
     def app(environ, start_response):
         path = environ["PATH_INFO"].removeprefix("/plugin")
         own = apps["/static/*"] if path.startswith("/static/") else apps.get(path)
         if own is None:
-            found = path == "/page"
-            own = Response(PAGE.replace("STEPS", steps) if found else "", 200 if found else 204, mimetype="text/html")
+            own = Response(page if path == "/page" else "", 200 if path == "/page" else 204, mimetype="text/html")
         return own(environ, start_response)
 
+    return browse(app, tmp_path, size)
+
+
+def browse(app, tmp_path: Path, size: str) -> dict:
+    """The result that the page ``/page`` of a WSGI application leaves, without an error on the console."""
     server = make_server("127.0.0.1", 0, app, threaded=True)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -75,17 +88,68 @@ def look(logdir: Path, tmp_path: Path, steps: str, size: str = "1400,1200") -> d
         command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={size}", "--dump-dom"]
         command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0"]
         command += ["--virtual-time-budget=20000", f"http://127.0.0.1:{server.server_port}/page"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
-    assert [line for line in done.stderr.splitlines() if ":CONSOLE" in line] == []
+    said = [line for line in done.stderr.splitlines() if ":CONSOLE" in line and not _TENSORBOARDS_OWN.search(line)]
+    assert said == [], "\n".join(said)
     found = re.search(r'<script type="application/json" id="probe-result">(.*?)</script>', done.stdout, re.DOTALL)
     assert found is not None, done.stdout[-2000:]
     result = json.loads(found[1])
     assert result["errors"] == []
     return result
+
+
+_TENSORBOARDS_OWN = re.compile("Multiple instances of Three.js|software WebGL|GL Driver Message")
+
+AROUND = """<!DOCTYPE html><body style="margin: 0"><iframe id="tb" style="width: 1400px; height: 1000px"></iframe>
+<script type="module">
+const errors = [];
+const result = {errors};
+const outer = () => document.getElementById("tb").contentDocument;
+const inner = () => outer()?.querySelector("iframe[src*=lightning_spectral]")?.contentDocument;
+const boxes = () => [...(outer()?.querySelectorAll("tb-data-table-content-row[data-id] input[type=checkbox]") ?? [])];
+async function until(what) {
+  for (let k = 0; k < 600 && !what(); k += 1) await new Promise((go) => setTimeout(go, 25));
+  if (!what()) throw new Error(`not within 15 s: ${what}`);
+}
+const tab = (name) => [...outer().querySelectorAll(".plugin-name")].find((n) => n.textContent.trim() === name).click();
+const tick = (place) => boxes()[place].dispatchEvent(
+  new MouseEvent("click", {bubbles: true, cancelable: true, detail: 1}));
+const shown = () => inner()?.querySelectorAll('[data-chart="hard_rank.tail"] .line').length;
+const open = (where) => document.getElementById("tb").contentWindow.location.replace(where);
+try {
+  STEPS
+} catch (error) {
+  errors.push(String(error.stack));
+}
+REPORT</script></body>"""
+
+
+def look_at_tensorboard(logdir: Path, tmp_path: Path, steps: str) -> dict:
+    """The same in the whole of TensorBoard, behind a page of its own origin."""
+    page = AROUND.replace("REPORT", REPORT).replace("STEPS", steps)
+    with tensorboard(logdir) as url:
+
+        def app(environ, start_response):
+            path = environ["PATH_INFO"]
+            if path == "/page":
+                return Response(page, mimetype="text/html")(environ, start_response)
+            sent = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)) or None
+            kind = {"Content-Type": environ.get("CONTENT_TYPE", "")}
+            try:
+                request = urllib.request.Request(f"{url}{path}?{environ['QUERY_STRING']}", sent, kind)
+                answer = urllib.request.urlopen(request, timeout=30)
+            except urllib.error.HTTPError as error:
+                answer = error
+            kept = {
+                name: answer.headers[name] for name in ("Content-Type", "Content-Encoding") if name in answer.headers
+            }
+            return Response(answer.read(), answer.status, kept)(environ, start_response)
+
+        return browse(app, tmp_path, "1500,1100")
 
 
 def test_one_run(tmp_path: Path) -> None:
@@ -199,3 +263,67 @@ def test_a_logdir_without_runs_says_what_to_give(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     result = look(tmp_path / "runs", tmp_path, "result.text = main().innerText;")
     assert result["text"].startswith("No run folder (one with a run.json) lies below the logdir.")
+
+
+def test_tensorboards_own_selectors_choose_the_runs(tmp_path: Path) -> None:
+    """Ticks of Time Series, ticks of Scalars (in the address), and the filter of either."""
+    for run in write_study(tmp_path / "runs", {"muon": 0.9, "adamw": 0.3}, (128, 256), seeds=(0, 1), layers=2):
+        EventFileWriter(str(run / "logs" / "tensorboard")).close()
+    result = look_at_tensorboard(
+        tmp_path / "runs",
+        tmp_path,
+        """
+        open("/#timeseries");
+        await until(() => boxes().length === 8);
+        tick(1);
+        await until(() => !boxes()[1].checked);
+        tab("Spectral");
+        await until(() => shown() === 7);
+        result.first = inner().querySelector(".count small").textContent;
+        inner().querySelectorAll(".runs input")[0].click();  // the list of the tab goes on from there
+        await until(() => shown() === 6);
+        tab("Time Series");
+        await new Promise((go) => setTimeout(go, 200));
+        tick(1);
+        tick(7);
+        await until(() => boxes()[1].checked && !boxes()[7].checked);
+        tab("Spectral");
+        await until(() => inner().querySelectorAll(".runs input")[1].checked);
+        result.boxes = [...inner().querySelectorAll(".runs input")].map((box) => box.checked);
+        const ticks = {"muon_128_0/logs/tensorboard": false, "muon_256_0/logs/tensorboard": true};
+        open("about:blank");
+        await until(() => !outer()?.querySelector("tb-webapp"));
+        open(`/?runFilter=muon.*tensorboard$#lightning_spectral&runSelectionState=${btoa(JSON.stringify(ticks))}`);
+        await until(() => inner()?.querySelectorAll('[data-chart="hard_rank.all"] .line').length === 3 * 4);
+        result.filter = inner().querySelector("input[type=text]").value;
+        result.listed = [...inner().querySelectorAll(".runs .name")].map((node) => node.textContent);
+        """,
+    )
+    assert result["first"] == "7 of 8 runs drawn"
+    assert result["boxes"] == [False, True, True, True, True, True, True, False]
+    assert result["filter"] == "muon.*tensorboard$"
+    assert result["listed"] == ["muon_128_0", "muon_128_1", "muon_256_0", "muon_256_1"]
+
+
+def test_300_runs_open_within_three_seconds_of_the_processors(tmp_path: Path) -> None:
+    """Of browser and plugin together, beyond what a browser with one run takes."""
+    first = write_one(tmp_path / "one", "muon", 0.9, 128, layers=4, steps=range(0, 200, 20))
+    for place in range(300):
+        folder = tmp_path / "many" / f"run_{place:03d}"
+        folder.mkdir(parents=True)
+        for file in first.iterdir():
+            (folder / file.name).write_text(file.read_text().replace('"muon_128_0"', f'"run_{place}"'))
+    taken = {}
+    for logdir in ("one", "many"):
+        before = seconds_of_processors()
+        count = "result.count = document.querySelector('.count small').textContent; result.charts = charts();"
+        result = look(tmp_path / logdir, tmp_path, count)
+        taken[logdir] = seconds_of_processors() - before
+    assert result["count"] == "12 of 300 runs drawn"
+    assert {f"hard_rank.{bucket}" for bucket in ("pooled", "head", "mid", "tail")} <= set(result["charts"])
+    assert taken["many"] - taken["one"] < 3, taken
+
+
+def seconds_of_processors() -> float:
+    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime

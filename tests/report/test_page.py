@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from lightning_spectral.cli.report import make_scene
+from lightning_spectral.records.looks import OPTIMIZERS, family
 from lightning_spectral.report import page as report
 from lightning_spectral.report.figures import FIGURES
 from lightning_spectral.report.figures_spectrum import read_spectra
 from lightning_spectral.report.page import warnings_of, write_report
 from lightning_spectral.report.rows import headline_rows
 from lightning_spectral.report.scene import ReportData
-from lightning_spectral.report.style import FIXED, family, looks_of, shown_name, spread_labels
+from lightning_spectral.report.style import looks_of, shown_name, spread_labels
 from tests.analysis.synthetic import recipe, write_one, write_spectra, write_study
 
 OPTIONS = {
@@ -200,7 +201,7 @@ def test_a_report_that_fails_leaves_the_old_one(study: Path, tmp_path: Path, mon
 
 def test_an_optimizer_looks_the_same_in_every_report() -> None:
     alone, together = looks_of([("dion_1_16",)]), looks_of([("AdamW",), ("Muon",), ("Dion 1/16",), ("sophia",)])
-    assert alone["dion_1_16",].color == together["Dion 1/16",].color == FIXED["dion 1/16"][0]
+    assert alone["dion_1_16",].color == together["Dion 1/16",].color == OPTIMIZERS["dion 1/16"][0]
     assert len({(look.color, look.marker) for look in together.values()}) == 4
     variants = looks_of([("AdamW",), ("AdamW lr x3",)])
     assert variants["AdamW",].color == variants["AdamW lr x3",].color

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_spectral.tensorboard.folders import FoundRuns, find_runs, roots_of
+from lightning_spectral.tensorboard.folders import FoundRuns, find_runs, prefix_of, roots_of
 from tests.analysis.synthetic import write_one
 
 
@@ -56,3 +56,22 @@ def test_new_runs_are_found_while_tensorboard_runs(tmp_path: Path, monkeypatch) 
 
 def test_a_logdir_that_does_not_exist_yet_has_no_runs(tmp_path: Path) -> None:
     assert find_runs({"": tmp_path / "later"}) == {}
+
+
+def test_tensorboards_own_names_of_a_run(tmp_path: Path) -> None:
+    """As TensorBoard's multiplexer makes them: the path below the logdir, behind the name of ``--logdir_spec``."""
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    run = write_one(tmp_path, "muon", 0.9, 128)
+    EventFileWriter(str(run / "logs" / "tensorboard")).close()
+    for logdir, spec in ((tmp_path, ""), (run, ""), (run / "logs", ""), ("", f"mine:{tmp_path}"), ("", f"mine:{run}")):
+        roots = roots_of(str(logdir), spec)
+        theirs = EventMultiplexer()
+        for name, root in roots.items():
+            theirs.AddRunsFromDirectory(str(root), name or None)
+        (own,) = theirs.Runs()
+        ((name, folder),) = find_runs(roots).items()
+        prefix = prefix_of(roots, name, folder)
+        assert own == prefix or own.startswith(f"{prefix}/" if prefix else ""), (own, prefix)
+        assert (prefix == "") is (logdir in (run, run / "logs")), (own, prefix)

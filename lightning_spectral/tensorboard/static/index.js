@@ -1,7 +1,8 @@
 // The tab SPECTRAL: list of runs at the left, figures at the right. Everything is drawn as measured: nothing is smoothed.
 
 import { ask, askInParts, element, select, tooltip } from "./dom.js";
-import { followTheme, listenForReload, runFilter } from "./host.js";
+import { connect, followTheme, onReturn } from "./host.js";
+import { Selection } from "./selection.js";
 import { bucketTools, curvePanels, exponentView, heatView, runColors, spectrumView } from "./views.js";
 
 const AT_FIRST = 12; // runs selected when the page opens
@@ -14,6 +15,7 @@ const state = {
   relative: "none", panels: "auto", range: false, of: new Map(), looks: { colors: {}, buckets: {}, metrics: {} }, metrics: {},
   bucketNames: [], layerNames: [], runColors: new Map(), palette: {}, heat: { bucket: "tail" }, spectrum: { bucket: "tail", layer: "" },
 };
+const selection = new Selection(state, AT_FIRST);
 let tip;
 let drawing = 0;
 
@@ -21,10 +23,10 @@ export async function render() {
   document.head.append(element("link", { rel: "stylesheet", href: "./static/style.css" }));
   followTheme();
   tip = tooltip();
-  state.filter = runFilter();
   document.body.append(element("div", { class: "page" }, element("aside", { class: "side" }), element("main", { class: "main" })));
-  await reload();
-  listenForReload(reload);
+  const host = connect(() => reload(), (theirs) => reload(theirs));
+  await reload(await host.runs());
+  onReturn(() => selection.follow() && update());
   setInterval(() => document.visibilityState === "visible" && reload(), RELOAD_SECONDS * 1000);
   let resized;
   addEventListener("resize", () => {
@@ -33,30 +35,18 @@ export async function render() {
   });
 }
 
-async function reload() {
+async function reload(theirs) {
   try {
     const { runs, palette } = await ask("runs");
-    const first = !state.runs.length;
-    const known = new Set(state.runs.map((run) => run.name));
-    Object.assign(state, { runs, palette });
-    if (first) visible().slice(0, AT_FIRST).forEach((run) => state.selected.add(run.name));
-    else if (state.selected.size < AT_FIRST) visible().filter((run) => !known.has(run.name)).forEach((run) => state.selected.add(run.name));
+    Object.assign(state, { palette });
+    selection.adopt(runs, theirs);
     await update();
   } catch (error) {
     say(`TensorBoard does not answer: ${error.message}. Is it still running?`);
   }
 }
 
-function visible() {
-  let pattern;
-  try {
-    pattern = new RegExp(state.filter, "i");
-  } catch {
-    return state.runs; // half-typed
-  }
-  return state.runs.filter((run) => pattern.test(run.name) || pattern.test(run.optimizer));
-}
-
+const visible = () => selection.visible();
 const chosen = () => visible().filter((run) => state.selected.has(run.name));
 
 /** Asks for what the selected runs have, and draws as answers come. */
@@ -155,6 +145,7 @@ function drawSide() {
       filter.waiting = setTimeout(update, 150);
     },
   });
+  if (document.activeElement !== filter) filter.value = state.filter;
   const list = runList();
   const toggle = element("button", { click: () => {
     const all = visible().every((run) => state.selected.has(run.name));

@@ -16,8 +16,7 @@ export function runColors(runs, palette) {
   const at = (run) => (widths.length > 1 ? widths.indexOf(run.width) / (widths.length - 1) : 1);
   return new Map(runs.map((run, k) => {
     if (optimizers.length > 1) {
-      const hue = palette[run.optimizer] ?? spare[optimizers.indexOf(run.optimizer) % spare.length];
-      return [run.name, mix(hue, "#BBBBBB", 0.65 * (1 - at(run)))];
+      return [run.name, mix(palette[run.optimizer], "#BBBBBB", 0.65 * (1 - at(run)))];
     }
     return [run.name, widths.length > 1 ? viridis(0.85 * (1 - at(run))) : spare[k % spare.length]];
   }));
@@ -160,15 +159,12 @@ export function spectrumView(state, runs, answers, tip, width) {
 /** Exponent over training, one panel a bucket. */
 export function exponentView(state, answer, tip, width) {
   if (!answer.series.length) return element("p", { class: "hint" }, answer.message);
-  const names = [...new Set(answer.series.map((series) => series.name))];
-  const spare = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#8B6F3E", "#7A5195"];
-  const color = (name) => state.palette[name] ?? spare[names.indexOf(name) % spare.length];
   const panels = state.bucketNames.map((bucket) => {
     const own = answer.series.filter((series) => series.bucket === bucket);
     if (!own.length) return null;
     const lines = own.map((series) => ({
       x: series.steps, y: series.beta, low: series.widths > 2 ? series.low : null, high: series.widths > 2 ? series.high : null,
-      color: color(series.name), label: series.name, bandOpacity: 0.13, dots: series.steps.length <= 60,
+      color: series.color, label: series.name, bandOpacity: 0.13, dots: series.steps.length <= 60,
       title: (k) => [series.name, `step ${series.steps[k]}: beta = ${short(series.beta[k])}`, series.widths > 2 ? `95 % over ${series.widths} widths: ${short(series.low[k])} to ${short(series.high[k])}` : "two widths: no interval", `${series.widths} widths, up to ${series.seeds} seed(s) each`],
     }));
     const title = nameOf(bucket, state.looks);

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.text import CommandError, did_you_mean, import_class, one_line, read_yaml
+from lightning_spectral.text.tables import add_format_option, aside, print_table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the optimizer, e.g. lr=0.02 split=heads"
     )
+    add_format_option(parser)
     options = parser.parse_args(argv)
     import torch
 
@@ -53,9 +55,9 @@ def main(argv: list[str]) -> int:
             raise CommandError(one_line(error)) from error
         finally:
             log.setLevel(level)
-    print(optimizer.table)
+    print_table(optimizer.routing, options.format)
     for warning in caught:
-        print(f"\nWarning: {str(warning.message).splitlines()[0]}")
+        print(f"\nWarning: {str(warning.message).splitlines()[0]}", file=aside(options.format))
     return 0
 
 

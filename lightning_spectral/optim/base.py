@@ -40,6 +40,7 @@ from lightning_spectral.optim.shards import local
 from lightning_spectral.optim.telemetry import MatrixTelemetry
 from lightning_spectral.optim.vector_rules import VECTOR_STATE, vector_step
 from lightning_spectral.optim.weights import LOW_BITS, keeps_more
+from lightning_spectral.text.tables import Table, render
 
 _LOG = logging.getLogger("lightning_spectral.optim")
 _FEW = 0.5  # of the matrix elements; with less under the rule it is another optimizer that trains the model
@@ -62,7 +63,7 @@ class SpectralOptimizer(Optimizer):
         own: Settings of the algorithm alone, carried by every group.
 
     Attributes:
-        table: Which parameters were last given which role, matrices, rule and learning rate, as it was logged.
+        routing: Which parameters were last given which role, matrices, rule and learning rate, as it was logged.
 
     Raises:
         ValueError: If a setting is out of range, or a parameter's role cannot be known.
@@ -70,7 +71,7 @@ class SpectralOptimizer(Optimizer):
 
     matrix_rules: dict[str, MatrixRule] = {}  # noqa: RUF012  # one entry per subclass, never mutated
     settings_class: type[CommonSettings] = CommonSettings
-    table: str = ""
+    routing: Table
 
     def __init_subclass__(cls) -> None:
         """Spell the shared settings out for help(), litgpt and the checks of recipes."""
@@ -350,7 +351,8 @@ class SpectralOptimizer(Optimizer):
 
     def _announce(self, routes: Sequence[Route]) -> None:
         """Log where everything went, and warn where that can hardly be meant."""
-        self.table = table = self._routing(routes)
+        self.routing = self._routing(routes)
+        table = render(self.routing)
         if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
             return
         package = logging.getLogger("lightning_spectral")
@@ -375,7 +377,7 @@ class SpectralOptimizer(Optimizer):
                 stacklevel=4,
             )
 
-    def _routing(self, routes: Sequence[Route]) -> str:
+    def _routing(self, routes: Sequence[Route]) -> Table:
         by_id = {id(member.param): member for member in self._members()}
 
         def describe(one: Route) -> str:

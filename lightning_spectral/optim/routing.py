@@ -20,10 +20,12 @@ from lightning_spectral.models.names import clean_name
 from lightning_spectral.models.places import Place
 from lightning_spectral.models.views import Views
 from lightning_spectral.optim.owners import NamedParameter
+from lightning_spectral.text.tables import Column, Table
 
 Role = Literal["matrix", "embedding", "head", "vector"]
 ROLES: tuple[Role, ...] = ("matrix", "embedding", "head", "vector")
 TRANSPOSED = "transposed matrix"  # an override only
+_COLUMNS = ("role", "tensors", Column("elements", ","), Column("share", ".1%"), "example", "why", "matrices", "rule")
 
 _HEAD = re.compile(
     r"^(lm_heads?|heads?|classifier|unembed\w*|to_logits|logits|embed_out|score|qa_outputs|output_projection|cls"
@@ -216,8 +218,8 @@ def share_under_rule(routes: Sequence[Route]) -> float:
     return 1.0 if under + doubtful == 0 else under / (under + doubtful)
 
 
-def routing_table(routes: Sequence[Route], describe: Callable[[Route], str]) -> str:
-    """One line per role, kind of owner and shape of matrix: how many, their share, an example, why, the rule.
+def routing_table(routes: Sequence[Route], describe: Callable[[Route], str]) -> Table:
+    """One row per role, kind of owner and shape of matrix: how many, their share, an example, why, the rule.
 
     Args:
         routes: What ``route`` returned.
@@ -228,15 +230,9 @@ def routing_table(routes: Sequence[Route], describe: Callable[[Route], str]) -> 
         label = "" if one.views is None else one.views.label
         counted.setdefault((one.role, one.reason, label), []).append(one)
     total = max(1, sum(one.elements for one in routes))
-    header = f"{'role':<10}{'tensors':>8}{'elements':>15}{'share':>8}  {'example':<40}{'why':<34}{'matrices':<26}rule"
-    lines = [header]
-    for role in ROLES:
-        for (of_role, reason, label), members in counted.items():
-            if of_role != role:
-                continue
-            elements = sum(member.elements for member in members)
-            lines.append(
-                f"{role:<10}{len(members):>8}{elements:>15,}{elements / total:>8.1%}  {members[0].named.name[-39:]:<40}"
-                f"{reason:<34}{label:<26}{describe(members[0])}"
-            )
-    return "\n".join(lines)
+    rows = []
+    for (role, reason, label), members in sorted(counted.items(), key=lambda item: ROLES.index(item[0][0])):
+        elements = sum(member.elements for member in members)
+        example = members[0].named.name
+        rows.append([role, len(members), elements, elements / total, example, reason, label, describe(members[0])])
+    return Table(_COLUMNS, rows)

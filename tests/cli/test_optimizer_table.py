@@ -1,5 +1,6 @@
 """The routing of a model is printed without building it, in about a second after imports."""
 
+import json
 import time
 
 import pytest
@@ -26,6 +27,14 @@ def test_a_class_path_with_settings(capsys):
     assert [row[0] for row in found] == ["matrix", "embedding", "head", "vector"]
     assert found[0][2] == str(12 * 16)
     assert "muon, lr 0.02" in " ".join(found[0])
+
+
+def test_as_json_the_shares_are_those_of_the_parameters(capsys):
+    assert main(["optimizer-table", "--model", f"{__name__}.Net", "--format", "json"]) == 0
+    found = {row["role"]: row for row in json.loads(capsys.readouterr().out)}
+    sizes = {"matrix": 8 * 16, "embedding": 50 * 8, "head": 16 * 50, "vector": 16 + 50}
+    assert {role: row["elements"] for role, row in found.items()} == sizes
+    assert found["head"]["share"] == pytest.approx(sizes["head"] / sum(sizes.values()))
 
 
 def test_litgpt_and_hugging_face_names(capsys):

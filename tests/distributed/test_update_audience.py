@@ -30,7 +30,7 @@ class Sgd(Forward, tiny.Module):
 
 class OurMuon(Forward, tiny.Module):
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return Muon(self, lr=0.05, weight_decay=0.0)
+        return Muon(self, lr=0.05, weight_decay=0.0, precision="fp32")  # on some CPUs `auto` is bf16, and rounds
 
 
 def fit(rank: int, world_size: int, path: str, strategy: object, module_class: type) -> list[torch.Tensor]:

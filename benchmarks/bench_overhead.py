@@ -2,10 +2,10 @@
 
 Every policy has its own Trainer, model and data, so that none carries another's hooks; the Trainers run in threads that
 hand a baton on after a few steps, so that only one works at a time and all meet the same machine. The first row is a
-Trainer without any callback. `taking rows in` is timed inside our callback: differences of whole steps below a few
-percent are noise.
+Trainer without any callback. Differences of whole steps below a few percent are noise here.
 
     python benchmarks/bench_overhead.py --quick
+    python benchmarks/bench_overhead.py --unarmed    # only: between windows, and the proof of the layout
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import harness, peers
-from lightning_spectral import TailTokenProbe
+from benchmarks import harness, peers, unarmed
+from lightning_spectral import SpectralRankCallback, TailTokenProbe
+from lightning_spectral.models.recorder import Recorder
+from lightning_spectral.probe.probe import SpectralProbe
+from lightning_spectral.probe.window import ClosedWindow
 
 BASE = "no callback"
 BUCKETS, VOCAB = 3, 2048
@@ -135,36 +138,6 @@ class Turns(pl.Callback):
             trainer.should_stop = len(self.baton.times[self.name]) >= self.baton.rounds
 
 
-class Ingest:
-    """CPU seconds that a TailTokenProbe spends taking rows in."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def watch(self, callback: TailTokenProbe) -> TailTokenProbe:
-        """Times ``collect`` and the flush at the window's end."""
-        attach = callback._attach
-
-        def attach_and_wrap(*args: Any) -> None:
-            attach(*args)
-            probe = callback._probe
-            assert probe is not None
-            for name in ("collect", "close"):
-                setattr(probe, name, self._timed(getattr(probe, name)))
-
-        callback._attach = attach_and_wrap  # type: ignore[method-assign]
-        return callback
-
-    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            began = time.thread_time()
-            result = method(*args, **kwargs)
-            self.seconds.append(time.thread_time() - began)
-            return result
-
-        return run
-
-
 class TelemetryCallback(pl.Callback):
     """spectral-telemetry on the inputs of the down projections, with buckets; reports every n steps."""
 
@@ -237,7 +210,7 @@ def counts() -> Tensor:
     return (1e7 / torch.arange(1, VOCAB + 1)).long()
 
 
-def policies(folder: Path, device: str, thinned: Ingest) -> dict[str, tuple[int, pl.Callback | None]]:
+def policies(folder: Path) -> dict[str, tuple[int, pl.Callback | None]]:
     """Steps of one turn, and the callback."""
 
     def ours(name: str, every_n_steps: int, **options: Any) -> TailTokenProbe:
@@ -251,10 +224,7 @@ def policies(folder: Path, device: str, thinned: Ingest) -> dict[str, tuple[int,
         f"ours, 1 step in {PERIOD}, all tokens, exact": (PERIOD, ours("some", PERIOD)),
         f"ours, 1 step in {PERIOD}, all tokens, approx": (PERIOD, ours("some_approx", PERIOD, soft="approx")),
         "ours, every step, all tokens, exact": (1, ours("every", 1)),
-        "ours, every step, 1/8 of tokens, approx": (
-            1,
-            thinned.watch(ours("thin", 1, token_fraction=1 / 8, soft="approx")),
-        ),
+        "ours, every step, 1/8 of tokens, approx": (1, ours("thin", 1, token_fraction=1 / 8, soft="approx")),
         f"paper's buffering, 1 step in {PERIOD}": (PERIOD, BufferingCallback(PERIOD)),
     }
     if peers.HAS_TELEMETRY:
@@ -287,8 +257,57 @@ def fit(name: str, callback: pl.Callback | None, baton: Baton, size: Size, threa
             baton.condition.notify_all()
 
 
+def unarmed_policies(folder: Path) -> dict[str, tuple[int, pl.Callback | None]]:
+    """Without us, and with each callback between windows."""
+    settings: dict[str, Any] = {"background": False}
+    rank = SpectralRankCallback(FOREVER, dirpath=str(folder / "rank"), **settings)
+    tail = TailTokenProbe(FOREVER, counts=counts(), dirpath=str(folder / "tail"), **settings)
+    return {BASE: (2, None), "SpectralRankCallback, unarmed": (2, rank), "TailTokenProbe, unarmed": (2, tail)}
+
+
+def race(
+    found: dict[str, tuple[int, pl.Callback | None]], size: Size, options: Any
+) -> dict[str, list[tuple[float, float]]]:
+    """(CPU, wall) seconds of every turn of each policy; the first warms up."""
+    turns = {name: turn for name, (turn, _) in found.items()}
+    baton = Baton(list(found), turns, options.rounds + 1, options.device)
+    threads = []
+    for name, (_, callback) in found.items():  # set up one after the other: a set-up is timed work too
+        arguments = (name, callback, baton, size, options.threads, options.seed)
+        threads.append(threading.Thread(target=fit, args=arguments))
+        threads[-1].start()
+        with baton.condition:
+            baton.condition.wait_for(lambda name=name: name in baton.ready or baton.error is not None)
+    with baton.condition:
+        baton.turn = BASE
+        baton.condition.notify_all()
+    for thread in threads:
+        thread.join()
+    if baton.error is not None:
+        raise baton.error
+    return baton.times
+
+
+def proof_of_layout(size: Size, options: Any, folder: Path) -> tuple[float, float]:
+    """CPU seconds of the proof, and of all that windows do, over windows at every step."""
+    proof, window = unarmed.Clock(), unarmed.Clock()
+    proof.wrap(Recorder, "_layout")
+    for owner, name in (
+        (SpectralProbe, "collect"),
+        (SpectralProbe, "settle"),
+        (SpectralProbe, "close"),
+        (ClosedWindow, "solve"),
+    ):
+        window.wrap(owner, name)
+    callback = TailTokenProbe(1, counts=counts(), dirpath=str(folder / "proof"), background=False)
+    options = type(options)(**{**vars(options), "rounds": 4})
+    race({BASE: (1, callback)}, size, options)
+    return proof.seconds, window.seconds
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = harness.arguments(__doc__, rounds=4)
+    parser.add_argument("--unarmed", action="store_true", help="between windows, and the proof of the layout, only")
     options = parser.parse_args(argv)
     size = Size(width=64, ffn_width=256, length=64, batch=2) if options.quick else Size()
     if options.quick:
@@ -297,44 +316,27 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     about = {**harness.prepare(options), "model": asdict(size)}
-    thinned = Ingest()
     with tempfile.TemporaryDirectory() as folder:
-        found = policies(Path(folder), options.device, thinned)
-        baton = Baton(
-            list(found), {name: turn for name, (turn, _) in found.items()}, options.rounds + 1, options.device
-        )
-        threads = []
-        for name, (_, callback) in found.items():  # set up one after the other: a set-up is timed work too
-            threads.append(
-                threading.Thread(target=fit, args=(name, callback, baton, size, options.threads, options.seed))
+        if options.unarmed:
+            small = Size(batch=4) if not options.quick else size  # many pairs of short turns
+            times = race(unarmed_policies(Path(folder)), small, options)
+            found, text = unarmed.report(
+                "Overhead between windows", times, BASE, *proof_of_layout(size, options, Path(folder))
             )
-            threads[-1].start()
-            with baton.condition:
-                baton.condition.wait_for(lambda name=name: name in baton.ready or baton.error is not None)
-        with baton.condition:
-            baton.turn = BASE
-            baton.condition.notify_all()
-        for thread in threads:
-            thread.join()
-    if baton.error is not None:
-        raise baton.error
-    # the first turn warms up; what is left is per step
+            harness.write(options, f"overhead_unarmed_{options.threads}t", about, found, text)
+            return 0
+        chosen = policies(Path(folder))
+        times = race(chosen, size, options)
     per_step = {
-        name: [(cpu / baton.turns[name], wall / baton.turns[name]) for cpu, wall in baton.times[name][1:]]
-        for name in found
+        name: [(cpu / turn, wall / turn) for cpu, wall in times[name][1:]] for name, (turn, _) in chosen.items()
     }
-    timings = [harness.summary(name, per_step[name], per_step[BASE]) for name in found]
+    timings = [harness.summary(name, per_step[name], per_step[BASE]) for name in chosen]
     base_ms = timings[0].cpu_ms
     ms = {t.name: t.cpu_ms for t in timings}
-    ingest_ms = 1e3 * sum(thinned.seconds[2:]) / max(len(thinned.seconds[2:]) / 2, 1)  # two calls a step
     windows_ms = {name: PERIOD * (value - base_ms) for name, value in ms.items() if f"1 step in {PERIOD}" in name}
     extra = {
-        "thinned, taking rows in, ms a step": ingest_ms,
-        "thinned, taking rows in, share of a step": ingest_ms / base_ms,
-        **{
-            f"1 step in 200, share of the run (from one window's cost): {n}": t / 200 / base_ms
-            for n, t in windows_ms.items()
-        },
+        f"1 step in 200, share of the run (from one window's cost): {n}": t / 200 / base_ms
+        for n, t in windows_ms.items()
     }
     if peers.HAS_TELEMETRY:
         theirs, own = ms["spectral-telemetry fp64, every step"], ms["ours, every step, all tokens, exact"]

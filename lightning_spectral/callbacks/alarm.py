@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_spectral.callbacks.trainer_host import log_scalars
 from lightning_spectral.functional.rank import RANK_METRICS
+from lightning_spectral.lightning_private import state_key
 from lightning_spectral.probe.guard import warn
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.records import (
@@ -99,7 +100,7 @@ class SpectralAlarm(Callback):
         """Several alarms of one Trainer are told apart by what they watch."""
         side = "below" if self.is_floor else "above"
         watched = {"metric": self.metric, "bucket": self.bucket, "site": self.site, "stage": self.stage}
-        return self._generate_state_key(**watched, **{side: self.threshold}, relative_to=self.relative_to)
+        return state_key(self, **watched, **{side: self.threshold}, relative_to=self.relative_to)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -8,27 +8,39 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from lightning_spectral.callbacks.trainer_host import publish_medians
+from lightning_spectral.callbacks.progress import Progress
+from lightning_spectral.callbacks.trainer_host import num_loaders, publish_medians
+from lightning_spectral.probe.observer import Observer
 
 
 class EvaluationHooks(Callback):
-    """Forwards each evaluation loop's hooks with the name of its stage."""
+    """Hands each evaluation loop's hooks to the observer, with the name of its stage."""
+
+    observer: Observer
+    progress: Progress
+
+    def attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find what is to be measured."""
+        raise NotImplementedError
 
     def begin_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Before the first batch of an evaluation."""
-        raise NotImplementedError
+        if (
+            self.observer.state == "off"
+            and trainer.state.fn != "fit"
+            and stage in self.observer.measurement.settings.on
+        ):
+            self.attach(trainer, pl_module)
+        self.observer.begin_evaluation("" if trainer.sanity_checking else stage)
 
-    def start_evaluation_batch(self, trainer: pl.Trainer, stage: str, loader: int) -> None:
+    def start_evaluation_batch(self, trainer: pl.Trainer, loader: int) -> None:
         """Before a batch of a dataloader."""
-        raise NotImplementedError
+        self.observer.begin_evaluation_batch(loader if num_loaders(trainer) > 1 else None)
 
-    def end_evaluation_batch(self, trainer: pl.Trainer, stage: str, batch: Any) -> None:
-        """After a batch."""
-        raise NotImplementedError
-
-    def end_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> dict[str, float]:
+    def end_evaluation(self, trainer: pl.Trainer) -> dict[str, float]:
         """After the last batch; the medians to monitor."""
-        raise NotImplementedError
+        step, tokens_seen = self.progress.of_weights(self.observer, trainer)
+        return self.observer.end_evaluation(step, tokens_seen, num_loaders=num_loaders(trainer))
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -46,47 +58,47 @@ class EvaluationHooks(Callback):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self.start_evaluation_batch(trainer, "validation", dataloader_idx)
+        self.start_evaluation_batch(trainer, dataloader_idx)
 
     @override
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self.start_evaluation_batch(trainer, "test", dataloader_idx)
+        self.start_evaluation_batch(trainer, dataloader_idx)
 
     @override
     def on_predict_batch_start(
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self.start_evaluation_batch(trainer, "predict", dataloader_idx)
+        self.start_evaluation_batch(trainer, dataloader_idx)
 
     @override
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
     ) -> None:
-        self.end_evaluation_batch(trainer, "validation", batch)
+        self.observer.end_evaluation_batch(batch)
 
     @override
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
     ) -> None:
-        self.end_evaluation_batch(trainer, "test", batch)
+        self.observer.end_evaluation_batch(batch)
 
     @override
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
     ) -> None:
-        self.end_evaluation_batch(trainer, "predict", batch)
+        self.observer.end_evaluation_batch(batch)
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        medians = self.end_evaluation(trainer, pl_module, "validation")
+        medians = self.end_evaluation(trainer)
         publish_medians(pl_module, medians, at_epoch_end=True)
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.end_evaluation(trainer, pl_module, "test")
+        self.end_evaluation(trainer)
 
     @override
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.end_evaluation(trainer, pl_module, "predict")
+        self.end_evaluation(trainer)

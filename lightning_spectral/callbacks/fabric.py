@@ -8,23 +8,19 @@ measured too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
-from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_spectral.callbacks.base import SpectralCallback
-from lightning_spectral.callbacks.trainer_host import global_seed
-from lightning_spectral.probe.guard import warn
+from lightning_spectral.callbacks.fabric_host import host_of_fabric
+from lightning_spectral.lightning_private import unwrapped
 from lightning_spectral.probe.host import Host, Scalars
 from lightning_spectral.probe.loop import LoopObserver
-from lightning_spectral.probe.run_folder import RunFolder, new_run_id
+from lightning_spectral.probe.run_folder import RunFolder
 
 
 class FabricSpectralProbe:
@@ -64,6 +60,7 @@ class FabricSpectralProbe:
         self.home: Fabric | None = None
         self._resume = self._is_attached = False
         self._optimizer: int | None = None
+        self._host: Host | None = None
 
     @property
     def step(self) -> int:
@@ -92,8 +89,9 @@ class FabricSpectralProbe:
             return
         self.home, self._is_attached = fabric, True
         try:
-            inner = getattr(module, "_forward_module", module)
-            self.loop.attach(inner, self._host(fabric, module), outer=module)
+            settings = self.callback.measurement.settings
+            self._host = host_of_fabric(fabric, module, settings, resume=self._resume)
+            self.loop.attach(unwrapped(module), self._host, outer=module)
         except ValueError as error:
             self._is_attached = False
             self.refuse(str(error))
@@ -136,64 +134,10 @@ class FabricSpectralProbe:
 
     # inside
 
-    def _host(self, fabric: Fabric, module: nn.Module) -> Host:
-        settings = self.callback.measurement.settings
-        self._facts: dict[str, Any] = {"seed": global_seed(), "hparams": _model_config(module)}
-        return Host(
-            folder=str(Path(settings.dirpath or _log_dir(fabric) or "spectral").absolute()),
-            run_id=settings.run_id or new_run_id(),
-            describe=self._facts,
-            resume=self._resume,
-            opened=lambda: [
-                folder
-                for other in fabric._callbacks
-                if isinstance(folder := getattr(other, "run_folder", None), RunFolder)
-            ],
-            opens_late=True,  # a loop that resumes may load its state after `setup`
-            writes=fabric.is_global_zero,
-            is_first=fabric.is_global_zero,
-            num_replicas=int(fabric.world_size if (mesh := _data_parallel_mesh(fabric)) is None else mesh.size()),
-            process_group=_process_group(fabric),
-            may_solve_beside=False,  # a loop has no end that it tells us of
-            log=lambda scalars, step: _log(fabric, scalars, step),
-            tell=warn if fabric.is_global_zero else lambda message: None,
-            inform=rank_zero_info,
-        )
-
     def _follow_resumed(self, optimizer: Optimizer) -> None:
         """A loop that resumes without our state (litgpt's) still has the optimizer's own count of steps."""
         done = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
-        self._facts["optimizer"] = type(optimizer).__name__
+        if self._host is not None:
+            self._host.describe["optimizer"] = type(optimizer).__name__
         if done > self.loop.step + 1:
             self.loop.follow(done - 1)
-
-
-def _log_dir(fabric: Fabric) -> str | None:
-    if not fabric.loggers:
-        return None
-    getattr(fabric.loggers[0], "experiment", None)  # a CSVLogger wants to be the first in its folder
-    return getattr(fabric.loggers[0], "log_dir", None)
-
-
-def _log(fabric: Fabric, scalars: Scalars, step: int | None) -> None:
-    for logger in fabric.loggers if scalars else ():
-        logger.log_metrics(scalars, step=step)
-
-
-def _data_parallel_mesh(fabric: Fabric) -> Any:
-    """Under tensor parallelism, the ranks whose data differ."""
-    mesh = getattr(getattr(fabric, "strategy", None), "_device_mesh", None)
-    return None if mesh is None else mesh["data_parallel"]
-
-
-def _process_group(fabric: Fabric) -> dist.ProcessGroup | None:
-    mesh = _data_parallel_mesh(fabric)
-    return None if mesh is None else mesh.get_group()
-
-
-def _model_config(module: nn.Module) -> dict[str, Any]:
-    config = getattr(module, "config", None)
-    if is_dataclass(config) and not isinstance(config, type):
-        return {"model_config": asdict(config)}
-    to_dict = getattr(config, "to_dict", None)
-    return {"model_config": to_dict()} if callable(to_dict) else {}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback
+from typing_extensions import Self
 
 from lightning_spectral.probe.guard import warn
 from lightning_spectral.probe.host import Host, Scalars
@@ -39,7 +40,17 @@ class HuggingFaceProbe(TrainerCallback):  # type: ignore[misc]  # transformers h
 
     def __init__(self, every_n_steps: int = 200, *, counts: Any = None, **shared: Unpack[SharedArguments]) -> None:
         buckets = None if counts is None else BucketSettings(counts=counts)
-        self.measurement = Measurement(ProbeSettings(every_n_steps=every_n_steps, **shared), buckets)
+        self._begin(Measurement(ProbeSettings(every_n_steps=every_n_steps, **shared), buckets))
+
+    @classmethod
+    def of(cls, measurement: Measurement) -> Self:
+        """A probe of what another shell's arguments have described."""
+        probe = cls.__new__(cls)
+        probe._begin(measurement)
+        return probe
+
+    def _begin(self, measurement: Measurement) -> None:
+        self.measurement = measurement
         self.latest: Scalars = {}
         self._loop: LoopObserver | None = None
 
@@ -50,30 +61,38 @@ class HuggingFaceProbe(TrainerCallback):  # type: ignore[misc]  # transformers h
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **objects: Any) -> None:
         """Attach to the model."""
+        if self._loop is not None:
+            self._loop.detach()  # an earlier training has ended in an exception
         settings, steps = self.measurement.settings, int(state.max_steps)
         self._loop = LoopObserver(self.measurement, name=type(self).__name__, num_steps=steps if steps > 0 else None)
         config: Any = getattr(model, "config", None)
         resumed = int(state.global_step) > 0
         if resumed:
             self._loop.follow(int(state.global_step))
-        self._loop.attach(
-            model,
-            Host(
-                folder=Path(settings.dirpath or Path(args.output_dir) / "spectral").absolute(),
-                run_id=settings.run_id or new_run_id(),
-                describe={
-                    "optimizer": str(getattr(args, "optim", "unknown")),
-                    "seed": int(args.seed),
-                    "hparams": {} if config is None else {"model_config": config.to_dict()},
-                },
-                resume=resumed,
-                is_first=state.is_world_process_zero,
-                writes=state.is_world_process_zero,
-                num_replicas=int(args.world_size),
-                num_local_processes=max(torch.cuda.device_count(), 1) if args.world_size > 1 else 1,
-                tell=warn if state.is_world_process_zero else lambda message: None,
-            ),
+        host = Host(
+            folder=Path(settings.dirpath or Path(args.output_dir) / "spectral").absolute(),
+            run_id=settings.run_id or new_run_id(),
+            describe={
+                "optimizer": str(getattr(args, "optim", "unknown")),
+                "seed": int(args.seed),
+                "hparams": {} if config is None else {"model_config": config.to_dict()},
+            },
+            resume=resumed,
+            is_first=state.is_world_process_zero,
+            writes=state.is_world_process_zero,
+            num_replicas=int(args.world_size),
+            num_local_processes=max(torch.cuda.device_count(), 1) if args.world_size > 1 else 1,
+            tell=warn if state.is_world_process_zero else lambda message: None,
         )
+        try:
+            self._loop.attach(model, host)
+        except ValueError as error:
+            self._loop = None
+            self.refuse(str(error))
+
+    def refuse(self, reason: str) -> None:
+        """What is asked for cannot be measured: an error before step 1."""
+        raise ValueError(f"{type(self).__name__}: {reason}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Close the window of this step, open the next one."""

@@ -24,7 +24,7 @@ from lightning_spectral.callbacks import VARIABLE
 from lightning_spectral.callbacks.base import SpectralCallback
 from lightning_spectral.callbacks.fabric import FabricSpectralProbe
 from lightning_spectral.probe.guard import warn
-from lightning_spectral.probe.settings import known_arguments
+from lightning_spectral.probe.settings import Measurement, known_arguments
 from lightning_spectral.text import did_you_mean, import_class, one_line, read_yaml
 
 _OURS = ("SpectralRankCallback", "TailTokenProbe", "WeightSpectrumCallback")
@@ -100,14 +100,47 @@ class InjectedFabricProbe(FabricSpectralProbe):
 
 def fabric_probes(callbacks: Sequence[Callback]) -> list[FabricSpectralProbe]:
     """Each callback as a Fabric probe, but those that need a Trainer, or whose numbers another one reports."""
+    return [InjectedFabricProbe(callback) for callback in _of_activations(callbacks, "Fabric loop")]
+
+
+def measurements(path: str | Path) -> list[Measurement]:
+    """What a ``probe.yaml`` asks for, for a loop without callbacks of Lightning's.
+
+    Raises:
+        MisconfigurationException: If the file is missing, no YAML, or names what does not exist; one sentence.
+    """
+    return [callback.measurement for callback in _of_activations(load_callbacks(path), "loop")]
+
+
+def add_to_trainer(trainer: Any, path: str | Path) -> None:
+    """Give a ``transformers.Trainer`` the probes of a file, unless the script has one of its own.
+
+    Args:
+        trainer: Just made.
+        path: The ``probe.yaml``.
+    """
+    from lightning_spectral.callbacks.huggingface import HuggingFaceProbe
+
+    class InjectedHuggingFaceProbe(HuggingFaceProbe):
+        """What cannot be measured is told once."""
+
+        def refuse(self, reason: str) -> None:
+            warn(f"{VARIABLE}: {reason} Nothing is measured here.")
+
+    if not any(isinstance(callback, HuggingFaceProbe) for callback in trainer.callback_handler.callbacks):
+        for measurement in measurements(path):
+            trainer.add_callback(InjectedHuggingFaceProbe.of(measurement))
+
+
+def _of_activations(callbacks: Sequence[Callback], where: str) -> list[SpectralCallback]:
     together: Any = SimpleNamespace(callbacks=list(callbacks))
-    probes: list[FabricSpectralProbe] = []
+    found: list[SpectralCallback] = []
     for callback in callbacks:
         if not isinstance(callback, SpectralCallback):
-            warn(f"{VARIABLE}: {type(callback).__name__} needs a Trainer; it is left out in this Fabric loop.")
+            warn(f"{VARIABLE}: {type(callback).__name__} needs a Trainer; it is left out in this {where}.")
         elif not callback.is_redundant(together):
-            probes.append(InjectedFabricProbe(callback))
-    return probes
+            found.append(callback)
+    return found
 
 
 def _rebuilt(base: type[Callback], state: dict[str, Any]) -> Callback:

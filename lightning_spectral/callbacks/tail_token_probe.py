@@ -64,4 +64,4 @@ class TailTokenProbe(SpectralCallback):
             num_position_groups=num_position_groups,
             losses=losses,
         )
-        self._begin(ProbeSettings(every_n_steps=every_n_steps, **shared), buckets)
+        self.begin(ProbeSettings(every_n_steps=every_n_steps, **shared), buckets)

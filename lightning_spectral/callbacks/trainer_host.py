@@ -101,6 +101,14 @@ class LastStep:
             self._steps_per_batch = step - self._before
 
 
+def tell_listeners(trainer: pl.Trainer, records: Sequence[SpectralRecord]) -> None:
+    """Callbacks with ``on_spectral_window(trainer, records)`` hear of every window."""
+    for callback in [*trainer.callbacks]:  # type: ignore[attr-defined]
+        listen = getattr(callback, "on_spectral_window", None)
+        if listen is not None:
+            listen(trainer, records)
+
+
 def publish_medians(pl_module: pl.LightningModule, scalars: dict[str, float], *, at_epoch_end: bool = False) -> None:
     """To ``callback_metrics``, so that ``ModelCheckpoint(monitor="spectral/hard_rank.tail")`` works.
 
@@ -129,7 +137,7 @@ def _opened(callback: Any, trainer: pl.Trainer) -> RunFolder | None:
 
 def _optimizer_name(trainer: pl.Trainer) -> str:
     optimizers = trainer.optimizers
-    return type(getattr(optimizers[0], "_optimizer", optimizers[0])).__name__ if optimizers else "none"
+    return type(getattr(optimizers[0], "optimizer", optimizers[0])).__name__ if optimizers else "none"
 
 
 def _num_replicas(trainer: pl.Trainer) -> int:
@@ -145,6 +153,18 @@ def log_scalars(trainer: pl.Trainer, scalars: dict[str, float], step: int | None
     if scalars and trainer.is_global_zero:
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step if step is None else step)
+
+
+def num_loaders(trainer: pl.Trainer) -> int:
+    """Dataloaders of the evaluation under way."""
+    numbers = {
+        "validation": trainer.num_val_batches,
+        "test": trainer.num_test_batches,
+        "predict": trainer.num_predict_batches,
+    }
+    stage = "validation" if trainer.validating else "test" if trainer.testing else "predict"
+    found = numbers["validation" if trainer.state.fn == "fit" else stage]
+    return len(found) if isinstance(found, list) else 1
 
 
 def _silent(message: str) -> None:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_spectral.callbacks.trainer_host import LastStep, host_of, publish_medians
+from lightning_spectral.lightning_private import state_key
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.weight_spectra import WHAT, WeightObserver, WeightSettings
 
@@ -122,15 +123,8 @@ class WeightSpectrumCallback(Callback):
     @property
     def state_key(self) -> str:
         """Two callbacks are told apart by what they measure, when, and where it goes."""
-        s = self.settings
-        return self._generate_state_key(
-            every_n_steps=s.every_n_steps,
-            what=s.what,
-            parameters=s.parameters,
-            coefficients=s.coefficients,
-            ns_steps=s.ns_steps,
-            dirpath=self.dirpath,
-        )
+        names = ("every_n_steps", "what", "parameters", "coefficients", "ns_steps")
+        return state_key(self, **{name: getattr(self.settings, name) for name in names}, dirpath=self.dirpath)
 
     @override
     def state_dict(self) -> dict[str, Any]:

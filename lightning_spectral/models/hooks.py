@@ -1,7 +1,8 @@
 """Hooks that look at one bool, and that neither copies nor files of the model can carry away.
 
-A :class:`Hook` is copied and pickled as a harmless standard-library callable that takes anything and returns ``None``:
-a deep copy of the model, a checkpoint of it or an exported program holds nothing of ours.
+A :class:`Hook` leaves a deep copy of its module when the copying is done, and is pickled as a harmless standard-library
+callable that takes anything and returns ``None``: a copy of the model, a file of it or an exported program holds
+nothing of ours.
 
 In eager code events go onto one list, in order. Inside a compiled region each hook has a list of its own (one list
 would be guarded by its length and recompile): :meth:`Switch.drain` puts them in order when eager code is reached again.
@@ -99,6 +100,30 @@ def _nothing() -> Callable[..., Any]:
     return exit_
 
 
+def leave_copy(memo: dict[int, Any], place: tuple[Any, int] | None) -> Callable[..., Any]:
+    """What stands for a hook in a deep copy: nothing that acts, and no entry once the copying is done.
+
+    Args:
+        memo: Of ``copy.deepcopy``, which drops it at its end.
+        place: The original dictionary of hooks, and the hook's key.
+    """
+    copied = None if place is None else memo.get(id(place[0]))
+    if place is not None and copied is not None:
+        leaver = _Leaver(copied, place[1])
+        memo[id(leaver)] = leaver
+    return _nothing()
+
+
+class _Leaver:
+    """Takes an entry out of a dictionary when it goes itself."""
+
+    def __init__(self, entries: Any, key: int) -> None:
+        self._entries, self._key = entries, key
+
+    def __del__(self) -> None:
+        self._entries.pop(self._key, None)
+
+
 class Hook:
     """One hook on one module.
 
@@ -108,6 +133,9 @@ class Hook:
         path: Of the module, for messages.
         target: What it belongs to: a site, a stack with the depth of a block, a module.
         always: Record whatever the modes are (ids and boundaries).
+
+    Attributes:
+        place: The module's dictionary of hooks that it is in, and its key there.
     """
 
     def __init__(self, switch: Switch, kind: str, path: str, target: Any = None, *, always: bool = False) -> None:
@@ -117,6 +145,7 @@ class Hook:
         self.target = target
         self.always = always
         self.traced: list[Any] = []
+        self.place: tuple[Any, int] | None = None
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         """Record, if the switch is on."""
@@ -130,7 +159,7 @@ class Hook:
                 self._record(module, args, kwargs, output)
 
     def __deepcopy__(self, memo: Any) -> Callable[..., Any]:
-        return _nothing()
+        return leave_copy(memo, self.place)
 
     def __copy__(self) -> Callable[..., Any]:
         return _nothing()
@@ -173,7 +202,7 @@ class Hook:
                 "eval_mode", f"`{self.path}` ran in eval mode during training: such calls are not measured."
             )
             return False
-        if not torch.is_grad_enabled() and not _in_function_forward():
+        if not torch.is_grad_enabled() and not in_function_forward():
             self.switch.note(
                 "no_grad", f"`{self.path}` ran without gradients in training: such calls are not measured."
             )
@@ -255,7 +284,7 @@ def _in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _in_function_forward() -> bool:
+def in_function_forward() -> bool:
     """Whether a ``torch.autograd.Function`` runs its forward (re-entrant checkpointing), which turns gradients off."""
     frame = sys._getframe(1)
     while frame is not None:

@@ -10,7 +10,7 @@ Axes: B sequences, T positions, N rows, S rows looked at, U distinct ids, D feat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +79,8 @@ def prove(ids: Ids, rows: Tensor) -> Layout | None:
     if not found:
         return None
     looked_S = _rows_to_look_at(rows.shape[:-1], rows.device)
-    scored = [_Scored(name, tokens_N, looked_S, ids, rows_ND, flat_M) for name, tokens_N in found]
+    scored = [_Scored(name, tokens_N, looked_S, flat_M) for name, tokens_N in found]
+    _decode(scored, ids, rows_ND, looked_S)
     best = max(scored, key=lambda candidate: candidate.agreement)
     if best.agreement < ENOUGH or best.num_ids < 3 or not all(best.beats(other) for other in scored):
         return None
@@ -94,31 +95,47 @@ def looks_like_positions(ids: Tensor) -> bool:
     return float((steps == 1).float().mean()) > 0.9
 
 
+def _decode(scored: Sequence[_Scored], ids: Ids, rows_ND: Tensor, looked_S: Tensor) -> None:
+    """Which id each row looked at is of: as it is, and where no layout agrees, without the mean of its position."""
+    same_width = ids.embedded.shape[-1] == rows_ND.shape[-1]
+    table = _Table(ids, torch.cat([candidate.labels_S for candidate in scored])) if same_width else None
+    rows_SD = rows_ND[looked_S].float()
+    decoded_S = None if table is None else table.nearest(rows_SD)
+    for candidate in scored:
+        candidate.look(_by_means(rows_SD, candidate.labels_S) if decoded_S is None else decoded_S)
+    if max(candidate.share for candidate in scored) < 0.95 and ids.ids.numel() >= 2 * ids.ids.shape[-1]:
+        for candidate in scored:
+            rows_SD = _centred(rows_ND, looked_S, candidate.tokens_N, ids)
+            candidate.look(_by_means(rows_SD, candidate.labels_S) if table is None else table.nearest(rows_SD))
+    for candidate in scored:
+        candidate.judge(same_width)
+
+
 class _Scored:
     """One candidate and how well content agrees with it."""
 
-    def __init__(
-        self, name: str, tokens_N: Tensor, looked_S: Tensor, ids: Ids, rows_ND: Tensor, flat_M: Tensor
-    ) -> None:
-        self.name, self._tokens_N, self._flat_M = name, tokens_N, flat_M
+    def __init__(self, name: str, tokens_N: Tensor, looked_S: Tensor, flat_M: Tensor) -> None:
+        self.name, self.tokens_N, self._flat_M = name, tokens_N, flat_M
         tokens_S = tokens_N[looked_S]
-        self._looked_S = looked_S
         self.labels_S = torch.where(tokens_S >= 0, flat_M[tokens_S.clamp(min=0)], _NO_TOKEN)
-        real_S = self.labels_S >= 0
-        same_width = ids.embedded.shape[-1] == rows_ND.shape[-1]
-        self.agrees_S = torch.zeros_like(real_S)
-        for centred in (False, True):
-            if centred and ids.ids.numel() < 2 * ids.ids.shape[-1]:
-                break
-            rows_SD = _centred(rows_ND, looked_S, tokens_N, ids) if centred else rows_ND[looked_S].float()
-            decoded_S = _by_table(rows_SD, self.labels_S, ids) if same_width else _by_means(rows_SD, self.labels_S)
-            agrees_S = (decoded_S == self.labels_S) & real_S
-            if int(agrees_S.sum()) > int(self.agrees_S.sum()):
-                self.agrees_S = agrees_S
-            if float(self.agrees_S.sum()) >= 0.95 * float(real_S.sum()):
-                break
+        self._real_S = self.labels_S >= 0
+        self.agrees_S = torch.zeros_like(self._real_S)
+
+    @property
+    def share(self) -> float:
+        """Of the rows that are tokens, those that agree."""
+        return float(self.agrees_S.sum()) / max(float(self._real_S.sum()), 1.0)
+
+    def look(self, decoded_S: Tensor) -> None:
+        """Compare with decoded ids; the better of several looks counts."""
+        agrees_S = (decoded_S == self.labels_S) & self._real_S
+        if int(agrees_S.sum()) > int(self.agrees_S.sum()):
+            self.agrees_S = agrees_S
+
+    def judge(self, same_width: bool) -> None:
+        """After the last look: which rows count, and how many of them agree."""
         self._replaced = self._replaced_ids()
-        counted_S = real_S & ~torch.isin(self.labels_S, self._replaced)
+        counted_S = self._real_S & ~torch.isin(self.labels_S, self._replaced)
         self.counted_S = counted_S if same_width else counted_S & _repeated(self.labels_S)
         num_counted = int(self.counted_S.sum())
         self.agreement = float((self.agrees_S & self.counted_S).sum()) / num_counted if num_counted else 0.0
@@ -135,9 +152,9 @@ class _Scored:
     def without_replaced(self) -> Tensor:
         """The map, with rows that hold something else than their id marked as no token."""
         if not len(self._replaced):
-            return self._tokens_N
-        labels_N = self._flat_M[self._tokens_N.clamp(min=0)]
-        return torch.where(torch.isin(labels_N, self._replaced), _NO_TOKEN, self._tokens_N)
+            return self.tokens_N
+        labels_N = self._flat_M[self.tokens_N.clamp(min=0)]
+        return torch.where(torch.isin(labels_N, self._replaced), _NO_TOKEN, self.tokens_N)
 
     def _replaced_ids(self) -> Tensor:
         """Ids of at least four rows of which none agrees, while others do: place holders."""
@@ -185,18 +202,28 @@ def _means_by_position(rows_ND: Tensor, position_N: Tensor, length: int) -> Tens
     return sums_TD / torch.bincount(position_N, minlength=length).clamp(min=1)[:, None]
 
 
-def _by_table(rows_SD: Tensor, labels_S: Tensor, ids: Ids) -> Tensor:
-    """Id of the nearest embedded id, by cosine about the mean."""
-    embedded_MD = ids.embedded.reshape(-1, ids.embedded.shape[-1])
-    flat_M = ids.ids.flatten()
-    values_U, inverse_M = torch.unique(flat_M, return_inverse=True)
-    first_U = torch.full((len(values_U),), len(flat_M), device=flat_M.device, dtype=torch.int64)
-    first_U.scatter_reduce_(0, inverse_M, torch.arange(len(flat_M), device=flat_M.device), "amin")
-    if len(values_U) > 2 * NUM_ROWS:  # enough to be mistaken for, with every id that is looked for
-        keep_U = torch.isin(values_U, labels_S) | (torch.arange(len(values_U), device=flat_M.device) % 8 == 0)
-        values_U, first_U = values_U[keep_U], first_U[keep_U]
-    table_UD = embedded_MD[first_U].float()
-    return values_U[(_direction(rows_SD) @ _direction(table_UD).T).argmax(1)]
+class _Table:
+    """One embedded row for each id, to find the nearest by cosine about the mean.
+
+    Args:
+        ids: What was embedded.
+        labels: Ids that are looked for.
+    """
+
+    def __init__(self, ids: Ids, labels: Tensor) -> None:
+        embedded_MD = ids.embedded.reshape(-1, ids.embedded.shape[-1])
+        flat_M = ids.ids.flatten()
+        values_U, inverse_M = torch.unique(flat_M, return_inverse=True)
+        first_U = torch.full((len(values_U),), len(flat_M), device=flat_M.device, dtype=torch.int64)
+        first_U.scatter_reduce_(0, inverse_M, torch.arange(len(flat_M), device=flat_M.device), "amin")
+        if len(values_U) > 2 * NUM_ROWS:  # enough to be mistaken for, with every id that is looked for
+            keep_U = torch.isin(values_U, labels) | (torch.arange(len(values_U), device=flat_M.device) % 8 == 0)
+            values_U, first_U = values_U[keep_U], first_U[keep_U]
+        self._values_U, self._directions_UD = values_U, _direction(embedded_MD[first_U].float())
+
+    def nearest(self, rows_SD: Tensor) -> Tensor:
+        """Id of the nearest embedded row."""
+        return self._values_U[(_direction(rows_SD) @ self._directions_UD.T).argmax(1)]
 
 
 def _by_means(rows_SD: Tensor, labels_S: Tensor) -> Tensor:

@@ -158,11 +158,15 @@ class Recorder:
 
     def _before(self, module: nn.Module, hook: Hook) -> None:
         self._switch.hooks.append(hook)
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        hook.place = module._forward_pre_hooks, handle.id
+        self._handles.append(handle)
 
     def _after(self, module: nn.Module, hook: Hook, *, always: bool = False) -> None:
         self._switch.hooks.append(hook)
-        self._handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=always))
+        handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always)
+        hook.place = module._forward_hooks, handle.id
+        self._handles.append(handle)
 
     def _device(self) -> torch.device:
         parameter = next(self._found.sites[0].module.parameters(), None)

@@ -98,6 +98,11 @@ class BatchAdapter:
         return None
 
 
+def holds_ids(batch: Any, ids: Tensor | None) -> bool:
+    """Whether a tensor of the batch is these ids, or these ids and one column more."""
+    return any(_same(entry, ids) for entry in entries(batch))
+
+
 def ids_in(batch: Any) -> list[Tensor]:
     """The token ids of a batch, ``(B, columns)`` or packed ``(N,)`` each; empty where none are recognised.
 

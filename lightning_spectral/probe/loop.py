@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_spectral.models.hooks import leave_copy
 from lightning_spectral.probe.host import Host, Scalars
 from lightning_spectral.probe.observer import Observer
 from lightning_spectral.probe.settings import Measurement
@@ -44,6 +45,8 @@ class LoopObserver:
         self._handles: list[RemovableHandle] = []
         self._inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
         self._num_forwards = 0
+        self._host: Host | None = None
+        self._continues = False
 
     @property
     def latest(self) -> Scalars:
@@ -62,12 +65,17 @@ class LoopObserver:
         Raises:
             ValueError: What is asked for cannot be measured in this model.
         """
+        self._host = host
+        host.resume = host.resume or self._continues
         self.observer.attach(model, host, fallback_counts=counts)
         called = model if outer is None else outer
+        before, after = _Hook(self._before_forward), _Hook(self._after_forward)
         self._handles = [
-            called.register_forward_pre_hook(_Hook(self._before_forward), with_kwargs=True),
-            called.register_forward_hook(_Hook(self._after_forward), with_kwargs=True),
+            called.register_forward_pre_hook(before, with_kwargs=True),
+            called.register_forward_hook(after, with_kwargs=True),
         ]
+        before.place = called._forward_pre_hooks, self._handles[0].id
+        after.place = called._forward_hooks, self._handles[1].id
         self._begin()
 
     def end_step(self) -> None:
@@ -110,7 +118,9 @@ class LoopObserver:
     def follow(self, step: int) -> None:
         """The loop was resumed at this step without our state: what came before it is not known."""
         self.step, self.observer.tokens.seen = step, None
-        self.observer.continue_run()
+        self._continues = True
+        if self._host is not None:
+            self._host.resume = True  # where the folder is not open yet
         self._restart()
 
     def _restart(self) -> None:
@@ -149,23 +159,25 @@ class LoopObserver:
             self.observer.resume()
 
 
+def is_observed(model: nn.Module) -> bool:
+    """Whether a loop's observer hooks this module or one inside it."""
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    return any(isinstance(hook, _Hook) for hook in hooks)
+
+
 class _Hook:
-    """A hook that belongs to one module alone: a copy or a pickle of that module gets one that does nothing."""
+    """A hook that belongs to one module alone: a copy of that module has none, a pickle one that does nothing."""
 
     def __init__(self, call: Callable[..., None]) -> None:
         self._call = call
+        self.place: tuple[Any, int] | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # where a loop compiles the module that it calls
     def __call__(self, *args: Any) -> None:
         self._call(*args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return _does_nothing()
+        return leave_copy(memo, self.place)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")
-
-
-def _does_nothing() -> Any:
-    """Takes anything, returns ``None``, and needs nothing of ours to be unpickled."""
-    return contextlib.nullcontext().__exit__

@@ -1,15 +1,21 @@
-"""Losses of a window, taken where the script itself computes them: its calls of ``cross_entropy`` or ``nll_loss``.
+"""Losses of a window, taken where the script itself computes them.
 
-A ``TorchFunctionMode`` sees every such call with its own targets, ``ignore_index`` and chunks, so that nothing has to
-be guessed about shifts, masks or heads. It is active in windows only, and answers every function with that function's
-own result. Code inside a compiled region does not come by.
+A ``TorchFunctionMode`` sees every call of ``cross_entropy`` (``nll_loss``, ``linear_cross_entropy``) with its own
+targets, weights, ``ignore_index`` and chunks, so that nothing has to be guessed about shifts, masks or heads. What was
+masked or weighed behind the call (``reduction="none"``) is seen in the gradient that comes back, and a call that no
+gradient reaches while others are reached is no part of the loss; in an evaluation, what follows the call is looked at
+(``loss_masks``). Where a script makes no such call, the gradient of its
+logits shows targets and weights (``loss_gradient``).
 
-Axes: N predictions, V vocabulary.
+Active in windows only, it answers every function with that function's own result, and hooks nodes of the graph, which
+only read and go with it. Code inside a compiled region does not come by.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,28 +23,55 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
-Take = Callable[[Tensor, Tensor, Tensor], None]
-_CHUNK_ROWS = 1_024  # log-probabilities of all predictions at once would be the largest tensor around
+from lightning_spectral.models.hooks import in_function_forward
+from lightning_spectral.probe.loss_calls import SCORERS, Scored
+from lightning_spectral.probe.loss_gradient import NOT_PROVEN, read_gradient
+from lightning_spectral.probe.loss_masks import Followed
+
+NOT_SEEN = "no cross-entropy over the vocabulary came by: it runs in compiled code, in its own kernel, or not at all"
+NO_GRADIENT = "the loss is written by hand, and no gradient came back that shows its targets"
+# what normalises logits: their own gradient is that of the logits
+_NORMALISERS = {
+    torch.log_softmax, torch.softmax, torch.logsumexp, F.log_softmax, F.softmax,
+    Tensor.log_softmax, Tensor.softmax, Tensor.logsumexp,
+    torch.special.log_softmax, torch.special.softmax, torch.special.logsumexp,
+}  # fmt: skip
+# what makes logits, for a loss whose normaliser cannot be seen
+_PRODUCTS = {F.linear, torch.matmul, torch.mm, torch.addmm, Tensor.matmul, Tensor.mm, Tensor.__matmul__, torch.einsum}
+
+
+@dataclass
+class _Logits:
+    """Logits that may be those of a loss by hand, and what their gradient says once it is there."""
+
+    normalised: bool
+    node: tuple[Any, int] | None = None
+    values: Tensor | None = None
+    came: bool = False
+    scored: Scored | None = None
 
 
 class LossTap(TorchFunctionMode):
-    """Hands every prediction that the script scores to ``take``.
+    """Collects the predictions that the script scores in a micro-batch.
 
     Args:
         vocab_sizes: Widths of logits that are over the vocabulary.
-        take: Gets losses (N,) in nats, whether the most likely token was right (N,), and targets in the shape in which
-            the script gave them; ignored ones are ``-1``.
 
     Attributes:
         trouble: Why a call could not be read, if one could not; it never raises.
+        reason: Why the micro-batch taken last gave no loss; empty if it did.
     """
 
-    def __init__(self, vocab_sizes: Collection[int], take: Take) -> None:
+    def __init__(self, vocab_sizes: Collection[int]) -> None:
         super().__init__()
-        self.vocab_sizes, self._take = frozenset(vocab_sizes), take
-        self.trouble = ""
+        self.vocab_sizes = frozenset(vocab_sizes)
+        self.trouble = self.reason = ""
         self.training = True
         self.is_active = False
+        self._calls: list[Scored] = []
+        self._logits: list[_Logits] = []
+        self._handles: list[Any] = []
+        self._followed = Followed()
 
     def start(self, *, training: bool = True) -> None:
         """See calls from now on: those with gradients, or, in an evaluation, all."""
@@ -48,7 +81,7 @@ class LossTap(TorchFunctionMode):
             _push_mode(self)
 
     def stop(self) -> None:
-        """See no more calls. Modes that others have entered since stay as they are."""
+        """See no more calls; gradients still come. Modes that others have entered since stay as they are."""
         if not self.is_active:
             return
         self.is_active = False
@@ -61,12 +94,28 @@ class LossTap(TorchFunctionMode):
         for mode in reversed(above):
             _push_mode(mode)
 
+    def take(self) -> list[Scored]:
+        """What the script has scored since the last call; sees no more of it."""
+        self.stop()
+        for handle in self._handles:
+            handle.remove()
+        self._followed.forget()
+        calls, logits = self._calls, self._logits
+        self._calls, self._logits, self._handles = [], [], []
+        found = [call for call in calls if call.trains is not False] or calls or _by_gradient(logits)
+        came = any(entry.came for entry in logits)
+        why_not = NOT_PROVEN if came else NO_GRADIENT if any(entry.normalised for entry in logits) else NOT_SEEN
+        self.reason = "" if found else self.trouble or why_not
+        return found
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answers as ``func`` would."""
-        out = func(*args, **(kwargs or {}))
-        if (func is F.cross_entropy or func is F.nll_loss) and self._counts():
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if self._followed or func in SCORERS or func in _NORMALISERS or func in _PRODUCTS:
             try:
-                self._score(func, *args, **(kwargs or {}))
+                if self._counts():
+                    self._look(func, args, kwargs, out)
             except Exception as error:  # the script's own call has succeeded: it must not hear of ours
                 self.trouble = f"{type(error).__name__}: {error}"
         return out
@@ -74,43 +123,102 @@ class LossTap(TorchFunctionMode):
     def _counts(self) -> bool:
         if torch.compiler.is_compiling() or inside_functorch() or inside_backward():
             return False
-        return torch.is_grad_enabled() if self.training else True
+        return not self.training or torch.is_grad_enabled() or in_function_forward()
 
-    def _score(
-        self,
-        func: Any,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        size_average: Any = None,
-        ignore_index: int = -100,
-        reduce: Any = None,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-    ) -> None:
-        if target.is_floating_point() or input.ndim < 1 or is_fake(input):
+    def _look(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            if func in SCORERS:
+                if is_fake(out):
+                    return
+                scored = SCORERS[func](self.vocab_sizes, *args, **kwargs)
+                if scored is not None:
+                    self._keep_call(scored, out)
+                    return
+            if self._followed:
+                self._followed.look(func, args, out)
+            if self._calls:
+                return  # the script has told its loss: nothing is to be found by the gradient
+            if func in _PRODUCTS:
+                self._keep_logits(out, -1, normalised=False)
+            elif func in _NORMALISERS or func in SCORERS:
+                logits = args[0] if args else kwargs["input"]
+                self._keep_logits(logits, _classes_of(func, logits, args, kwargs), normalised=True)
+
+    def _keep_call(self, scored: Scored, out: Tensor) -> None:
+        self._calls.append(scored)
+        for entry in self._logits:
+            entry.values = None
+        self._logits.clear()
+        elementwise = out.numel() == scored.targets.numel() > 1
+        if out.grad_fn is None:
+            if elementwise:
+                self._followed.add(out, scored)
             return
-        classes = 1 if input.ndim > 1 else 0
-        if input.shape[classes] not in self.vocab_sizes:
+        scored.trains = False
+        self._watch(out, partial(_call_trains, scored, elementwise))
+
+    def _keep_logits(self, logits: Tensor, classes: int, *, normalised: bool) -> None:
+        fits = isinstance(logits, Tensor) and logits.ndim > 0 and logits.shape[classes] in self.vocab_sizes
+        if not fits or not logits.is_floating_point() or is_fake(logits) or hasattr(logits, "full_tensor"):
             return
-        smoothing = {"label_smoothing": label_smoothing} if func is F.cross_entropy and label_smoothing else {}
-        with torch.no_grad():
-            logits = input.detach()
-            logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
-            targets = target.detach()
-            rows_NV = logits.movedim(classes, -1).reshape(-1, logits.shape[classes])
-            flat_N = targets.reshape(-1)
-            scored_N = flat_N != ignore_index
-            losses_N = torch.zeros(len(flat_N), dtype=torch.float64, device=rows_NV.device)
-            right_N = torch.zeros_like(losses_N)
-            for start in range(0, len(flat_N), _CHUNK_ROWS):
-                part = slice(start, start + _CHUNK_ROWS)
-                scores, own = rows_NV[part].float(), flat_N[part].clamp(min=0)
-                own = torch.where(scored_N[part], own, 0)
-                losses = func(scores, own, reduction="none", **smoothing).double()
-                losses_N[part] = torch.where(scored_N[part], losses, 0.0)
-                right_N[part] = (scores.argmax(-1) == own).double()
-            self._take(losses_N, right_N, torch.where(scored_N, flat_N, -1).view(targets.shape))
+        node = None if logits.grad_fn is None else (logits.grad_fn, logits.output_nr)
+        for known in self._logits:
+            if node is not None and known.node == node:
+                known.normalised |= normalised
+                return
+        entry = _Logits(normalised)
+        self._logits.append(entry)
+        if logits.grad_fn is not None:
+            entry.node = node
+            entry.values = logits.detach().movedim(classes, -1)
+            self._watch(logits, partial(self._gradient_came, entry, classes))
+
+    def _watch(self, tensor: Tensor, came: Callable[[Tensor], None]) -> None:
+        """Call with the gradient of a tensor: through its node, so that the tensor itself carries nothing of ours."""
+        place = tensor.output_nr
+
+        def look(gradients: tuple[Tensor | None, ...]) -> None:
+            gradient = gradients[place]
+            if gradient is not None:
+                with torch.no_grad(), torch._C.DisableTorchFunction():
+                    came(gradient.detach())
+
+        assert tensor.grad_fn is not None
+        self._handles.append(tensor.grad_fn.register_prehook(look))
+
+    def _gradient_came(self, entry: _Logits, classes: int, gradient: Tensor) -> None:
+        values, entry.values, entry.node = entry.values, None, None
+        if values is None:
+            return
+        try:
+            entry.came = True
+            entry.scored = read_gradient(values, gradient.movedim(classes, -1))
+        except Exception as error:  # in the script's backward pass
+            self.trouble = f"{type(error).__name__}: {error}"
+
+
+def _call_trains(scored: Scored, elementwise: bool, gradient: Tensor) -> None:
+    scored.trains = True
+    if elementwise:
+        scored.weigh(gradient.reshape(-1))
+
+
+def _by_gradient(logits: list[_Logits]) -> list[Scored]:
+    """Those proven at what was normalised; where there are none, at what made logits."""
+    for normalised in (True, False):
+        found = [entry.scored for entry in logits if entry.scored is not None and entry.normalised == normalised]
+        if found:
+            return found
+    return []
+
+
+def _classes_of(func: Any, logits: Tensor, args: Any, kwargs: Any) -> int:
+    """The axis over which a normaliser runs; that of the classes where ``cross_entropy`` has soft targets."""
+    if func in SCORERS:
+        return 1 if logits.ndim > 1 else 0
+    axis = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+    axis = axis[0] if isinstance(axis, (tuple, list)) and len(axis) == 1 else axis
+    return axis if isinstance(axis, int) else -1
 
 
 def inside_backward() -> bool:

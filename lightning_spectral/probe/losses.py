@@ -5,9 +5,16 @@ Axes: N predictions, K buckets.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lightning_spectral.probe.collectives import all_reduce
+from lightning_spectral.probe.grouping import Grouping
+from lightning_spectral.probe.loss_calls import Scored
+from lightning_spectral.probe.window import BucketLoss
 
 
 class BucketLosses:
@@ -15,34 +22,67 @@ class BucketLosses:
 
     Args:
         num_buckets: K.
+
+    Attributes:
+        reason: Why a micro-batch gave no loss, where one did not.
     """
 
     def __init__(self, num_buckets: int) -> None:
         self.num_buckets = num_buckets
-        self._sums_K3: Tensor | None = None
+        self.reason = ""
+        self._sums_K4: Tensor | None = None
 
-    def add(self, losses_N: Tensor, right_N: Tensor, codes_N: Tensor) -> None:
+    def add(self, scored: Scored, codes_N: Tensor) -> None:
         """Add predictions that the script has scored.
 
         Args:
-            losses_N: Cross-entropies, nats, fp64.
-            right_N: 1 where the most likely token was right, else 0, fp64.
+            scored: Losses, weights and hits.
             codes_N: Bucket of each prediction; a negative one leaves it out.
         """
-        if self._sums_K3 is None:
-            self._sums_K3 = torch.zeros(self.num_buckets, 3, dtype=torch.float64, device=losses_N.device)
-        scored_N = codes_N >= 0
-        rows = torch.stack((torch.ones_like(losses_N), losses_N, right_N), 1)
-        self._sums_K3.index_add_(0, codes_N[scored_N], rows[scored_N])
+        losses_N, weights_N = scored.losses_N, scored.weights_N
+        if self._sums_K4 is None:
+            self._sums_K4 = torch.zeros(self.num_buckets, 4, dtype=torch.float64, device=losses_N.device)
+        kept_N = codes_N >= 0
+        rows = torch.stack((torch.ones_like(losses_N), losses_N * weights_N, scored.right_N, weights_N), 1)
+        self._sums_K4.index_add_(0, codes_N[kept_N], rows[kept_N])
 
     def reduce_(self, device: torch.device, process_group: dist.ProcessGroup | None = None) -> None:
         """Add the sums of all ranks; every rank must call it."""
-        if self._sums_K3 is None:
-            self._sums_K3 = torch.zeros(self.num_buckets, 3, dtype=torch.float64, device=device)
-        dist.all_reduce(self._sums_K3, group=process_group)
+        if self._sums_K4 is None:
+            self._sums_K4 = torch.zeros(self.num_buckets, 4, dtype=torch.float64, device=device)
+        all_reduce(self._sums_K4, process_group)
 
-    def result(self) -> list[tuple[int, float | None, float | None]]:
-        """For each bucket, then for all together: rows, mean loss in nats, accuracy."""
-        sums = torch.zeros(self.num_buckets, 3) if self._sums_K3 is None else self._sums_K3
+    def result(self, names: Sequence[str]) -> list[BucketLoss]:
+        """For each bucket, then for all together: predictions, mean loss in nats (weighted as the script's), accuracy.
+
+        Args:
+            names: Of the buckets, and of all together.
+        """
+        sums = torch.zeros(self.num_buckets, 4) if self._sums_K4 is None else self._sums_K4
         rows = [*sums.tolist(), sums.sum(0).tolist()]
-        return [(int(n), loss / n if n else None, hits / n if n else None) for n, loss, hits in rows]
+        if not rows[-1][0]:
+            return [BucketLoss(name, 0, None, None, "not_matched", self.reason) for name in names]
+        return [
+            BucketLoss(name, int(n), loss / weight, hits / n) if n else BucketLoss(name, 0, None, None, "empty")
+            for name, (n, loss, hits, weight) in zip(names, rows, strict=False)
+        ]
+
+
+def codes_of(scored: Scored, grouping: Grouping, shape: tuple[int, ...] | None) -> Tensor | None:
+    """Bucket of each prediction ``(N,)``: that of the token to be predicted.
+
+    Args:
+        scored: The predictions.
+        grouping: Which bucket a token belongs to.
+        shape: ``(B, T)`` of the forward call; where a bucket is a part of the sequence, a prediction's position is
+            known only if there is one for each place of a call (or one less a sequence), else there are no codes.
+    """
+    targets = scored.targets
+    if grouping.by_place:
+        if shape is None:
+            return None
+        fitting = [s for s in (shape, (shape[0], shape[1] - 1)) if targets.numel() == s[0] * s[1]]
+        if not fitting:
+            return None
+        targets = targets.reshape(fitting[0])
+    return grouping.loss_codes(targets).flatten()

@@ -48,22 +48,17 @@ class Observation:
         return self._loop.step
 
     def step(self) -> Scalars:
-        """After ``optimizer.step()``; not needed where ``observe`` was given the optimizer.
-
-        Returns:
-            Medians over layers of a window that was published, else nothing.
-        """
+        """After ``optimizer.step()``, unless ``observe`` was given the optimizer; the latest medians over layers."""
         self._loop.end_step()
         self.latest = self._loop.latest or self.latest
         return self.latest
 
     def follow(self, optimizer: Optimizer) -> None:
         """Take each step of an optimizer as a step of the loop."""
+        self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped()))
 
-        def stepped(*_: Any) -> None:
-            self.step()
-
-        self._handles.append(optimizer.register_step_post_hook(stepped))
+    def _stepped(self) -> None:
+        self.step()
 
     def state_dict(self) -> dict[str, Any]:
         """To be saved with the model."""

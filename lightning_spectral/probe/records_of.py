@@ -6,9 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lightning_spectral.probe.window import SiteResult, WindowResult
-from lightning_spectral.records import EIGENVALUES_FOLDER, LossRecord, SpectralRecord, layer_name
+from lightning_spectral.records import (
+    EIGENVALUES_FOLDER,
+    STACKS_KEY,
+    LossRecord,
+    SpectralRecord,
+    eigenvalues_key,
+    layer_name,
+)
 from lightning_spectral.text import whole_file
 
 
@@ -94,20 +102,26 @@ def loss_records(result: WindowResult, window: WindowId) -> list[LossRecord]:
             window.loader,
             window.ordinal,
             loss.status,
+            loss.reason,
         )
         for loss in result.losses
     ]
 
 
 def save_eigenvalues(folder: Path, window: WindowId, result: WindowResult) -> None:
-    """``eigenvalues/train_00000200.safetensors``: keys ``layer_00.post.tail``, descending, fp32; written atomically.
+    """``eigenvalues/train_00000200.safetensors``: keys ``STACK/layer_00.post.tail``, descending, fp32; atomically.
 
     Further windows of one step and stage get ``_loader_1`` and ``_again_1``.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
+    stacks: dict[str, None] = {}
     for site in result.sites:
+        stacks[site.stack] = None
         if site.measurement.eigenvalues is not None:
-            key = f"{layer_name(site.layer, site.expert)}.{site.site}.{site.bucket}"
+            place = layer_name(site.layer, site.expert)
+            key = eigenvalues_key(place, site.site, site.bucket, stack=site.stack)
+            if key in tensors:  # a block's second network
+                key = eigenvalues_key(place, site.site, site.bucket, stack=site.stack, module=site.module)
             tensors[key] = site.measurement.eigenvalues.float().contiguous()
     if not tensors:
         return
@@ -115,4 +129,4 @@ def save_eigenvalues(folder: Path, window: WindowId, result: WindowResult) -> No
     name += f"_loader_{window.loader}" if window.loader is not None else ""
     name += f"_again_{window.ordinal}" if window.ordinal else ""
     with whole_file(folder / EIGENVALUES_FOLDER / f"{name}.safetensors") as partial:
-        save_file(tensors, str(partial))
+        save_file(tensors, str(partial), metadata={STACKS_KEY: "\n".join(stacks)})

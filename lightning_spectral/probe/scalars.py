@@ -41,16 +41,19 @@ def front_page(records: Sequence[SpectralRecord], stage: str) -> dict[str, float
 
 
 def detail(records: Iterable[SpectralRecord], stage: str) -> dict[str, float]:
-    """One scalar per metric, site, bucket and layer."""
+    """One scalar per metric, site, bucket and layer; a model's second and further stacks of blocks are named."""
     prefix = "spectral" if stage == "train" else f"spectral_{stage}"
     # the entropy is the logarithm of the soft rank
     metrics = [*(name for name in RANK_METRICS if name != "spectral_entropy"), "hard_rank_debiased"]
     scalars = {}
+    first: str | None = None
     for record in records:
+        first = record.stack if first is None else first
+        place = layer_name(record.layer, record.expert)
+        place = place if record.stack == first else f"{record.stack}/{place}"
         for metric in metrics:
             value = record.value(metric)
             if value is not None:
-                place = layer_name(record.layer, record.expert)
                 scalars[f"{prefix}.{metric}.{record.site}.{record.bucket}/{place}"] = value
     return scalars
 
@@ -78,10 +81,11 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 def _tail_integrity(records: Sequence[SpectralRecord]) -> float | None:
     """Mean over layers of hard(tail) - hard(head) at the post site (arXiv:2605.21803, tail integrity index)."""
-    hard = {(r.layer, r.expert, r.bucket): r.hard_rank for r in records if r.site == "post" and r.hard_rank is not None}
+    post = [r for r in records if r.site == "post" and r.hard_rank is not None]
+    hard = {(r.module, r.layer, r.expert, r.bucket): r.hard_rank for r in post if r.hard_rank is not None}
     differences = [
-        hard[layer, expert, "tail"] - hard[layer, expert, "head"]
-        for layer, expert, bucket in hard
-        if bucket == "tail" and (layer, expert, "head") in hard
+        rank - hard[(*place, "head")]
+        for (*place, bucket), rank in hard.items()
+        if bucket == "tail" and (*place, "head") in hard
     ]
     return sum(differences) / len(differences) if differences else None

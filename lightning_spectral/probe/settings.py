@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -23,6 +23,7 @@ from lightning_spectral.probe.grouping import Grouping, by_frequency, by_positio
 from lightning_spectral.probe.options import CONVENTIONS, PAPER_EPSILON, ProbeOptions, conventions_of
 
 STAGES = ("train", "validation", "test", "predict")
+MEASURE = "measure"  # the stage of a pass over a finished model, outside of any loop
 NONFINITE_POLICIES = ("warn", "record", "raise")
 GROUP_BY = ("frequency", "position")
 STREAM = "stream"
@@ -120,7 +121,7 @@ class ProbeSettings:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.on, str) or not self.on or set(self.on) - set(STAGES):
+        if isinstance(self.on, str) or not self.on or set(self.on) - {*STAGES, MEASURE}:
             raise ValueError(f"`on` must be a list of stages from {list(STAGES)}, got {self.on!r}.")
         require_choice("on_nonfinite", self.on_nonfinite, NONFINITE_POLICIES)
         require_choice("convention", self.convention, CONVENTIONS)
@@ -182,10 +183,12 @@ class Measurement:
     Attributes:
         settings: When, where, how.
         buckets: Which groups of tokens are measured apart; ``None`` for all tokens together.
+        facts: Further choices that change a number, for the records' conventions.
     """
 
     settings: ProbeSettings
     buckets: BucketSettings | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _ = self.options  # an argument out of range is an error now
@@ -215,13 +218,14 @@ class Measurement:
     def conventions(self) -> dict[str, str]:
         """The choices that change a number, for the records."""
         if self.buckets is None:
-            return conventions_of(self.options)
+            return conventions_of(self.options, **self.facts)
         b = self.buckets
         return conventions_of(
             self.options,
             group_by=b.group_by,
             attribute_to=b.attribute_to,
             shares=f"{b.head_share:g}/{b.mid_share:g}",
+            **self.facts,
         )
 
     def grouping(self, fallback_counts: Any = None) -> Grouping:

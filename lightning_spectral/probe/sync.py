@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_spectral.functional.covariance import Moments, rebase_
+from lightning_spectral.probe.collectives import all_reduce, reduce
 
 _SMALL = ("count_G", "sum_GD", "cubic_GD", "quartic_G")
 
@@ -30,9 +31,9 @@ def reduce_(moments: Moments, owner: int | None = None, process_group: dist.Proc
     small = torch.cat([getattr(moments, name).flatten() for name in _SMALL])
     for tensor in (small, moments.scatter_GP):
         if owner is None:
-            dist.all_reduce(tensor, group=process_group)
+            all_reduce(tensor, process_group)
         else:
-            dist.reduce(tensor, group=process_group, group_dst=owner)
+            reduce(tensor, owner, process_group)
     for name, part in zip(_SMALL, small.split([getattr(moments, name).numel() for name in _SMALL]), strict=True):
         getattr(moments, name).copy_(part.view_as(getattr(moments, name)))
 
@@ -41,6 +42,6 @@ def _common_shift(moments: Moments, process_group: dist.ProcessGroup | None) -> 
     count = moments.count_G.sum()
     total_D = moments.sum_GD.sum(0) + count * moments.shift_D
     joint = torch.cat([total_D, count.unsqueeze(0)])
-    dist.all_reduce(joint, group=process_group)
+    all_reduce(joint, process_group)
     mean_D = joint[:-1] / joint[-1].clamp(min=1)
     return torch.where(mean_D.isfinite(), mean_D, 0.0)  # a bad row of one bucket must not reach the others

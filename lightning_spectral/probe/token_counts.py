@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_spectral.functional.buckets import frequency_buckets, look_up
 from lightning_spectral.models.calls import ForwardCall
 from lightning_spectral.probe.adapters import ids_in
+from lightning_spectral.probe.collectives import all_reduce
 from lightning_spectral.probe.grouping import Grouping
 from lightning_spectral.probe.probe import SpectralProbe
 from lightning_spectral.probe.ranks_of import RankMeasurement
@@ -136,7 +137,7 @@ class StreamCounts:
         full = torch.tensor([int(self._is_full)])
         joint = torch.cat([local.to(device), full.to(device)])
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1:
-            dist.all_reduce(joint, group=process_group)
+            all_reduce(joint, process_group)
         self.counts_V, self._local_V = self.counts_V + joint[:-1].cpu(), None
         total = int(self.counts_V.sum())
         if total and (whole or int(joint[-1]) or total >= ENOUGH_PER_ID * vocab):

@@ -284,7 +284,7 @@ def _momentum(optimizers: Sequence[Any]) -> dict[int, Tensor]:
     """First-moment buffer of every parameter that has one, by the parameter's id."""
     found: dict[int, Tensor] = {}
     for optimizer in optimizers:
-        for parameter, state in getattr(optimizer, "_optimizer", optimizer).state.items():
+        for parameter, state in getattr(optimizer, "optimizer", optimizer).state.items():
             for key in _MOMENTUM_KEYS:
                 buffer = state.get(key)
                 if isinstance(buffer, Tensor) and buffer.shape == parameter.shape:

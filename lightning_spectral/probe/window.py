@@ -20,6 +20,7 @@ from lightning_spectral.functional.products import full_precision
 from lightning_spectral.functional.rank import js_divergence
 from lightning_spectral.functional.sample import Gram
 from lightning_spectral.models.stacks import Site
+from lightning_spectral.probe.collectives import all_gather_object
 from lightning_spectral.probe.eigensolve import Eigensolver
 from lightning_spectral.probe.options import ProbeOptions
 from lightning_spectral.probe.ranks_of import RankMeasurement, measure
@@ -57,6 +58,7 @@ class BucketLoss:
     loss: float | None
     accuracy: float | None
     status: str = "ok"
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,8 @@ class ClosedWindow:
         elif not self.options.reduce:
             results = _from_first_rank(owned)
         elif self.world_size > 1:
-            shared: list[list[SiteResult] | None] = [None] * self.world_size
-            dist.all_gather_object(shared, owned, group=self.process_group)
-            results = [result for part in shared if part for result in part]
+            shared: list[list[SiteResult]] = all_gather_object(owned, self.process_group)
+            results = [result for part in shared for result in part]
         self.busy_s += time.perf_counter() - began
         return WindowResult(results, self.losses, self.world_size, self.busy_s)
 
@@ -245,8 +246,7 @@ def _from_first_rank(sites: list[SiteResult]) -> list[SiteResult]:
     """Rank 0's own numbers on every rank: a monitor that differs between ranks would pull them apart."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return sites
-    shared: list[list[SiteResult]] = [sites]
-    dist.broadcast_object_list(shared, src=0)
+    shared: list[list[SiteResult]] = all_gather_object(sites if dist.get_rank() == 0 else [])
     return shared[0]
 
 

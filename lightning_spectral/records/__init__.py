@@ -1,8 +1,10 @@
 """What a run leaves behind, readable without torch.
 
-``schema`` says what is in a record, ``files`` reads and appends records, ``upgrade`` knows those of earlier schemas.
+``schema`` says what is in a record, ``eigenvalues`` how spectra are named, ``files`` reads and appends records,
+``upgrade`` knows those of earlier schemas.
 """
 
+from lightning_spectral.records.eigenvalues import STACKS_KEY, eigenvalues_key, find_eigenvalues
 from lightning_spectral.records.files import (
     ReadReport,
     append_records,
@@ -48,6 +50,7 @@ __all__ = [
     "RUN_FILES",
     "SCHEMA_VERSION",
     "SPECTRAL_FILE",
+    "STACKS_KEY",
     "STATUSES",
     "WEIGHTS_FILE",
     "AlarmRecord",
@@ -57,6 +60,8 @@ __all__ = [
     "SpectralRecord",
     "WeightRecord",
     "append_records",
+    "eigenvalues_key",
+    "find_eigenvalues",
     "known_keys",
     "layer_name",
     "parse_record",

@@ -169,6 +169,7 @@ class LossRecord:
         loader: Index of the evaluation dataloader, or ``None``.
         ordinal: 0 for the first evaluation of this stage at this step, 1 for the second, ...
         status: ``ok``, or why there is no loss.
+        reason: What the status means here, in words; empty for ``ok``.
         schema_version: :data:`SCHEMA_VERSION` at writing time.
     """
 
@@ -183,6 +184,7 @@ class LossRecord:
     loader: int | None = None
     ordinal: int = 0
     status: str = "ok"
+    reason: str = ""
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lightning_spectral.analysis.health import ROWS_PER_RANK
 from lightning_spectral.analysis.points import nanmedian
 from lightning_spectral.analysis.runs import Run
-from lightning_spectral.records import EIGENVALUES_FOLDER
+from lightning_spectral.records import EIGENVALUES_FOLDER, find_eigenvalues
 from lightning_spectral.records.looks import bucket_colors, bucket_name
 from lightning_spectral.report.scene import ReportData, ReportFigure, Series
 from lightning_spectral.report.style import label_right, log2_axis, tall
@@ -138,7 +138,7 @@ def read_spectra(run: Run, site: str, bucket: str) -> dict[int, NDArray[np.float
         return {}
     from safetensors import SafetensorError, safe_open
 
-    stage = run.columns.texts["stage"][0].decode()
+    stage, stack = (run.columns.texts[name][0].decode() for name in ("stage", "stack"))
     out = {}
     for file in files:
         step = re.search(r"(\d+)$", file.stem)
@@ -146,8 +146,8 @@ def read_spectra(run: Run, site: str, bucket: str) -> dict[int, NDArray[np.float
             continue
         try:
             with safe_open(file, framework="numpy") as tensors:
-                key = f"{_middle_layer(run)}.{site}.{bucket}"
-                if key in tensors.keys():  # noqa: SIM118  safetensors has no `in`
+                key = find_eigenvalues(tensors.keys(), _middle_layer(run), site, bucket, stack=stack)
+                if key is not None:
                     values = np.asarray(tensors.get_tensor(key), dtype=np.float64)
                     if np.isfinite(values).all() and values.sum() > 0:
                         out[int(step[1])] = values

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_spectral.analysis.points import nanmedian
-from lightning_spectral.records import EIGENVALUES_FOLDER, STATUSES
+from lightning_spectral.records import EIGENVALUES_FOLDER, STACKS_KEY, STATUSES, find_eigenvalues
 from lightning_spectral.records.looks import METRIC_NAMES, bucket_colors, bucket_name, optimizer_colors, ordered_buckets
 from lightning_spectral.tensorboard.reader import LOSS_METRICS, LOSS_SITE, METRICS, Columns, RunReader
 
@@ -121,7 +121,7 @@ def spectra(folder: Path, stage: str, site: str, bucket: str, layer: str) -> Ans
         steps = [steps[place] for place in np.unique(np.linspace(0, len(steps) - 1, MAX_SPECTRA).astype(int))]
     out: Answer = {"steps": [], "modes": [], "shares": [], "soft": [], "hard": []}
     for step in steps:
-        eigs = _eigenvalues(files[step], f"{layer}.{site}.{bucket}")
+        eigs = _eigenvalues(files[step], layer, site, bucket)
         if eigs is None:
             continue
         p = eigs / eigs.sum()
@@ -137,12 +137,15 @@ def spectra(folder: Path, stage: str, site: str, bucket: str, layer: str) -> Ans
     return out
 
 
-def _eigenvalues(file: Path, key: str) -> NDArray[np.float64] | None:
+def _eigenvalues(file: Path, layer: str, site: str, bucket: str) -> NDArray[np.float64] | None:
     from safetensors import SafetensorError, safe_open
 
+    stack, _, place = layer.rpartition(" ")  # a model's second and further stacks are named
     try:
         with safe_open(file, framework="numpy") as tensors:
-            if key not in tensors.keys():  # noqa: SIM118  safetensors has no `in`
+            stacks = (tensors.metadata() or {}).get(STACKS_KEY)
+            key = find_eigenvalues(tensors.keys(), place, site, bucket, stack=stack, stacks=stacks)
+            if key is None:
                 return None
             eigs = np.asarray(tensors.get_tensor(key), dtype=np.float64)
     except (SafetensorError, OSError):

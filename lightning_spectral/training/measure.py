@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +20,13 @@ from torch import nn
 
 from lightning_spectral.data.corpus import Corpus, documents
 from lightning_spectral.data.tokens import Encoder
-from lightning_spectral.models.calls import ForwardCall
 from lightning_spectral.models.stacks import find_stacks
-from lightning_spectral.probe.grouping import Grouping, by_frequency, check_vocabulary, load_counts
-from lightning_spectral.probe.options import ProbeOptions, conventions_of
-from lightning_spectral.probe.probe import SpectralProbe
-from lightning_spectral.probe.records_of import WindowId, loss_records, spectral_records
-from lightning_spectral.probe.run_folder import RunFolder, new_run_id, package_versions
-from lightning_spectral.records import LossRecord, RunInfo, SpectralRecord
+from lightning_spectral.probe.grouping import check_vocabulary, load_counts
+from lightning_spectral.probe.host import Host
+from lightning_spectral.probe.observer import Observer
+from lightning_spectral.probe.run_folder import new_run_id
+from lightning_spectral.probe.settings import MEASURE, BucketSettings, Measurement, ProbeSettings
+from lightning_spectral.records import LossRecord, SpectralRecord, read_losses
 from lightning_spectral.text import one_line
 from lightning_spectral.training.load_checkpoint import LoadedModel, load_checkpoint, with_tokenizer
 
@@ -91,23 +88,23 @@ def measure_checkpoint(
     encoder = _encoder(checkpoint, tokenizer_dir or loaded.tokenizer_dir)
     tokens = _sequences(_tokens(corpus, encoder, max(num_tokens // length, 1) * length + 1), length)
     vocab = _vocabulary(loaded.model, modules, tokens, checkpoint)
-    grouping, notes = _grouping(counts, tokens, vocab, encoder.vocab_size)
-    globs = None if modules is None else tuple(modules)
-    options = ProbeOptions(
-        sites=tuple(sites), modules=globs, num_jackknife_groups=num_jackknife_groups, with_losses=True
+    table, notes = _counts(counts, tokens, vocab, encoder.vocab_size)
+    facts = {"counts": str(counts) if counts is not None else "measured text", "text": str(corpus.files[0])}
+    facts["step"] = "known" if loaded.step is not None else "unknown, written as 0"
+    settings = ProbeSettings(
+        sites=tuple(sites),
+        modules=None if modules is None else list(modules),
+        num_jackknife_groups=num_jackknife_groups,
+        on=(MEASURE,),
+        labels={"checkpoint": checkpoint.name},
+        strict=True,  # there is no training to be kept from harm
     )
-    named = {"counts": str(counts) if counts is not None else "measured text", "text": str(corpus.files[0])}
-    named["step"] = "known" if loaded.step is not None else "unknown, written as 0"
-    shares = f"{SHARES[0]:g}/{SHARES[1]:g}"
-    conventions = conventions_of(options, group_by="frequency", attribute_to="input", shares=shares, **named)
-    result = _run(loaded.model, grouping, options, tokens, length, batch_size, _device(device))
+    shares = {"head_share": SHARES[0], "mid_share": SHARES[1]}
+    measurement = Measurement(settings, BucketSettings(counts=table, **shares), facts)
     hparams = {"data": [str(file) for file in corpus.files[:8]], "num_tokens": len(tokens) - 1, "seq_length": length}
-    info = _run_info(loaded, checkpoint, hparams, conventions)
-    run_folder = RunFolder(folder, info, resume=False, writes=True)
-    window = WindowId(info.run_id, "measure", loaded.step or 0, None)
-    spectral, losses = spectral_records(result, window, conventions), loss_records(result, window)
-    run_folder.append_spectral(spectral)
-    run_folder.append_losses(losses)
+    host = _host(folder, loaded, checkpoint, hparams)
+    spectral = _run(loaded, measurement, host, tokens, length, batch_size, _device(device))
+    losses = read_losses(folder).records
     return Measured(checkpoint, Path(folder), spectral, losses, notes)
 
 
@@ -124,15 +121,14 @@ def _length(wanted: int | None, loaded: LoadedModel, checkpoint: Path) -> int:
     return length
 
 
-def _run_info(loaded: LoadedModel, checkpoint: Path, hparams: dict[str, Any], conventions: dict[str, str]) -> RunInfo:
-    return RunInfo(
+def _host(folder: str | Path, loaded: LoadedModel, checkpoint: Path, hparams: dict[str, Any]) -> Host:
+    return Host(
+        folder=Path(folder),
         run_id=new_run_id(),
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        optimizer=loaded.optimizer,
-        hparams={"checkpoint": str(checkpoint.absolute()), "kind": loaded.kind, **hparams},
-        versions=package_versions(),
-        labels={"checkpoint": checkpoint.name},
-        conventions=conventions,
+        describe={
+            "optimizer": loaded.optimizer,
+            "hparams": {"checkpoint": str(checkpoint.absolute()), "kind": loaded.kind, **hparams},
+        },
     )
 
 
@@ -181,46 +177,53 @@ def _vocabulary(model: nn.Module, modules: Sequence[str] | None, tokens: NDArray
     return vocab
 
 
-def _grouping(
+def _counts(
     source: str | Path | None, tokens: NDArray[np.int64], vocab: int, num_known: int
-) -> tuple[Grouping, list[str]]:
+) -> tuple[torch.Tensor, list[str]]:
     if source is None:
         counts = torch.from_numpy(np.bincount(tokens, minlength=vocab))
-        notes = [f"HEAD, MID and TAIL are those of the {len(tokens):,} measured tokens themselves (no counts given)."]
-    else:
-        counts, notes = load_counts(source), [f"HEAD, MID and TAIL by `{source}`."]
-        check_vocabulary(len(counts), vocab, num_known)
-    return by_frequency(counts, head_share=SHARES[0], mid_share=SHARES[1], attribute_to="input"), notes
+        return counts, [
+            f"HEAD, MID and TAIL are those of the {len(tokens):,} measured tokens themselves (no counts given)."
+        ]
+    counts = load_counts(source)
+    check_vocabulary(len(counts), vocab, num_known)
+    return counts, [f"HEAD, MID and TAIL by `{source}`."]
 
 
 def _run(
-    model: nn.Module,
-    grouping: Grouping,
-    options: ProbeOptions,
+    loaded: LoadedModel,
+    measurement: Measurement,
+    host: Host,
     tokens: NDArray[np.int64],
     length: int,
     batch_size: int,
     device: torch.device,
-) -> Any:
-    model.eval().to(device)
+) -> list[SpectralRecord]:
+    """One evaluation over the tokens, by the observer that every loop has."""
+    model = loaded.model.eval().to(device)
     ids_SL = torch.from_numpy(tokens[:-1]).view(-1, length)
     targets_SL = torch.from_numpy(tokens[1:]).view(-1, length)
-    probe = SpectralProbe(model, grouping, options)
+    records: list[SpectralRecord] = []
+    host.published = lambda found, result: records.extend(found)
+    observer = Observer(measurement, name="measure")
+    observer.attach(model, host, trains=False)
+    finished = False
     try:
         with torch.no_grad():
+            observer.begin_evaluation(MEASURE)
             for ids_BT, targets_BT in zip(ids_SL.split(batch_size), targets_SL.split(batch_size), strict=True):
-                probe.start(seed=0, training=False)
-                output = model(ids_BT.to(device))
+                batch = {"input_ids": ids_BT.to(device), "labels": targets_BT.to(device)}
+                observer.begin_evaluation_batch()
+                output = model(batch["input_ids"])
                 logits = getattr(output, "logits", output)
-                nn.functional.cross_entropy(logits.flatten(0, 1), targets_BT.to(device).flatten())  # the probe sees it
-                probe.collect(targets_of=partial(_targets_of, targets_BT.to(device)))
-        return probe.end()
+                # the observer sees it
+                nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+                observer.end_evaluation_batch(batch)
+        observer.end_evaluation(loaded.step or 0)
+        finished = True
     finally:
-        probe.remove()
-
-
-def _targets_of(targets_BT: torch.Tensor, call: ForwardCall) -> torch.Tensor:
-    return targets_BT
+        observer.detach(finished=finished)
+    return records
 
 
 def _device(name: str) -> torch.device:

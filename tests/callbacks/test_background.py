@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_spectral.callbacks import SpectralRankCallback, TailTokenProbe
 from lightning_spectral.callbacks.trainer_host import host_of
 from lightning_spectral.functional.packed import packed_size
+from lightning_spectral.probe.attaching import solves_beside
 from lightning_spectral.probe.background import BackgroundSolver
 from lightning_spectral.probe.window import ClosedWindow
 from lightning_spectral.records import read_run, read_spectral
@@ -161,7 +162,7 @@ def decision(path, *, cores=8, num_devices=1, callbacks=(), state_mib=1.0, **opt
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.sched_getaffinity", lambda pid: range(cores), raising=False)
         patch.setattr("torch.get_num_threads", lambda: 4)
-        return callback.observer._solves_beside(stand_in, host)
+        return solves_beside(callback.measurement, stand_in, host)
 
 
 def test_the_default_needs_a_free_core_memory_and_nobody_who_waits(tmp_path):

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralRankCallback, TailTokenProbe, read_spectral
 from lightning_spectral.functional.buckets import frequency_buckets
+from lightning_spectral.probe.accumulate import Accumulator
 from lightning_spectral.probe.probe import SpectralProbe
 from lightning_spectral.records import read_losses, read_run
 from tests.callbacks import tiny
@@ -66,11 +67,11 @@ def test_a_window_of_fewer_rows_than_features_is_the_same_by_gram_and_by_covaria
     """128 rows of width 192: no covariance is made, unless more rows come after the flush."""
     states, settle = [], SpectralProbe.settle
     monkeypatch.setattr(
-        SpectralProbe,
-        "_flush",
-        lambda self, *args, flush=SpectralProbe._flush, **kwargs: (
-            flush(self, *args, **kwargs),
-            states.extend(type(state).__name__ for state in self.window.states.values()),
+        Accumulator,
+        "flush",
+        lambda self, window, flush=Accumulator.flush, **kwargs: (
+            flush(self, window, **kwargs),
+            states.extend(type(state).__name__ for state in window.states.values()),
         ),
     )
 
@@ -326,7 +327,9 @@ def test_eigenvalues_lie_beside_the_records(tmp_path):
     from safetensors.torch import load_file
 
     records = by_key(fit(tmp_path, SpectralRankCallback(1, eigenvalues=True), max_steps=1))
-    eigs = load_file(tmp_path / "eigenvalues" / "train_00000000.safetensors")["layer_01.post.pooled"].double()
+    spectra = load_file(tmp_path / "eigenvalues" / "train_00000000.safetensors")
+    stack = records[0, 1, "post", "pooled"].stack
+    eigs = spectra[f"{stack}/layer_01.post.pooled"].double()
     assert torch.equal(eigs, eigs.sort(descending=True).values)
     hard = float(eigs.sum() ** 2 / eigs.square().sum())
     assert hard == pytest.approx(records[0, 1, "post", "pooled"].hard_rank, rel=1e-5)

@@ -132,7 +132,7 @@ def test_fast_dev_run_measures_and_writes_nothing(tmp_path, batches):
     trainer.fit(tiny.Module(), tiny.loader(), tiny.loader(32))
     assert list(tmp_path.iterdir()) == []
     windows = {True: 2, 3: 3}  # steps 0 and 2, and the validation
-    assert (callback.observer.num_windows, callback.observer.num_lost_windows) == (windows[batches], 0)
+    assert (callback.observer.tally.windows, callback.observer.tally.lost) == (windows[batches], 0)
     assert float(trainer.callback_metrics["spectral/hard_rank.pooled"]) > 1
 
 

@@ -147,7 +147,9 @@ def test_the_scan_sees_them():
     assert {"_should_accumulate", "_first_loop_iter", "_callbacks", "_forward_module", "_generate_state_key"} <= OURS
 
 
-@pytest.mark.parametrize("room", ["training", "gpt", "memory", "metrics", "data", "sweep", "cli"])
+@pytest.mark.parametrize(
+    "room", ["training", "gpt", "memory", "metrics", "data", "sweep", "cli", "callbacks", "probe", "models", "optim"]
+)
 def test_used_nowhere_else(room):
     for file in (PACKAGE / room).rglob("*.py"):
         assert private_names(file.read_text()) & OURS == set(), file

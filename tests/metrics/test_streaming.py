@@ -9,6 +9,7 @@ import torch
 from lightning_spectral.functional.buckets import sort_by_group
 from lightning_spectral.functional.covariance import empty_moments, update_
 from lightning_spectral.metrics import SpectralRank, StreamingCovariance
+from lightning_spectral.probe.loss_calls import Scored
 from lightning_spectral.probe.losses import BucketLosses
 from lightning_spectral.probe.ranks_of import measure
 
@@ -123,13 +124,16 @@ def test_bucket_losses_equal_torch():
     codes_N = torch.where(targets.flatten() >= 0, codes.flatten(), -1)
     losses = BucketLosses(2)
     for part in (slice(0, 14), slice(14, None)):
-        losses.add(scored[part].double(), right[part].double(), codes_N[part])
-    for code, (count, loss, accuracy) in enumerate(losses.result()[:2]):
+        ones = torch.ones(len(right[part]), dtype=torch.float64)
+        losses.add(Scored(scored[part].double(), right[part].double(), ones, targets.flatten()[part]), codes_N[part])
+    names = ("a", "b", "pooled")
+    for code, found in enumerate(losses.result(names)[:2]):
+        count, loss, accuracy = found.num_tokens, found.loss, found.accuracy
         chosen = (codes == code) & (targets >= 0)
         assert count == int(chosen.sum())
         assert loss == pytest.approx(
             float(torch.nn.functional.cross_entropy(logits[chosen], targets[chosen])), rel=1e-6
         )
         assert accuracy == pytest.approx(float((logits[chosen].argmax(-1) == targets[chosen]).double().mean()))
-    assert losses.result()[2][0] == int(((codes >= 0) & (targets >= 0)).sum())
-    assert BucketLosses(1).result() == [(0, None, None)] * 2
+    assert losses.result(names)[2].num_tokens == int(((codes >= 0) & (targets >= 0)).sum())
+    assert [found.status for found in BucketLosses(1).result(("a", "pooled"))] == ["not_matched"] * 2

@@ -10,14 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_spectral.probe import loss_tap
 from lightning_spectral.probe.loss_tap import LossTap
 
 V, N = 11, 30
-
-
-def tapped(**options: Any) -> tuple[LossTap, list[tuple[Tensor, Tensor, Tensor]]]:
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
-    return LossTap({V}, lambda *values: seen.append(values), **options), seen
 
 
 def logits(*shape: int) -> Tensor:
@@ -37,6 +33,13 @@ CALLS = {
     "another index": lambda: F.cross_entropy(logits(N, V), targets(N), ignore_index=3),
     "smoothed": lambda: F.cross_entropy(logits(N, V), targets(N), label_smoothing=0.2),
     "nll": lambda: F.nll_loss(F.log_softmax(logits(N, V), -1), targets(N)),
+    "class weights": lambda: F.cross_entropy(logits(N, V), targets(N), weight=torch.arange(V) / V),
+    "class weights, smoothed": lambda: F.cross_entropy(
+        logits(N, V), targets(N), weight=torch.arange(1, V + 1) / V, label_smoothing=0.1
+    ),
+    "nll with class weights": lambda: F.nll_loss(
+        F.log_softmax(logits(N, V), -1), targets(N), weight=torch.arange(V) / V
+    ),
     "many": lambda: F.cross_entropy(logits(3_000, V), targets(3_000)),
 }
 
@@ -44,20 +47,19 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_the_mean_is_the_scripts(name: str) -> None:
     expected = CALLS[name]()
-    tap, seen = tapped()
+    tap = LossTap({V})
     tap.start()
     found = CALLS[name]()
-    tap.stop()
+    (scored,) = tap.take()
     assert torch.equal(found, expected)
-    ((losses, right, target),) = seen
-    scored = target.flatten() >= 0
-    assert float(losses[scored].mean()) == pytest.approx(expected.item(), rel=1e-6)
-    assert losses[~scored].abs().sum() == 0
-    assert set(right.tolist()) <= {0.0, 1.0}
+    assert scored.mean == pytest.approx(expected.item(), rel=1e-6)
+    assert scored.losses_N[scored.targets.flatten() < 0].abs().sum() == 0
+    assert set(scored.right_N.tolist()) <= {0.0, 1.0}
+    assert tap.reason == ""
 
 
 def test_what_is_no_prediction_of_a_token_is_not_seen() -> None:
-    tap, seen = tapped()
+    tap = LossTap({V})
     tap.start()
     F.cross_entropy(logits(N, 3), targets(N) % 3)  # a classifier
     F.cross_entropy(logits(N, V), logits(N, V).softmax(-1).detach())  # distillation
@@ -66,44 +68,55 @@ def test_what_is_no_prediction_of_a_token_is_not_seen() -> None:
         F.cross_entropy(logits(N, V), targets(N))  # a metric
     tap.stop()
     F.cross_entropy(logits(N, V), targets(N))
-    assert seen == []
+    assert tap.take() == []
+    assert tap.reason
     tap.start(training=False)
     with torch.no_grad():
         F.cross_entropy(logits(N, V), targets(N))
+    assert len(tap.take()) == 1
+
+
+def test_a_call_that_does_not_train_is_left_out() -> None:
+    tap = LossTap({V})
+    tap.start()
+    loss = F.cross_entropy(logits(N, V), targets(N))
+    F.cross_entropy(logits(N, V), targets(N).flip(0))  # logged, with its graph
     tap.stop()
-    assert len(seen) == 1
+    loss.backward()
+    (scored,) = tap.take()
+    assert torch.equal(scored.targets, targets(N))
 
 
-def test_recomputation_counts_once() -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_counts_once(reentrant: bool) -> None:
     from torch.utils.checkpoint import checkpoint
 
-    head, tap, seen = nn.Linear(4, V), *tapped()
+    head, tap, x = nn.Linear(4, V), LossTap({V}), torch.ones(N, 4, requires_grad=True)
     tap.start()
-    loss = checkpoint(
-        lambda x: F.cross_entropy(head(x), targets(N)), torch.ones(N, 4, requires_grad=True), use_reentrant=False
-    )
+    loss = checkpoint(lambda x: F.cross_entropy(head(x), targets(N)), x, use_reentrant=reentrant)
     loss.backward()
-    tap.stop()
-    assert len(seen) == 1
+    (scored,) = tap.take()
+    assert scored.mean == pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_under_a_transform_nothing_is_kept() -> None:
-    tap, seen = tapped()
+    tap = LossTap({V})
     tap.start()
     torch.vmap(lambda x, y: F.cross_entropy(x, y))(logits(3, 10, V), targets(3, 10))
-    tap.stop()
-    assert (seen, tap.trouble) == ([], "")
+    assert tap.take() == []
+    assert tap.trouble == ""
 
 
-def test_an_error_of_ours_does_not_reach_the_script() -> None:
-    def broken(*values: Tensor) -> None:
+def test_an_error_of_ours_does_not_reach_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*values: Any) -> None:
         raise ZeroDivisionError
 
-    tap = LossTap({V}, broken)
+    monkeypatch.setitem(loss_tap.SCORERS, F.cross_entropy, broken)
+    tap = LossTap({V})
     tap.start()
     assert torch.equal(F.cross_entropy(logits(N, V), targets(N)), CALLS["plain"]())
-    tap.stop()
-    assert "ZeroDivisionError" in tap.trouble
+    assert tap.take() == []
+    assert "ZeroDivisionError" in tap.reason
 
 
 class Other(TorchFunctionMode):
@@ -115,7 +128,7 @@ class Other(TorchFunctionMode):
 
 
 def test_modes_of_others_stay_in_place() -> None:
-    tap, seen = tapped()
+    tap = LossTap({V})
     other = Other()
     tap.start()
     with other:
@@ -123,7 +136,7 @@ def test_modes_of_others_stay_in_place() -> None:
         other.calls = 0
         F.cross_entropy(logits(N, V), targets(N))
         assert other.calls > 0
-    assert seen == []
+    assert tap.take() == []
     assert torch._C._len_torch_function_stack() == 0
     tap.stop()  # once more does nothing
     tap.start()
@@ -145,7 +158,7 @@ def test_compiled_code_has_no_break_and_one_more_graph(what: str) -> None:
         run = lambda: F.cross_entropy(compiled(x), y)  # noqa: E731
     else:
         run = torch.compile(lambda: F.cross_entropy(net(x), y), backend=counter, fullgraph=True)
-    tap, _ = tapped()
+    tap = LossTap({V})
     for on in (False, True, False, True, True):
         if on:
             tap.start()

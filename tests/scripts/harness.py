@@ -42,6 +42,8 @@ class Script:
         exact: Windows must have numbers; else a status will do.
         losses: The records' pooled loss must be the mean of what the script computed.
         refuses: The model cannot be measured: an explicit callback says so before step 1, the variable warns.
+        evaluated_rows: Rows that a validation must have.
+        unscored: The losses must have the status ``not_matched``, with a reason.
         prepare: Called with the trainer and the module before ``fit``; returns further arguments of ``fit``.
     """
 
@@ -53,6 +55,8 @@ class Script:
     exact: bool = True
     losses: bool = True
     refuses: bool = False
+    evaluated_rows: int | None = None
+    unscored: bool = False
     prepare: Callable[[Path], dict[str, Any]] = lambda path: {}
 
 
@@ -182,6 +186,21 @@ def check_records(script: Script, outcome: Outcome, folder: Path, *, with_losses
             assert not script.exact or not outcome.rows.get(record.step or 0), f"{record.status}: {record.reason}"
         elif outcome.rows:
             _check_rows(record, torch.cat(outcome.rows.get(record.step or 0, [torch.zeros(0, toys.WIDTH)])))
+    _check_evaluation(script, records)
+    _check_losses(script, outcome, folder, with_losses=with_losses)
+
+
+def _check_evaluation(script: Script, records: list[SpectralRecord]) -> None:
+    evaluated = [r for r in records if r.stage == "validation" and r.bucket == "pooled" and r.layer == 0]
+    if script.evaluated_rows is not None:
+        assert {r.num_tokens for r in evaluated} == {script.evaluated_rows}
+
+
+def _check_losses(script: Script, outcome: Outcome, folder: Path, *, with_losses: bool) -> None:
+    if script.unscored and (folder / "losses.jsonl").exists():
+        scored = [r for r in read_losses(folder).records if r.stage == "train"]
+        assert scored
+        assert all(r.status == "not_matched" and r.reason for r in scored), scored
     if with_losses and script.exact and outcome.losses:
         losses = {r.step: r for r in read_losses(folder).records if r.bucket == "pooled" and r.stage == "train"}
         assert losses[0].loss == pytest.approx(float(outcome.losses[0]), rel=1e-5)

@@ -305,7 +305,7 @@ SCRIPTS = {
     "two ahead": Script(TwoAhead),
     "label smoothing": Script(Smoothed),
     "nll_loss": Script(LogSoftmax),
-    "loss by hand": Script(ByHand, losses=False),
+    "loss by hand": Script(ByHand),
     "unreduced": Script(Unreduced),
     "ignored targets": Script(Ignored),
     "classes first": Script(ClassesFirst),

@@ -6,19 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts import models, steps
+from tests.scripts import losses, models, others, steps
 from tests.scripts.harness import Script, compare
 
-SCRIPTS = {**steps.SCRIPTS, **models.SCRIPTS}
+SCRIPTS = {**steps.SCRIPTS, **models.SCRIPTS, **losses.SCRIPTS, **others.SCRIPTS}
 # in the default run: one of each kind that has broken before; the others are slow together
 ALWAYS = (
     "plain", "returns None", "critic on odd batches", "out of memory, retried", "whole model checkpointed", "raises",
     "chunked cross-entropy", "named tuple", "goes on where it stopped", "images", "generate() in validation",
+    "class weights", "means of sequences", "head and loss fused", "focal", "loss and generate() in validation",
+    "vision transformer",
 )  # fmt: skip
 
 
 def test_there_are_scripts_of_many_kinds() -> None:
-    assert len(SCRIPTS) >= 60
+    assert len(SCRIPTS) >= 110
     assert not set(ALWAYS) - set(SCRIPTS)
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_spectral import SpectralRankCallback, TailTokenProbe, WeightSpectrumCallback, read_spectral
-from lightning_spectral.probe import agreement
+from lightning_spectral import SpectralRankCallback, TailTokenProbe, WeightSpectrumCallback, observe, read_spectral
+from lightning_spectral.probe import agreement, collectives
 from lightning_spectral.probe.probe import SpectralProbe
 from lightning_spectral.records import SpectralRecord
 from tests.distributed.harness import run_ranks
-from tests.scripts import toys
+from tests.scripts import models, steps, toys
 from tests.scripts.steps import Retries
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("default")]
@@ -224,3 +224,125 @@ def test_background_solves_survive_a_lost_window(tmp_path: Path) -> None:
     statuses = {step: record.status for step, record in pooled(tmp_path).items()}
     assert statuses[2] == "not_matched"
     assert "not_matched" not in [statuses[step] for step in (0, 1, 3)]
+
+
+@contextlib.contextmanager
+def dead_in_the_reduction(rank: int) -> Any:
+    """Rank 1 agrees that the window of step 2 ends, and then is not there."""
+    limit, close, calls = collectives.LIMIT_S, SpectralProbe.close, [0]
+
+    def close_or_not(probe: SpectralProbe, *args: Any) -> Any:
+        calls[0] += 1
+        if rank == 1 and calls[0] == 3:
+            raise collectives.MissingRankError("this one")
+        return close(probe, *args)
+
+    collectives.LIMIT_S, SpectralProbe.close = 1.0, close_or_not  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        collectives.LIMIT_S, SpectralProbe.close = limit, close  # type: ignore[method-assign]
+
+
+def lone(rank: int, world: int, path: str) -> tuple[list[str], str, float]:
+    """A loop without collectives of its own: the only wait is ours."""
+    model = toys.LM()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    began = time.monotonic()
+    with warnings.catch_warnings(record=True) as caught, dead_in_the_reduction(rank):
+        warnings.simplefilter("always")
+        with observe(model, 1, out=path, optimizer=optimizer, background=False) as probe:
+            for batch in toys.ids(32).split(8):
+                toys.cross_entropy(model(batch[:, :-1]), batch[:, 1:]).backward()
+                optimizer.step()
+            state = probe._loop.observer.state
+    return [str(w.message) for w in caught], state, time.monotonic() - began
+
+
+def test_a_rank_that_is_lost_in_a_reduction_is_waited_for_in_bounded_time(tmp_path: Path) -> None:
+    for told, state, seconds in run_ranks(lone, 2, str(tmp_path)):
+        assert state == "failed"
+        assert seconds < 30
+        assert len([text for text in told if "when a window ended; nothing more is measured" in text]) == 1
+    assert {r.step for r in read_spectral(tmp_path).records} == {0, 1}
+
+
+def on_one_rank(kind: type[toys.Lit]) -> type[toys.Lit]:
+    """Rank 1 does what the kind does, rank 0 what the plain script does."""
+
+    class One(kind):  # type: ignore[misc, valid-type]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) if self.global_rank == 1 else self.loss(batch)
+
+        def loss(self, ids: Tensor) -> Tensor:
+            return super().loss(ids) if self.global_rank == 1 else toys.Lit.loss(self, ids)
+
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            return super().validation_step(batch, batch_idx) if self.global_rank == 1 else self.loss(batch)
+
+    return One
+
+
+KINDS = {
+    "generates in the step": steps.Generates,
+    "eval forward in the step": steps.EvalForward,
+    "teacher copied in a step": steps.Teacher,
+    "per-sample gradients": steps.PerSample,
+    "contrastive pair": steps.Contrastive,
+    "whole model checkpointed": steps.WholeCheckpoint,
+    "loss inside a checkpoint": steps.LossInCheckpoint,
+    "functional_call": steps.Functional,
+    "dropout": steps.Dropout,
+    "NaN loss": steps.Nan,
+    "saves the whole model": steps.SavesWhole,
+    "head on the last position": models.LastOnly,
+    "head on masked positions": models.Masked,
+    "chunked cross-entropy": models.Chunked,
+    "tied head": models.Tied,
+    "two ahead": models.TwoAhead,
+    "loss by hand": models.ByHand,
+    "ignored targets": models.Ignored,
+    "generate() in validation": models.Generating,
+    "validation without a forward": models.OnlyLogs,
+}
+
+
+def fit_kinds(rank: int, world: int, path: str) -> dict[str, Any]:
+    """Every kind without us and with us, one after the other in the same two processes."""
+    found: dict[str, Any] = {}
+    for name, kind in KINDS.items():
+        ends = []
+        for way in ("without", "ours"):
+            folder = f"{path}/{name}/{way}"
+            settings: dict[str, Any] = {"dirpath": folder, "background": False, "on": ["train", "validation"]}
+            ours = [TailTokenProbe(2, counts=toys.counts(), **settings)] if way == "ours" else []
+            torch.manual_seed(1)
+            lit = on_one_rank(kind)()
+            trainer = pl.Trainer(
+                default_root_dir=folder, callbacks=ours, strategy="ddp_find_unused_parameters_true", devices=world,
+                max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, val_check_interval=3,
+            )  # fmt: skip
+            began = time.monotonic()
+            trainer.fit(lit, DataLoader(toys.ids(24, seed=rank), batch_size=8), toys.loader(8))  # type: ignore[arg-type]
+            weights = torch.cat([weight.flatten() for weight in lit.state_dict().values()])
+            ends.append((trainer.global_step, weights, time.monotonic() - began))
+        found[name] = ends
+    return found
+
+
+@pytest.mark.slow  # forty fits, in two processes
+def test_the_odd_thing_on_one_rank_only(tmp_path: Path) -> None:
+    results = run_ranks(fit_kinds, 2, str(tmp_path), init=False, timeout_s=400)
+    for name in KINDS:
+        for rank in range(2):
+            (plain_step, plain_weights, _), (step, weights, seconds) = results[rank][name]
+            assert step == plain_step, name
+            assert torch.allclose(weights, plain_weights, rtol=0, atol=0, equal_nan=True), name
+            assert seconds < 30, name
+        records = read_spectral(tmp_path / name / "ours").records
+        pooled = {(r.stage, r.step): r for r in records if r.bucket == "pooled" and r.layer == 0}
+        assert {("train", 0), ("train", 2), ("validation", 3)} <= pooled.keys(), name
+        for record in pooled.values():
+            assert record.hard_rank is not None or record.reason or record.status == "nonfinite", (name, record)
+        assert pooled["train", 0].num_tokens == 2 * ROWS - 8 * (name == "two ahead"), name

@@ -1,0 +1,75 @@
+"""How a measuring callback comes to a Trainer's model: its host, its run folder, who hears of its windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from lightning_spectral.callbacks.progress import Progress
+from lightning_spectral.callbacks.saved_state import SavedState
+from lightning_spectral.callbacks.tensorboard import Pictures
+from lightning_spectral.callbacks.trainer_host import LastStep, host_of, tell_listeners
+from lightning_spectral.probe.observer import Observer
+from lightning_spectral.probe.run_folder import RunFolder
+from lightning_spectral.probe.settings import BucketSettings, Measurement, ProbeSettings
+from lightning_spectral.probe.window import WindowResult
+from lightning_spectral.records import SpectralRecord
+
+
+class AttachedToTrainer(SavedState):
+    """A callback whose observer watches the model of one Trainer.
+
+    Attributes:
+        home: The trainer whose run is measured.
+        last_step: Knows which step is the last.
+        pictures: Drawn for TensorBoard.
+    """
+
+    @override
+    def begin(self, settings: ProbeSettings, buckets: BucketSettings | None) -> None:
+        self.measurement = Measurement(settings, buckets)
+        self.observer = Observer(self.measurement, name=type(self).__name__, key=self.state_key)
+        self.home: pl.Trainer | None = None
+        self.progress, self.last_step, self.pictures = Progress(), LastStep(), Pictures()
+
+    @property
+    def run_folder(self) -> RunFolder | None:
+        """Where records go, once attached."""
+        return self.observer.run_folder
+
+    def is_redundant(self, trainer: pl.Trainer) -> bool:
+        """Whether another callback of this trainer measures the same."""
+        return False
+
+    def refuse(self, reason: str) -> None:
+        """What is asked for cannot be measured: an error before step 1."""
+        raise MisconfigurationException(f"{type(self).__name__}: {reason}")
+
+    def attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find what is to be measured."""
+        if self.is_redundant(trainer):
+            return
+        host = host_of(
+            trainer,
+            pl_module,
+            dirpath=self.measurement.settings.dirpath,
+            run_id=self.measurement.settings.run_id,
+            continued_run=self.progress.run_id,
+            published=lambda records, result: self._published(trainer, records, result),
+        )
+        counts = getattr(getattr(trainer, "datamodule", None), "token_counts", None)
+        if self.home is not trainer:
+            self.observer.run_folder = None  # it is of another run
+        self.home = trainer
+        try:
+            self.observer.attach(pl_module, host, fallback_counts=counts, trains=trainer.state.fn == "fit")
+        except ValueError as error:
+            self.refuse(str(error))
+
+    def _published(self, trainer: pl.Trainer, records: Sequence[SpectralRecord], result: WindowResult) -> None:
+        if records and records[0].stage == "train":
+            self.pictures.add(trainer, records, result)
+        tell_listeners(trainer, records)

@@ -1,0 +1,81 @@
+"""What a window has seen and added up so far, and what the ranks tell each other of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lightning_spectral.functional.covariance import Moments
+from lightning_spectral.functional.sample import Gram
+from lightning_spectral.probe.losses import BucketLosses
+
+
+@dataclass
+class StackSeen:
+    """What a window has seen of one stack.
+
+    Attributes:
+        num_calls: Forward calls.
+        num_sequences: Sequences dealt to shards so far.
+        sequences_K: Sequences with rows in each bucket, and in any.
+        layout: How rows were matched to tokens in the first call.
+        agreement: Smallest share of rows that the match was proven for.
+    """
+
+    num_calls: int = 0
+    num_sequences: int = 0
+    sequences_K: Tensor | None = None
+    layout: str = ""
+    agreement: float | None = None
+
+
+@dataclass
+class OpenWindow:
+    """What a window has accumulated so far; all keys but those of ``stacks`` are ``Site.key``.
+
+    Attributes:
+        unmatched: Why rows of a site could not be matched to tokens. All of them are in the first bucket: pooled
+            numbers are right, those of the buckets are ``not_matched``.
+    """
+
+    states: dict[str, Moments | Gram] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    waiting: dict[str, list[Tensor]] = field(default_factory=dict)
+    groups: dict[str, list[Tensor]] = field(default_factory=dict)
+    stacks: dict[str, StackSeen] = field(default_factory=dict)
+    unmatched: dict[str, str] = field(default_factory=dict)
+    losses: BucketLosses | None = None
+    num_waiting: int = 0
+    busy_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one rank saw in a window.
+
+    Attributes:
+        num_passes: Forward calls.
+        widths: Features of each site that had a row, by site key.
+        unmatched: Why rows could not be matched to tokens, by site key; sites whose rows all were are absent.
+        deeper: Name, site, depth and run of sites that only running has shown (shared and looped layers), by key.
+        reason: Why nothing was seen, where there is a reason to tell.
+    """
+
+    num_passes: int = 0
+    widths: dict[str, int] = field(default_factory=dict)
+    unmatched: dict[str, str] = field(default_factory=dict)
+    deeper: dict[str, tuple[str, str, int, int]] = field(default_factory=dict)
+    reason: str = ""
+
+
+def merge(parts: Sequence[Seen]) -> Seen:
+    """What all ranks together saw; equal on all of them."""
+    unmatched: dict[str, str] = {}
+    for part in parts:
+        unmatched = part.unmatched | unmatched  # the first rank's reason
+    widths = {key: width for part in parts for key, width in part.widths.items()}
+    deeper = {key: place for part in parts for key, place in part.deeper.items()}
+    reason = next((part.reason for part in parts if part.reason), "")
+    return Seen(sum(part.num_passes for part in parts), widths, unmatched, deeper, reason)

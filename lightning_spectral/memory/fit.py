@@ -59,13 +59,13 @@ def read_results(path: str | Path) -> list[Row]:
         raise FileNotFoundError(f"`{path}` does not exist; run `lightning-spectral memory one-step --out DIR` first.")
     rows: list[Row] = []
     broken: list[int] = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or "kind" not in row:
                 raise ValueError
             rows.append(row)
-        except ValueError:
+        except (ValueError, RecursionError):
             broken.append(number)
     if broken:
         warnings.warn(f"`{path}`: {len(broken)} broken lines left out, the first is line {broken[0]}.", stacklevel=2)

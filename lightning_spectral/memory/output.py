@@ -17,7 +17,7 @@ from lightning_spectral.memory import fit as memory_fit
 from lightning_spectral.memory.plan import Progress, Task, identity
 from lightning_spectral.memory.summary import summary_lines
 from lightning_spectral.memory.verdicts import Verdict, untested, verdict_table, verdicts
-from lightning_spectral.text import CommandError, write_text
+from lightning_spectral.text import CommandError, whole_file, write_text
 from lightning_spectral.text import set_aside as move_aside
 
 Row = dict[str, Any]
@@ -183,7 +183,7 @@ def finite(value: Any) -> Any:
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Rows with the union of their columns, in order of first appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="") as file:
+    with whole_file(path) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

@@ -18,6 +18,13 @@ def warn(message: str) -> None:
         logging.getLogger("lightning_spectral").warning(message)
 
 
+_FOLLOWS = {
+    "not_written": "records are kept in memory and tried again at every window",
+    "not_closed": "what was written before stays",
+    "not_logged": "records are written all the same",
+}
+
+
 class DeliberateError(RuntimeError):
     """An error that the user has asked for (``strict``, ``on_nonfinite="raise"``): it reaches the training."""
 
@@ -51,9 +58,8 @@ class Guard:
                 raise
             reason = one_line(f"{what}: {type(error).__name__}: {error}")
             self.trouble = self.trouble or (status, reason)
-            self.say(
-                f"{what}:{type(error).__name__}", f"{reason}. Training goes on; the window is recorded as `{status}`."
-            )
+            follows = _FOLLOWS.get(status, f"the window is recorded as `{status}`")
+            self.say(f"{what}:{type(error).__name__}", f"{reason}. Training goes on; {follows}.")
 
     def take(self) -> tuple[str, str] | None:
         """The trouble so far, which is then forgotten."""

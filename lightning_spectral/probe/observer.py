@@ -288,7 +288,7 @@ class Observer:
             with self.guard("taking the hooks off"):
                 remove(out.probe)
         if self.state != "off" and self.run_folder is not None:
-            with self.guard("closing the run folder", "not_written"):
+            with self.guard("closing the run folder", "not_closed"):
                 facts = {"finished": finished, "last_step": last_step} if finished is not None else {}
                 windows = {"num_windows": self.tally.windows, "num_lost_windows": self.tally.lost}
                 self.run_folder.close(**facts, **windows)

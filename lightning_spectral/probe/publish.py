@@ -23,9 +23,12 @@ def publish(
 ) -> tuple[list[SpectralRecord], Scalars]:
     """Write and log one window; returns its records, and the scalars worth a monitor."""
     records, losses = spectral_records(result, window, conventions), loss_records(result, window)
-    with guard(f"writing to `{folder.path}`", "not_written"):
+    writing = f"writing to `{folder.path}`"
+    with guard(writing, "not_written"):
         folder.append_spectral(records)
+    with guard(writing, "not_written"):  # whatever became of the others
         folder.append_losses(losses)
+    with guard(f"writing eigenvalues to `{folder.path}`"):
         if with_eigenvalues and folder.writes:
             save_eigenvalues(folder.path, window, result)
     scalars = {**front_page(records, window.stage), **loss_scalars(losses, window.stage)}

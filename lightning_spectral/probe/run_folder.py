@@ -20,7 +20,7 @@ from lightning_spectral import records as rec
 from lightning_spectral.probe.guard import warn
 from lightning_spectral.probe.run_lock import RunLock
 from lightning_spectral.records import LossRecord, RunInfo, SpectralRecord, WeightRecord
-from lightning_spectral.text import set_aside
+from lightning_spectral.text import one_line, set_aside
 
 _PACKAGES = ("lightning-spectral", "torch", "lightning", "litgpt", "torchmetrics")
 _READERS: dict[str, Callable[[Path], Any]] = {
@@ -28,6 +28,7 @@ _READERS: dict[str, Callable[[Path], Any]] = {
     rec.LOSSES_FILE: rec.read_losses,
     rec.WEIGHTS_FILE: rec.read_weights,
 }
+_WAITING_AT_MOST = 50_000  # records kept in memory, about 2 KB each, while they cannot be written
 
 
 class RunFolder:
@@ -55,6 +56,8 @@ class RunFolder:
         self.wanted = self.path = Path(path)
         self.writes, self.info = writes, info
         self._known: dict[str, set[tuple[Any, ...]]] = {name: set() for name in _READERS}
+        self._waiting: dict[str, list[Any]] = {name: [] for name in _READERS}
+        self._num_dropped = 0
         self._lock: RunLock | None = None
         if writes:
             self._open(resume, makes_room, locks)
@@ -65,7 +68,11 @@ class RunFolder:
         return self.info.run_id
 
     def append_spectral(self, records: Sequence[SpectralRecord]) -> None:
-        """Append the records that are not on disk yet (a resumed run measures again what came after its checkpoint)."""
+        """Append the records that are not on disk yet (a resumed run measures again what came after its checkpoint).
+
+        Raises:
+            OSError: If they cannot be written; they are kept in memory and tried again with the next ones.
+        """
         self._append(rec.SPECTRAL_FILE, records)
 
     def append_losses(self, records: Sequence[LossRecord]) -> None:
@@ -91,13 +98,27 @@ class RunFolder:
 
         Args:
             facts: Fields of :class:`RunInfo`.
+
+        Raises:
+            OSError: If that, or records that have been waiting, cannot be written.
         """
         if not self.writes:
             return
         self.info = replace(self.info, **facts)
-        rec.write_run(self.path, self.info)
-        if self._lock is not None:
-            self._lock.release()
+        try:
+            self._write_waiting()
+            rec.write_run(self.path, self.info)
+            if self._num_dropped:
+                warn(f"`{self.path}`: {self._num_dropped} records are lost: they could not be written for too long.")
+        except OSError as error:
+            raise OSError(f"{one_line(error)}; {self._num_lost} records are lost") from error
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    @property
+    def _num_lost(self) -> int:
+        return self._num_dropped + sum(map(len, self._waiting.values()))
 
     def _open(self, resume: bool | str, makes_room: bool, locks: bool) -> None:
         lock = RunLock(self.path)
@@ -132,11 +153,20 @@ class RunFolder:
 
     def _append(self, name: str, records: Sequence[SpectralRecord | LossRecord | WeightRecord]) -> None:
         new = [record for record in records if record.key not in self._known[name]]
+        self._known[name] |= rec.known_keys(new)
         if self.writes and new:
-            rec.append_records(self.path / name, new)
+            kept = new[: _WAITING_AT_MOST - len(self._waiting[name])]
+            self._waiting[name] += kept
+            self._num_dropped += len(new) - len(kept)
+            self._write_waiting()
             if self._lock is not None:
                 self._lock.touch()
-        self._known[name] |= rec.known_keys(new)
+
+    def _write_waiting(self) -> None:
+        """Write what could not be written before, too; after an error it goes on waiting."""
+        for name, waiting in self._waiting.items():
+            rec.append_records(self.path / name, waiting)
+            waiting.clear()
 
     def _read_known(self) -> None:
         with warnings.catch_warnings():

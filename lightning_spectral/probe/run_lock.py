@@ -7,10 +7,13 @@ a touch.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,11 @@ class RunLock:
 
     Args:
         folder: The run folder; made if it does not exist.
+        name: Of the file: who records and who trains hold locks of their own.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK_FILE
+    def __init__(self, folder: Path, name: str = LOCK_FILE) -> None:
+        self.path = folder / name
         self.held = False
 
     def acquire(self, *, continues: bool = False) -> bool:
@@ -37,19 +41,24 @@ class RunLock:
                 then taken over.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for _ in range(2):
-            try:
-                descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            except FileExistsError:
-                if _is_alive(self.path, continues=continues):
-                    return False
-                self.path.unlink(missing_ok=True)
-                continue
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(_me(), file)
-            self.held = True
-            return True
-        return False  # another process was faster
+        with _one_at_a_time(self.path.parent):
+            for _ in range(2):
+                try:
+                    descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+                except FileExistsError:
+                    if _is_alive(self.path, continues=continues):
+                        return False
+                    self.path.unlink(missing_ok=True)
+                    continue
+                try:
+                    with os.fdopen(descriptor, "w") as file:
+                        json.dump(_me(), file)
+                except OSError:  # a full disk
+                    self.path.unlink(missing_ok=True)
+                    raise
+                self.held = True
+                return True
+            return False  # another machine's process was faster
 
     def touch(self) -> None:
         """Say that the run is alive."""
@@ -60,7 +69,28 @@ class RunLock:
         """Give the folder back."""
         if self.held:
             self.held = False
-            self.path.unlink(missing_ok=True)
+            if _owner(self.path) == _me():  # after an hour of silence another machine may have taken it
+                self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Between looking at a lock and taking it no other process of this machine comes in; leaves no file behind."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no such locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _owner(path: Path) -> Any:
+    """What is in a lock; ``None`` if it is gone or incomplete."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _me() -> dict[str, Any]:
@@ -68,8 +98,8 @@ def _me() -> dict[str, Any]:
 
 
 def _is_alive(path: Path, *, continues: bool) -> bool:
+    owner = _owner(path)
     try:
-        owner = json.loads(path.read_text())
         host, pid = owner["host"], int(owner["pid"])
         age = time.time() - path.stat().st_mtime
     except (OSError, ValueError, KeyError, TypeError):

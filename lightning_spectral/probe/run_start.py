@@ -26,7 +26,12 @@ def open_folder(
     """
     opened = next((folder for folder in host.opened() if folder.wanted == Path(host.folder)), None)
     error = ""
-    if opened is None:
+    if opened is not None:
+        try:
+            opened.reopen()
+        except OSError as failed:
+            error = _cannot(host, failed)
+    else:
         info = RunInfo(
             run_id=host.run_id,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -45,12 +50,14 @@ def open_folder(
                 locks=True,
             )
         except OSError as failed:
-            error = f"the run folder `{host.folder}` cannot be written ({one_line(failed)}); give another `dirpath`."
-    else:
-        opened.reopen()
+            error = _cannot(host, failed)
     said = {"error": error, "run_id": opened.run_id if opened else "", "path": str(opened.path) if opened else ""}
     first = agreement.exchange("run folder", said)[0]
     if first["error"] or opened is None:
         raise ValueError(first["error"] or error)
     opened.path, opened.info = Path(first["path"]), replace(opened.info, run_id=first["run_id"])
     return opened
+
+
+def _cannot(host: Host, failed: OSError) -> str:
+    return f"the run folder `{host.folder}` cannot be written ({one_line(failed)}); give another `dirpath`."

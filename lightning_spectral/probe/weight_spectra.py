@@ -152,7 +152,7 @@ class WeightObserver:
     def detach(self) -> None:
         """Forget the matrices and give the run folder back."""
         if self.run_folder is not None and self.is_armed:
-            with self.guard("closing the run folder", "not_written"):
+            with self.guard("closing the run folder", "not_closed"):
                 self.run_folder.close()
         self._matrices, self._before, self._gradients = [], {}, {}
         self.step, self.is_armed = None, False

@@ -57,18 +57,27 @@ class ReadReport(Generic[RecordT]):
 
 
 def append_records(path: str | Path, records: Sequence[Record]) -> None:
-    """Append ``records`` in one flushed write; an incomplete last line of a killed run is closed first."""
+    """Append ``records`` in one synced write, all of them or none; a killed run's incomplete last line is closed first.
+
+    Raises:
+        OSError: If they cannot be written (a full disk); the file is then as it was.
+    """
     if not records:
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     payload = "".join(to_json(record) + "\n" for record in records).encode()
-    with path.open("ab") as file:
-        if file.tell() and not _ends_with_newline(path):
+    with path.open("ab", buffering=0) as file:  # a buffer would be written once more when the file is closed
+        size = file.tell()
+        if size and not _ends_with_newline(path):
             payload = b"\n" + payload
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            while payload:
+                payload = payload[file.write(payload) :]
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, size)  # records that are tried again must not be there twice
+            raise
 
 
 def to_json(record: Record) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -104,11 +105,13 @@ def _yaml_loader() -> Any:
 def whole_file(path: str | Path) -> Iterator[Path]:
     """A path beside ``path`` to write to; at the end of the block it takes its place, after an error it is gone.
 
-    Readers see the old file or the new one, never a part of one, and two writers do not mix.
+    Readers see the old file or the new one, never a part of one, and two writers do not mix. What a killed writer left
+    is removed by the next one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    _remove_partials(path.parent.resolve(), os.getpid())
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{_host()}.{os.getpid()}.", suffix=".partial")
     os.close(handle)
     partial = Path(name)
     try:
@@ -121,6 +124,27 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=1024)
+def _remove_partials(folder: Path, process: int) -> None:
+    """Remove what dead processes of this machine were writing; once a process and folder, however many files it has."""
+    theirs = re.compile(rf"\..*\.{re.escape(_host())}\.(\d+)\.\w+\.partial", re.DOTALL)
+    for partial in folder.glob(".*.partial"):
+        match = theirs.fullmatch(partial.name)
+        if match is None or int(match[1]) == process:
+            continue
+        try:
+            os.kill(int(match[1]), 0)
+        except ProcessLookupError:
+            partial.unlink(missing_ok=True)
+        except (PermissionError, OverflowError):
+            continue  # somebody else's process, or no process id
+
+
+@lru_cache(maxsize=1)
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:64]
 
 
 def set_aside(folder: str | Path, names: Iterable[str], label: str | None = None) -> Path | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -94,6 +95,10 @@ class StepCheckpoint(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The state that training starts from is already on disk, or is the seed's."""
         self._saved_step = trainer.global_step
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in pl_module.parameters())
+        refusal = trainer.strategy.broadcast(_no_space(self._run_folder, weights) if trainer.is_global_zero else "")
+        if refusal:
+            raise MisconfigurationException(refusal)
         if trainer.is_global_zero:
             for partial in (self._run_folder / FOLDER).glob("step-*.partial"):
                 _remove(partial)  # of a run that died while it saved; it takes the room that the next one needs
@@ -180,6 +185,30 @@ class StepCheckpoint(Checkpoint):
                 _remove(old)
         trainer.strategy.barrier("checkpoint renamed")
         self._saved_step = step
+
+
+def _no_space(run_folder: Path, weights: int) -> str:
+    """Why a run cannot end on this disk; where it only may not, a warning.
+
+    Args:
+        run_folder: Exists.
+        weights: Bytes of the model's parameters.
+    """
+    run_folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(run_folder).free
+    mib = 2.0**20
+    least, usual = 2 * weights, (KEEP + 1) * 3 * weights + weights  # AdamW's checkpoints are three times the weights
+    if free < least:
+        return (
+            f"`{run_folder}` has {free / mib:,.1f} MiB free; the last checkpoint and the final weights alone take "
+            f"{least / mib:,.1f}: free some, or give another `out_dir`."
+        )
+    if free < usual:
+        rank_zero_warn(
+            f"`{run_folder}` has {free / mib:,.1f} MiB free; checkpoints and final weights take up to "
+            f"{usual / mib:,.1f}."
+        )
+    return ""
 
 
 def _newest_first(run_folder: Path) -> list[Path]:

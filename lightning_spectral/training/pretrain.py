@@ -30,6 +30,7 @@ from lightning_spectral.gpt.learning_rate import LRPlan
 from lightning_spectral.gpt.module import LitGPT
 from lightning_spectral.models.checkpoint_file import CheckpointError
 from lightning_spectral.probe.run_folder import move_earlier_run
+from lightning_spectral.probe.run_lock import RunLock
 from lightning_spectral.text import one_line, write_text
 from lightning_spectral.training import checkpoints, preemption
 from lightning_spectral.training.document import RecipeError, named_config
@@ -41,6 +42,7 @@ from lightning_spectral.training.schema import instantiate
 from lightning_spectral.training.validation import InitialAndFinalValidation
 
 RECIPE_FILE = "hyperparameters.yaml"
+TRAINING_LOCK = "training.lock"
 RUN_CONTENT = (
     *records.RUN_FILES,
     checkpoints.FOLDER,
@@ -106,6 +108,23 @@ def run(recipe: Recipe, *, progress_bar: bool = True, accept_changes: bool = Fal
 
 def pretrain(recipe: Recipe, *, progress_bar: bool = True, accept_changes: bool = False) -> RunResult:
     """Run a recipe and say how it ended; :func:`run` says the rest."""
+    lock = RunLock(recipe.out_dir, TRAINING_LOCK)
+    continues = bool(recipe.content["resume"]) or preemption.was_requeued()
+    try:
+        alone = not first_rank() or lock.acquire(continues=continues)
+    except OSError as error:
+        raise RecipeError(f"`out_dir` cannot be written: {one_line(error)}. Give another one.") from error
+    if not alone:
+        raise RecipeError(
+            f"another process is training in `{recipe.out_dir}`: wait for its end, or give another `out_dir`."
+        )
+    try:
+        return _pretrain(recipe, progress_bar=progress_bar, accept_changes=accept_changes)
+    finally:
+        lock.release()
+
+
+def _pretrain(recipe: Recipe, *, progress_bar: bool, accept_changes: bool) -> RunResult:
     content, out_dir = recipe.content, recipe.out_dir
     objects = instantiate(content, out_dir)
     data: DataModule = objects.data

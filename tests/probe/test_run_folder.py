@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -13,7 +14,8 @@ import pytest
 
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.run_lock import LOCK_FILE, RunLock
-from lightning_spectral.records import RunInfo, read_run
+from lightning_spectral.records import SPECTRAL_FILE, RunInfo, read_run, read_spectral
+from tests.records_factory import spectral
 
 
 def info(run_id: str) -> RunInfo:
@@ -115,3 +117,86 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "x", info("dry"), resume=False, writes=False, locks=True)
     folder.close()
     assert not (tmp_path / "x").exists()
+
+
+def _on_full_disk(folder: Path, run_folder: RunFolder, *steps: int) -> None:
+    """Append records of these steps while no file of the folder can grow by more than 100 bytes."""
+    size = (folder / SPECTRAL_FILE).stat().st_size if (folder / SPECTRAL_FILE).exists() else 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, before[1]))
+    try:
+        for step in steps:
+            with pytest.raises(OSError, match="File too large"):
+                run_folder.append_spectral([spectral(step=step)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_a_full_disk_refuses_is_written_with_the_next_records(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, info("run"), resume=False, writes=True, locks=True)
+    folder.append_spectral([spectral(step=0)])
+    whole = (tmp_path / SPECTRAL_FILE).read_bytes()
+    _on_full_disk(tmp_path, folder, 1, 2)
+    assert (tmp_path / SPECTRAL_FILE).read_bytes() == whole  # no half of a line
+    folder.append_spectral([spectral(step=3)])
+    report = read_spectral(tmp_path)
+    assert [record.step for record in report.records] == [0, 1, 2, 3]
+    assert not report.skipped
+
+
+def test_what_waits_is_written_at_the_end_and_else_counted(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, info("run"), resume=False, writes=True, locks=True)
+    _on_full_disk(tmp_path, folder, 0, 1)
+    folder.close()
+    assert [record.step for record in read_spectral(tmp_path).records] == [0, 1]
+    _on_full_disk(tmp_path, folder, 2, 3)
+    (tmp_path / SPECTRAL_FILE).rename(tmp_path / "elsewhere")
+    (tmp_path / SPECTRAL_FILE).mkdir()  # a folder in the file's place
+    folder.reopen()
+    with pytest.raises(OSError, match="2 records are lost"):
+        folder.close()
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
+def test_a_bound_on_what_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_spectral.probe.run_folder._WAITING_AT_MOST", 2)
+    folder = RunFolder(tmp_path, info("run"), resume=False, writes=True, locks=True)
+    _on_full_disk(tmp_path, folder, 0, 1, 2)
+    with pytest.warns(UserWarning, match="1 records are lost"):
+        folder.close()
+    assert [record.step for record in read_spectral(tmp_path).records] == [0, 1]
+
+
+def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
+    """Each process takes the lock of a dead one, or sees that another was faster; never two."""
+    dead = dead_pid()
+    for _ in range(30):
+        lock(tmp_path, pid=dead)
+        readers = []
+        start, go = os.pipe()
+        for _ in range(6):
+            ours, theirs = os.pipe()
+            if os.fork() == 0:
+                os.close(go)
+                os.read(start, 1)  # until all are there
+                os.write(theirs, b"1" if RunLock(tmp_path).acquire() else b"0")
+                os.close(theirs)
+                time.sleep(0.05)  # alive while the others look
+                os._exit(0)
+            os.close(theirs)
+            readers.append(ours)
+        os.close(start)
+        os.close(go)
+        got = [os.read(reader, 1) for reader in readers]
+        for reader in readers:
+            os.close(reader)
+            os.wait()
+        assert got.count(b"1") == 1
+
+
+def test_only_its_own_lock_is_released(tmp_path: Path) -> None:
+    held = RunLock(tmp_path)
+    assert held.acquire()
+    lock(tmp_path, host="elsewhere")  # taken over after an hour of silence
+    held.release()
+    assert (tmp_path / LOCK_FILE).exists()

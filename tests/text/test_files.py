@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +45,24 @@ def test_an_earlier_run_keeps_its_id(tmp_path):
     for place in ("run-a", "run-a_"):
         (tmp_path / "run.json").write_text("x")
         assert set_aside(tmp_path, ["run.json"], "run-a") == tmp_path / "previous" / place
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    """A live writer's part, another machine's and anybody's own file stay."""
+    pid = os.fork()
+    if pid == 0:
+        with whole_file(tmp_path / "run.json"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    (left,) = tmp_path.glob(".run.json.*.partial")
+    alive = tmp_path / left.name.replace(f".{pid}.", f".{os.getppid()}.")
+    elsewhere = tmp_path / left.name.replace(".run.json.", ".run.json.elsewhere-")
+    foreign = tmp_path / ".notes.partial"
+    for path in (alive, elsewhere, foreign):
+        path.touch()
+    pid = os.fork()
+    if pid == 0:
+        write_text(tmp_path / "other.json", "{}")
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert sorted(tmp_path.glob(".*")) == sorted([alive, elsewhere, foreign])

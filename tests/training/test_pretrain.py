@@ -18,8 +18,9 @@ import yaml
 from lightning_spectral import records
 from lightning_spectral.gpt.export import load_final
 from lightning_spectral.gpt.module import LitGPT
+from lightning_spectral.probe.run_lock import RunLock
 from lightning_spectral.training import checkpoints
-from lightning_spectral.training.pretrain import RunResult, pretrain
+from lightning_spectral.training.pretrain import TRAINING_LOCK, RunResult, pretrain
 from lightning_spectral.training.recipe import RecipeError, load
 from tests.tiny import LIGHTNING_WARNINGS, tiny_tree, write_recipe
 
@@ -149,6 +150,19 @@ def test_an_interruption_saves_the_last_whole_step(tmp_path: Path, monkeypatch: 
     with pytest.raises(_Stop):
         _run(tmp_path, train__micro_batch_size=2)
     assert checkpoints.newest_whole(tmp_path / "run") == checkpoints.checkpoint_path(tmp_path / "run", 5)
+
+
+def test_a_disk_that_cannot_hold_the_run_is_refused_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 10_000})  # the weights alone are 4 * 17,000 bytes
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(RecipeError, match=r"has 0\.0 MiB free; .* take 0\.1: free some"):
+        _run(tmp_path)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    usage.free = 400_000
+    with pytest.warns(UserWarning, match="has 0.4 MiB free; checkpoints and final weights take up to"):
+        assert _run(tmp_path).step == 12
 
 
 def test_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
@@ -393,3 +407,23 @@ def test_a_foreign_checkpoint_given_to_resume_is_not_executed(tmp_path: Path) ->
     with pytest.raises(RecipeError, match=r"foreign.ckpt` holds objects of `\S+`, and reading them could execute"):
         _run(tmp_path, resume=str(tmp_path / "foreign.ckpt"))
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("resume", ["auto", False])
+def test_a_live_run_in_the_folder_is_not_disturbed(tmp_path: Path, resume: Any) -> None:
+    (tmp_path / "run").mkdir()
+    (ready, said), (go, end) = os.pipe(), os.pipe()
+    if (pid := os.fork()) == 0:
+        os.write(said, b"1" if RunLock(tmp_path / "run", TRAINING_LOCK).acquire() else b"0")
+        os.close(end)
+        os.read(go, 1)  # until the parent is done
+        os._exit(0)
+    assert os.read(ready, 1) == b"1"
+    try:
+        with pytest.raises(RecipeError, match="another process is training in"):
+            _run(tmp_path, resume=resume)
+    finally:
+        os.close(end)
+        os.waitpid(pid, 0)
+    assert _run(tmp_path, resume=resume).step == 12  # the lock of a dead process
+    assert not (tmp_path / "run" / TRAINING_LOCK).exists()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -23,13 +22,21 @@ from lightning_spectral.functional.buckets import frequency_buckets
 from lightning_spectral.models.names import clean_names
 from lightning_spectral.probe import audience
 from lightning_spectral.probe.audience import RULES, AudienceRecord
+from lightning_spectral.probe.audience_passes import (
+    GroupGradients,
+    group_gradients,
+    is_sharded,
+    sharded_group_gradients,
+    sum_over_ranks,
+    undisturbed,
+    whole,
+)
 from lightning_spectral.probe.grouping import load_counts
 from lightning_spectral.probe.run_folder import new_run_id
 from lightning_spectral.probe.schedule import Schedule
 
 AUDIENCE_FILE = "audience.jsonl"
 _HEAD = re.compile(r"(^|\.)(lm_head|head|embed_out|unembed|output_layer)\.")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MOMENTUM_KEYS = ("momentum_buffer", "momentum", "exp_avg")
 TokenLosses = Callable[[pl.LightningModule, Any], tuple[Tensor, Tensor]]
 
@@ -67,7 +74,8 @@ class UpdateAudience(Callback):
     what other rules make of the same momentum. Writes ``audience.jsonl`` into the run folder and scalars
     ``audience.applied.tail/mlp.proj`` to every logger.
 
-    One device or DDP; sharded parameters (FSDP) are refused.
+    One device, DDP or FSDP2, where each group takes a forward pass of its own as well and matrices are gathered one at
+    a time. FSDP1, which flattens its matrices, and tensor parallelism are refused.
 
     Args:
         every_n_steps: Measure the first step and every n-th.
@@ -83,7 +91,7 @@ class UpdateAudience(Callback):
 
     Raises:
         ValueError: An argument is out of range.
-        MisconfigurationException: Before step 1, without counts, without a matrix, or with sharded parameters.
+        MisconfigurationException: Before step 1, without counts, without a matrix, under FSDP1 or tensor parallelism.
 
     Example:
         ``Trainer(callbacks=[UpdateAudience(every_n_steps=50, counts="counts.npy")])``
@@ -117,7 +125,8 @@ class UpdateAudience(Callback):
         self._earlier: Any = None  # the batch of the step before
         self._current: Any = None
         self._armed: int | None = None
-        self._measured: tuple[list[list[Tensor] | None], Tensor, Tensor, bool] | None = None
+        self._measured: tuple[GroupGradients, bool] | None = None
+        self._parameters: list[Tensor] = []  # all, as the optimizer knows them
         self._before: dict[str, Tensor] = {}
 
     @override
@@ -137,13 +146,13 @@ class UpdateAudience(Callback):
         self._groups = (
             (("head", "mid", "tail"), table_V) if self.group_by == "frequency" else audience.octaves(counts_V)
         )
+        _refuse_what_hides_matrices(trainer)
         self._matrices = dict(_matrices(pl_module))
         if not self._matrices:
             raise MisconfigurationException(
                 f"UpdateAudience found no trainable matrix in `{type(pl_module).__name__}` beside embedding and head."
             )
-        if any(hasattr(matrix, "full_tensor") for matrix in self._matrices.values()):
-            raise MisconfigurationException("UpdateAudience does not support sharded parameters (FSDP); use DDP.")
+        self._parameters = list(pl_module.parameters())
         if self.run_id is None:
             self.run_id = new_run_id()
 
@@ -164,12 +173,20 @@ class UpdateAudience(Callback):
         held_out = self._earlier is not None
         batch = self._earlier if held_out else self._current
         names, table_V = self._groups
-        with _undisturbed(pl_module), trainer.precision_plugin.forward_context(), torch.enable_grad():
-            loss_N, target_N = self.losses_fn(pl_module, batch)
+        matrices = list(self._matrices.values())
+
+        def forward() -> tuple[Tensor, Tensor]:
+            with trainer.precision_plugin.forward_context():
+                loss_N, target_N = self.losses_fn(pl_module, batch)
             code_N = table_V.to(target_N.device)[target_N.clamp(min=0)]
-            code_N = torch.where(target_N < 0, -1, code_N)  # padding
-            found = audience.group_gradients(loss_N, code_N, len(names), list(self._matrices.values()))
-        self._measured = (*found, held_out)
+            return loss_N, torch.where(target_N < 0, -1, code_N)  # padding
+
+        with undisturbed(pl_module), torch.enable_grad():
+            if any(map(is_sharded, matrices)):
+                found = sharded_group_gradients(forward, len(names), matrices, self._parameters)
+            else:
+                found = group_gradients(forward, len(names), matrices)
+        self._measured = (found, held_out)
         self._before = {name: matrix.detach().clone() for name, matrix in self._matrices.items()}
 
     @override
@@ -187,7 +204,7 @@ class UpdateAudience(Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._matrices, self._before, self._measured, self._armed = {}, {}, None, None
+        self._matrices, self._parameters, self._before, self._measured, self._armed = {}, [], {}, None, None
         self._earlier, self._current = None, None
 
     @override
@@ -199,23 +216,23 @@ class UpdateAudience(Callback):
         self.schedule.previous = state_dict["previous"]
 
     def _records(
-        self, trainer: pl.Trainer, step: int, gradients: list[list[Tensor] | None], tokens: Tensor, losses: Tensor,
-        held_out: bool,
-    ) -> list[AudienceRecord]:  # fmt: skip
+        self, trainer: pl.Trainer, step: int, measured: GroupGradients, held_out: bool
+    ) -> list[AudienceRecord]:
         names, (buckets, _) = list(self._matrices), self._groups
-        states = _states(trainer.optimizers)
-        whole = _sum_over_ranks(torch.stack([tokens, losses]), self._matrices[names[0]].device)
+        device = self._matrices[names[0]].device
+        totals = sum_over_ranks(torch.stack([measured.tokens_G, measured.losses_G]), device)
+        gains = self._gains(measured, _states(trainer.optimizers))
         records: list[AudienceRecord] = []
         for rule in self.rules:
-            directions = [self._direction(rule, name, states) for name in names]
-            made = audience.summed(gradients, names, directions)
-            for kind, gains in made.items():
-                weighted = _sum_over_ranks(torch.tensor(gains, dtype=torch.float64) * tokens, whole.device)
+            for kind, own in audience.by_kind(gains[rule]).items():
+                gain_G = torch.tensor(own, dtype=torch.float64)
+                if not measured.of_all:  # the mean over all tokens, from the means over each rank's
+                    gain_G = sum_over_ranks(gain_G * measured.tokens_G, device) / totals[0]
                 matrices = sum(audience.kind_of(name) == kind for name in names)
                 for group, bucket in enumerate(buckets):
-                    number = int(whole[0, group])
-                    mean = float(weighted[group] / number) if number else None
-                    loss = float(whole[1, group] / number) if number else None
+                    number = int(totals[0, group])
+                    mean = float(gain_G[group]) if number else None
+                    loss = float(totals[1, group] / number) if number else None
                     records.append(
                         AudienceRecord(
                             str(self.run_id), step, kind, rule, bucket, mean, loss, number, matrices, held_out
@@ -223,16 +240,23 @@ class UpdateAudience(Callback):
                     )
         return records
 
-    def _direction(self, rule: str, name: str, states: dict[int, dict[str, Any]]) -> Tensor | None:
-        matrix = self._matrices[name]
-        if rule == "applied":
-            return self._before[name] - matrix.detach()
-        state = states.get(id(matrix), {})
-        momentum = next((state[key] for key in _MOMENTUM_KEYS if isinstance(state.get(key), Tensor)), matrix.grad)
-        if momentum is None or momentum.shape != matrix.shape or not bool(torch.isfinite(momentum).all()):
-            return None
-        second = state.get("exp_avg_sq")
-        return audience.counterfactual(rule, momentum.detach(), second, self.coefficients, self.ns_steps)
+    def _gains(self, measured: GroupGradients, states: dict[int, dict[str, Any]]) -> dict[str, Any]:
+        """Gains of the groups, by rule and matrix; one matrix at a time is whole."""
+        gains: dict[str, dict[str, list[float] | None]] = {rule: {} for rule in self.rules}
+        for position, (name, matrix) in enumerate(self._matrices.items()):
+            gradients = [None if of is None else whole(of[position]) for of in measured.of_group]
+            applied = whole(self._before[name] - matrix.detach())
+            momentum, second = _moments(matrix, states.get(id(matrix), {}))
+            for rule in self.rules:
+                direction: Tensor | None = applied
+                if rule != "applied":
+                    direction = None if momentum is None else audience.counterfactual(
+                        rule, momentum, second, self.coefficients, self.ns_steps
+                    )  # fmt: skip
+                gains[rule][name] = None if direction is None else [
+                    0.0 if gradient is None else audience.gain(gradient, direction) for gradient in gradients
+                ]  # fmt: skip
+        return gains
 
     def _publish(self, trainer: pl.Trainer, records: Sequence[AudienceRecord]) -> None:
         scalars = {f"audience.{r.rule}.{r.bucket}/{r.kind}": r.gain for r in records if r.gain is not None}
@@ -268,25 +292,29 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield names[raw], parameter
 
 
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """An extra forward that leaves no trace: evaluation mode, no hooks (other callbacks count calls), no randomness."""
-    modules = list(model.modules())
-    training = [module.training for module in modules]
-    hooks = [{name: getattr(module, name) for name in _HOOKS} for module in modules]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            for module in modules:
-                module.training = False
-                for name in _HOOKS:
-                    setattr(module, name, OrderedDict())
-            yield
-        finally:
-            for module, mode, kept in zip(modules, training, hooks, strict=True):
-                module.training = mode
-                for name, value in kept.items():
-                    setattr(module, name, value)
+def _moments(matrix: Tensor, state: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """Momentum (the gradient where the optimizer keeps none) and second moment, whole; ``None`` what there is not."""
+    momentum = next((state[key] for key in _MOMENTUM_KEYS if isinstance(state.get(key), Tensor)), matrix.grad)
+    if momentum is None or momentum.shape != matrix.shape:
+        return None, None
+    momentum, second = whole(momentum.detach()), state.get("exp_avg_sq")
+    finite = bool(torch.isfinite(momentum).all())
+    return momentum if finite else None, whole(second) if isinstance(second, Tensor) else None
+
+
+def _refuse_what_hides_matrices(trainer: pl.Trainer) -> None:
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy):
+        raise MisconfigurationException(
+            "UpdateAudience needs matrices, and FSDPStrategy (FSDP1) flattens them; use ModelParallelStrategy with "
+            "`fully_shard` (FSDP2), or DDP."
+        )
+    mesh = getattr(strategy, "device_mesh", None) if isinstance(strategy, ModelParallelStrategy) else None
+    if mesh is not None and mesh["tensor_parallel"].size() > 1:
+        raise MisconfigurationException(
+            f"UpdateAudience does not support tensor parallelism, got tensor_parallel_size="
+            f"{mesh['tensor_parallel'].size()}; set it to 1 (FSDP2), or use DDP."
+        )
 
 
 def _states(optimizers: Sequence[Any]) -> dict[int, dict[str, Any]]:
@@ -296,12 +324,3 @@ def _states(optimizers: Sequence[Any]) -> dict[int, dict[str, Any]]:
         for optimizer in optimizers
         for parameter, state in getattr(optimizer, "_optimizer", optimizer).state.items()
     }
-
-
-def _sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
-    """Sum over all processes, on the CPU in fp64; every rank comes here the same number of times."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values
-    sent = values.to(device, torch.float64)
-    torch.distributed.all_reduce(sent)
-    return sent.cpu()

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_spectral.text import CommandError
+from lightning_spectral.text.tables import Column, Table
 from lightning_spectral.theory.capacity import predict_weights, relu_features
 from lightning_spectral.theory.exponents import saturating_batch
 from lightning_spectral.theory.recovery import recovery_curve
@@ -201,34 +202,35 @@ def _half_rank(probability: Array) -> float:
     return float(rank[above[-1]]) if len(above) else 0.0
 
 
-def advice_lines(found: Sequence[Advice], advisor: Advisor, steps: dict[str, int | None]) -> list[str]:
-    """What is printed."""
-    distinct = int((advisor.drawn(advisor.batch_tokens) > 0).sum())
-    lines = [
-        f"{len(advisor.frequencies)} tokens; a batch of {advisor.batch_tokens} holds {distinct} distinct ones; one "
-        "update from zero, predicted:",
-        "",
-        f"{'matrix':>20} {'shape':>13} {'rule':>8} {'stored':>8} {'at most':>8} {'to rank':>8} {'TAIL missed':>12} "
-        f"{'crit. batch':>12}  binds (gain if doubled)",
-    ]
+def advice_table(found: Sequence[Advice]) -> Table:
+    """What each rule stores in each matrix."""
+    columns = (
+        "matrix", "shape", "rule", Column("stored", ".0f"), Column("at most", ".0f"), Column("to rank", ".0f"),
+        Column("TAIL missed", lambda share: f"{100 * share:.1f} %"), Column("crit. batch", ".3g"),
+        "gain if doubled",
+    )  # fmt: skip
+    cells = []
     for one in found:
-        critical = "-" if one.critical_batch is None else f"{one.critical_batch:.3g}"
         gains = ", ".join(f"{name} x{gain:.2f}" for name, gain in sorted(one.gains.items(), key=lambda item: -item[1]))
-        lines.append(
-            f"{one.layer:>20} {f'{one.outputs} x {one.inputs}':>13} {one.rule:>8} {one.stored:>8.0f} "
-            f"{one.stored_population:>8.0f} {one.rank:>8.0f} {100 * one.tail_share:>10.1f} % {critical:>12}  {gains}"
-        )
-    lines.append("")
-    for layer, number in steps.items():
-        needed = f"{number} Newton-Schulz steps" if number is not None else f"more than {_STEPS_AT_MOST} steps"
-        lines.append(
-            f"{layer}: {needed} of {advisor.settings.coefficients} keep 97 % of the exact polar factor's tokens."
-        )
-    return [*lines, *_closing(found)]
+        cells.append((one.layer, f"{one.outputs} x {one.inputs}", one.rule, one.stored, one.stored_population, one.rank,
+                      one.tail_share, one.critical_batch, gains))  # fmt: skip
+    return Table(columns, cells, "one update from zero, predicted")
 
 
-def _closing(found: Sequence[Advice]) -> list[str]:
-    """One sentence on the matrix that stores most under the best rule."""
+def advice_lines(found: Sequence[Advice], advisor: Advisor, steps: dict[str, int | None]) -> list[str]:
+    """Sentences on the vocabulary, the iteration and what binds."""
+    distinct = int((advisor.drawn(advisor.batch_tokens) > 0).sum())
+    batch = f"{len(advisor.frequencies)} tokens; a batch of {advisor.batch_tokens} holds {distinct} distinct ones."
+    needed = [
+        f"{layer}: {f'{number} Newton-Schulz' if number is not None else f'more than {_STEPS_AT_MOST}'} steps of "
+        f"{advisor.settings.coefficients} keep 97 % of the exact polar factor's tokens."
+        for layer, number in steps.items()
+    ]
+    return [batch, *needed, *closing(found)]
+
+
+def closing(found: Sequence[Advice]) -> list[str]:
+    """What binds the matrix that stores most under the best rule."""
     if not found:
         return []
     best = max(found, key=lambda one: one.stored)

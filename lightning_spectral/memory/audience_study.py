@@ -12,6 +12,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from lightning_spectral.text import CommandError
+from lightning_spectral.text.tables import NONE, Column, Table
 
 Row = dict[str, Any]
 Key = tuple[str, int, str, str]  # optimizer, step, kind, rule
@@ -40,8 +41,8 @@ def read_runs(folder: str) -> list[tuple[str, list[Row]]]:
     return found
 
 
-def table(runs: Sequence[tuple[str, Sequence[Row]]]) -> list[str]:
-    """Markdown: mean gain of each group, TAIL gain per HEAD gain, and how much that exceeds raw momentum's.
+def table(runs: Sequence[tuple[str, Sequence[Row]]]) -> Table:
+    """Mean gain of each group, TAIL gain per HEAD gain, and how much that exceeds raw momentum's.
 
     All three are means over runs with 95 % t intervals; the difference is taken run by run, on the same momentum. While
     HEAD gains, a positive difference says that the rule serves rare tokens more, or disturbs them less, than raw
@@ -61,17 +62,21 @@ def table(runs: Sequence[tuple[str, Sequence[Row]]]) -> list[str]:
             if own is not None and raw is not None and rule != "momentum":
                 excess[optimizer, step, kind, rule].append(own - raw)
     buckets = list(dict.fromkeys(bucket for of in gains.values() for bucket in of))
-    lines = [
-        f"| optimizer | step | matrices | rule | {' | '.join(buckets)} | TAIL per HEAD | less momentum's | runs |",
-        "|" + "---|" * (len(buckets) + 7),
-    ]
-    for key in sorted(gains):
-        cells = [str(part) for part in key]
-        cells += [interval(gains[key].get(bucket, [])) for bucket in buckets]
-        cells += [interval(shares.get(key, [])), interval(excess.get(key, []))]
-        cells.append(str(max(len(values) for values in gains[key].values())))
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    columns = ["optimizer", "step", "matrices", "rule", *buckets, "TAIL per HEAD", "less momentum's"]
+    shown = [Column(name, _shown, name.lower().replace(" ", "_").replace("'", "")) for name in columns[4:]]
+    cells = [
+        [*key, *(interval(gains[key].get(bucket, [])) for bucket in buckets), interval(shares.get(key, [])),
+         interval(excess.get(key, [])), max(len(values) for values in gains[key].values())]
+        for key in sorted(gains)
+    ]  # fmt: skip
+    return Table([*columns[:4], *shown, "runs"], cells, "gain of each group, mean [95 % interval] over runs")
+
+
+def _shown(of: Sequence[float] | None) -> str:
+    """``mean [low, high]``; the mean alone for one run."""
+    if not of:
+        return NONE
+    return f"{of[0]:.3g}" if len(of) == 1 else f"{of[0]:.3g} [{of[1]:.3g}, {of[2]:.3g}]"
 
 
 def _tail_per_head(gains: dict[tuple[int, str, str, str], float], step: int, kind: str, rule: str) -> float | None:
@@ -79,12 +84,12 @@ def _tail_per_head(gains: dict[tuple[int, str, str, str], float], step: int, kin
     return None if tail is None or not head else tail / head
 
 
-def interval(values: Sequence[float]) -> str:
-    """``mean [low, high]``: the 95 % t interval over runs; the mean alone for one run."""
+def interval(values: Sequence[float]) -> list[float] | None:
+    """Mean, and the ends of its 95 % t interval over runs; the mean alone for one run, ``None`` for none."""
     if not values:
-        return "-"
+        return None
     mean = float(np.mean(values))
     if len(values) == 1:
-        return f"{mean:.3g}"
+        return [mean]
     half = float(student.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return f"{mean:.3g} [{mean - half:.3g}, {mean + half:.3g}]"
+    return [mean, mean - half, mean + half]

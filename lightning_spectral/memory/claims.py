@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtri
 
 from lightning_spectral.memory.estimates import (
     SIZES_AT_LEAST,
@@ -22,15 +21,18 @@ from lightning_spectral.memory.estimates import (
     batch_exponent,
     difference,
     exponent,
+    joint,
     lags,
+    mean_of,
     of,
     ratio_at_largest,
 )
 from lightning_spectral.memory.fit import Row, group
+from lightning_spectral.text.tables import Column, Table
 from lightning_spectral.theory.exponents import one_step_exponent
 
 SENTENCES = 8
-Z = float(-ndtri(0.025 / SENTENCES))
+OUTSIDE = 0.05 / SENTENCES
 _GRAM_FROM = 1024  # below it SGD's count follows no power law: the bulk's noise binds, not the heads
 
 
@@ -69,7 +71,7 @@ def decide(estimate: Estimate | None, low: float, high: float = math.inf) -> tup
     """Verdict on ``low < value < high``, and why."""
     if estimate is None or not math.isfinite(estimate.error) or estimate.error <= 0:
         return "not decided", "too few sizes or seeds in this budget"
-    half = Z * estimate.error
+    half = estimate.half(OUTSIDE)
     text = f"{estimate.name} = {estimate.value:.3f} +- {half:.3f} (all eight together 95 %)"
     if estimate.value - half > low and estimate.value + half < high:
         return "holds", text
@@ -145,10 +147,9 @@ def _later(rows: Sequence[Row]) -> Claim:
             sizes.append(str(d))
     drift = None
     if len(drifts) >= SIZES_AT_LEAST:
-        error = float(np.std(drifts, ddof=1)) / math.sqrt(len(drifts))
-        drift = Estimate("steps SGD falls back per step of Muon, from its second on", float(np.mean(drifts)), error,
-                         float(np.mean(guesses)) if guesses else None, 0.0,
-                         f"d = {', '.join(sizes)}; {len(drifts)} runs")  # fmt: skip
+        drift = mean_of("steps SGD falls back per step of Muon, from its second on", drifts,
+                        f"d = {', '.join(sizes)}; {len(drifts)} runs", float(np.mean(guesses)) if guesses else None,
+                        0.0)  # fmt: skip
     return _claim(
         5, "Later both recover items at comparable speed",
         "SGD falls back by less than half a step for every step of Muon", drift, (-0.5, 0.5),
@@ -166,10 +167,9 @@ def _limit(rows: Sequence[Row]) -> Claim:
             continue
         d = max(row["d"] for row in ended)
         values = [row["count"] / row["information_limit"] for row in ended if row["d"] == d]
-        if len(values) >= 2:
-            error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-            text = f"d = {d}, {last} steps; {len(values)} seeds"
-            shares[rule] = Estimate(f"share of d^2/(2 ln N), {name}", float(np.mean(values)), error, None, None, text)
+        share = mean_of(f"share of d^2/(2 ln N), {name}", values, f"d = {d}, {last} steps; {len(values)} seeds")
+        if share is not None:
+            shares[rule] = share
         slopes.append(exponent([{**row, "predicted_count": None} for row in ended], f"exponent in d, {name}",
                                 lambda _: 2.0))  # fmt: skip
     worst = min(shares.values(), key=lambda one: one.value) if len(shares) == 2 else None
@@ -188,9 +188,7 @@ def _amplification(rows: Sequence[Row]) -> Claim:
         d = max(row["d"] for row in level)
         values = [row["count"] for row in level if row["d"] == d]
         guess = float(np.mean([row["predicted_count"] for row in level if row["d"] == d]))
-        if len(values) >= 2:
-            error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-            factor = Estimate("amplification", float(np.mean(values)), error, guess, None, f"d = {d}")
+        factor = mean_of("amplification", values, f"d = {d}; {len(values)} seeds", guess)
     return _claim(
         7, "Muon amplifies the signal of rare items: signal over noise just beyond its reach, against SGD",
         "the amplification grows with d, exponent above 1/2 (the law: a - 1/2)", made, (0.5, math.inf), (factor,),
@@ -211,12 +209,12 @@ def _anisotropy(rows: Sequence[Row]) -> Claim:
     if len(mine) >= 2:
         (_, plain), (beta, steep) = mine[0], mine[-1]
         value = math.log(steep.value / plain.value)
-        error = math.hypot(steep.error / steep.value, plain.error / plain.value)
+        error, freedom = joint((steep.error / steep.value, steep.freedom), (plain.error / plain.value, plain.freedom))
         guess = None
         if steep.predicted and plain.predicted:
             guess = math.log(steep.predicted / plain.predicted)
         name = f"ln of Muon over Newton, beta = {beta:g} less beta = 0"
-        drop = Estimate(name, value, error, guess, None, f"d = {largest}")
+        drop = Estimate(name, value, error, guess, None, f"d = {largest}; {plain.over.split('; ')[1]}", freedom)
     return _claim(
         8, "With anisotropic inputs Muon cedes ground to Newton", "the ratio falls by a factor of more than 1.25",
         drop, (-math.inf, -math.log(1.25)), [ratio for _, ratio in mine],
@@ -226,21 +224,19 @@ def _anisotropy(rows: Sequence[Row]) -> Claim:
 _CLAIMS = (_capacity, _newton, _batch, _initial, _later, _limit, _amplification, _anisotropy)
 
 
-def claims_table(made: Sequence[Claim]) -> list[str]:
-    """Markdown: one table of sentences, one of numbers."""
-    lines = ["| | sentence | test | verdict | why |", "|---|---|---|---|---|"]
-    lines += [f"| {c.number} | {c.sentence} | {c.test} | **{c.verdict}** | {c.why} |" for c in made]
-    lines += ["", "| | number | measured | 95 % interval | predicted at these sizes | asymptote | over |",
-              "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for claim in made:
-        for one in claim.estimates:
-            low, high = one.interval
-            lines.append(
-                f"| {claim.number} | {one.name} | {one.value:.3f} | [{low:.3f}, {high:.3f}] | {_number(one.predicted)} "
-                f"| {_number(one.asymptote)} | {one.over} |"
-            )
-    return lines
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def claims_tables(made: Sequence[Claim]) -> list[Table]:
+    """One table of sentences, one of numbers."""
+    sentences = Table(
+        ("claim", "sentence", "test", "verdict", "why"),
+        [(c.number, c.sentence, c.test, c.verdict, c.why) for c in made], "sentences",
+    )  # fmt: skip
+    columns = (
+        "claim", "number", Column("measured", ".3f"), Column("low", ".3f"), Column("high", ".3f"),
+        Column("predicted at these sizes", ".3f", "predicted"), Column("asymptote", ".3f"), "over",
+    )  # fmt: skip
+    cells = [
+        (claim.number, one.name, one.value, *one.interval, one.predicted, one.asymptote, one.over)
+        for claim in made
+        for one in claim.estimates
+    ]
+    return [sentences, Table(columns, cells, "numbers, with 95 % intervals of their own")]

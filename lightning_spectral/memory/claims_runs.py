@@ -7,6 +7,7 @@ Newton with all their embeddings. Every cell has seeds of its own.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -27,21 +28,24 @@ ALPHA = 1.5
 CAPACITY_D = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 GRAM_D = (256, 512, 1024, 2048, 4096, 8192, 16384)
 GRAM_SEEDS, SEEDS = 20, 4
-SMALL_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-BETAS = (0.0, 0.5, 1.0, 1.5)
+SMALL_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+BETAS = (0.0, 0.5, 0.75, 1.0, 1.5)
+_HEADS_AT_LEAST, _HEADS_OF_COUNT = 256, 4  # an item at four times the count has (1/4)^alpha of the signal it needs
 
 
 def gram_rows(problem: MemoryProblem, kind: str = "one-step") -> Iterator[Row]:
     """One SGD step through its Gram matrices; ``method`` says so."""
     settings = RuleSettings()
+    theory = memory_runs.theory_outputs(problem, "sgd", settings)
+    heads = max(_HEADS_AT_LEAST, round(_HEADS_OF_COUNT * (theory["predicted_count"] or 0.0)))
     row = {
         **memory_runs.inputs(kind, problem, "sgd", settings, {}),
         "method": "gram",
         "status": "ok",
-        "count": int(sgd_recovered(problem).sum()),
+        "count": int(sgd_recovered(problem, heads).sum()),
         "distinct": int((problem.gradient_weights() > 0).sum()),
         "censored": False,
-        **memory_runs.theory_outputs(problem, "sgd", settings),
+        **theory,
     }
     if kind == "batch":
         row |= memory_runs.batch_theory(problem, "sgd", settings)
@@ -84,6 +88,12 @@ def amplification_rows(problem: MemoryProblem) -> Iterator[Row]:
     }
 
 
+def _muon_batches(d: int) -> list[Row]:
+    """Powers of two from a sixteenth to eight times of about where Muon saturates, and the population."""
+    middle = round(math.log2(d**2 / 20))
+    return [{"d": d, "batch_size": size} for size in (*(2**k for k in range(middle - 4, middle + 4)), None)]
+
+
 def plan(n_items: int, first_seed: int, machine: Row) -> list[Part]:
     """Parts and rungs of the claims."""
     settings = RuleSettings()
@@ -118,23 +128,22 @@ def plan(n_items: int, first_seed: int, machine: Row) -> list[Part]:
         return lambda p: memory_runs.step_rows(p, ("sgd", "muon"), settings, small, run)
 
     ladder = [d for d in CAPACITY_D if 3 * 0.22 * d ** (4 / 3) <= n_items or d <= 256]
-    muon_batches = [{"batch_size": size} for size in (*(2**k for k in range(5, 19)), None)]
     return [
-        Part("capacity of Muon and Newton", 0.34, 3.0,
+        Part("capacity of Muon and Newton", 0.32, 2.5,
              [rung("capacity", SEEDS, [{"d": d}], one_step(("muon", "newton"))) for d in ladder]),
-        Part("capacity of SGD", 0.10, 1.5,
+        Part("capacity of SGD", 0.10, 1.2,
              [rung("capacity", GRAM_SEEDS, [{"d": d}], gram_rows) for d in GRAM_D]),
-        Part("critical batch of Muon", 0.12, 2.5,
-             [rung("batch", SEEDS, [{"d": d, **b} for b in muon_batches], batches(("muon",)))
-              for d in (64, 96, 128, 192, 256)]),
-        Part("critical batch of SGD", 0.08, 1.5,
+        Part("critical batch of Muon", 0.12, 1.8,
+             [rung("batch", SEEDS, _muon_batches(d), batches(("muon",))) for d in (64, 96, 128, 192, 256)]),
+        Part("critical batch of SGD", 0.08, 1.2,
              [rung("batch", GRAM_SEEDS, [{"d": d, "batch_size": b} for b in (*SMALL_BATCHES, None)],
-                   partial(gram_rows, kind="batch")) for d in (256, 1024, 4096, 16384)]),
-        Part("deflation", 0.14, 2.5,
+                   partial(gram_rows, kind="batch")) for d in (256, 768, 2048, 6144, 16384)]),
+        Part("deflation", 0.16, 1.8,
              [rung("deflation", SEEDS, [{"d": d}], steps("deflation", 8)) for d in (64, 96, 128, 192, 256)]),
-        Part("exact steps", 0.12, 6.0,
-             [rung("exact", SEEDS, [{"d": d, "n_items": d * d}], steps("exact", 20)) for d in (24, 32, 48, 64, 96)]),
-        Part("amplification", 0.05, 3.0,
+        Part("exact steps", 0.12, 5.0,
+             [rung("exact", SEEDS, [{"d": d, "n_items": d * d}], steps("exact", 20))
+              for d in (16, 24, 32, 48, 64, 96)]),
+        Part("amplification", 0.05, 2.0,
              [rung("amplification", SEEDS, [{"d": d}], amplification_rows) for d in (128, 192, 256, 384, 512, 768)]),
         Part("anisotropy", 0.05, 3.0,
              [rung("anisotropy", SEEDS, [{"d": d, "anisotropy": beta} for beta in BETAS], one_step(("muon", "newton")))

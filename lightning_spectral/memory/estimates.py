@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student
 
 from lightning_spectral.memory.fit import Row, by_size, fit_exponent, group
 from lightning_spectral.memory.verdicts import critical_batches
@@ -18,7 +19,17 @@ SIZES_AT_LEAST = 3
 
 @dataclass(frozen=True)
 class Estimate:
-    """One measured number: ``error`` is its standard error, ``predicted`` the theory at the sizes measured."""
+    """One measured number.
+
+    Attributes:
+        name: What it is.
+        value: The number.
+        error: Its standard error.
+        predicted: The theory at the sizes measured, without a fitted parameter.
+        asymptote: The limit that the paper states.
+        over: Sizes and seeds, in words.
+        freedom: Degrees of freedom behind ``error``: four seeds know their own spread badly.
+    """
 
     name: str
     value: float
@@ -26,11 +37,33 @@ class Estimate:
     predicted: float | None = None
     asymptote: float | None = None
     over: str = ""
+    freedom: float = math.inf
+
+    def half(self, outside: float = 0.05) -> float:
+        """Half the width of the interval (Student's t) that leaves the share ``outside`` out."""
+        return float(student.ppf(1 - outside / 2, self.freedom)) * self.error
 
     @property
     def interval(self) -> tuple[float, float]:
         """95 %, on its own."""
-        return self.value - 1.96 * self.error, self.value + 1.96 * self.error
+        return self.value - self.half(), self.value + self.half()
+
+
+def mean_of(
+    name: str, values: Sequence[float], over: str, predicted: float | None = None, asymptote: float | None = None
+) -> Estimate | None:
+    """Mean of one number over independent runs; ``None`` for fewer than two."""
+    if len(values) < 2:
+        return None
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return Estimate(name, float(np.mean(values)), error, predicted, asymptote, over, len(values) - 1)
+
+
+def joint(*parts: tuple[float, float]) -> tuple[float, float]:
+    """Standard error of a sum of independent parts (error, freedom), and its freedom after Welch and Satterthwaite."""
+    error = math.hypot(*(part for part, _ in parts))
+    fourth = sum(part**4 / freedom for part, freedom in parts)
+    return error, error**4 / fourth if fourth > 0 else math.inf
 
 
 def exponent(
@@ -49,7 +82,7 @@ def exponent(
     fitted = fit_exponent(xs, counts, spreads)
     return Estimate(
         name, fitted.slope, fitted.error, fit_exponent(xs, predictions).slope if known else None,
-        law(usable[0]["alpha"]) if law else None, _over(xs, counts),
+        law(usable[0]["alpha"]) if law else None, _over(xs, counts), sum(len(values) - 1 for values in counts),
     )  # fmt: skip
 
 
@@ -66,9 +99,10 @@ def difference(name: str, first: Estimate | None, second: Estimate | None) -> Es
     def minus(one: float | None, other: float | None) -> float | None:
         return None if one is None or other is None else one - other
 
-    error = math.hypot(first.error, second.error)
+    error, freedom = joint((first.error, first.freedom), (second.error, second.freedom))
+    over = first.over if first.over == second.over else f"{first.over} | {second.over}"
     return Estimate(name, first.value - second.value, error, minus(first.predicted, second.predicted),
-                    minus(first.asymptote, second.asymptote), f"{first.over} | {second.over}")  # fmt: skip
+                    minus(first.asymptote, second.asymptote), over, freedom)  # fmt: skip
 
 
 def of(rows: Sequence[Row], part: str, rule: str | None = None, **fields: Any) -> list[Row]:
@@ -88,14 +122,16 @@ def ratio_at_largest(rows: Sequence[Row], first: str, second: str, name: str) ->
     if min(len(values) for values in logs.values()) < 2:
         return None
     value = math.exp(float(logs[first].mean() - logs[second].mean()))
-    error = value * math.hypot(*(float(values.std(ddof=1)) / math.sqrt(len(values)) for values in logs.values()))
+    error, freedom = joint(
+        *((float(values.std(ddof=1)) / math.sqrt(len(values)), len(values) - 1.0) for values in logs.values())
+    )
     guess = {
         rule: np.mean([row["predicted_count"] for row in same if row["d"] == d])
         for rule, same in both.items()
         if all(row.get("predicted_count") for row in same)
     }
     predicted = float(guess[first] / guess[second]) if len(guess) == 2 else None
-    return Estimate(name, value, error, predicted, None, f"d = {d}; {len(logs[first])} seeds")
+    return Estimate(name, value, value * error, predicted, None, f"d = {d}; {len(logs[first])} seeds", freedom)
 
 
 def batch_exponent(rows: Sequence[Row], rule: str) -> Estimate | None:
@@ -113,6 +149,7 @@ def batch_exponent(rows: Sequence[Row], rule: str) -> Estimate | None:
         float(pull @ np.log([float(guess or 1) for guess in guesses])) if all(guesses) else None,
         critical_batch_exponent(rule, rows[0]["alpha"]),
         f"d = {', '.join(str(point.d) for point in points)}; {min(point.seeds for point in points)} seeds or more",
+        sum(point.seeds - 1 for point in points),
     )
 
 

@@ -258,7 +258,7 @@ MEMORY_FIGURES: dict[str, Callable[[Sequence[Row]], Figure | None]] = {
     "update_spectrum": update_spectrum_figure,
     "update_measures": update_measures_figure,
 }
-FIGURE_FILES = tuple(f"{name}.png" for name in (*MEMORY_FIGURES, "claims"))
+FIGURE_FILES = tuple(f"{name}.png" for name in (*MEMORY_FIGURES, "claims", "recall"))
 
 
 def draw_all(rows: Sequence[Row], folder: str | Path) -> list[Path]:

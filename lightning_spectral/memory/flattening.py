@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from lightning_spectral.text import CommandError
-from lightning_spectral.text.tables import Column, Table, render
+from lightning_spectral.text.tables import Column, Table
 
 Row = dict[str, Any]
 _MOMENTUM_KEYS = ("momentum_buffer", "momentum", "exp_avg")
@@ -84,24 +84,24 @@ def checkpoint_rows(
                 }
 
 
-def table(rows: Sequence[Row]) -> list[str]:
-    """Lines to print: one a matrix and setting, worst first within a setting, then one verdict a setting."""
-    lines, closing = [], []
+def tables(rows: Sequence[Row]) -> tuple[list[Table], list[str]]:
+    """A table a setting, the worst matrix first, and one sentence a setting."""
+    made, closing = [], []
     settings = dict.fromkeys((row["coefficients"], row["ns_steps"]) for row in rows)
     for coefficients, steps in settings:
         same = [row for row in rows if (row["coefficients"], row["ns_steps"]) == (coefficients, steps)]
         cells = [
             (
-                100 * row["flattened_share"],
+                row["flattened_share"],
                 row["steps_needed"] if row["steps_needed"] is not None else "> 60",
                 f"{row['matrix']} ({' x '.join(str(size) for size in row['shape'])})",
             )
             for row in sorted(same, key=lambda row: float(row["flattened_share"]))
         ]
-        columns = (Column("flattened", lambda share: f"{share:.1f} %"), "needed", "matrix")
-        lines += ["", render(Table(columns, cells, f"{coefficients}, {steps} steps"))]
+        columns = (Column("flattened", lambda share: f"{100 * share:.1f} %"), "needed", "matrix")
+        made.append(Table(columns, cells, f"{coefficients}, {steps} steps"))
         closing.append(verdict(same))
-    return [*lines, "", *closing]
+    return made, closing
 
 
 def verdict(rows: Sequence[Row]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.text import CommandError
@@ -14,6 +15,27 @@ if TYPE_CHECKING:
     from lightning_spectral.theory.rules import RuleSettings
 
 DEFAULT_RULES = ("sgd", "muon", "ns5", "newton")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose ``--help`` leaves out what is seldom needed; ``--help-all`` has it.
+
+    Args:
+        full: Show everything.
+        **options: As of ``argparse.ArgumentParser``.
+    """
+
+    ALL = "--help-all"
+
+    def __init__(self, *, full: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.full = full
+        if not full:
+            self.add_argument(self.ALL, action="help", help="as --help, with the options that are seldom needed")
+
+    def rare(self, group: Any, *names: str, help: str = "", **options: Any) -> None:
+        """An option of a group that the short help leaves out."""
+        group.add_argument(*names, help=help if self.full else argparse.SUPPRESS, **options)
 
 
 def whole_number(text: str) -> int:
@@ -52,75 +74,63 @@ def step_count(text: str) -> int | None:
         raise argparse.ArgumentTypeError(f"must be a whole number or `auto`, got {text!r}") from error
 
 
-def add_problem(parser: argparse.ArgumentParser, d: list[int], batches: bool = True) -> None:
+def add_problem(parser: Parser, d: list[int], batches: bool = True) -> None:
     """Options that make problems; those that take several values are combined."""
     problem = parser.add_argument_group("problem")
     problem.add_argument("--d", type=whole_number, nargs="+", default=d, help=f"features of v, and of u (default: {d})")
-    problem.add_argument(
-        "--d-out", type=whole_number, nargs="+", default=[None], help="features of u, where W is not square"
-    )
     problem.add_argument(
         "--alpha", type=real_number, nargs="+", default=[1.5], help="power of the frequencies (default: 1.5)"
     )
     problem.add_argument(
         "--n-items", type=whole_number, default=30000, help="items N, the same at every d (default: 30000)"
     )
-    problem.add_argument(
-        "--seeds",
-        type=whole_number,
-        default=3,
-        metavar="K",
-        help="seeds first..first+K-1, the same in every cell: paired (3)",
-    )
-    problem.add_argument("--first-seed", type=whole_number, default=0, help="first seed (default: 0)")
-    problem.add_argument("--anisotropy", type=real_number, nargs="+", default=[0.0], help="beta of Cov(v)_kk ~ k^-beta")
-    problem.add_argument("--dtype", default="float32", help="of the large products: float32 or float64")
-    problem.add_argument("--allow-flat", action="store_true", help="accept 0 < alpha <= 1, where the law says nothing")
     if batches:
         problem.add_argument(
             "--batch-size", type=batch_size, nargs="+", default=[None], metavar="B", help="items drawn, or `population`"
         )
+    problem.add_argument(
+        "--seeds", type=whole_number, default=3, metavar="K",
+        help="seeds first..first+K-1, the same in every cell: paired (3)",
+    )  # fmt: skip
+    rare = partial(parser.rare, problem)
+    rare("--first-seed", type=whole_number, default=0, help="first seed (default: 0)")
+    rare("--d-out", type=whole_number, nargs="+", default=[None], help="features of u, where W is not square")
+    rare("--anisotropy", type=real_number, nargs="+", default=[0.0], help="beta of Cov(v)_kk ~ k^-beta")
+    rare("--dtype", default="float32", help="of the large products: float32 or float64")
+    rare("--allow-flat", action="store_true", help="accept 0 < alpha <= 1, where the law says nothing")
 
 
-def add_rules(parser: argparse.ArgumentParser, default: tuple[str, ...] = DEFAULT_RULES) -> None:
+def add_rules(parser: Parser, default: tuple[str, ...] = DEFAULT_RULES) -> None:
     """Options of the rules."""
     rules = parser.add_argument_group("rules")
     rules.add_argument(
-        "--rules",
-        nargs="+",
-        default=list(default),
+        "--rules", nargs="+", default=list(default),
         help="sgd, sign, muon, newton, ns, ns<steps>, power<p> (default: %(default)s)",
-    )
-    rules.add_argument(
-        "--lam", type=real_number, default=0.0, help="muon: lambda of s / sqrt(s^2 + lambda^2) (default: 0)"
-    )
-    rules.add_argument("--lam-scale", type=real_number, help="muon: lambda in units of p_1 d^-alpha, instead of --lam")
-    rules.add_argument("--polar", default="newton", help="muon: polar factor by `newton` (matrix products) or `svd`")
-    rules.add_argument("--coefficients", default="muon", help="ns: name of the coefficient set (default: muon)")
-    rules.add_argument("--ns-steps", type=step_count, default=5, help="ns: steps, or `auto` (default: 5)")
-    rules.add_argument("--ns-dtype", default="float32", help="ns: float32, bfloat16 or float64")
-    rules.add_argument("--power", type=real_number, default=0.5, help="power: p of s^p, between 0 (muon) and 1 (sgd)")
-    rules.add_argument(
-        "--ridge", type=real_number, default=0.0, help="newton: ridge, in units of the mean input eigenvalue"
-    )
+    )  # fmt: skip
+    rare = partial(parser.rare, rules)
+    rare("--lam", type=real_number, default=0.0, help="muon: lambda of s / sqrt(s^2 + lambda^2) (default: 0)")
+    rare("--lam-scale", type=real_number, help="muon: lambda in units of p_1 d^-alpha, instead of --lam")
+    rare("--polar", default="newton", help="muon: polar factor by `newton` (matrix products) or `svd`")
+    rare("--coefficients", default="muon", help="ns: name of the coefficient set (default: muon)")
+    rare("--ns-steps", type=step_count, default=5, help="ns: steps, or `auto` (default: 5)")
+    rare("--ns-dtype", default="float32", help="ns: float32, bfloat16 or float64")
+    rare("--power", type=real_number, default=0.5, help="power: p of s^p, between 0 (muon) and 1 (sgd)")
+    rare("--ridge", type=real_number, default=0.0, help="newton: ridge, in units of the mean input eigenvalue")
 
 
-def add_run(parser: argparse.ArgumentParser, out: str, resume: bool = True) -> None:
+def add_run(parser: Parser, out: str, resume: bool = True) -> None:
     """Options of the machine and of the output."""
     run = parser.add_argument_group("run")
-    run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
-    run.add_argument(
-        "--chunk-size", type=whole_number, default=4096, help="items whose scores are held at once (default: 4096)"
-    )
-    run.add_argument(
-        "--cache-gib", type=real_number, default=4.0, help="draw embeddings larger than this again each pass"
-    )
     run.add_argument(
         "--out", default=out, metavar="DIR", help="results.jsonl, tables and figures (default: %(default)s)"
     )
     if resume:
         run.add_argument("--resume", action="store_true", help="keep the rows that --out holds, run what is missing")
-    run.add_argument("--no-figures", action="store_true", help="write numbers only")
+    rare = partial(parser.rare, run)
+    rare("--no-figures", action="store_true", help="write numbers only")
+    rare("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    rare("--chunk-size", type=whole_number, default=4096, help="items whose scores are held at once (default: 4096)")
+    rare("--cache-gib", type=real_number, default=4.0, help="draw embeddings larger than this again each pass")
 
 
 def problems(options: argparse.Namespace) -> Iterator[MemoryProblem]:

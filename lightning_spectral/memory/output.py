@@ -10,23 +10,26 @@ import csv
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lightning_spectral.memory import fit as memory_fit
 from lightning_spectral.memory.plan import Progress, Task, identity
-from lightning_spectral.memory.summary import summary_lines
-from lightning_spectral.memory.verdicts import Verdict, untested, verdict_table, verdicts
+from lightning_spectral.memory.summary import summary_notes, summary_tables
+from lightning_spectral.memory.verdicts import Verdict, untested, verdict_note, verdict_table, verdicts
 from lightning_spectral.text import CommandError, whole_file, write_text
 from lightning_spectral.text import set_aside as move_aside
+from lightning_spectral.text.tables import Table, aside, print_tables, render
 
 Row = dict[str, Any]
-Say = Callable[[str], None]
 INTERRUPTED = 130  # exit code, as of a shell
 _OURS = ("results.jsonl", "results.csv", "verdicts.csv", "verdicts.md", "claims.json", "claims.md", "recall.md")
 
 
-def run_tasks(out: str, tasks: Sequence[Task], *, resume: bool = False, figures: bool = True, say: Say = print) -> int:
+def run_tasks(
+    out: str, tasks: Sequence[Task], *, resume: bool = False, figures: bool = True, style: str = "table"
+) -> int:
     """Make the rows of all tasks, each written when it is done, then tables and figures; returns the exit code.
 
     Args:
@@ -34,9 +37,10 @@ def run_tasks(out: str, tasks: Sequence[Task], *, resume: bool = False, figures:
         tasks: What to run.
         resume: Keep the rows that are there and run only what is missing.
         figures: Draw.
-        say: Takes the summary.
+        style: Of the printed tables.
     """
-    folder = prepare(out, keep=resume, say=say)
+    say = sayer(style)
+    folder = prepare(out, keep=resume, style=style)
     left = _missing(folder, tasks) if resume else list(tasks)
     if resume:
         say(f"resume: {len(tasks) - len(left)} of {len(tasks)} runs are there already")
@@ -47,8 +51,13 @@ def run_tasks(out: str, tasks: Sequence[Task], *, resume: bool = False, figures:
     runs = [row for row in done if row.get("kind") != "theory"]
     if runs and not any(memory_fit.ok(row) for row in runs) and not interrupted:
         raise CommandError(str(runs[0]["reason"]))
-    conclude(folder, done, figures=figures, say=say)
+    conclude(folder, done, figures=figures, style=style)
     return INTERRUPTED if interrupted else 0
+
+
+def sayer(style: str) -> Callable[[str], None]:
+    """Says sentences beside tables of a style, without mixing them into what a program reads."""
+    return lambda text: print(text, file=aside(style))
 
 
 def with_progress(tasks: Sequence[Task], progress: Progress) -> Iterator[Row]:
@@ -59,14 +68,14 @@ def with_progress(tasks: Sequence[Task], progress: Progress) -> Iterator[Row]:
         progress.end(number)
 
 
-def prepare(out: str, *, keep: bool, say: Say) -> Path:
+def prepare(out: str, *, keep: bool = False, style: str = "table") -> Path:
     """The folder, ready to be written to; results that are there are moved aside unless they are kept."""
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"`--out` {out} is a file; name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     if not keep and (moved := set_aside(folder)) is not None:
-        say(f"the earlier results in {folder} are in {moved} now (`--resume` continues them instead)")
+        sayer(style)(f"the earlier results in {folder} are in {moved} now (`--resume` continues them instead)")
     return folder
 
 
@@ -112,61 +121,105 @@ def _missing(folder: Path, tasks: Sequence[Task]) -> list[Task]:
     return left
 
 
-def conclude(folder: Path, rows: Sequence[Row], *, figures: bool, say: Say, laws: bool = False) -> None:
-    """Summary, ``results.csv``, figures, and with ``laws`` the table of verdicts; all from the rows alone."""
-    if all(row["kind"] == "recall" for row in rows) and rows:
-        conclude_recall(folder, rows, say=say)
-        return
-    if not any(row.get("part") for row in rows):
-        for line in summary_lines(rows):
-            say(line)
+def conclude(folder: Path, rows: Sequence[Row], *, figures: bool, laws: bool = False, style: str = "table") -> None:
+    """Tables, ``results.csv``, figures; all from the rows alone, and of the kind that the rows are.
+
+    Args:
+        folder: Where files go.
+        rows: Of ``results.jsonl``.
+        figures: Draw.
+        laws: Also judge the laws of the paper.
+        style: Of the printed tables.
+    """
     flat = [{k: v for k, v in row.items() if not isinstance(v, (list, dict))} for row in rows]
     write_csv(folder / "results.csv", flat)
-    made = ["results.jsonl", "results.csv"]
-    if laws and not any(row.get("part") for row in rows):
+    kinds = {row["kind"] for row in rows}
+    if kinds == {"recall"}:
+        tables, notes, made = _recall(folder, rows, figures)
+    elif kinds == {"flattening"}:
+        tables, notes, made = _flattening(rows)
+    elif kinds == {"advice"}:
+        tables, notes, made = _advice(rows)
+    elif any(row.get("part") for row in rows):
+        tables, notes, made = _claims(folder, rows, figures)
+    else:
+        tables, notes, made = _laws(folder, rows, figures, laws)
+    print_tables(tables, style)
+    say = sayer(style)
+    for note in notes:
+        say(note)
+    say(f"\nwritten to {folder}: {', '.join(['results.jsonl', 'results.csv', *made])}")
+
+
+Concluded = tuple[list[Table], list[str], list[str]]  # tables, sentences, names of files
+
+
+def _laws(folder: Path, rows: Sequence[Row], figures: bool, laws: bool) -> Concluded:
+    """Means by case; with ``laws`` what the paper says of them."""
+    tables, notes, made = summary_tables(rows), summary_notes(rows), []
+    if laws:
         table: list[Verdict] = verdicts(rows)
         table += untested(table)
         write_csv(folder / "verdicts.csv", [vars(verdict) for verdict in table])
-        lines = verdict_table(table)
-        write_text(folder / "verdicts.md", "\n".join(lines) + "\n")
-        say("\n" + "\n".join(lines))
+        tables.append(verdict_table(table))
+        notes.append("\n" + verdict_note(table))
+        write_text(folder / "verdicts.md", f"{render(tables[-1], 'markdown')}\n\n{verdict_note(table)}\n")
         made += ["verdicts.csv", "verdicts.md"]
-    if any(row.get("part") for row in rows):
-        made += _conclude_claims(folder, rows, figures=figures, say=say)
-    elif figures:
+    if figures:
         from lightning_spectral.memory.figures import draw_all
 
         made += [path.name for path in draw_all(rows, folder)]
-    say(f"\nwritten to {folder}: {', '.join(made)}")
+    return tables, notes, made
 
 
-def _conclude_claims(folder: Path, rows: Sequence[Row], *, figures: bool, say: Say) -> list[str]:
+def _claims(folder: Path, rows: Sequence[Row], figures: bool) -> Concluded:
     """The eight sentences, from rows of ``memory claims``."""
-    from lightning_spectral.memory.claims import claims, claims_table
+    from lightning_spectral.memory.claims import claims, claims_tables
 
     found = claims(rows)
-    lines = claims_table(found)
-    write_text(folder / "claims.md", "\n".join(lines) + "\n")
+    tables = claims_tables(found)
+    write_text(folder / "claims.md", _markdown(tables))
     write_text(folder / "claims.json", json.dumps(finite([one.as_dict() for one in found]), indent=1) + "\n")
-    say("\n" + "\n".join(lines))
     made = ["claims.md", "claims.json"]
     if figures:
         from lightning_spectral.memory.figures_claims import draw_claims
 
         made.append(draw_claims(rows, found, folder).name)
-    return made
+    return tables, [], made
 
 
-def conclude_recall(folder: Path, rows: Sequence[Row], *, say: Say) -> None:
-    """Tables of ``memory recall``, from its rows alone."""
-    from lightning_spectral.memory.recall_study import study_lines
+def _recall(folder: Path, rows: Sequence[Row], figures: bool) -> Concluded:
+    """Rows of ``memory recall``."""
+    from lightning_spectral.memory.recall_tables import tables
 
-    lines = study_lines(rows)
-    write_text(folder / "recall.md", "\n".join(lines) + "\n")
-    flat = [{k: v for k, v in row.items() if not isinstance(v, (list, dict))} for row in rows]
-    write_csv(folder / "results.csv", flat)
-    say("\n".join(lines))
-    say(f"\nwritten to {folder}: results.jsonl, results.csv, recall.md")
+    found = tables(rows)
+    write_text(folder / "recall.md", _markdown(found))
+    made = ["recall.md"]
+    if figures:
+        from lightning_spectral.memory.figures_recall import draw_recall
+
+        made += [path.name for path in (draw_recall(rows, folder),) if path is not None]
+    return found, [], made
+
+
+def _flattening(rows: Sequence[Row]) -> Concluded:
+    """Rows of ``memory newton-schulz --checkpoint``."""
+    from lightning_spectral.memory.flattening import tables
+
+    made, closing = tables(rows)
+    return made, ["", *closing], []
+
+
+def _advice(rows: Sequence[Row]) -> Concluded:
+    """Rows of ``memory advise``."""
+    from lightning_spectral.memory.advise import Advice, advice_table, closing
+
+    found = [Advice(**{field.name: row[field.name] for field in fields(Advice)}) for row in rows]
+    return [advice_table(found)], ["", *closing(found)], []
+
+
+def _markdown(tables: Sequence[Table]) -> str:
+    return "\n\n".join(render(table, "markdown") for table in tables) + "\n"
 
 
 def finite(value: Any) -> Any:

@@ -1,17 +1,20 @@
 """``memory recall``: widths, optimizers, learning rates and seeds of the recall task, each a Trainer run.
 
+The learning rate of an optimizer at a width is searched first, on seeds that the study does not use (``stage`` scan):
+up and down a geometric grid until both neighbours of the best one store less. The study's own runs follow at that rate.
 A row holds what one run had recalled at one step, and the TAIL rank of its hidden layer as ``TailTokenProbe`` measured
-it. The best learning rate of an optimizer at a width is the one with most facts at the end, mean over seeds.
+it.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
+import math
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,16 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_spectral.memory.fit import Row, by_size, fit_exponent, group
+from lightning_spectral.memory.fit import Row
 from lightning_spectral.text import CommandError
 
-# learning rates tried unless they are given
-OPTIMIZERS: dict[str, tuple[float, ...]] = {
-    "muon": (0.1, 0.2, 0.4), "adamw": (0.01, 0.03, 0.1), "sgd": (3.0, 10.0, 30.0)
-}  # fmt: skip
+# learning rate at which the search begins; it goes on by this factor
+OPTIMIZERS: dict[str, float] = {"muon": 0.2, "adamw": 0.03, "sgd": 10.0}
+FACTOR = 2.0
+_RATES_AT_MOST = 9
+_SCAN_SEED = 100_000  # first of the seeds that only the search sees
+_LEAST = {"steps": 1, "every": 1, "seeds": 1, "scan_seeds": 1, "batch_size": 1, "num_facts": 2, "relations": 1,
+          "first_seed": 0}  # fmt: skip
 
 
 def make_optimizer(name: str, module: nn.Module, lr: float) -> Optimizer:
@@ -38,6 +44,84 @@ def make_optimizer(name: str, module: nn.Module, lr: float) -> Optimizer:
     if name == "adamw":
         return torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.95))
     return torch.optim.SGD(module.parameters(), lr=lr, momentum=0.9)
+
+
+def check(options: Any) -> None:
+    """Name the first option that is out of range.
+
+    Raises:
+        CommandError: With the option, its value and what it must be.
+    """
+    for name in options.optimizers:
+        if name not in OPTIMIZERS:
+            raise CommandError(f"`--optimizers` must be among {', '.join(OPTIMIZERS)}, got {name!r}.")
+    for name, least in _LEAST.items():
+        if getattr(options, name) < least:
+            raise CommandError(f"`--{name.replace('_', '-')}` must be >= {least}, got {getattr(options, name)}.")
+    for lr in options.lr or ():
+        if not 0 < lr < math.inf:
+            raise CommandError(f"`--lr` must be finite and > 0, got {lr}.")
+    if min(options.d) < 2:
+        raise CommandError(f"`--d` must be >= 2, got {min(options.d)}.")
+
+
+def study_rows(options: Any, say: Callable[[str], None]) -> Iterator[Row]:
+    """Rows of the search, then of the study; with ``--lr`` of those rates and no search.
+
+    Args:
+        options: Of the command.
+        say: Told what is run next, and how long it has taken so far.
+    """
+    begun = time.perf_counter()
+
+    def run(stage: str, d: int, name: str, lr: float, seed: int) -> list[Row]:
+        say(f"{time.perf_counter() - begun:.0f} s: {stage}, d = {d}, {name}, lr = {lr:g}, seed {seed}")
+        return [{**row, "stage": stage} for row in run_rows(d, name, lr, seed, options)]
+
+    rates: dict[tuple[str, int], Sequence[float]] = {}
+    for name in options.optimizers:
+        start = OPTIMIZERS[name]
+        for d in sorted(options.d):
+            if options.lr:
+                rates[name, d] = options.lr
+                continue
+            search = climb(start)
+            try:
+                lr = next(search)
+                while True:
+                    rows = [
+                        row
+                        for seed in range(_SCAN_SEED, _SCAN_SEED + options.scan_seeds)
+                        for row in run("scan", d, name, lr, seed)
+                    ]
+                    yield from rows
+                    lr = search.send(float(np.mean([row["count"] for row in rows if row["step"] == options.steps])))
+            except StopIteration as done:
+                start = float(done.value)
+            rates[name, d] = (start,)
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        for (name, d), several in rates.items():
+            for lr in several:
+                yield from run("study", d, name, lr, seed)
+
+
+def climb(start: float, factor: float = FACTOR, at_most: int = _RATES_AT_MOST) -> Generator[float, float, float]:
+    """Search a geometric grid: yields a rate, is sent its score, returns the rate that beats both its neighbours.
+
+    Args:
+        start: The first rate.
+        factor: Between neighbours.
+        at_most: Rates tried; then the best so far is returned, whatever its neighbours.
+    """
+    scores = {0: (yield start)}
+    best = 0
+    while len(scores) < at_most:
+        missing = [place for place in (best + 1, best - 1) if place not in scores]
+        if not missing:
+            break
+        scores[missing[0]] = yield start * factor ** missing[0]
+        best = max(scores, key=lambda place: (scores[place], -abs(place)))
+    return start * factor**best
 
 
 def run_rows(d: int, optimizer: str, lr: float, seed: int, options: Any) -> Iterator[Row]:
@@ -70,9 +154,7 @@ def run_rows(d: int, optimizer: str, lr: float, seed: int, options: Any) -> Iter
                     {"step": step, "loss": loss, **{k.split("/")[-1]: v for k, v in module.measures().items()}}
                 )
 
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder, _quiet():
         probe = TailTokenProbe(every_n_steps=options.every, counts=data.token_counts, dirpath=folder, losses=False)
         trainer = pl.Trainer(
             max_steps=options.steps, accelerator="cpu", logger=False, enable_checkpointing=False,
@@ -92,78 +174,31 @@ def run_rows(d: int, optimizer: str, lr: float, seed: int, options: Any) -> Iter
 
 
 def tail_ranks(folder: str | Path) -> dict[int, Row]:
-    """TAIL soft and hard rank of the hidden layer by optimizer step, from the probe's own records."""
+    """TAIL soft and hard rank of the hidden layer by optimizer step, and the rows they are of: the probe's records."""
     from lightning_spectral.records import read_spectral
 
     return {
-        record.step: {"tail_soft_rank": record.soft_rank, "tail_hard_rank": record.hard_rank}
+        record.step: {
+            "tail_soft_rank": record.soft_rank,
+            "tail_hard_rank": record.hard_rank,
+            "tail_rows": record.num_tokens,
+        }
         for record in read_spectral(folder).records
         if record.bucket == "tail" and record.site == "post" and record.step is not None
     }
 
 
-def plan(options: Any) -> list[tuple[int, str, float, int]]:
-    """(d, optimizer, learning rate, seed) of every run."""
-    for name in options.optimizers:
-        if name not in OPTIMIZERS:
-            raise CommandError(f"`--optimizers` must be among {', '.join(OPTIMIZERS)}, got {name!r}.")
-    for name, least in (
-        ("steps", 1),
-        ("every", 1),
-        ("seeds", 1),
-        ("batch_size", 1),
-        ("num_facts", 2),
-        ("relations", 1),
-    ):
-        if getattr(options, name) < least:
-            raise CommandError(f"`--{name.replace('_', '-')}` must be >= {least}, got {getattr(options, name)}.")
-    seeds = range(options.first_seed, options.first_seed + options.seeds)
-    return [
-        (d, name, lr, seed)
-        for d, name in itertools.product(options.d, options.optimizers)
-        for lr in (options.lr or OPTIMIZERS[name])
-        for seed in seeds
-    ]
-
-
-def best_rates(rows: Sequence[Row]) -> list[Row]:
-    """Rows at each optimizer's best learning rate per width: most facts at the last step, mean over seeds."""
-    chosen: list[Row] = []
-    for same in group(rows, "optimizer", "d", "network").values():
-        ends: dict[Any, float] = {}
-        for (lr,), tried in group(same, "lr").items():
-            last = max(row["step"] for row in tried)
-            ends[lr] = float(np.mean([row["count"] for row in tried if row["step"] == last]))
-        chosen += [row for row in same if row["lr"] == max(ends, key=lambda lr: ends[lr])]
-    return chosen
-
-
-def study_lines(rows: Sequence[Row]) -> list[str]:
-    """Markdown: facts and TAIL rank by step, width and optimizer, then their exponents in d; best rates only."""
-    best = best_rates(rows)
-    lines = ["| step | optimizer | d | lr | facts | TAIL recall | TAIL soft rank | TAIL hard rank | seeds |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for (step, name, d), same in sorted(group(best, "step", "optimizer", "d").items()):
-        cells = [
-            _mean_sd([row.get(key) for row in same]) for key in ("count", "tail", "tail_soft_rank", "tail_hard_rank")
-        ]
-        lines.append(f"| {step} | {name} | {d} | {same[0]['lr']:g} | {' | '.join(cells)} | {len(same)} |")
-    lines += ["", "| step | optimizer | exponent in d of | value | 95 % interval |", "|---|---|---|---|---|"]
-    for (step, name), same in sorted(group(best, "step", "optimizer").items()):
-        for key in ("count", "tail_soft_rank", "tail_hard_rank"):
-            known = [row for row in same if row.get(key)]
-            xs, values = by_size(known, "d", key)
-            if len(xs) >= 2 and min(len(at) for at in values) >= 2:  # one seed knows no interval
-                fitted = fit_exponent(xs, values)
-                lines.append(
-                    f"| {step} | {name} | {key} | {fitted.slope:.2f} | [{fitted.low:.2f}, {fitted.high:.2f}] |"
-                )
-    return lines
-
-
-def _mean_sd(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    spread = f" +- {np.std(known, ddof=1):.3g}" if len(known) > 1 else ""
-    return f"{np.mean(known):.4g}{spread}"
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A hundred runs say nothing of their own."""
+    logs = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning_spectral")]
+    levels = [log.level for log in logs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for log in logs:
+                log.setLevel(logging.ERROR)
+            yield
+        finally:
+            for log, level in zip(logs, levels, strict=True):
+                log.setLevel(level)

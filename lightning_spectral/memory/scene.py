@@ -47,9 +47,9 @@ def by_rule(rows: Sequence[Row]) -> Iterator[tuple[list[Row], tuple[str, str, st
         yield members, look(label, labels)
 
 
-def make_panels(number: int) -> tuple[Figure, list[Axes]]:
-    """A figure with ``number`` panels, three in a line."""
-    columns = min(number, 3)
+def make_panels(number: int, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """A figure with ``number`` panels, ``columns`` in a line."""
+    columns = min(number, columns)
     lines = math.ceil(number / columns)
     figure = Figure(figsize=(4.3 * columns + 0.6, 3.5 * lines + 0.9), layout="constrained")
     axes = [figure.add_subplot(lines, columns, position + 1) for position in range(number)]

@@ -1,4 +1,4 @@
-"""The lines a memory command prints: means by case, what has no prediction and why, what was censored or singular."""
+"""What a memory command prints: means by case; what has no prediction and why, what was censored or singular."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lightning_spectral.memory.fit import group, ok
-from lightning_spectral.text.tables import Column, Table, render
+from lightning_spectral.text.tables import Column, Table
 
 Row = dict[str, Any]
 _SUMMARY = ("rule_label", "alpha", "d", "d_out", "n_items", "batch_size", "anisotropy", "mode", "dtype", "step")
 
 
-def summary_lines(rows: Sequence[Row]) -> list[str]:
-    """One table a kind of row, then warnings."""
-    lines: list[str] = []
+def summary_tables(rows: Sequence[Row]) -> list[Table]:
+    """One table a kind of row."""
+    tables: list[Table] = []
     for (kind,), members in group(rows, "kind").items():
         fields = [f for f in _SUMMARY if any(f in row for row in members) and _varies_or_names(members, f)]
         theory = kind == "theory"
@@ -23,8 +23,13 @@ def summary_lines(rows: Sequence[Row]) -> list[str]:
         for key, same in group([row for row in members if theory or ok(row)], *fields).items():
             named = ["population" if f == "batch_size" and v is None else v for f, v in zip(fields, key, strict=True)]
             cells.append([*named, *(_theory_cells(same) if theory else _measured_cells(same))])
-        lines.append("\n" + render(Table([*fields, *(Column(name, ".1f") for name in columns)], cells, kind)))
-    return [*lines, *_notes(rows), *_singular(rows), *_censored(rows)]
+        tables.append(Table([*fields, *(Column(name, ".1f") for name in columns)], cells, kind))
+    return tables
+
+
+def summary_notes(rows: Sequence[Row]) -> list[str]:
+    """Sentences below the tables."""
+    return [*_notes(rows), *_singular(rows), *_censored(rows)]
 
 
 def _varies_or_names(rows: Sequence[Row], field: str) -> bool:

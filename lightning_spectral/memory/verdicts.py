@@ -17,6 +17,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from lightning_spectral.memory.fit import Row, by_size, cases, fit_exponent, group, of_kind
+from lightning_spectral.text.tables import Column, Table
 
 LEVEL = 0.95  # of the table as a whole
 _CLOSE = 0.02  # a slope this near its prediction agrees even where the interval is narrower: terms of order 1 / d
@@ -99,31 +100,25 @@ def untested(table: Sequence[Verdict]) -> list[Verdict]:
     return missing
 
 
-def verdict_table(table: Sequence[Verdict]) -> list[str]:
-    """Markdown lines, with what the verdicts mean."""
+def verdict_table(table: Sequence[Verdict]) -> Table:
+    """All verdicts."""
+    columns = (
+        "law", "case", Column("measured", ".3f"), Column("low", ".3f"), Column("high", ".3f"),
+        Column("predicted at this size", ".3f", "predicted"), Column("asymptote", ".3f"), "verdict", "over",
+    )  # fmt: skip
+    cells = [(v.law, v.case, v.measured, v.low, v.high, v.predicted, v.asymptote, v.verdict, v.over) for v in table]
+    return Table(columns, cells, "laws")
+
+
+def verdict_note(table: Sequence[Verdict]) -> str:
+    """What the verdicts mean."""
     judged = sum(v.predicted is not None for v in table)
-    lines = [
-        "| law | case | measured | 95 % interval | predicted at this size | asymptote | verdict | over |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for v in table:
-        interval = "-" if v.low is None or v.high is None else f"[{v.low:.3f}, {v.high:.3f}]"
-        lines.append(
-            f"| {v.law} | {v.case} | {_number(v.measured)} | {interval} | {_number(v.predicted)} | "
-            f"{_number(v.asymptote)} | {v.verdict} | {v.over} |"
-        )
-    lines += [
-        "",
+    return (
         f"Intervals are 95 % each. Verdicts hold for the {judged} judged rows together at 95 % (Bonferroni): `differs` "
         "is outside the wider interval of the table, `agrees` inside one narrow enough to tell, else `not decided`. In "
         "`reproduce`, cells of different d, alpha and batch size have seeds of their own; the rules of a cell share "
-        "its draws.",
-    ]
-    return lines
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+        "its draws."
+    )
 
 
 def _cells(rows: Sequence[Row], *axes: str) -> list[tuple[str, str, list[Row]]]:
@@ -236,7 +231,10 @@ def _batches(rows: Sequence[Row]) -> list[Verdict]:
 
 @dataclass(frozen=True)
 class CriticalBatch:
-    """Smallest batch with 90 % of the population count at one d; ``log_error`` is the standard error of its log."""
+    """Smallest batch with 90 % of the population count at one d; ``log_error`` is the standard error of its log.
+
+    ``predicted`` is found in the same way from the counts predicted for these very draws.
+    """
 
     d: int
     batch: float
@@ -256,7 +254,8 @@ def critical_batches(rows: Sequence[Row]) -> list[CriticalBatch]:
         drawn = [measured_critical_batch(same, rng=rng) for _ in range(_DRAWS)]
         known = [math.log(value) for value in drawn if value is not None]
         error = float(np.std(known)) if len(known) > _DRAWS // 2 else float("inf")
-        predicted = next((row["predicted_critical_batch"] for row in same if row["batch_size"] is None), None)
+        guesses = [{**row, "count": row.get("predicted_count")} for row in same]
+        predicted = measured_critical_batch(guesses) if all(row["count"] for row in guesses) else None
         seeds = min(len(values) for values in group(same, "batch_size").values())
         found.append(CriticalBatch(int(d), batch, error, predicted, seeds))
     return found

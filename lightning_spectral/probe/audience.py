@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -71,37 +71,6 @@ def octaves(counts_V: Tensor) -> tuple[tuple[str, ...], Tensor]:
     return tuple(f"octave_{number:02d}" for number in range(int(code_V.max()) + 1)), code_V
 
 
-def group_gradients(
-    loss_N: Tensor, code_N: Tensor, num_groups: int, matrices: Sequence[Tensor]
-) -> tuple[list[list[Tensor] | None], Tensor, Tensor]:
-    """Gradient of each group's mean loss by one backward pass a group; nothing is added to ``.grad``.
-
-    Args:
-        loss_N: Loss of each token, with its graph.
-        code_N: Group of each token; negative ones are in none.
-        num_groups: Groups.
-        matrices: What to differentiate by.
-
-    Returns:
-        Gradients by group, ``None`` for a group without tokens; tokens and summed loss of each group, fp64.
-    """
-    found: list[list[Tensor] | None] = []
-    tokens, losses = torch.zeros(num_groups, dtype=torch.float64), torch.zeros(num_groups, dtype=torch.float64)
-    for group in range(num_groups):
-        mine = code_N == group
-        number = int(mine.sum())
-        if number == 0:
-            found.append(None)
-            continue
-        own = loss_N[mine]
-        tokens[group], losses[group] = number, float(own.detach().double().sum())
-        gradients = torch.autograd.grad(own.mean(), matrices, retain_graph=True, allow_unused=True)
-        found.append(
-            [torch.zeros_like(m) if g is None else g.detach() for g, m in zip(gradients, matrices, strict=True)]
-        )
-    return found, tokens, losses
-
-
 def counterfactual(
     rule: str, momentum: Tensor, second_moment: Tensor | None, coefficients: str, ns_steps: int
 ) -> Tensor | None:
@@ -157,18 +126,13 @@ def recall_front(records: Iterable[AudienceRecord]) -> dict[str, int | None]:
     return front
 
 
-def summed(
-    gradients: Sequence[Sequence[Tensor] | None], names: Sequence[str], directions: Sequence[Tensor | None]
-) -> dict[str, list[float]]:
-    """Gain of every group by kind of matrix; kinds with a matrix that has no direction are left out."""
+def by_kind(gains: dict[str, list[float] | None]) -> dict[str, list[float]]:
+    """Gains of the groups, by matrix, summed by kind; kinds with a matrix that has none are left out."""
+    missing = {kind_of(name) for name, of in gains.items() if of is None}
     made: dict[str, list[float]] = {}
-    missing = {kind_of(name) for name, direction in zip(names, directions, strict=True) if direction is None}
-    for position, (name, direction) in enumerate(zip(names, directions, strict=True)):
+    for name, of in gains.items():
         kind = kind_of(name)
-        if direction is None or kind in missing:
+        if of is None or kind in missing:
             continue
-        totals = made.setdefault(kind, [0.0] * len(gradients))
-        for group, of in enumerate(gradients):
-            if of is not None:
-                totals[group] += gain(of[position], direction)
+        made[kind] = [total + one for total, one in zip(made.get(kind, [0.0] * len(of)), of, strict=True)]
     return made

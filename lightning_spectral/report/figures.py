@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from lightning_spectral.report import (
+    figures_audience,
     figures_exponents,
     figures_layers,
     figures_scaling,
@@ -50,6 +51,7 @@ FIGURES: Final[dict[str, FigureRow]] = {
     "learning_rates": FigureRow("Learning-rate sensitivity", figures_exponents.learning_rates),
     "matched_loss": FigureRow("Matched loss", figures_training.matched),
     "bucket_losses": FigureRow("Loss by token frequency", figures_training.bucket_losses),
+    "recall_front": FigureRow("Recall front: when each group of tokens is learned", figures_audience.recall_front),
     "renyi": FigureRow("Renyi ranks", figures_spectrum.renyi),
     "phase_map": FigureRow("Phase map", figures_spectrum.phase_map),
     "waterfall": FigureRow("Eigenspectra over training", figures_spectrum.waterfall),

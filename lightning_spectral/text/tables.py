@@ -88,6 +88,17 @@ def print_table(table: Table, style: str = "table") -> None:
     print(render(table, style, width=width))
 
 
+def print_tables(tables: Sequence[Table], style: str = "table") -> None:
+    """Print several tables, an empty line between them; as JSON they are one object, rows by title."""
+    if style == "json" and len(tables) != 1:
+        print(json.dumps({table.title: json.loads(_json(table, None)) for table in tables}, indent=1))
+        return
+    for number, table in enumerate(tables):
+        if number:
+            print()
+        print_table(table, style)
+
+
 def add_format_option(parser: argparse.ArgumentParser) -> None:
     """``--format``, for every verb that prints a table."""
     parser.add_argument("--format", choices=FORMATS, default="table", help="of the printed table (default: table)")

@@ -16,10 +16,11 @@ from scipy.integrate import quad
 from scipy.special import log_ndtr, zeta
 
 from lightning_spectral.theory.capacity import predict
-from lightning_spectral.theory.problem import MemoryProblem, power_law, require_integer, require_real
+from lightning_spectral.theory.problem import MemoryProblem, power_law, require_integer, require_real, typical_draw
 from lightning_spectral.theory.rules import RuleSettings, parse_rule
 
 SATURATED_SHARE = 0.9  # of the population count, at the critical batch
+_TYPICAL_DRAWS = 4
 
 
 def one_step_exponent(rule: str, alpha: float) -> float | None:
@@ -124,14 +125,21 @@ def crossing_batch(alpha: float, population_count: float) -> float:
 def critical_batch(
     problem: MemoryProblem, rule: str = "muon", settings: RuleSettings | None = None, share: float = SATURATED_SHARE
 ) -> float | None:
-    """Smallest batch with ``share`` of the population count, from the expected counts of sampled batches.
+    """Smallest batch with ``share`` of the population count, from the counts of typical draws.
 
-    ``None`` for rules without a prediction. Batches are those of ``problem.seed``.
+    ``None`` for rules without a prediction.
     """
+    whole = problem.with_(batch_size=None)
 
     def count(batch: int | None) -> float | None:
-        made = predict(problem.with_(batch_size=batch), rule, settings)
-        return None if made is None else made.count
+        if batch is None:
+            made = [predict(whole, rule, settings)]
+        else:
+            frequencies = whole.frequencies()
+            draws = (typical_draw(frequencies, batch, number / _TYPICAL_DRAWS) for number in range(_TYPICAL_DRAWS))
+            made = [predict(whole, rule, settings, draw) for draw in draws if draw.any()]
+        known = [prediction.count for prediction in made if prediction is not None]
+        return float(np.mean(known)) if known else None
 
     return saturating_batch(count, share)
 

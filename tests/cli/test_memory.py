@@ -244,3 +244,40 @@ def test_broken_lines_are_left_out_with_a_warning(tmp_path):
 
 def test_figures_of_nothing_are_nothing(tmp_path):
     assert draw_all([], tmp_path) == []
+
+
+VERBS = ("one-step", "batch", "steps", "theory", "newton-schulz", "reproduce", "claims", "advise", "recall", "report")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_is_a_screen_and_help_all_has_the_rest(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = []
+    for word in ("--help", "--help-all"):
+        with pytest.raises(SystemExit, match="0"):
+            main(["memory", verb, word])
+        shown.append(capsys.readouterr().out)
+    assert len(shown[0].splitlines()) <= 36
+    assert "Example: lightning-spectral memory" in shown[0]
+    assert len(shown[1]) >= len(shown[0]) - 100
+    if verb in ("one-step", "batch", "steps", "theory"):
+        assert "--ridge" not in shown[0]
+        assert "--ridge" in shown[1]
+
+
+@pytest.mark.parametrize("style", ["json", "csv", "markdown", "latex"])
+def test_tables_come_in_every_format_and_sentences_elsewhere(style, tmp_path, capsys):
+    arguments = ["--d", "128", "--n-items", "300", "--rules", "muon", "sign", "--out", str(tmp_path)]
+    assert main(["memory", "theory", *arguments, "--format", style]) == 0
+    captured = capsys.readouterr()
+    assert "written to" in captured.err
+    assert "written to" not in captured.out
+    if style == "json":
+        rows = json.loads(captured.out)
+        assert [row["rule_label"] for row in rows] == ["muon", "sign"]
+        assert rows[0]["predicted"] > 100
+        assert rows[1]["predicted"] is None
+    elif style == "csv":
+        assert captured.out.splitlines()[0] == "rule_label,d,predicted,asymptotic,crit. batch"
+    else:
+        assert "muon" in captured.out

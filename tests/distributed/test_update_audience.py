@@ -1,4 +1,4 @@
-"""Gains and losses of two DDP ranks are those of one process; sharded parameters are refused before step 1."""
+"""Gains of two ranks, DDP or FSDP2, are those of one process; what hides matrices is refused before step 1."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import FSDPStrategy
 
 from lightning_spectral.callbacks import UpdateAudience
 from lightning_spectral.callbacks.update_audience import read_audience
 from lightning_spectral.optim import Muon
 from tests.callbacks import tiny
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_callbacks import Fsdp2, loader, model_parallel
+from tests.distributed.test_callbacks import Fsdp2, TensorParallel, loader, model_parallel
 
 pytestmark = pytest.mark.distributed
 
@@ -44,10 +45,25 @@ def fit(rank: int, world_size: int, path: str, strategy: object, module_class: t
     return [parameter.detach().clone() for parameter in module.parameters()]
 
 
-@pytest.mark.parametrize("module_class", [Sgd, OurMuon])
-def test_two_ranks_equal_one_process(module_class, tmp_path):
+class ShardedSgd(Sgd, Fsdp2):
+    pass
+
+
+class ShardedMuon(OurMuon, Fsdp2):
+    pass
+
+
+def fsdp2() -> object:
+    return model_parallel(2, 1)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "module_class", "distributed_class"),
+    [("ddp", Sgd, Sgd), ("ddp", OurMuon, OurMuon), (fsdp2, Sgd, ShardedSgd), (fsdp2, OurMuon, ShardedMuon)],
+)
+def test_two_ranks_equal_one_process(strategy, module_class, distributed_class, tmp_path):
     fit(0, 1, str(tmp_path / "single"), "auto", module_class)
-    run_ranks(fit, 2, str(tmp_path / "double"), "ddp", module_class)
+    run_ranks(fit, 2, str(tmp_path / "double"), strategy, distributed_class, init=strategy == "ddp")
     single, double = (
         {(r.step, r.kind, r.rule, r.bucket): r for r in read_audience(Path(tmp_path / name))}
         for name in ("single", "double")
@@ -56,21 +72,84 @@ def test_two_ranks_equal_one_process(module_class, tmp_path):
     assert len(single) > 50
     for key, one in single.items():
         other = double[key]
-        assert other.num_tokens == one.num_tokens
+        assert (other.num_tokens, other.num_matrices) == (one.num_tokens, one.num_matrices)
+        assert other.held_out == one.held_out
         assert other.loss == pytest.approx(one.loss, rel=1e-4)
         # fp32 sums of another order; weights drift apart by them step by step
         assert other.gain == pytest.approx(one.gain, rel=1e-2, abs=2e-3), key
 
 
-class Sharded(Forward, Fsdp2):
+def trained(rank: int, world_size: int, path: str, watched: bool, accumulate: int) -> list[torch.Tensor]:
+    audience = [UpdateAudience(1, counts=tiny.counts(), dirpath=path)] if watched else []
+    trainer = tiny.trainer(
+        path, audience, devices=world_size, use_distributed_sampler=False, strategy=fsdp2(),
+        accumulate_grad_batches=accumulate, gradient_clip_val=0.1,
+    )  # fmt: skip
+    module = ShardedMuon()
+    trainer.fit(module, loader(rank, world_size))
+    return [parameter.full_tensor().detach().clone() for parameter in module.parameters()]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_training_under_fsdp2_is_bit_identical(accumulate, tmp_path):
+    plain, watched = (
+        run_ranks(trained, 2, str(tmp_path / str(on)), on, accumulate, init=False)[0] for on in (False, True)
+    )
+    assert {record.step for record in read_audience(tmp_path / "True")} >= {0, 1}
+    for one, other in zip(plain, watched, strict=True):
+        assert torch.equal(one, other)
+
+
+class FirstRankOnly(UpdateAudience):
+    """Rank 1 holds no token of a group that rank 0 has: its targets are padding."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        own = self.losses_fn
+
+        def masked(module, batch):
+            loss_N, target_N = own(module, batch)
+            return loss_N, target_N if trainer.global_rank == 0 else torch.full_like(target_N, -1)
+
+        self.losses_fn = masked
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        self.losses_fn = own
+
+
+def one_sided(rank: int, world_size: int, path: str, strategy: object, module_class: type) -> None:
+    audience = FirstRankOnly(1, counts=tiny.counts(), dirpath=path, rules=("momentum",))
+    trainer = tiny.trainer(
+        path, [audience], devices=world_size, use_distributed_sampler=False, max_steps=2,
+        strategy=strategy() if callable(strategy) else strategy,
+    )  # fmt: skip
+    trainer.fit(module_class(), loader(rank, world_size))
+
+
+def test_a_rank_without_tokens_of_a_group_takes_part(tmp_path):
+    run_ranks(one_sided, 2, str(tmp_path / "ddp"), "ddp", Sgd)
+    run_ranks(one_sided, 2, str(tmp_path / "fsdp2"), fsdp2, ShardedSgd, init=False)
+    first, second = (
+        {(r.step, r.kind, r.bucket): r for r in read_audience(tmp_path / name)} for name in ("ddp", "fsdp2")
+    )
+    assert first.keys() == second.keys()
+    for key, one in first.items():
+        assert second[key].num_tokens == one.num_tokens
+        assert second[key].gain == pytest.approx(one.gain, rel=1e-2, abs=2e-3), key
+
+
+class Tensors(Forward, TensorParallel):
     pass
 
 
-def refused(rank: int, world_size: int, path: str) -> str:
-    with pytest.raises(MisconfigurationException, match="sharded parameters"):
-        fit(rank, world_size, path, lambda: model_parallel(2, 1), Sharded)
+def refused(rank: int, world_size: int, path: str, kind: str) -> str:
+    strategy, module_class, words = {
+        "tensor": (lambda: model_parallel(1, 2), Tensors, "tensor_parallel_size=2"),
+        "fsdp1": (lambda: FSDPStrategy(process_group_backend="gloo"), Sgd, "FSDP1"),
+    }[kind]
+    with pytest.raises(MisconfigurationException, match=words):
+        fit(rank, world_size, path, strategy, module_class)
     return "refused"
 
 
-def test_sharded_parameters_are_refused(tmp_path):
-    assert run_ranks(refused, 2, str(tmp_path)) == ["refused", "refused"]
+@pytest.mark.parametrize("kind", ["tensor", "fsdp1"])
+def test_what_hides_matrices_is_refused(kind, tmp_path):
+    assert run_ranks(refused, 2, str(tmp_path), kind, init=False) == ["refused", "refused"]

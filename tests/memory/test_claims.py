@@ -4,11 +4,12 @@ import zlib
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from lightning_spectral.cli import main
-from lightning_spectral.memory.claims import SENTENCES, claims, claims_table, decide
+from lightning_spectral.memory.claims import SENTENCES, claims, claims_tables, decide
 from lightning_spectral.memory.claims_runs import BETAS, amplification_rows, gram_rows, plan
-from lightning_spectral.memory.estimates import Estimate, lags
+from lightning_spectral.memory.estimates import Estimate, joint, lags, mean_of
 from lightning_spectral.memory.figures_claims import draw_claims
 from lightning_spectral.theory.problem import MemoryProblem
 
@@ -79,7 +80,7 @@ def test_a_world_that_does_not_is_found_not_to():
 def test_no_rows_decide_nothing(tmp_path):
     found = claims([])
     assert [claim.verdict for claim in found] == ["not decided"] * SENTENCES
-    assert sum("**not decided**" in line for line in claims_table(found)) == SENTENCES
+    assert [row[3] for row in claims_tables(found)[0].rows] == ["not decided"] * SENTENCES
     assert draw_claims([], found, tmp_path).exists()
 
 
@@ -90,6 +91,17 @@ def test_an_interval_that_reaches_over_says_what_it_could_tell_apart():
     assert decide(Estimate("e", 0.6, 0.02), 0.5)[0] == "holds"
     assert decide(Estimate("e", 0.4, 0.02), 0.5)[0] == "fails"
     assert decide(Estimate("e", 0.4, float("inf")), 0.5)[0] == "not decided"
+
+
+def test_few_seeds_know_their_own_spread_badly():
+    two, forty = (mean_of("e", [1.0, 1.2] * half, "") for half in (1, 20))
+    assert two.interval[1] - two.value == pytest.approx(scipy.stats.t.ppf(0.975, 1) * 0.1)
+    assert decide(two, 0.5)[0] == "not decided"  # six standard errors of one degree of freedom
+    assert decide(forty, 0.5)[0] == "holds"
+    assert mean_of("e", [1.0], "") is None
+    # Welch's freedom of equal parts is the sum of theirs, of one part its own
+    assert joint((0.3, 3), (0.3, 3)) == pytest.approx((0.3 * 2**0.5, 6))
+    assert joint((0.3, 3), (0.0, 3)) == pytest.approx((0.3, 3))
 
 
 def test_a_constant_lag_is_measured_as_such():

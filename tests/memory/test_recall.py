@@ -1,15 +1,19 @@
 """The recall task: counts against brute force, a first step that is the theory's, ranks by the common callback."""
 
+import json
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from lightning_spectral.callbacks import TailTokenProbe
 from lightning_spectral.cli import main
 from lightning_spectral.memory.fit import read_results
 from lightning_spectral.memory.recall import FactRecall, FactRecallDataModule
-from lightning_spectral.memory.recall_study import best_rates, study_lines, tail_ranks
+from lightning_spectral.memory.recall_study import climb, tail_ranks
+from lightning_spectral.memory.recall_tables import best_rates, log_ratio, tables
 from lightning_spectral.optim import Muon
 from lightning_spectral.theory.capacity import predict_weights, relu_features
 
@@ -112,23 +116,81 @@ def test_bad_arguments_are_named(fields, named):
         FactRecall(8, **fields)
 
 
-def test_the_study_keeps_the_best_learning_rate():
-    rows = [
-        {"optimizer": "sgd", "d": d, "network": "mlp", "lr": lr, "seed": seed, "step": 2, "count": count + seed,
+def study(rate_of, noise=0.0):
+    """Rows of two optimizers at several widths and rates, and of a search that must not count."""
+    rng = np.random.default_rng(0)
+    return [
+        {"optimizer": name, "d": d, "network": "mlp", "lr": lr, "seed": seed, "step": step, "stage": stage,
+         "count": factor * rate_of[lr] * d**1.5 * step * (1 + noise * rng.standard_normal()),
          "tail": 0.1, "tail_soft_rank": 2.0 * d, "tail_hard_rank": 1.0 * d}
-        for d in (8, 16) for lr, count in ((0.1, d), (1.0, 2 * d), (9.0, 1)) for seed in (0, 1)
+        for name, factor in (("muon", 2.0), ("sgd", 1.0))
+        for d in (8, 16, 32) for lr in rate_of for seed in range(6) for step in (1, 2) for stage in ("scan", "study")
     ]  # fmt: skip
-    assert {row["lr"] for row in best_rates(rows)} == {1.0}
-    assert any("| tail_hard_rank | 1.00 |" in line for line in study_lines(rows))
 
 
-def test_the_command_runs_and_reports(tmp_path, capsys):
-    arguments = ["--d", "8", "--num-facts", "60", "--batch-size", "64", "--steps", "2", "--every", "1", "--seeds", "1"]
-    assert main(["memory", "recall", *arguments, "--optimizers", "sgd", "--lr", "1", "--out", str(tmp_path)]) == 0
+def test_the_study_keeps_the_best_learning_rate_and_leaves_its_search_out():
+    best = best_rates(study({0.1: 1.0, 1.0: 2.0, 9.0: 0.5}))
+    assert {(row["lr"], row["stage"]) for row in best} == {(1.0, "study")}
+    means, exponents, pairs = tables(study({0.1: 1.0, 1.0: 2.0, 9.0: 0.5}, noise=0.05))
+    assert {row[-1] for row in means.rows} == {6}
+    facts = [row for row in exponents.rows if row[2] == "facts"]
+    assert all(low < 1.5 < high and value == pytest.approx(1.5, abs=0.08) for *_, value, low, high in facts)
+    ratios = [row for row in pairs.rows if row[3] == "facts"]
+    assert {row[0] for row in ratios} == {1, 2}
+    assert all(row[2] == "Muon / SGD" and row[4] == pytest.approx(2, rel=0.1) for row in ratios)
+
+
+def test_ratios_are_welch_s():
+    first, second = [3.0, 4.0, 5.0, 4.5], [2.0, 2.5, 1.5]
+    found = log_ratio(first, second)
+    oracle = scipy.stats.ttest_ind(np.log(first), np.log(second), equal_var=False).confidence_interval()
+    assert found.interval == pytest.approx((oracle.low, oracle.high))
+    assert log_ratio(first, [2.0, None, 0.0]) is None
+
+
+def drive(search, score):
+    """Every rate tried, and the one chosen."""
+    tried = [next(search)]
+    while True:
+        try:
+            tried.append(search.send(score(tried[-1])))
+        except StopIteration as done:
+            return tried, done.value
+
+
+@pytest.mark.parametrize("start", [0.001, 0.1, 0.8, 6.4])
+def test_the_search_climbs_to_a_rate_that_beats_its_neighbours(start):
+    tried, chosen = drive(climb(start, at_most=12), lambda rate: -abs(np.log(rate / 0.11)))
+    assert 0.11 / 2**0.5 <= chosen <= 0.11 * 2**0.5
+    assert len(tried) == len(set(tried)) <= abs(np.log2(start / 0.11)) + 4
+    assert drive(climb(1.0, at_most=5), lambda rate: rate)[1] == 16.0  # better and better: ends all the same
+
+
+def test_the_command_searches_runs_and_reports(tmp_path, capsys):
+    arguments = ["--d", "8", "12", "--num-facts", "60", "--batch-size", "64", "--steps", "2", "--every", "1"]
+    options = [*arguments, "--seeds", "2", "--out", str(tmp_path)]
+    assert main(["memory", "recall", *options, "--optimizers", "sgd", "--format", "json"]) == 0
+    captured = capsys.readouterr()
+    made = json.loads(captured.out)  # sentences go elsewhere
+    assert "study, d = 12, sgd" in captured.err
     rows = read_results(tmp_path)
-    assert [row["step"] for row in rows] == [1, 2]
-    assert {"00", "05", "count", "tail", "tail_soft_rank"} <= set(rows[0])
-    assert main(["memory", "report", str(tmp_path)]) == 0
+    studied = [row for row in rows if row["stage"] == "study"]
+    assert {(row["d"], row["seed"], row["step"]) for row in studied} == {
+        (d, seed, step) for d in (8, 12) for seed in (0, 1) for step in (1, 2)
+    }
+    assert {"00", "05", "count", "tail", "tail_soft_rank", "tail_rows"} <= set(rows[0])
+    assert {row["seed"] for row in rows if row["stage"] == "scan"}.isdisjoint({0, 1})
+    assert any("facts recalled" in title for title in made)
+    assert (tmp_path / "recall.png").stat().st_size > 10_000
+    assert main(["memory", "report", str(tmp_path), "--no-figures"]) == 0
     assert "TAIL soft rank" in capsys.readouterr().out
-    assert main(["memory", "recall", *arguments, "--optimizers", "lion", "--out", str(tmp_path)]) == 2
-    assert "`--optimizers`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["--optimizers", "lion"], "--optimizers"), (["--lr", "0"], "--lr"), (["--d", "1"], "--d"),
+     (["--scan-seeds", "0"], "--scan-seeds"), (["--first-seed", "-1"], "--first-seed"), (["--every", "0"], "--every")],
+)  # fmt: skip
+def test_bad_options_of_the_study_are_named(arguments, named, tmp_path, capsys):
+    assert main(["memory", "recall", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert f"`{named}`" in capsys.readouterr().err

@@ -11,9 +11,11 @@ from lightning_spectral.memory.verdicts import (
     judge,
     measured_critical_batch,
     untested,
+    verdict_note,
     verdict_table,
     verdicts,
 )
+from lightning_spectral.text.tables import render
 
 SAME = {"kind": "one-step", "alpha": 1.5, "n_items": 30000, "anisotropy": 0.0, "batch_size": None, "censored": False}
 
@@ -86,9 +88,8 @@ def test_laws_without_rows_are_listed_as_not_tested():
     assert {(v.law, v.case) for v in missing} == {
         law for law in LAWS if law not in {("count ~ d^e, one step", "muon"), ("count / predicted count", "muon")}
     }
-    text = "\n".join(verdict_table([*table, *missing]))
-    assert text.count("not tested") == len(missing)
-    assert "Bonferroni" in text
+    assert render(verdict_table([*table, *missing])).count("not tested") == len(missing)
+    assert "2 judged rows" in verdict_note([*table, *missing])
 
 
 def test_different_experiments_are_never_one_verdict():
@@ -114,7 +115,8 @@ def test_square_maps_of_any_size_are_one_case():
 def batch_rows(counts, d=64, rule="sgd"):
     return [
         {**SAME, "kind": "batch", "d": d, "batch_size": size, "count": count + wobble, "rule_label": rule,
-         "predicted_critical_batch": 5.0, "asymptotic_critical_batch_exponent": 0.5}
+         "predicted_count": min(count, 9.0), "predicted_critical_batch": 5.0,
+         "asymptotic_critical_batch_exponent": 0.5}
         for size, count in counts.items()
         for wobble in (-0.1, 0.0, 0.1)
     ]  # fmt: skip
@@ -126,4 +128,5 @@ def test_the_critical_batch_of_sgd_is_found_among_small_batches():
     point = critical_batches(rows)[0]
     assert point.seeds == 3
     assert 0 < point.log_error < 0.1
+    assert point.predicted == pytest.approx(8 * 2 ** (np.log(8.1 / 8) / np.log(9 / 8)))  # of 9 in the whole population
     assert measured_critical_batch(batch_rows({16: 10.0, None: 10.0})) is None  # already there at the smallest

@@ -165,7 +165,7 @@ class Advisor:
             stored_population=whole,
             rank=_half_rank(probability),
             tail_share=1 - float(self.frequencies[tail] @ probability[tail]) / mass if mass > 0 else 0.0,
-            critical_batch=saturating_batch(lambda batch: self.count(layer, rule, batch)),
+            critical_batch=saturating_batch(lambda batch: self.count(layer, rule, batch), self.frequencies),
             gains=gains,
             binds=max(gains, key=lambda name: gains[name]),
         )

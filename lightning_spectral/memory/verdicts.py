@@ -3,7 +3,9 @@
 Measured slopes are compared with the slope of the PREDICTED counts over the same d, never with the asymptote, which
 small d do not reach. A table of 30 rows at 95 % each has one or two false alarms: a row ``differs`` only outside the
 interval that covers all rows of the table together with 95 % (Bonferroni), and ``agrees`` only where that interval is
-narrow enough to have noticed; else it is ``not decided``. Laws that no row speaks to are listed as ``not tested``.
+narrow enough to have noticed; else it is ``not decided``. Where the theory does not say how far counts spread, the
+seeds do, and few seeds know that badly: Student's t. A prediction that is not trusted (``prediction_note``) cannot be
+contradicted. Laws that no row speaks to are listed as ``not tested``.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtri
+from scipy.stats import t as student
 
 from lightning_spectral.memory.fit import Row, by_size, cases, fit_exponent, group, of_kind
 from lightning_spectral.text.tables import Column, Table
@@ -53,6 +55,8 @@ class Verdict:
         error: Standard error of ``measured``.
         seeds: Fewest seeds of any point.
         kind: ``exponent`` or ``ratio``.
+        freedom: Degrees of freedom behind ``error``; infinite where the theory knows the spread of a count.
+        doubt: Why the prediction is not to be trusted, if it is not.
     """
 
     law: str
@@ -67,6 +71,8 @@ class Verdict:
     error: float | None = None
     seeds: int = 0
     kind: str = "exponent"
+    freedom: float = math.inf
+    doubt: str | None = None
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
@@ -80,13 +86,13 @@ def judge(verdict: Verdict, rivals: int = 1) -> str:
     """The verdict on one of ``rivals`` rows that are judged together; see the head of this file."""
     if verdict.predicted is None or verdict.measured is None or verdict.error is None:
         return "no prediction"
-    half = float(-ndtri((1 - LEVEL) / 2 / max(rivals, 1))) * verdict.error
+    half = float(student.ppf(1 - (1 - LEVEL) / 2 / max(rivals, 1), verdict.freedom)) * verdict.error
     distance = abs(verdict.measured - verdict.predicted)
     close = _CLOSE_RATIO if verdict.kind == "ratio" else _CLOSE
     if verdict.seeds < _SEEDS_AT_LEAST:
         return f"not decided ({verdict.seeds} seed{'s' if verdict.seeds > 1 else ''}, at least {_SEEDS_AT_LEAST})"
     if distance > half and distance > close:
-        return "differs"
+        return "differs" if verdict.doubt is None else f"not decided (off by {distance:.2g}; {verdict.doubt})"
     return "agrees" if half <= _RESOLUTION[verdict.kind] else f"not decided (+- {half:.2g})"
 
 
@@ -153,7 +159,14 @@ def _slope_verdict(law: str, rows: Sequence[Row], axis: str, case: str) -> Verdi
         over=f"{axis} = {', '.join(f'{x:g}' for x in xs)}; {seeds} seeds or more each",
         error=fitted.error,
         seeds=seeds,
+        freedom=math.inf if spreads is not None else sum(len(values) - 1 for values in counts),
+        doubt=_doubt(rows),
     )
+
+
+def _doubt(rows: Sequence[Row]) -> str | None:
+    """The first reason not to trust a prediction; rows of the first versions have none."""
+    return next((str(row["prediction_note"]) for row in rows if row.get("prediction_note")), None)
 
 
 def _one_step(rows: Sequence[Row]) -> list[Verdict]:
@@ -224,6 +237,7 @@ def _batches(rows: Sequence[Row]) -> list[Verdict]:
                 f"d = {', '.join(str(point.d) for point in points)}",
                 error,
                 min(point.seeds for point in points),
+                doubt=_doubt(members),
             )
         )
     return found
@@ -268,12 +282,13 @@ def measured_critical_batch(
 
     With ``rng``, from mean counts drawn anew within their standard errors.
     """
-    whole = [row["count"] for row in rows if row["batch_size"] is None]
-    xs, counts = by_size([row for row in rows if row["batch_size"]], "batch_size", "count")
+    whole = [row for row in rows if row["batch_size"] is None]
+    by_batch = {size: same for (size,), same in group(rows, "batch_size").items() if size}
+    xs = sorted(by_batch)
     if not whole or not xs:
         return None
     target = share * _mean(whole, rng)
-    means = [_mean(values, rng) for values in counts]
+    means = [_mean(by_batch[size], rng) for size in xs]
     for position, mean in enumerate(means):
         if mean >= target:
             if position == 0:
@@ -283,12 +298,14 @@ def measured_critical_batch(
     return None
 
 
-def _mean(values: Sequence[float], rng: np.random.Generator | None) -> float:
+def _mean(rows: Sequence[Row], rng: np.random.Generator | None) -> float:
+    values = [row["count"] for row in rows]
     mean = float(np.mean(values))
     if rng is None:
         return mean
     # a sampled count varies at least as a count of independent items: sqrt is an upper bound for Muon
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.sqrt(max(mean, 1.0))
+    own = float(np.std(values, ddof=1)) if len(values) > 1 else math.sqrt(max(mean, 1.0))
+    spread = max(own, max(row.get("predicted_spread") or 0.0 for row in rows))
     return max(mean + spread / math.sqrt(len(values)) * float(rng.standard_normal()), 1e-3)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.integrate import quad
 from scipy.special import log_ndtr, zeta
 
@@ -20,7 +21,8 @@ from lightning_spectral.theory.problem import MemoryProblem, power_law, require_
 from lightning_spectral.theory.rules import RuleSettings, parse_rule
 
 SATURATED_SHARE = 0.9  # of the population count, at the critical batch
-_TYPICAL_DRAWS = 4
+_TYPICAL_DRAWS = 4  # of a batch below _LARGE_BATCH; one is enough above
+_LARGE_BATCH = 4096
 
 
 def one_step_exponent(rule: str, alpha: float) -> float | None:
@@ -112,8 +114,11 @@ def information_limit(d: int, n_items: int) -> float:
 def expected_distinct(alpha: float, n_items: int, batch_size: int) -> float:
     """Expected number of distinct items among ``batch_size`` draws: ``sum_i 1 - (1 - p_i)^B``; any alpha > 0."""
     require_integer("batch_size", batch_size, 1, "a batch holds at least one item")
-    frequencies = power_law(n_items, alpha)
-    return float(-np.expm1(batch_size * np.log1p(-frequencies)).sum())
+    return _distinct(power_law(n_items, alpha), batch_size)
+
+
+def _distinct(frequencies: NDArray[np.float64], batch_size: int) -> float:
+    return float(-np.expm1(batch_size * np.log1p(-np.minimum(frequencies, 1 - 1e-16))).sum())
 
 
 def crossing_batch(alpha: float, population_count: float) -> float:
@@ -130,25 +135,29 @@ def critical_batch(
     ``None`` for rules without a prediction.
     """
     whole = problem.with_(batch_size=None)
+    frequencies = whole.frequencies()
 
     def count(batch: int | None) -> float | None:
         if batch is None:
             made = [predict(whole, rule, settings)]
         else:
-            frequencies = whole.frequencies()
-            draws = (typical_draw(frequencies, batch, number / _TYPICAL_DRAWS) for number in range(_TYPICAL_DRAWS))
+            number = _TYPICAL_DRAWS if batch < _LARGE_BATCH else 1
+            draws = (typical_draw(frequencies, batch, shift / number) for shift in range(number))
             made = [predict(whole, rule, settings, draw) for draw in draws if draw.any()]
         known = [prediction.count for prediction in made if prediction is not None]
         return float(np.mean(known)) if known else None
 
-    return saturating_batch(count, share)
+    return saturating_batch(count, frequencies, share)
 
 
-def saturating_batch(count: Callable[[int | None], float | None], share: float = SATURATED_SHARE) -> float | None:
+def saturating_batch(
+    count: Callable[[int | None], float | None], frequencies: NDArray[np.float64], share: float = SATURATED_SHARE
+) -> float | None:
     """Smallest batch whose count reaches ``share`` of the population's; between powers of two on log scales.
 
     Args:
         count: Of a batch size, ``None`` being the population; may return ``None`` where there is no prediction.
+        frequencies: Of the items, sum 1: batches that hold too few distinct ones are not asked about.
         share: In (0, 1).
     """
     whole = count(None)
@@ -157,6 +166,8 @@ def saturating_batch(count: Callable[[int | None], float | None], share: float =
     previous = (1.0, 0.0)
     for power in range(0, 41):
         batch = 2**power
+        if 1 + _distinct(frequencies, 2 * batch) < share * whole:
+            continue  # neither this batch nor the next holds enough, but for an item by chance
         reached = count(batch) or 0.0  # none for Newton on fewer items than features
         if reached >= share * whole:
             before, below = previous

@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri
 from scipy.stats import poisson
 
 DTYPES = ("float32", "float64")
 # 2 N d numbers of 4 bytes, streamed or not, have to be drawn at least twice: past this size a run is a mistake
 MAX_ITEM_FEATURES = 2**36
 
+_MANY = 1e4  # draws of one item from which their number is Gaussian; far beyond, scipy's Poisson quantiles are NaN
 _GOLDEN = (5**0.5 - 1) / 2
 _BATCH_STREAM = 0x6261746368  # keeps the draw of batches apart from the draw of embeddings
 
@@ -140,7 +142,9 @@ def typical_draw(frequencies: NDArray[np.float64], batch_size: int, shift: float
     mean_N = batch_size * frequencies
     drawn_N = np.zeros(len(frequencies))
     some_N = quantile_N > np.exp(-mean_N)  # the others are drawn not once
-    drawn_N[some_N] = poisson.ppf(quantile_N[some_N], mean_N[some_N])
+    few_N, many_N = some_N & (mean_N < _MANY), mean_N >= _MANY
+    drawn_N[few_N] = poisson.ppf(quantile_N[few_N], mean_N[few_N])
+    drawn_N[many_N] = np.rint(mean_N[many_N] + np.sqrt(mean_N[many_N]) * ndtri(quantile_N[many_N]))
     return drawn_N / max(drawn_N.sum(), 1.0)
 
 

@@ -1,5 +1,7 @@
 """Verdicts: right laws agree, wrong ones differ, little data decides nothing, many rows give no false alarm."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -73,6 +75,33 @@ def test_a_table_of_true_laws_has_no_false_alarm():
             row["predicted_count"] = row["d"] ** 1.4
         alarms += any(verdict.verdict == "differs" for verdict in verdicts(rows))
     assert alarms <= 5  # binomial(25, 0.05): 1.25 expected, more than 5 in one of 600
+
+
+def test_three_seeds_that_know_no_spread_of_their_own_cannot_contradict():
+    # two sizes of three seeds that happen to agree: four degrees of freedom, and no word of the theory on the spread
+    known = Verdict("law", "muon", 1.0, 0.9, 1.1, 1.25, None, "", "", error=0.05, seeds=3)
+    assert judge(known, 10) == "differs"
+    assert judge(replace(known, freedom=4), 10).startswith("not decided (+-")
+    assert judge(replace(known, freedom=4, error=0.01), 10) == "differs"
+
+
+def test_true_laws_of_three_seeds_without_predicted_spread_give_no_false_alarm():
+    alarms = 0
+    for table in range(25):
+        rng = np.random.default_rng(100 + table)
+        rows = [row for number in range(10)
+                for row in rows_of_a_law(1.4, seeds=3, noise=0.08, rng=rng, anisotropy=number / 100,
+                                         predicted_spread=None)]  # fmt: skip
+        for row in rows:
+            row |= {"kind": "steps", "mode": "deflation", "step": 1, "predicted_count": row["d"] ** 1.4}
+        alarms += any(verdict.verdict == "differs" for verdict in verdicts(rows))
+    assert alarms <= 5  # binomial(25, 0.05)
+
+
+def test_what_is_not_trusted_cannot_be_contradicted():
+    rows = rows_of_a_law(1.2, prediction_note="d below 128")
+    found = [verdict for verdict in verdicts(rows) if verdict.kind == "exponent"]
+    assert found[0].verdict.startswith("not decided (off by 0.2; d below 128")
 
 
 def test_judging_more_rows_together_widens_the_interval():

@@ -10,7 +10,7 @@ from lightning_spectral.theory import capacity_rules, dynamics, exponents
 from lightning_spectral.theory.capacity import distrust, predict, predict_weights, win_probability
 from lightning_spectral.theory.density import density_of
 from lightning_spectral.theory.one_step import OneStep
-from lightning_spectral.theory.problem import MemoryProblem, typical_draw
+from lightning_spectral.theory.problem import MemoryProblem, power_law, typical_draw
 from lightning_spectral.theory.rules import RuleSettings
 from lightning_spectral.theory.spectrum import GradientSpectrum, bin_weights
 
@@ -260,6 +260,14 @@ def test_a_typical_draw_is_what_draws_are_on_average(batch_size):
         found = np.mean([(draw / draw[draw > 0].min() > times - 0.5).sum() for draw in typical])  # once is the least
         assert found == pytest.approx(expected, rel=0.04, abs=0.7)  # a head or two
     assert sum(typical[0]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("alpha", "batch_size"), [(50.0, 2**40), (1.01, 2**40), (3.0, 1)])
+def test_typical_draws_are_weights_whatever_the_batch(alpha, batch_size):
+    drawn = typical_draw(power_law(3000, alpha), batch_size, 0.25)
+    assert np.isfinite(drawn).all()
+    assert (drawn >= 0).all()
+    assert drawn.sum() in (0.0, pytest.approx(1.0))  # a single draw may typically be none
 
 
 def test_critical_batch_lies_at_nine_tenths():

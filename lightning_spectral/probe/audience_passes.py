@@ -62,7 +62,7 @@ def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
 def group_totals(loss_N: Tensor, code_N: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     """Tokens and summed loss of each group, shape (G,) each, fp64 on the CPU; negative codes are in none."""
     known_N = code_N >= 0
-    code_N, loss_N = code_N[known_N].cpu(), loss_N.detach()[known_N].cpu().double()
+    code_N, loss_N = code_N[known_N].long().cpu(), loss_N.detach()[known_N].double().cpu()
     zeros_G = torch.zeros(num_groups, dtype=torch.float64)
     return zeros_G.scatter_add(0, code_N, torch.ones_like(loss_N)), zeros_G.scatter_add(0, code_N, loss_N)
 

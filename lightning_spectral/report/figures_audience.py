@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from lightning_spectral.analysis.matched import loss_curve
 from lightning_spectral.analysis.runs import Run
+from lightning_spectral.records.looks import bucket_name
 from lightning_spectral.report.scene import ReportData, ReportFigure, Series, joined
-from lightning_spectral.report.style import BUCKET_NAMES
 
 AUDIENCE_FILE: Final = "audience.jsonl"
 _PANELS_AT_MOST: Final = 4
@@ -52,7 +52,7 @@ def recall_front(scene: ReportData) -> ReportFigure:
         ax.set_title(scene.looks[key].name)
         every = max(1, len(steps) // 6)
         ax.set_xticks(np.arange(len(steps))[::every] + 0.5, [str(step) for step in steps[::every]], fontsize=8)
-        names = [BUCKET_NAMES.get(group, group.replace("_", " ")) for group in curves] if ax is axes[0] else []
+        names = [bucket_name(group).replace("_", " ") for group in curves] if ax is axes[0] else []
         ax.set_yticks(np.arange(len(curves)) + 0.5, names or [""] * len(curves), fontsize=8)
         ax.set_xlabel("step")
     right = figure.add_axes((0.915, 0.6 / height, 0.012, 1 - 0.95 / height))
@@ -82,7 +82,7 @@ def half_way(curve: dict[int, float]) -> int | None:
 def _span(curves: Curves) -> str:
     """``HEAD at step 20, TAIL at step 60``."""
     ends = dict.fromkeys((next(iter(curves)), list(curves)[-1]))
-    found = [(BUCKET_NAMES.get(group, group.replace("_", " ")), half_way(curves[group])) for group in ends]
+    found = [(bucket_name(group).replace("_", " "), half_way(curves[group])) for group in ends]
     return joined([f"{name} at step {step}" if step is not None else f"{name} never" for name, step in found])
 
 

@@ -48,6 +48,7 @@ class Switch:
         kept: Indices of the kept rows, and the leading shape that they were drawn for last.
         events: ``(hook, content, whether a compiled region made it)`` in order.
         notes: One sentence a cause.
+        first: Called once, when the first block or row that counts is seen in eager code.
         hooks: Every hook, in the order in which a forward would meet them.
     """
 
@@ -59,6 +60,7 @@ class Switch:
         self.kept: tuple[tuple[int, ...], Tensor] | None = None
         self.events: list[tuple[Hook, Any, bool]] = []
         self.notes: dict[str, str] = {}
+        self.first: Callable[[], None] | None = None
         self.hooks: list[Hook] = []
 
     def seed(self, seed: int, device: torch.device) -> None:
@@ -178,6 +180,9 @@ class Hook:
         try:
             if _in_backward() or torch._C._get_tracing_state() is not None or not self._counts(module):
                 return
+            if switch.first is not None and not self.always:
+                first, switch.first = switch.first, None
+                first()
             if self.kind in ("open", "close"):
                 switch.drain()
             content = self.content(args, kwargs, output)

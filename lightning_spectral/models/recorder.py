@@ -8,7 +8,7 @@ could not make sense of is in ``notes``.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -60,15 +60,17 @@ class Recorder:
         """Whether a micro-batch has been started and not collected."""
         return self._open
 
-    def start(self, *, seed: int = 0, training: bool = True) -> None:
+    def start(self, *, seed: int = 0, training: bool = True, first: Callable[[], None] | None = None) -> None:
         """Open for one micro-batch.
 
         Args:
             seed: Draws the kept rows; must be equal on all ranks.
             training: Count only forwards with gradients enabled, of modules in training mode. ``False`` counts every
                 forward (evaluation, a pass over a checkpoint).
+            first: Called when the first forward that counts reaches a block, in eager code.
         """
         self._switch.clear()
+        self._switch.first = first
         self._switch.training = training
         self._switch.seed(seed, self._device())
         self._open = self._switch.on = True
@@ -88,6 +90,7 @@ class Recorder:
         further depth.
         """
         self._open = self._switch.on = False
+        self._switch.first = None
         calls: list[ForwardCall] = []
         try:
             self._switch.drain()
@@ -102,6 +105,7 @@ class Recorder:
         """Close and forget what was kept, and what was proven about layouts."""
         self._open = self._switch.on = False
         self._switch.clear()
+        self._switch.first = None
         self._switch.notes.clear()
         self._proven.clear()
 

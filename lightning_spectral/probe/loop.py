@@ -131,7 +131,7 @@ class LoopObserver:
 
     def _begin(self) -> None:
         self.observer.begin_step(self.step)
-        self.observer.begin_micro_batch()
+        self.observer.begin_micro_batch(waits=True)
 
     def _finish(self) -> None:
         """The micro-batch under way has ended: its loss, if the script computes one, is known by now."""
@@ -150,7 +150,7 @@ class LoopObserver:
             self._finish()
             self.observer.begin_micro_batch()
         else:
-            self.observer.resume()
+            self.observer.resume(losses=True)
         self._inputs = (args, kwargs)
         self._num_forwards += 1
 

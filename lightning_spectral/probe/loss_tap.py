@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.utils._device import DeviceContext
 
 from lightning_spectral.models.hooks import in_function_forward
 from lightning_spectral.probe.loss_calls import SCORERS, Scored
@@ -76,9 +77,18 @@ class LossTap(TorchFunctionMode):
     def start(self, *, training: bool = True) -> None:
         """See calls from now on: those with gradients, or, in an evaluation, all."""
         self.training = training
-        if not self.is_active:
-            self.is_active = True
-            _push_mode(self)
+        if self.is_active:
+            return
+        self.is_active = True
+        above = []  # what is above leaves the stack before us, whenever it is left
+        while torch._C._len_torch_function_stack():
+            mode = _pop_mode()
+            if isinstance(mode, DeviceContext):  # must stay at the bottom
+                _push_mode(mode)
+                break
+            above.append(mode)
+        for mode in (self, *reversed(above)):
+            _push_mode(mode)
 
     def stop(self) -> None:
         """See no more calls; gradients still come. Modes that others have entered since stay as they are."""

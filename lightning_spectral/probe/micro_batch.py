@@ -29,12 +29,12 @@ class MicroBatches:
         self._settings, self._guard = settings, guard
         self._adapter = BatchAdapter(settings.mask_fn)
 
-    def start(self, probe: SpectralProbe, window: WindowState, *, training: bool) -> None:
-        """Before its forward pass. Equal steps draw equal rows."""
+    def start(self, probe: SpectralProbe, window: WindowState, *, training: bool, waits: bool = False) -> None:
+        """Before its forward pass, with ``waits`` long before. Equal steps draw equal rows."""
         step = window.step if training and window.step is not None else 0
         seed = (self._settings.seed * 1_000_003 + step) * 1_009 + window.num_micro_batches
         window.num_micro_batches += 1
-        probe.start(seed=seed, training=training)
+        probe.start(seed=seed, training=training, waits=waits)
 
     def collect(
         self, probe: SpectralProbe, batch: Any, window: WindowState | None, tokens: TokenCounter, *, evaluates: bool

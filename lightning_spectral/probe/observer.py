@@ -129,11 +129,11 @@ class Observer:
             with self.guard("opening a window"):
                 self._armed.probe.begin()
 
-    def begin_micro_batch(self) -> None:
-        """Before a forward pass with its loss."""
+    def begin_micro_batch(self, *, waits: bool = False) -> None:
+        """Before a forward pass with its loss; with ``waits`` it may be long until then, or never."""
         if self._window is not None and self.is_armed:
             with self.guard("starting a micro-batch"):
-                self._micro_batches.start(self._armed.probe, self._window, training=True)
+                self._micro_batches.start(self._armed.probe, self._window, training=True, waits=waits)
 
     def pause(self) -> None:
         """Before a backward pass or anything else that is not the micro-batch's own forward."""
@@ -141,11 +141,11 @@ class Observer:
             with self.guard("pausing"):
                 self._out.probe.pause()
 
-    def resume(self) -> None:
-        """After it."""
+    def resume(self, *, losses: bool = False) -> None:
+        """After it; with ``losses`` also before a forward pass that was waited for."""
         if self._window is not None and self._out is not None:
             with self.guard("resuming"):
-                self._out.probe.resume()
+                self._out.probe.resume(losses=losses)
 
     def end_micro_batch(self, batch: Any, *, counts_tokens: bool = True) -> None:
         """After a micro-batch: accumulate what it left behind, count its tokens.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from lightning_spectral.functional.products import Calibration
 from lightning_spectral.models.calls import ForwardCall
 from lightning_spectral.models.recorder import Recorder
-from lightning_spectral.models.stacks import Found, Site, find_stacks
+from lightning_spectral.models.stacks import Site, find_stacks
 from lightning_spectral.probe.accumulate import Accumulator
 from lightning_spectral.probe.collectives import all_reduce
 from lightning_spectral.probe.grouping import Grouping, check_vocabulary
@@ -26,6 +27,7 @@ from lightning_spectral.probe.losses import BucketLosses, codes_of
 from lightning_spectral.probe.open_window import OpenWindow, Seen, StackSeen
 from lightning_spectral.probe.options import ProbeOptions
 from lightning_spectral.probe.places import groups_of, of_rows
+from lightning_spectral.probe.vocabulary import num_known_ids, vocabulary_sizes
 from lightning_spectral.probe.window import BucketLoss, Buckets, ClosedWindow, WindowResult
 
 NOT_RUN = "the model did not run in this window, or a compiled one skipped hooks"
@@ -58,11 +60,12 @@ class SpectralProbe:
         self.found = find_stacks(model, sites=options.sites, modules=options.modules, embedding=options.embedding)
         vocab = getattr(self.found.embedding, "num_embeddings", None)
         if grouping.vocab_size is not None and vocab is not None:
-            check_vocabulary(grouping.vocab_size, vocab, _num_known_ids(model))
+            check_vocabulary(grouping.vocab_size, vocab, num_known_ids(model))
         self.recorder = Recorder(model, self.found, token_fraction=options.token_fraction)
         _forget_compiled_code()
-        self._loss_tap = LossTap(_vocab_sizes(self.found, grouping)) if options.with_losses else None
+        self._loss_tap = LossTap(vocabulary_sizes(self.found, grouping)) if options.with_losses else None
         self._last_shape: tuple[int, ...] | None = None
+        self._sees_losses = False
         self._rows = Accumulator(lambda: self.sites, self.buckets.num_groups, self._parameter)
         self.window = OpenWindow()
         self.begin()
@@ -91,27 +94,36 @@ class SpectralProbe:
         self.window = OpenWindow(losses=BucketLosses(len(self.grouping.names)) if self.options.with_losses else None)
         return before
 
-    def start(self, seed: int, *, training: bool = True) -> None:
+    def start(self, seed: int, *, training: bool = True, waits: bool = False) -> None:
         """Before a micro-batch of the window.
 
         Args:
             seed: Draws the kept rows; must be equal on all ranks.
             training: Count only forwards with gradients, of modules in training mode; ``False`` counts every forward.
+            waits: Look for losses only once the model runs: it may be long until then, or never.
         """
-        self.recorder.start(seed=seed, training=training)
-        if self._loss_tap is not None:
-            self._loss_tap.start(training=training)
+        tap = self._loss_tap
+        later = partial(tap.start, training=training) if tap is not None and waits else None
+        self.recorder.start(seed=seed, training=training, first=later)
+        self._sees_losses = not waits
+        if tap is not None and not waits:
+            tap.start(training=training)
 
     def pause(self) -> None:
         """Before the backward pass, whose recomputation must not be counted."""
         self.recorder.pause()
         if self._loss_tap is not None:
+            self._sees_losses = self._loss_tap.is_active
             self._loss_tap.stop()
 
-    def resume(self) -> None:
-        """After the backward pass."""
+    def resume(self, *, losses: bool = False) -> None:
+        """After the backward pass.
+
+        Args:
+            losses: Look for losses also where that was waited with.
+        """
         self.recorder.resume()
-        if self._loss_tap is not None:
+        if self._loss_tap is not None and (losses or self._sees_losses) and self.recorder.open:
             self._loss_tap.start(training=self._loss_tap.training)
 
     def collect(
@@ -324,22 +336,8 @@ class SpectralProbe:
         return self.window.losses.result(self.buckets.reported)
 
 
-def _num_known_ids(model: nn.Module) -> int | None:
-    """Ids of the tokenizer, where a model says how many of those that it embeds are padding (litgpt)."""
-    configs = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
-    padded = [config for config in configs if hasattr(config, "padded_vocab_size")]
-    return getattr(padded[0], "vocab_size", None) if padded else None
-
-
 def _forget_compiled_code() -> None:
     """Code that torch.compile made before the hooks existed would run without them, functions included."""
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
         dynamo.reset()
-
-
-def _vocab_sizes(found: Found, grouping: Grouping) -> set[int]:
-    """Widths that logits over the vocabulary can have."""
-    sizes = [grouping.vocab_size, getattr(found.embedding, "num_embeddings", None)]
-    sizes.append(getattr(found.head, "out_features", None))
-    return {size for size in sizes if isinstance(size, int)}

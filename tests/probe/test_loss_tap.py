@@ -146,6 +146,21 @@ def test_modes_of_others_stay_in_place() -> None:
     assert torch._C._len_torch_function_stack() == 0
 
 
+def test_started_amid_modes_of_others_it_outlives_them() -> None:
+    tap, other = LossTap({V}), Other()
+    with torch.device("cpu"), other:
+        tap.start()
+        other.calls = 0
+        F.cross_entropy(logits(N, V), targets(N))
+        assert other.calls > 0
+    other.calls = 0
+    F.cross_entropy(logits(N, V), targets(N))
+    assert other.calls == 0
+    assert torch._C._len_torch_function_stack() == 1
+    assert len(tap.take()) == 2
+    assert torch._C._len_torch_function_stack() == 0
+
+
 @pytest.mark.parametrize("what", ["net", "function"])
 def test_compiled_code_has_no_break_and_one_more_graph(what: str) -> None:
     from torch._dynamo.testing import CompileCounter

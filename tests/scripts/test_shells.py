@@ -190,6 +190,25 @@ def test_a_loop_that_raises_leaves_nothing_behind(tmp_path: Path) -> None:
     assert torch._C._len_torch_function_stack() == 0
 
 
+def test_between_steps_and_after_the_last_one_nothing_is_looked_at(tmp_path: Path) -> None:
+    model = Model()
+    optimizer = optimizer_of(model)
+    probe = observe(model, 1, out=tmp_path, counts=toys.counts(), optimizer=optimizer)
+    for batch in batches():
+        assert torch._C._len_torch_function_stack() == 0
+        loss = model(batch)["loss"]
+        assert torch._C._len_torch_function_stack() == 1
+        loss.backward()
+        optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            model(batch)
+        model.train()
+    assert torch._C._len_torch_function_stack() == 0
+    probe.close()
+    assert {loss.status for loss in read_losses(tmp_path).records} == {"ok"}
+
+
 def test_a_loop_can_be_resumed(tmp_path: Path) -> None:
     def steps(model: nn.Module, probe: Any, first: int, last: int) -> None:
         optimizer = optimizer_of(model)

@@ -55,17 +55,13 @@ class Followed:
         name, other = getattr(func, "__name__", ""), args[1 - place] if len(args) > 1 else None
         if name in _SAME and isinstance(out, Tensor) and out.numel() == losses.numel():
             self.add(out, scored)
-        elif name in _PRODUCTS and isinstance(other, Tensor) and out.shape == losses.shape:
+        if not isinstance(other, Tensor):
+            return
+        if name in _PRODUCTS and out.shape == losses.shape:
             scored.weigh(other.expand(losses.shape).reshape(-1))
             self.add(out, scored)
-        elif (
-            name in _CHOICES and isinstance(other, Tensor) and other.dtype == torch.bool and other.shape == losses.shape
-        ):
+        elif name in _CHOICES and other.dtype == torch.bool and other.shape == losses.shape:
             scored.weigh(other.reshape(-1))
-        elif name == "masked_fill" and _is_mask(other) and len(args) > 2 and args[2] == 0:
+        elif name == "masked_fill" and other.dtype == torch.bool and len(args) > 2 and args[2] == 0:
             scored.weigh(~other.expand(losses.shape).reshape(-1))
             self.add(out, scored)
-
-
-def _is_mask(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.bool

@@ -81,11 +81,14 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 def _tail_integrity(records: Sequence[SpectralRecord]) -> float | None:
     """Mean over layers of hard(tail) - hard(head) at the post site (arXiv:2605.21803, tail integrity index)."""
-    post = [r for r in records if r.site == "post" and r.hard_rank is not None]
-    hard = {(r.module, r.layer, r.expert, r.bucket): r.hard_rank for r in post if r.hard_rank is not None}
+    hard = {
+        ((r.module, r.layer, r.expert), r.bucket): r.hard_rank
+        for r in records
+        if r.site == "post" and r.hard_rank is not None
+    }
     differences = [
-        rank - hard[(*place, "head")]
-        for (*place, bucket), rank in hard.items()
-        if bucket == "tail" and (*place, "head") in hard
+        rank - hard[place, "head"]
+        for (place, bucket), rank in hard.items()
+        if bucket == "tail" and (place, "head") in hard
     ]
     return sum(differences) / len(differences) if differences else None

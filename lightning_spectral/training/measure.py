@@ -99,8 +99,8 @@ def measure_checkpoint(
         labels={"checkpoint": checkpoint.name},
         strict=True,  # there is no training to be kept from harm
     )
-    shares = {"head_share": SHARES[0], "mid_share": SHARES[1]}
-    measurement = Measurement(settings, BucketSettings(counts=table, **shares), facts)
+    buckets = BucketSettings(counts=table, head_share=SHARES[0], mid_share=SHARES[1])
+    measurement = Measurement(settings, buckets, facts)
     hparams = {"data": [str(file) for file in corpus.files[:8]], "num_tokens": len(tokens) - 1, "seq_length": length}
     host = _host(folder, loaded, checkpoint, hparams)
     spectral = _run(loaded, measurement, host, tokens, length, batch_size, _device(device))

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
-from torch.utils._device import DeviceContext
 
 from lightning_spectral.models.hooks import in_function_forward
 from lightning_spectral.probe.loss_calls import SCORERS, Scored
@@ -80,14 +79,8 @@ class LossTap(TorchFunctionMode):
         if self.is_active:
             return
         self.is_active = True
-        above = []  # what is above leaves the stack before us, whenever it is left
-        while torch._C._len_torch_function_stack():
-            mode = _pop_mode()
-            if isinstance(mode, DeviceContext):  # must stay at the bottom
-                _push_mode(mode)
-                break
-            above.append(mode)
-        for mode in (self, *reversed(above)):
+        above = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
+        for mode in (self, *reversed(above)):  # at the bottom: a context that is left takes the top one away, its own
             _push_mode(mode)
 
     def stop(self) -> None:

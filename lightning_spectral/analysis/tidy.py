@@ -16,6 +16,7 @@ from lightning_spectral.analysis.points import Point, PointTable
 from lightning_spectral.analysis.runs import Problem
 from lightning_spectral.analysis.tables import condition, recognised, telling_apart, with_layers
 from lightning_spectral.text import whole_file
+from lightning_spectral.text.tables import harmless
 
 T = TypeVar("T")
 _ID_NAMES: Final = ("run_id", "id")
@@ -222,8 +223,7 @@ def cell_text(cell: Any) -> str:
         if math.isnan(cell):
             return ""
         return str(int(cell)) if cell.is_integer() and abs(cell) < 1e15 else repr(float(cell))
-    # a spreadsheet runs a text that begins like this
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t")) else str(cell)
+    return str(harmless(cell))
 
 
 def write_atomic(path: str | Path, content: bytes) -> Path:

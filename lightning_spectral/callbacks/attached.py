@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_spectral.callbacks.progress import Progress
 from lightning_spectral.callbacks.saved_state import SavedState
 from lightning_spectral.callbacks.tensorboard import Pictures
-from lightning_spectral.callbacks.trainer_host import LastStep, host_of, tell_listeners
+from lightning_spectral.callbacks.trainer_host import LastStep, come_first, host_of, tell_listeners
 from lightning_spectral.probe.observer import Observer
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.settings import BucketSettings, Measurement, ProbeSettings
@@ -64,6 +64,7 @@ class AttachedToTrainer(SavedState):
         if self.home is not trainer:
             self.observer.run_folder = None  # it is of another run
         self.home = trainer
+        come_first(trainer, self)
         try:
             self.observer.attach(pl_module, host, fallback_counts=counts, trains=trainer.state.fn == "fit")
         except ValueError as error:

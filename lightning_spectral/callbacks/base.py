@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_spectral.callbacks.attached import AttachedToTrainer
 from lightning_spectral.callbacks.counting import count_ahead
 from lightning_spectral.callbacks.evaluation import EvaluationHooks
-from lightning_spectral.callbacks.trainer_host import publish_medians
+from lightning_spectral.callbacks.trainer_host import leave, publish_medians
 from lightning_spectral.probe.settings import ProbeSettings, SharedArguments, Unpack
 
 
@@ -101,6 +101,7 @@ class SpectralCallback(AttachedToTrainer, EvaluationHooks):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.observer.drain()
         self.observer.detach(**self.progress.facts())
+        leave(trainer, self)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -25,6 +25,7 @@ from lightning_spectral.records.looks import bucket_colors, bucket_name, metric_
 
 MAX_SERIES = 4  # more lines than this in one chart cannot be told apart
 MAX_SPECTRA = 24
+MAX_COLUMNS = 256  # of a heat map: more cannot be told apart, and drawing them takes seconds
 CURVES = ("hard_rank", "soft_rank")
 
 
@@ -61,7 +62,7 @@ class Pictures:
 
     def __init__(self) -> None:
         self._curves: dict[str, dict[str, dict[int, float]]] = {metric: {} for metric in CURVES}
-        self._hard: dict[str, dict[tuple[str, int], float]] = {}
+        self._hard: dict[str, dict[int, dict[str, float]]] = {}  # bucket -> step -> layer
         self._spectra: dict[str, dict[int, np.ndarray]] = {}
         self._num_windows = 0
 
@@ -102,7 +103,9 @@ class Pictures:
         for record in records:
             if record.hard_rank is not None:
                 place = layer_name(record.layer, record.expert)
-                self._hard.setdefault(record.bucket, {})[place, step] = record.hard_rank
+                self._hard.setdefault(record.bucket, {}).setdefault(step, {})[place] = record.hard_rank
+        for steps in self._hard.values():
+            _thin(steps, MAX_COLUMNS)
         for metric in CURVES:
             for bucket in dict.fromkeys(record.bucket for record in records):
                 known = [value for r in records if r.bucket == bucket and (value := r.value(metric)) is not None]
@@ -122,9 +125,17 @@ class Pictures:
         eigs = chosen.measurement.eigenvalues.double().numpy()
         kept = self._spectra.setdefault(f"{layer_name(chosen.layer)}.{bucket}", {})
         kept[step] = eigs / eigs.sum()
-        if len(kept) > 2 * MAX_SPECTRA:  # thin evenly over time, keeping the first and the last
-            for old in list(kept)[1:-1:2]:
-                del kept[old]
+        _thin(kept, MAX_SPECTRA)
+
+
+def _thin(kept: dict[int, Any], at_most: int) -> None:
+    """Evenly over the steps, keeping the first and the last: between ``at_most`` / 2 and twice as many stay."""
+    if len(kept) > 2 * at_most:
+        steps = np.array(sorted(kept))
+        wanted = set(steps[np.searchsorted(steps, np.linspace(steps[0], steps[-1], at_most))].tolist())
+        for step in steps.tolist():
+            if step not in wanted:
+                del kept[step]
 
 
 def rank_curves(curves: dict[str, dict[str, dict[int, float]]]) -> Any:
@@ -153,13 +164,11 @@ def rank_curves(curves: dict[str, dict[str, dict[int, float]]]) -> Any:
     return figure
 
 
-def heat_map(values: dict[tuple[str, int], float], bucket: str) -> Any:
-    """Hard rank of one bucket over layers and steps."""
-    layers = sorted({layer for layer, _ in values})
-    steps = sorted({step for _, step in values})
-    grid = np.full((len(layers), len(steps)), np.nan)
-    for (layer, step), value in values.items():
-        grid[layers.index(layer), steps.index(step)] = value
+def heat_map(values: dict[int, dict[str, float]], bucket: str) -> Any:
+    """Hard rank of one bucket over steps and layers."""
+    steps = sorted(values)
+    layers = sorted({layer for ranks in values.values() for layer in ranks})
+    grid = np.array([[values[step].get(layer, np.nan) for step in steps] for layer in layers])
     figure, axes = _figure()
     mesh = axes.pcolormesh(_edges(steps), np.arange(len(layers) + 1), grid, cmap="viridis")
     axes.set_yticks(np.arange(len(layers)) + 0.5, layers)

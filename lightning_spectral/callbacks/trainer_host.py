@@ -109,6 +109,33 @@ def tell_listeners(trainer: pl.Trainer, records: Sequence[SpectralRecord]) -> No
             listen(trainer, records)
 
 
+class First(pl.Callback):
+    """Told of an exception before anybody else's callback, which may raise in its own ``on_exception``.
+
+    Lightning then calls none of those after it and no teardown: hooks and threads of ours would stay.
+    """
+
+    def __init__(self, callback: Any) -> None:
+        self.callback = callback
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Pass it on."""
+        self.callback.on_exception(trainer, pl_module, exception)
+        leave(trainer, self.callback)
+
+
+def come_first(trainer: pl.Trainer, callback: Any) -> None:
+    """From now on ``callback`` hears of an exception first. The list is a new one: the old is being gone through."""
+    leave(trainer, callback)
+    trainer.callbacks = [First(callback), *trainer.callbacks]  # type: ignore[attr-defined]
+
+
+def leave(trainer: pl.Trainer, callback: Any) -> None:
+    """Undo :func:`come_first`."""
+    others = [one for one in trainer.callbacks if not (isinstance(one, First) and one.callback is callback)]  # type: ignore[attr-defined]
+    trainer.callbacks = others  # type: ignore[attr-defined]
+
+
 def publish_medians(pl_module: pl.LightningModule, scalars: dict[str, float], *, at_epoch_end: bool = False) -> None:
     """To ``callback_metrics``, so that ``ModelCheckpoint(monitor="spectral/hard_rank.tail")`` works.
 

@@ -32,8 +32,11 @@ from lightning_spectral.probe.audience_passes import (
     whole,
 )
 from lightning_spectral.probe.grouping import load_counts
+from lightning_spectral.probe.guard import warn
 from lightning_spectral.probe.run_folder import new_run_id
 from lightning_spectral.probe.schedule import Schedule
+from lightning_spectral.records import append_lines
+from lightning_spectral.text import one_line
 
 AUDIENCE_FILE = "audience.jsonl"
 _HEAD = re.compile(r"(^|\.)(lm_head|head|embed_out|unembed|output_layer)\.")
@@ -131,6 +134,8 @@ class UpdateAudience(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.ckpt_path is None and trainer.global_step == 0:
+            self.schedule.previous = None  # nothing of an earlier run is carried on
         datamodule = getattr(trainer, "datamodule", None)
         source = self.counts if self.counts is not None else getattr(datamodule, "token_counts", None)
         if source is None:
@@ -264,9 +269,10 @@ class UpdateAudience(Callback):
         log_scalars(trainer, scalars, records[0].step if records else None)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = Path(self.dirpath or folder_of(trainer))
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / AUDIENCE_FILE).open("a") as file:
-                file.write("".join(json.dumps(record.as_dict()) + "\n" for record in records))
+            try:
+                append_lines(folder / AUDIENCE_FILE, [json.dumps(record.as_dict()) for record in records])
+            except OSError as error:  # an observer ends no training
+                warn(f"UpdateAudience: records of a step are lost, `{folder}` cannot be written: {one_line(error)}.")
 
 
 def read_audience(path: str | Path) -> list[AudienceRecord]:
@@ -274,10 +280,10 @@ def read_audience(path: str | Path) -> list[AudienceRecord]:
     path = Path(path)
     path = path / AUDIENCE_FILE if path.is_dir() else path
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             records.append(AudienceRecord(**json.loads(line)))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             continue
     return records
 

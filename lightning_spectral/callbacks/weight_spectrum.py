@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_spectral.callbacks.trainer_host import LastStep, host_of, publish_medians
+from lightning_spectral.callbacks.trainer_host import LastStep, come_first, host_of, leave, publish_medians
 from lightning_spectral.lightning_private import state_key
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.weight_spectra import WHAT, WeightObserver, WeightSettings
@@ -78,10 +78,13 @@ class WeightSpectrumCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.ckpt_path is None and trainer.global_step == 0:
+            self.observer.schedule.previous = None  # nothing of an earlier run is carried on
         host = host_of(trainer, pl_module, dirpath=self.dirpath, run_id=self.run_id)
         if self.home is not trainer:
             self.observer.run_folder = None  # it is of another run
         self.home = trainer
+        come_first(trainer, self)
         try:
             self.observer.attach(pl_module, host)
         except ValueError as error:
@@ -115,6 +118,7 @@ class WeightSpectrumCallback(Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.observer.detach()
+        leave(trainer, self)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

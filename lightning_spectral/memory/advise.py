@@ -93,7 +93,7 @@ def read_counts(path: str) -> Array:
     try:
         counts = np.load(path) if path.endswith(".npy") else np.loadtxt(path, ndmin=1)
         counts = np.asarray(counts, dtype=np.float64)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # whatever numpy says of a file that is none of its own
         raise CommandError(
             f"`--counts` {path} holds no list of counts: give a .npy file or a number a line."
         ) from error

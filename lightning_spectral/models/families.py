@@ -58,7 +58,7 @@ def installed_hints() -> tuple[Hint, ...]:
     for entry in entry_points(group=ENTRY_POINT):
         try:
             loaded = entry.load()
-        except Exception:  # a broken package must not end a run that does not need it
+        except Exception:  # noqa: S112 - a broken package must not end a run that does not need it
             continue
         rows: Iterable[object] = [loaded] if isinstance(loaded, Hint) else loaded
         found += [row for row in rows if isinstance(row, Hint)]

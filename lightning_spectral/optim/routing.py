@@ -115,7 +115,7 @@ class _Heads:
             self._declared.update(id(child) for child in module.modules())
             try:
                 weight = getattr(ask(module), "weight", None)
-            except Exception:  # a foreign method; some models have none and say so by raising
+            except Exception:  # noqa: S112 - a foreign method; some models have none and say so by raising
                 continue
             if weight is not None:
                 self._owned.add(id(weight))

@@ -60,7 +60,12 @@ class RunFolder:
         self._num_dropped = 0
         self._lock: RunLock | None = None
         if writes:
-            self._open(resume, makes_room, locks)
+            try:
+                self._open(resume, makes_room, locks)
+            except BaseException:
+                if self._lock is not None:
+                    self._lock.release()
+                raise
 
     @property
     def run_id(self) -> str:
@@ -133,7 +138,12 @@ class RunFolder:
         old = _run_id(self.path)
         if resume is True or resume == old:
             self._read_known()
-            self.info = rec.read_run(self.path)
+            try:
+                self.info = rec.read_run(self.path)
+            except ValueError as error:  # a torn file: the records know whose they are
+                self.info = replace(self.info, run_id=old)
+                warn(f"{one_line(error)} It is written anew.")
+                rec.write_run(self.path, self.info)
         elif makes_room:
             target = move_earlier_run(self.path, rec.RUN_FILES, old)
             warn(f"`{self.path}` held the run `{old}`: it was moved to `{target}`.")
@@ -191,10 +201,19 @@ def move_earlier_run(folder: Path, names: Sequence[str], run_id: str | None = No
 
 
 def _run_id(folder: Path) -> str:
+    """Of the run in a folder, by its description or else by its records."""
     try:
         return rec.read_run(folder).run_id
     except (ValueError, FileNotFoundError):
-        return "unreadable"
+        pass
+    for name, read in _READERS.items():
+        if (folder / name).exists():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                records = read(folder / name).records
+            if records:
+                return str(records[-1].run_id)
+    return "unreadable"
 
 
 def new_run_id() -> str:

@@ -70,7 +70,8 @@ class RunLock:
         if self.held:
             self.held = False
             if _owner(self.path) == _me():  # after an hour of silence another machine may have taken it
-                self.path.unlink(missing_ok=True)
+                with suppress(OSError):  # where it cannot be removed it is stale as soon as this process ends
+                    self.path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ MEASURE = "measure"  # the stage of a pass over a finished model, outside of any
 NONFINITE_POLICIES = ("warn", "record", "raise")
 GROUP_BY = ("frequency", "position")
 STREAM = "stream"
-_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class SharedArguments(TypedDict, total=False):
@@ -131,7 +131,7 @@ class ProbeSettings:
             raise ValueError("`eigenvalues=True` needs `soft='exact'`: the approximation knows no eigenvalues.")
         if self.run_id is not None and not _RUN_ID.fullmatch(self.run_id):
             raise ValueError(
-                f"`run_id` must be a plain name (letters, digits, `.`, `_`, `-`, no separator), got {self.run_id!r}."
+                f"`run_id` must be a plain name (letters, digits, `.`, `_`, `-`; at most 128), got {self.run_id!r}."
             )
         require_count("every_n_steps", self.every_n_steps)
 

@@ -7,6 +7,7 @@
 from lightning_spectral.records.eigenvalues import STACKS_KEY, eigenvalues_key, find_eigenvalues
 from lightning_spectral.records.files import (
     ReadReport,
+    append_lines,
     append_records,
     known_keys,
     parse_record,
@@ -59,6 +60,7 @@ __all__ = [
     "RunInfo",
     "SpectralRecord",
     "WeightRecord",
+    "append_lines",
     "append_records",
     "eigenvalues_key",
     "find_eigenvalues",

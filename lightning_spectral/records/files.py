@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from lightning_spectral.records.schema import (
@@ -62,11 +63,20 @@ def append_records(path: str | Path, records: Sequence[Record]) -> None:
     Raises:
         OSError: If they cannot be written (a full disk); the file is then as it was.
     """
-    if not records:
+    append_lines(path, [to_json(record) for record in records])
+
+
+def append_lines(path: str | Path, lines: Sequence[str]) -> None:
+    """As :func:`append_records`, of any lines.
+
+    Raises:
+        OSError: If they cannot be written; the file is then as it was.
+    """
+    if not lines:
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    payload = "".join(to_json(record) + "\n" for record in records).encode()
+    payload = "".join(f"{line}\n" for line in lines).encode()
     with path.open("ab", buffering=0) as file:  # a buffer would be written once more when the file is closed
         size = file.tell()
         if size and not _ends_with_newline(path):
@@ -153,7 +163,7 @@ def read_run(folder: str | Path) -> RunInfo:
     path = _file(folder, RUN_FILE)
     try:
         return _build(json.loads(path.read_text()), RunInfo)
-    except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
+    except (ValueError, RecursionError) as error:  # of JSON, of its encoding, of its fields
         raise ValueError(f"`{path}` is not a run description: {error}. Was it edited by hand?") from error
 
 
@@ -196,6 +206,12 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 _KINDS: tuple[type[Any], ...] = (SpectralRecord, LossRecord, WeightRecord, AlarmRecord, RunInfo)
 _FIELD_NAMES = {kind.__name__: frozenset(f.name for f in fields(kind)) for kind in _KINDS}
+_TYPES = {
+    kind.__name__: [
+        (f.name, dict if f.type.startswith("dict") else str) for f in fields(kind) if f.type.startswith(("dict", "str"))
+    ]
+    for kind in _KINDS
+}
 
 
 BuiltT = TypeVar("BuiltT", SpectralRecord, LossRecord, WeightRecord, AlarmRecord, RunInfo)
@@ -211,7 +227,12 @@ def _build(content: Any, kind: type[BuiltT]) -> BuiltT:
     known = _FIELD_NAMES[kind.__name__]
     given = {name: value for name, value in content.items() if name in known}
     if "extra" in known:
-        given["extra"] = {name: value for name, value in content.items() if name not in known}
+        # what is no number is a later version's field, or a damaged name
+        more = {name: value for name, value in content.items() if name not in known}
+        given["extra"] = {name: more[name] for name in more if isinstance(more[name], (int, float, NoneType))}
+    for name, wanted in _TYPES[kind.__name__]:
+        if name in given and not isinstance(given[name], wanted):
+            raise ValueError("a field holds a value of the wrong type")
     try:
         return kind(**given)
     except TypeError as error:

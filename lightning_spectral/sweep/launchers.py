@@ -220,7 +220,7 @@ class RayLauncher:
 
 def _run_in_task(command: list[str], log: str, folder: str, environment: dict[str, str]) -> int:
     with open(log, "ab") as file:
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603 - `command_of`
             command, stdout=file, stderr=subprocess.STDOUT, cwd=folder, env={**os.environ, **environment}, check=False
         )
     return done.returncode

@@ -258,7 +258,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, empty if the file is missing or incomplete."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

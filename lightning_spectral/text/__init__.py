@@ -75,7 +75,7 @@ def read_yaml(text: str) -> Any:
     """
     import yaml
 
-    return yaml.load(text, Loader=_yaml_loader())
+    return yaml.load(text, Loader=_yaml_loader())  # noqa: S506 - a SafeLoader
 
 
 @lru_cache(maxsize=1)
@@ -153,7 +153,7 @@ def set_aside(folder: str | Path, names: Iterable[str], label: str | None = None
     Args:
         folder: The run folder.
         names: Files and folders that a run leaves there; those that do not exist are passed over.
-        label: Id of the earlier run, if it has one.
+        label: Id of the earlier run, if it has one; what is no plain name is not used.
 
     Returns:
         Where they are now, or ``None`` if there was nothing to move.
@@ -164,7 +164,10 @@ def set_aside(folder: str | Path, names: Iterable[str], label: str | None = None
         return None
     previous = folder / PREVIOUS
     numbers = [int(path.name) for path in previous.glob("[0-9]*") if path.name.isdigit()]
-    target = previous / (label or f"{1 + max(numbers, default=0):03d}")
+    is_name = (
+        label is not None and re.fullmatch(r"[\w-][\w.-]{0,127}", label) is not None
+    )  # it may be from anybody's file
+    target = previous / (label if is_name and label else f"{1 + max(numbers, default=0):03d}")
     while target.exists():
         target = target.with_name(target.name + "_")
     target.mkdir(parents=True)

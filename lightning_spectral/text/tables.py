@@ -131,11 +131,17 @@ def _json(table: Table, width: int | None) -> str:
     return json.dumps(rows, indent=1, ensure_ascii=False)
 
 
+def harmless(value: Any) -> Any:
+    """A cell of a CSV file that no spreadsheet takes for a formula, whatever a label or a foreign file says."""
+    begins = isinstance(value, str) and len(value) > 1 and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if begins else value
+
+
 def _csv(table: Table, width: int | None) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([head.key or head.name for head in table.heads])
-    writer.writerows([["" if _is_missing(value) else value for value in row] for row in table.rows])
+    writer.writerows([["" if _is_missing(value) else harmless(value) for value in row] for row in table.rows])
     return buffer.getvalue().rstrip("\n")
 
 

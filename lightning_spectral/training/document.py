@@ -130,7 +130,7 @@ def read_tree(file: Path) -> dict[str, Any]:
 def _read_mapping(file: Path) -> dict[str, Any]:
     try:
         tree = read_yaml(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no text, or a date that is none
         raise RecipeError(f"`{file}` is not YAML: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"`{file}` holds {type(tree).__name__}, not keys and values like `out_dir: out/run`.")

@@ -104,7 +104,8 @@ def requeue() -> None:
     array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_JOB_ID", "")
     job_id = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '0')}" if array else job
     try:
-        subprocess.run(["scontrol", "requeue", job_id], check=True, capture_output=True, text=True)
+        command = ["scontrol", "requeue", job_id]  # the id is SLURM's own
+        subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
         rank_zero_info(f"SLURM job {job_id} is requeued and will go on from here.")
     except (OSError, subprocess.CalledProcessError) as error:
         rank_zero_warn(f"SLURM job {job_id} could not be requeued ({error}): submit the same command again.")

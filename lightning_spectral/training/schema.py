@@ -150,7 +150,7 @@ def _parsed(tree: dict[str, Any]) -> dict[str, Any]:
 def _parsed_part(pickled: bytes) -> dict[str, Any]:
     made = parser()
     try:
-        values = made.parse_object(pickle.loads(pickled))
+        values = made.parse_object(pickle.loads(pickled))  # noqa: S301 - pickled above, by this process
         content: dict[str, Any] = yaml.safe_load(made.dump(values, skip_none=False, skip_validation=True))
     except Exception as error:  # jsonargparse raises its own, argparse's, and whatever a class_path's import raises
         raise RecipeError(_what_does_not_fit(str(error))) from error

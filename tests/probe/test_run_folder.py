@@ -200,3 +200,27 @@ def test_only_its_own_lock_is_released(tmp_path: Path) -> None:
     lock(tmp_path, host="elsewhere")  # taken over after an hour of silence
     held.release()
     assert (tmp_path / LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize("resume", [True, "first"])
+def test_a_torn_description_does_not_end_a_run(tmp_path: Path, resume: bool | str) -> None:
+    folder = RunFolder(tmp_path, info("first"), resume=False, writes=True, locks=True)
+    folder.append_spectral([spectral(run_id="first", step=0)])
+    folder.close()
+    (tmp_path / "run.json").write_text((tmp_path / "run.json").read_text()[:30])
+    with pytest.warns(UserWarning, match="is not a run description: .* It is written anew"):
+        resumed = RunFolder(tmp_path, info("second"), resume=resume, writes=True, locks=True)
+    assert resumed.run_id == read_run(tmp_path).run_id == "first"
+    resumed.append_spectral([spectral(run_id="first", step=0), spectral(run_id="first", step=1)])
+    assert [record.step for record in read_spectral(tmp_path).records] == [0, 1]
+
+
+def test_a_folder_that_cannot_be_opened_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_spectral.records.write_run", full)
+        with pytest.raises(OSError, match="No space"):
+            RunFolder(tmp_path, info("first"), resume=False, writes=True, locks=True)
+    assert not (tmp_path / LOCK_FILE).exists()

@@ -165,6 +165,27 @@ def test_a_disk_that_cannot_hold_the_run_is_refused_before_the_first_step(
         assert _run(tmp_path).step == 12
 
 
+@pytest.mark.filterwarnings("ignore:could not save a checkpoint")
+def test_a_checkpoint_that_cannot_be_written_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither after the failure, nor, of a process that died while it saved, once the run goes on."""
+    save = pl.Trainer.save_checkpoint
+
+    def full(trainer: pl.Trainer, path: Path, *args: Any, **options: Any) -> None:
+        save(trainer, path, *args, **options)
+        if trainer.global_step == 8:
+            raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pl.Trainer, "save_checkpoint", full)
+        with pytest.raises(OSError, match="No space"):
+            _run(tmp_path)
+    folder = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["step-00000004.ckpt"]
+    (folder / "step-00000006.partial").write_bytes(bytes(1_000))
+    assert _run(tmp_path, resume="auto").step == 12
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000008.ckpt", "step-00000012.ckpt"]
+
+
 def test_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
     whole = _run(tmp_path)
     newest = checkpoints.checkpoint_path(whole.run_folder, 12)

@@ -1,0 +1,222 @@
+"""Nothing in a file that is not code runs code, and no class is built in a key that it does not belong into.
+
+Each malicious input would make a marker file; ``SECURITY.md`` names the inputs.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import pickle
+import stat
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from lightning_spectral.analysis.tidy import csv_text
+from lightning_spectral.callbacks.injected import load_callbacks
+from lightning_spectral.data.corpus import Corpus
+from lightning_spectral.data.tokens import prepare_tokens
+from lightning_spectral.gpt.export import load_final
+from lightning_spectral.memory.fit import read_results
+from lightning_spectral.records import read_alarms, read_losses, read_run, read_spectral, read_weights
+from lightning_spectral.text.tables import Column, Table, render
+from lightning_spectral.training.checkpoints import newest_whole
+from lightning_spectral.training.load_checkpoint import load_checkpoint
+from lightning_spectral.training.pretrain import pretrain
+from lightning_spectral.training.recipe import load
+from tests.records_factory import spectral
+from tests.tiny import LIGHTNING_WARNINGS, tiny_tree, write_recipe, write_text
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in LIGHTNING_WARNINGS]
+
+
+class Malice:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def torch_file(path: Path, marker: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": {}, "epoch": Malice(marker)}, path)
+
+
+def raw_pickle(path: Path, marker: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(Malice(marker)))
+
+
+READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "a checkpoint in the run folder": (
+        "run/checkpoints/step-00000002.ckpt",
+        lambda folder: newest_whole(folder / "run"),
+    ),
+    "resume by its path": (
+        "evil.ckpt",
+        lambda folder: pretrain(
+            load(write_recipe(folder), {"out_dir": str(folder / "run"), "resume": str(folder / "evil.ckpt")}),
+            progress_bar=False,
+        ),
+    ),
+    "measure, a Lightning file": ("evil.ckpt", lambda folder: load_checkpoint(folder / "evil.ckpt")),
+    "measure, a litgpt folder": ("final/lit_model.pth", lambda folder: load_final(folder / "final")),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("write", [torch_file, raw_pickle])
+@pytest.mark.parametrize("place", READERS)
+def test_a_foreign_pickle_is_refused_and_not_executed(place: str, write: Any, tmp_path: Path) -> None:
+    name, read = READERS[place]
+    marker = tmp_path / "executed"
+    write(tmp_path / name, marker)
+    (tmp_path / "final").mkdir(exist_ok=True)
+    (tmp_path / "final" / "model_config.yaml").write_text(
+        yaml.safe_dump({"name": "tiny", **tiny_tree(tmp_path)["model_config"]})
+    )
+    if place == "a checkpoint in the run folder":
+        assert read(tmp_path) is None  # passed over, with a warning
+    else:
+        with pytest.raises(ValueError, match=r"could execute code|cannot be read"):
+            read(tmp_path)
+    assert not marker.exists()
+
+
+def test_counts_that_hold_objects_are_refused(tmp_path: Path) -> None:
+    from lightning_spectral import TailTokenProbe
+
+    marker = tmp_path / "executed"
+    np.save(tmp_path / "counts.npy", np.array([Malice(marker)], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="counts"):
+        TailTokenProbe(2, counts=str(tmp_path / "counts.npy")).measurement.grouping(None)
+    assert not marker.exists()
+
+
+def test_a_token_cache_that_holds_objects_is_built_again(tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+    corpus = Corpus((write_text(tmp_path),))
+    cache = prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache")
+    whole = np.array(cache.train)
+    for name in ("train", "validation", "counts"):
+        np.save(cache.folder / f"{name}.npy", np.array([Malice(marker)], dtype=object), allow_pickle=True)
+        with pytest.warns(UserWarning, match=f"`{name}.npy` is not what was written"):
+            cache = prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache")
+        assert np.array_equal(cache.train, whole)
+    assert not marker.exists()
+
+
+def test_a_cache_folder_is_private(tmp_path: Path) -> None:
+    cache = prepare_tokens(Corpus((write_text(tmp_path),)), vocab_size=300, cache_dir=tmp_path / "cache")
+    assert stat.S_IMODE(cache.folder.parent.stat().st_mode) == 0o700
+
+
+KEYS: dict[str, Callable[[Any], Any]] = {
+    "strategy": lambda spec: spec,
+    "optimizer": lambda spec: spec,
+    "data": lambda spec: spec,
+    "callbacks": lambda spec: [spec],
+}
+
+
+@pytest.mark.parametrize("spelling", ["class", "function"])
+@pytest.mark.parametrize("key", KEYS)
+def test_a_class_that_does_not_belong_into_its_key_is_not_built(key: str, spelling: str, tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+    specs = {
+        "class": {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(marker)]}},
+        "function": {"class_path": "os.mkdir", "init_args": {"path": str(marker)}},
+    }
+    tree = {**tiny_tree(tmp_path), key: KEYS[key](specs[spelling])}
+    with pytest.raises(ValueError, match=r"Popen|mkdir|\w+"):
+        pretrain(load(write_recipe(tmp_path, tree)), progress_bar=False)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("path", ["subprocess.Popen", "os.mkdir"])
+def test_a_probe_yaml_builds_callbacks_only(path: str, tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+    arguments = {"args": ["touch", str(marker)]} if path == "subprocess.Popen" else {"path": str(marker)}
+    file = tmp_path / "probe.yaml"
+    file.write_text(yaml.safe_dump({"callbacks": [{"class_path": path, "init_args": arguments}]}))
+    with pytest.raises(Exception, match="is no Lightning callback"):
+        load_callbacks(file)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("read", [lambda file: load(file), load_callbacks])
+def test_yaml_tags_are_errors(read: Any, tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+    file = tmp_path / "evil.yaml"
+    file.write_text(f"callbacks: !!python/object/apply:os.mkdir ['{marker}']\n")
+    with pytest.raises(Exception, match="YAML|could not determine a constructor"):
+        read(file)
+    assert not marker.exists()
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+
+
+@pytest.mark.parametrize("read", [read_spectral, read_losses, read_weights, read_alarms])
+def test_deeply_nested_lines_are_left_out(read: Any, tmp_path: Path) -> None:
+    file = tmp_path / "records.jsonl"
+    file.write_bytes(DEEP + b'\n{"schema_version": ' + DEEP + b"}\n")
+    with pytest.warns(UserWarning, match="2 of 2 lines left out"):
+        assert not read(file).records
+
+
+def test_deeply_nested_descriptions_and_results_are_named(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes(DEEP)
+    with pytest.raises(ValueError, match="is not a run description"):
+        read_run(tmp_path)
+    (tmp_path / "results.jsonl").write_bytes(DEEP + b"\n" + json.dumps({"kind": "batch"}).encode() + b"\n\xff\n")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert read_results(tmp_path) == [{"kind": "batch"}]
+    assert "2 broken lines left out" in str(told[0].message)
+
+
+@pytest.mark.parametrize("label", ["=1+1", "+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", '=HYPERLINK("http://x")'])
+def test_a_label_is_no_formula_in_a_spreadsheet(label: str) -> None:
+    table = Table((Column("run", key="run"), "x"), [(label, 1.5)])
+    for text in (csv_text(["run", "x"], [(label, 1.5)]), render(table, "csv")):
+        (_, row) = csv.reader(io.StringIO(text, newline=""))
+        assert row == [f"'{label}", "1.5"]
+
+
+def test_numbers_and_plain_texts_stay(tmp_path: Path) -> None:
+    assert csv_text(["a", "b", "c"], [(-1.5, "-", "a=b")]).splitlines()[1] == "-1.5,-,a=b"
+
+
+@pytest.mark.parametrize("run_id", ["../../escape", "/tmp/escape", "a/b", "", "x" * 300, "..", ".", "a\0b", "a\nb"])
+def test_a_run_id_is_a_name(run_id: str) -> None:
+    from lightning_spectral import SpectralRankCallback
+
+    with pytest.raises(ValueError, match="run_id"):
+        SpectralRankCallback(2, run_id=run_id)
+
+
+def test_a_foreign_run_folder_moves_nothing_out_of_itself(tmp_path: Path) -> None:
+    """The run id of an earlier run, read from a file that anybody may have written, becomes a folder's name."""
+    from lightning_spectral.probe.run_folder import move_earlier_run
+    from lightning_spectral.records import RunInfo, append_records, write_run
+
+    folder = tmp_path / "a" / "run"
+    folder.mkdir(parents=True)
+    write_run(folder, RunInfo("../../../escape", "2026-01-01T00:00:00+00:00", "AdamW"))
+    append_records(folder / "spectral.jsonl", [spectral()])
+    target = move_earlier_run(folder, ["run.json", "spectral.jsonl"])
+    assert target is not None
+    assert target.resolve().is_relative_to(folder.resolve() / "previous")
+    assert not (tmp_path / "escape").exists()

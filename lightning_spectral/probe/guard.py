@@ -20,6 +20,7 @@ def warn(message: str) -> None:
 
 _FOLLOWS = {
     "not_written": "records are kept in memory and tried again at every window",
+    "not_opened": "this window is lost, the next one tries again",
     "not_closed": "what was written before stays",
     "not_logged": "records are written all the same",
 }

@@ -92,7 +92,7 @@ class Publication:
         self._tally.windows += 1
         closed = self._close(window)
         if closed is not None and self.run_folder is None:
-            with self.guard("opening the run folder", "not_written"):
+            with self.guard("opening the run folder", "not_opened"):
                 self.open_folder()
         if closed is None or self.run_folder is None:
             self._tally.lost += 1

@@ -75,7 +75,10 @@ def read_yaml(text: str) -> Any:
     """
     import yaml
 
-    return yaml.load(text, Loader=_yaml_loader())  # noqa: S506 - a SafeLoader
+    try:
+        return yaml.load(text, Loader=_yaml_loader())  # noqa: S506 - a SafeLoader
+    except (ValueError, RecursionError) as error:  # a date that is none; nested without end
+        raise yaml.YAMLError(one_line(error)) from error
 
 
 @lru_cache(maxsize=1)

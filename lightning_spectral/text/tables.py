@@ -133,8 +133,10 @@ def _json(table: Table, width: int | None) -> str:
 
 def harmless(value: Any) -> Any:
     """A cell of a CSV file that no spreadsheet takes for a formula, whatever a label or a foreign file says."""
-    begins = isinstance(value, str) and len(value) > 1 and value.startswith(("=", "+", "-", "@", "\t", "\r"))
-    return f"'{value}" if begins else value
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r", " ")  # which ends a row for some readers and is not quoted by the writer
+    return f"'{text}" if len(text.strip()) > 1 and text.lstrip().startswith(("=", "+", "-", "@")) else text
 
 
 def _csv(table: Table, width: int | None) -> str:

@@ -23,6 +23,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=320)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no fault after so many")
     parser.add_argument("--only", default="", help="faults whose number, job and kind hold these words")
     parser.add_argument("--work", type=Path, help="keep the folders of what was lost here")
     parser.add_argument("--out", type=Path, help="write the result to OUT.json and OUT.md")
@@ -32,7 +33,8 @@ def main(argv: list[str]) -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
-        faults = harness.run(options.seed, options.count, work, workers=options.workers, only=options.only)
+        given = {"workers": options.workers, "only": options.only, "until": began + 60 * options.minutes}
+        faults = harness.run(options.seed, options.count, work, **given)
     lost = [fault for fault in faults if fault.losses]
     minutes = (time.monotonic() - began) / 60
     print(f"{len(faults)} faults of seed {options.seed}, {len(lost)} losses, {minutes:.1f} minutes")

@@ -13,6 +13,7 @@ import ctypes
 import gc
 import importlib
 import json
+import math
 import os
 import random
 import resource
@@ -405,7 +406,14 @@ def undisturbed(work: Path, names: list[str]) -> tuple[dict[str, jobs.Facts], di
 
 
 def run(
-    seed: int, count: int, work: Path, *, workers: int = 2, only: str = "", say: Callable[[str], None] = print
+    seed: int,
+    count: int,
+    work: Path,
+    *,
+    workers: int = 2,
+    only: str = "",
+    until: float = math.inf,
+    say: Callable[[str], None] = print,
 ) -> list[Fault]:
     """Draw and run ``count`` faults in ``workers`` processes of this one's; returns them with what came of each."""
     work.mkdir(parents=True, exist_ok=True)
@@ -423,7 +431,11 @@ def run(
         pid = os.fork()
         if pid == 0:
             _supervise(
-                Supervisor(work, expected, has_mounts), faults[worker::workers], work / f"worker-{worker}.jsonl", say
+                Supervisor(work, expected, has_mounts),
+                faults[worker::workers],
+                work / f"worker-{worker}.jsonl",
+                until,
+                say,
             )
         supervisors.append(pid)
     for pid in supervisors:
@@ -432,12 +444,16 @@ def run(
     return sorted((Fault(**json.loads(line)) for line in lines), key=lambda fault: fault.number)
 
 
-def _supervise(supervisor: Supervisor, faults: list[Fault], out: Path, say: Callable[[str], None]) -> None:
+def _supervise(
+    supervisor: Supervisor, faults: list[Fault], out: Path, until: float, say: Callable[[str], None]
+) -> None:
     try:
         adopt_orphans()
         with out.open("a") as file:
             for fault in faults:
                 began = time.monotonic()
+                if began > until:
+                    break
                 supervisor.run(fault)
                 file.write(json.dumps(asdict(fault)) + "\n")
                 file.flush()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import re
+import time
 
 import pytest
 import torch

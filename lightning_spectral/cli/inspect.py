@@ -3,74 +3,116 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_spectral.cli.optimizer_table import build_model
-from lightning_spectral.text import CommandError, one_line, read_yaml
-from lightning_spectral.text.tables import Table, add_format_option, aside, print_table
+from lightning_spectral.cli.measure import HINTS
+from lightning_spectral.cli.model_source import KINDS, SEARCH, model_of, settings_of
+from lightning_spectral.text import CommandError, one_line
+from lightning_spectral.text.tables import Column, Table, add_format_option, aside, print_table
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from lightning_spectral.models.stacks import Site, Stack
-
-_MODEL = """a litgpt name (pythia-160m), a Hugging Face model type (gpt2) or folder with a config.json, a litgpt folder
-with a model_config.yaml, a recipe (.yaml), or the class path of a module (my_package.Net)"""
+    from lightning_spectral.models.rehearsal import Rehearsed
+    from lightning_spectral.models.sites import Found, Site, Stack
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(
-        prog="lightning-spectral inspect",
-        description="Say which stacks of blocks a model has, where activations would be measured in them, what would "
-        "not be measured, and the memory of a window. The model is built without memory (on the meta device).",
-    )
-    parser.add_argument("model", help=" ".join(_MODEL.split()))
-    parser.add_argument(
-        "--model-args", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the model or its config"
-    )
-    parser.add_argument("--sites", nargs="+", choices=["pre", "post"], default=["post"], help="default: post")
-    parser.add_argument("--modules", nargs="+", help="globs of down projections to measure instead of all")
-    parser.add_argument("--buckets", type=int, default=3, help="1: pooled only; 3: head, mid, tail (default: 3)")
-    parser.add_argument("--shards", type=int, default=1, help="groups of sequences for intervals (default: 1)")
-    add_format_option(parser)
-    options = parser.parse_args(argv)
+    options = _options(argv)
     if options.buckets < 1 or options.shards < 1:
         raise CommandError(f"--buckets and --shards must be >= 1, got {options.buckets} and {options.shards}.")
-    import torch
-
-    from lightning_spectral.models.stacks import find_stacks
-
-    with torch.device("meta"):
-        model = _model(options.model, options.model_args)
-    try:
-        found = find_stacks(model, sites=options.sites, modules=options.modules)
-    except ValueError as error:
-        raise CommandError(one_line(error)) from error
-    print_table(table(found.stacks, groups=options.buckets * options.shards), options.format)
+    groups = options.buckets * options.shards
+    rows: list[tuple[Any, ...]] = []
+    said: list[str] = []
+    for found, layouts, note in _found(options):
+        made = rows_of(found.stacks, groups, layouts)
+        rows += made
+        said += _sentences(found, layouts, note)
+        sizes = [row[-2] for row in made]
+        if None not in sizes:
+            said.append(f"memory in a window: {sum(sizes):.1f} MiB of sums ({groups} groups), and the rows that wait")
+    print_table(Table(_HEADS, rows), options.format)
     out = aside(options.format)
-    names = [name for name, module in found.embeddings.items() if module is found.embedding]
-    print(f"token ids: {f'`{names[0]}`' if names else 'none: pooled ranks only'}", file=out)
-    print("layout: proven in the first window, by comparing what was embedded with what enters a stack", file=out)
-    for note in found.notes:
-        print(f"not measured: {note}", file=out)
+    for sentence in said:
+        print(sentence, file=out)
     return 0
 
 
-def table(stacks: Sequence[Stack], groups: int) -> Table:
+def _options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="lightning-spectral inspect",
+        description="Say which stacks of blocks a model has, where activations would be measured in them, which row is "
+        "which token, what would not be measured, and the memory of a window. The model is built without memory (on "
+        "the meta device); a script is run until it first goes backward, and ended there.",
+    )
+    parser.add_argument("model", help=f"{one_line(KINDS)}, or a training script (train.py)")
+    parser.add_argument("words", nargs="*", help="of a script: its own command line, behind `--`")
+    parser.add_argument(
+        "--model-args", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the model or its config"
+    )
+    parser.add_argument("--sites", nargs="+", choices=["pre", "post"], help="default: post")
+    parser.add_argument("--modules", nargs="+", help="globs of down projections to measure instead of all")
+    parser.add_argument("--hints", nargs="+", metavar="DOWN[,UP]", help=HINTS)
+    parser.add_argument("--embedding", metavar="GLOB", help="the token embedding, where it is not found by itself")
+    parser.add_argument("--buckets", type=int, default=3, help="1: pooled only; 3: head, mid, tail (default: 3)")
+    parser.add_argument("--shards", type=int, default=1, help="groups of sequences for intervals (default: 1)")
+    add_format_option(parser)
+    return parser.parse_args(argv)
+
+
+def _found(options: argparse.Namespace) -> Iterator[tuple[Found, Mapping[str, Rehearsed], str]]:
+    """Each model of what was named, the layouts of its stacks, and what is less than certain about it."""
+    script = Path(options.model).expanduser()
+    given = {name: value for name in SEARCH if (value := getattr(options, name)) is not None}
+    if script.suffix == ".py":
+        from lightning_spectral.cli.script_model import models_of
+
+        if not script.is_file():
+            raise CommandError(f"there is no script `{script}`.")
+        for called in models_of(script, options.words, **_search(given)):
+            yield called.found, called.layouts, f"`{type(called.model).__name__}`, as the script called it"
+        return
+    if options.words:
+        raise CommandError(f"`{options.words[0]}`: words behind the model are for a script (`train.py`).")
+    from lightning_spectral.models.rehearsal import rehearse
+    from lightning_spectral.models.stacks import find_stacks
+
+    source = model_of(options.model, settings_of("--model-args", options.model_args))
+    try:
+        found = find_stacks(source.model, **_search({**source.search, **given}))
+    except ValueError as error:
+        raise CommandError(one_line(error)) from error
+    yield found, rehearse(source.model, found) if source.has_forward else {}, source.note
+
+
+def _search(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`find_stacks` is asked."""
+    from lightning_spectral.models.families import as_hints
+
+    try:
+        hints = as_hints(given.get("hints"))
+    except ValueError as error:
+        raise CommandError(one_line(error)) from error
+    return {"sites": ["post"], **given, "hints": hints}
+
+
+_HEADS = ("stack", "site", "module", "blocks", "sites", "width", Column("MiB in a window", ".1f"), "layout")
+
+
+def rows_of(stacks: Sequence[Stack], groups: int, layouts: Mapping[str, Rehearsed]) -> list[tuple[Any, ...]]:
     """One row a kind of site of each stack."""
     rows: list[tuple[Any, ...]] = []
     for stack in stacks:
         kinds: dict[tuple[str, str, int | None], list[Site]] = {}
         for site in stack.sites:
             kinds.setdefault((site.site, _relative(site, stack), site.width), []).append(site)
+        known = layouts.get(stack.name)
+        layout = known.layout if known is not None and known.layout else None
         for (kind, where, width), sites in kinds.items():
             blocks = f"{len({site.layer for site in sites})} of {stack.num_blocks}"
-            rows.append((stack.name, kind, where, blocks, len(sites), width, _mib(sites, groups)))
-    heads = ("stack", "site", "module", "blocks", "sites", "width", "MiB in a window")
-    return Table(heads, rows)
+            rows.append((stack.name, kind, where, blocks, len(sites), width, _mib(sites, groups), layout))
+    return rows
 
 
 def _relative(site: Site, stack: Stack) -> str:
@@ -85,42 +127,22 @@ def _mib(sites: Sequence[Site], groups: int) -> float | None:
     widths = [site.width for site in sites]
     if None in widths:
         return None
-    return round(sum(4 * groups * packed_size(width) for width in widths if width) / 2**20, 1)
+    return sum(4 * groups * packed_size(width) for width in widths if width) / 2**20
 
 
-def _model(name: str, settings: Sequence[str]) -> nn.Module:
-    path = Path(name).expanduser()
-    config = path / "model_config.yaml"
-    if config.is_file():
-        return _litgpt(read_yaml(config.read_text(encoding="utf-8")))
-    if path.suffix in (".yaml", ".yml"):
-        return _of_recipe(path)
-    return build_model(name, _settings(settings))
-
-
-def _of_recipe(path: Path) -> nn.Module:
-    from lightning_spectral.training import document, recipe
-
-    try:
-        content = recipe.load(path).content
-        named = {} if content["model_name"] == "custom" else document.named_config(content["model_name"])
-    except (ValueError, OSError) as error:
-        raise CommandError(one_line(error)) from error
-    return _litgpt(named | (content["model_config"] or {}))
-
-
-def _litgpt(fields: dict[str, Any]) -> nn.Module:
-    from litgpt import GPT, Config
-
-    try:
-        return GPT(Config(**fields))
-    except (TypeError, ValueError) as error:
-        raise CommandError(f"litgpt cannot build this model: {one_line(error)}") from error
-
-
-def _settings(words: Sequence[str]) -> dict[str, Any]:
-    pairs = [word.partition("=") for word in words]
-    wrong = [word for word, (_, equals, _) in zip(words, pairs, strict=True) if not equals]
-    if wrong:
-        raise CommandError(f"--model-args: `{wrong[0]}` is not NAME=VALUE.")
-    return {key: read_yaml(value) for key, _, value in pairs}
+def _sentences(found: Found, layouts: Mapping[str, Rehearsed], note: str) -> Iterator[str]:
+    """What the table does not say: ids, layouts with their proof, what is left out."""
+    if note:
+        yield f"model: {note}"
+    names = [name for name, module in found.embeddings.items() if module is found.embedding]
+    yield f"token ids: {f'`{names[0]}`' if names else 'none: pooled ranks only'}"
+    for stack in found.stacks:
+        known = layouts.get(stack.name)
+        if known is None:
+            yield f"layout of `{stack.name}`: not tried; it is proven in the first window"
+        elif known.layout:
+            yield f"layout of `{stack.name}`: {known.layout}, {known.agreement:.0%} of the rows looked at agree"
+        else:
+            yield f"layout of `{stack.name}`: not proven here; without proof in a window pooled only: {known.reason}"
+    for sentence in found.notes:
+        yield f"not measured: {sentence}"

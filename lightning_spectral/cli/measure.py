@@ -14,6 +14,8 @@ from lightning_spectral.text.tables import Column, Table, add_format_option, asi
 if TYPE_CHECKING:
     from lightning_spectral.training.measure import Measured
 
+HINTS = """globs of down projections (and up projections) in blocks of which the structure is not understood; all others
+are measured as without"""
 _BUCKETS = ("pooled", "head", "mid", "tail")
 
 
@@ -38,7 +40,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seq_length", type=int, help="default: what the model takes, at most 512")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences per forward pass (default: 8)")
     parser.add_argument("--sites", nargs="+", choices=["pre", "post"], default=["post"], help="default: post")
-    parser.add_argument("--modules", nargs="+", help="globs of down projections, for a model of no known family")
+    parser.add_argument("--modules", nargs="+", help="globs of down projections to measure instead of all")
+    parser.add_argument("--hints", nargs="+", metavar="DOWN[,UP]", help=HINTS)
     parser.add_argument("--shards", type=int, default=1, help="> 1: 95 %% intervals from sequences (default: 1)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add_format_option(parser)
@@ -78,6 +81,7 @@ def _measure(options: argparse.Namespace) -> list[Measured]:
                 batch_size=options.batch_size,
                 sites=options.sites,
                 modules=options.modules,
+                hints=options.hints,
                 num_jackknife_groups=options.shards,
                 device=options.device,
             )

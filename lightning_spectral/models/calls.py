@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.models.layout import Ids, Layout
-from lightning_spectral.models.stacks import Site, Stack
+from lightning_spectral.models.sites import Site, Stack
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class ForwardCall:
         reason: Why there are no ids; empty if there are.
         unmatched: Sites of this call whose rows could not be matched to places, each with the reason; all their rows
             are at place 0.
+        unseen: Sites that ran where their rows could not be seen, each with the reason.
         deeper: Sites of layers that ran a second time and more often.
     """
 
@@ -58,6 +59,7 @@ class ForwardCall:
     agreement: float | None = None
     reason: str = ""
     unmatched: dict[str, str] = field(default_factory=dict)
+    unseen: dict[str, str] = field(default_factory=dict)
     deeper: tuple[Site, ...] = ()
 
 
@@ -105,6 +107,7 @@ class RawCall:
     frame: Frame | None
     num_ids: int
     runs: list[Run] = field(default_factory=list)
+    unseen: dict[str, str] = field(default_factory=dict)
 
     @property
     def entered(self) -> Tensor:
@@ -190,6 +193,7 @@ def assemble(
         agreement=None if layout is None else layout.agreement,
         reason=reason,
         unmatched=unmatched,
+        unseen=dict(call.unseen),
         deeper=tuple(deeper),
     )
 

@@ -1,13 +1,14 @@
 """Hints where structure alone is ambiguous: words in names, and rows that users add for models of their own.
 
-A row names the down projections of one kind of model by a glob; it is used before structure. Give rows by argument
-(``find_stacks(model, hints=[...])``), or let a package bring them under the entry point ``lightning_spectral.models``.
+A row names the down projections of one kind of model by a glob; in the blocks where it matches it is used instead of
+structure. Give rows by argument (``hints=[...]`` of every callback and of ``observe``), or let a package bring them
+under the entry point ``lightning_spectral.models``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -15,7 +16,12 @@ from importlib.metadata import entry_points
 ENTRY_POINT = "lightning_spectral.models"
 
 # Words in the path of a module below its block, or in the name of its class.
-_ATTENTION = re.compile(r"att(entio)?n|(^|_)mha($|_)|self_att|cross_att|retention", re.IGNORECASE)
+# What mixes positions: attention, and recurrences and state spaces, whose projections look like a network's.
+_ATTENTION = re.compile(
+    r"att(entio)?n|(^|_)mha($|_)|self_att|cross_att|retention|mamba|temporal_block|recurrent_?block|"
+    r"(^|_)(rg_?)?(lru|ssm|gru|lstm)($|_)",
+    re.IGNORECASE,
+)
 _FEED_FORWARD = re.compile(
     r"(^|_)(mlp|ffn?|ffwd|moe)\d*($|_)|mlp|ffn|feed_?forward|experts?|dense(relu|act|gated)|layerff|positionwise|"
     r"channel_mix|swiglu|geglu",
@@ -31,7 +37,9 @@ _DOWN_LEAF = re.compile(
     r"output_dense|pwconv2)$",
     re.IGNORECASE,
 )
-_NOT_MEASURED = re.compile(r"lora|adapter|bottleneck|prompt_encoder|prefix_encoder", re.IGNORECASE)
+_NOT_MEASURED = re.compile(
+    r"lora|adapter|bottleneck|prompt_encoder|prefix_encoder|(position|pos)_bias|cpb_mlp|rel(ative)?_pos", re.IGNORECASE
+)
 
 _OTHER_TABLE = re.compile(r"pos(ition)?(_|s|$|e)|wpe|type|segment", re.IGNORECASE)
 
@@ -44,11 +52,47 @@ class Hint:
         name: For messages.
         down: Glob of the down projections' full paths, e.g. ``*.trunk.*.contract``.
         up: Glob of the up projections, or empty: found by structure.
+
+    Raises:
+        ValueError: If it names no down projections.
     """
 
     name: str
     down: str
     up: str = ""
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.down, str) and self.down and isinstance(self.up, str)):
+            raise ValueError(f"A hint names down projections by a glob, got down={self.down!r} and up={self.up!r}.")
+
+
+def as_hints(values: Iterable[Hint | Mapping[str, str] | str] | None) -> tuple[Hint, ...]:
+    """Rows as users write them.
+
+    Args:
+        values: Each a :class:`Hint`, a mapping with ``down`` and perhaps ``up`` and ``name`` (YAML), or ``DOWN`` or
+            ``DOWN,UP`` (command line).
+
+    Raises:
+        ValueError: If one is none of these; the message says what was seen.
+    """
+    if isinstance(values, (str, Mapping, Hint)):
+        values = [values]
+    return tuple(_as_hint(value) for value in values or ())
+
+
+def _as_hint(value: object) -> Hint:
+    if isinstance(value, Hint):
+        return value
+    if isinstance(value, str) and value.count(",") <= 1:
+        down, _, up = value.partition(",")
+        return Hint(down.strip(), down.strip(), up.strip())
+    if isinstance(value, Mapping) and "down" in value and not set(value) - {"name", "down", "up"}:
+        return Hint(str(value.get("name") or value["down"]), value["down"], value.get("up") or "")
+    raise ValueError(
+        "`hints`: each is a mapping with `down` (a glob of down projections) and perhaps `up` and `name`, or "
+        f"`DOWN,UP`, got {value!r}."
+    )
 
 
 @cache
@@ -89,7 +133,7 @@ def is_down_leaf(name: str) -> bool:
 
 @cache
 def is_not_measured(name: str) -> bool:
-    """Whether a part of a path says that what follows is beside the network: LoRA, adapters, bottlenecks, prompts."""
+    """Whether a part of a path says that what follows is beside the network: adapters, prompts, biases of positions."""
     return _NOT_MEASURED.search(name) is not None
 
 

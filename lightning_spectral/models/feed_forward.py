@@ -10,19 +10,21 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
-from lightning_spectral.models.families import is_attention_leaf, is_down_leaf, is_not_measured, kind_of
+from lightning_spectral.models.families import is_not_measured, kind_of
 from lightning_spectral.models.linears import FusedExperts, Linear, fused_experts, is_stacked, widths_of
+from lightning_spectral.models.pairs import Shape, networks_of
+from lightning_spectral.models.walk import modules_of
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _MIXERS = (nn.MultiheadAttention, nn.RNNBase, nn.modules.conv._ConvNd)
 _NUMBER = re.compile(r"(\d+)$")
 
 
-@dataclass(frozen=True)
-class FeedForward:
+class FeedForward(NamedTuple):
     """One feed-forward network of a block.
 
     Attributes:
@@ -40,7 +42,7 @@ class FeedForward:
     routed_by: str | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Anatomy:
     """What a block is made of.
 
@@ -48,11 +50,13 @@ class Anatomy:
         networks: Its feed-forward networks, in the order of definition.
         has_attention: Whether something in it mixes positions, by name or type.
         num_other: Linear modules that belong to no feed-forward network.
+        has_norm: Whether it normalises anything.
     """
 
     networks: list[FeedForward]
     has_attention: bool
     num_other: int
+    has_norm: bool = False
 
     @property
     def is_block(self) -> bool:
@@ -62,9 +66,11 @@ class Anatomy:
 
 def anatomy(block: nn.Module) -> Anatomy:
     """Take a block apart."""
-    search = _Search(_residual_width(block))
+    norms: Counter[int] = Counter()
+    _count_norms(block, norms)
+    search = _Search(_residual_width(block, norms))
     left = search.visit(block, "", "")
-    return Anatomy(search.networks, search.has_attention, search.num_other + len(left))
+    return Anatomy(search.networks, search.has_attention, search.num_other + len(left), bool(norms))
 
 
 class _Search:
@@ -73,15 +79,16 @@ class _Search:
         self.networks: list[FeedForward] = []
         self.has_attention = False
         self.num_other = 0
-        self._order = 0
 
     def visit(self, module: nn.Module, path: str, kind: str) -> list[Linear]:
         """Linear modules below ``module`` that no network has claimed; networks found on the way are kept."""
         found_before = len(self.networks)
         left: list[Linear] = []
-        self._fused(module, path)
+        if kind != "attention":
+            self._fused(module, path)
+        saved = "modules_to_save" in module._modules  # peft: a trained copy beside the original, which is not called
         for name, child in module._modules.items():
-            if child is not None and not is_not_measured(name):
+            if child is not None and not is_not_measured(name) and not (saved and name == "original_module"):
                 left += self._child(child, name, f"{path}.{name}" if path else name, kind)
         if kind == "attention":
             self.has_attention = True
@@ -97,8 +104,7 @@ class _Search:
     def _child(self, child: nn.Module, name: str, path: str, kind: str) -> list[Linear]:
         widths = widths_of(child)
         if widths is not None:
-            self._order += 1
-            return [Linear(path, child, *widths, self._order, is_stacked(child))]
+            return [Linear(path, child, *widths, is_stacked(child))]
         self.has_attention |= isinstance(child, _MIXERS)
         if isinstance(child, nn.MultiheadAttention):
             return []
@@ -111,45 +117,20 @@ class _Search:
         found = fused_experts(module, self.residual)
         if found is None:
             return
-        self._order += 1
-        self.networks.append(
-            FeedForward(path, FusedExperts(path, module, *found, self._order), routed_by=_parent(path))
-        )
+        self.networks.append(FeedForward(path, FusedExperts(path, module, *found), routed_by=_parent(path)))
 
-    def _pair(self, left: list[Linear], path: str, kind: str) -> set[str]:
+    def _pair(self, left: list[Linear], below: str, kind: str) -> set[str]:
         """Claim the networks among these linear modules; the paths of what they use."""
-        free = (
-            left
-            if kind == "feed_forward"
-            else [linear for linear in left if not is_attention_leaf(_leaf(linear, path))]
-        )
-        downs = self._downs(free, path, kind)
+        shapes = [
+            Shape(n, _leaf(path, below), path.rpartition(".")[2], num_in, num_out)
+            for n, (path, _, num_in, num_out, _) in enumerate(left)
+        ]
         used: set[str] = set()
-        for index, down in enumerate(downs):
-            ups = _ups(down, free, downs[:index], downs[index + 1 :])
-            routed = path if down.is_stacked else None
-            self.networks.append(FeedForward(path, down, tuple(ups), routed_by=routed))
-            used |= {down.path, *(up.path for up in ups)}
+        for pair in networks_of(tuple(shapes), kind == "feed_forward", self.residual):
+            down, ups = left[pair.down], tuple([left[n] for n in pair.ups])
+            self.networks.append(FeedForward(below, down, ups, routed_by=below if down.is_stacked else None))
+            used |= {down.path, *[up.path for up in ups]}
         return used
-
-    def _downs(self, free: list[Linear], path: str, kind: str) -> list[Linear]:
-        pairs = [(up, down) for up in free for down in free if _fit(up, down)]
-        if kind != "feed_forward":
-            pairs = [pair for pair in pairs if not _feeds_others(*pair, free)]
-        wide = [(up, down) for up, down in pairs if down.num_in != down.num_out]
-        if wide:
-            wide = [pair for pair in wide if pair[0].order < pair[1].order]
-            to_residual = [pair for pair in wide if pair[1].num_out == self.residual]
-            return _unique(down for _, down in to_residual or wide)
-        square = _unique(linear for pair in pairs for linear in pair)
-        if len(square) < 2:
-            return _unique(down for _, down in pairs)
-        fused_up = _unique(down for up, down in pairs if up.num_out == 2 * down.num_in)
-        if fused_up:
-            return _called_down(fused_up, path)[-1:]
-        if kind != "feed_forward" and len(square) > 3:  # q, k, v and out by other names
-            return []
-        return _called_down(square, path)[-1:]
 
     def _mark_experts(self, module: nn.Module, path: str, first: int) -> None:
         """Number the networks in a list of experts, and say whose input holds all tokens."""
@@ -167,9 +148,7 @@ class _Search:
                 network = self.networks[n]
                 member = network.unit.removeprefix(prefix).split(".")[0]
                 number = _NUMBER.search(member)
-                self.networks[n] = FeedForward(
-                    network.unit, network.down, network.ups, int(number[1]) if number else None, path
-                )
+                self.networks[n] = network._replace(expert=int(number[1]) if number else None, routed_by=path)
 
 
 def _parent(path: str) -> str:
@@ -177,37 +156,12 @@ def _parent(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _fit(up: Linear, down: Linear) -> bool:
-    return up is not down and up.num_in == down.num_out and up.num_out in (down.num_in, 2 * down.num_in)
-
-
-def _feeds_others(up: Linear, down: Linear, free: list[Linear]) -> bool:
-    """A state-space mixer reads its inner width with more than the projection out."""
-    inner = down.num_in
-    return inner != down.num_out and any(
-        linear.num_in == inner and linear.num_out != down.num_out for linear in free if linear not in (up, down)
-    )
-
-
-def _ups(down: Linear, free: list[Linear], earlier: list[Linear], later: list[Linear]) -> list[Linear]:
-    """Up projections of this network: those defined before it (behind the one before it), or behind the last one."""
-    after = max((other.order for other in earlier if other.num_in == down.num_in), default=-1)
-    ups = [up for up in free if _fit(up, down) and up.order > after and up not in earlier and up not in later]
-    if later:
-        ups = [up for up in ups if up.order < down.order]
-    return sorted(ups, key=lambda up: ("gate" not in up.path.rpartition(".")[2] or "up" in up.path, up.order))[:2]
-
-
-def _called_down(linears: list[Linear], path: str) -> list[Linear]:
-    named = [linear for linear in linears if is_down_leaf(_leaf(linear, path))]
-    return named if 0 < len(named) < len(linears) else linears
-
-
-def _leaf(linear: Linear, path: str) -> str:
+def _leaf(path: str, below: str) -> str:
     """Name of a linear module as its network sees it: ``output`` for ``output.dense``."""
-    relative = linear.path[len(path) + 1 :] if path else linear.path
-    parts = [part for part in relative.split(".") if not part.isdigit()]
-    return parts[0] if parts else relative
+    relative = path[len(below) + 1 :] if below else path
+    if "." not in relative:
+        return relative
+    return next((part for part in relative.split(".") if not part.isdigit()), relative)
 
 
 def _routes(module: nn.Module, num_experts: int) -> bool:
@@ -217,15 +171,13 @@ def _routes(module: nn.Module, num_experts: int) -> bool:
     return widths[1] == num_experts
 
 
-def _residual_width(block: nn.Module) -> int | None:
+def _residual_width(block: nn.Module, norms: Counter[int]) -> int | None:
     """Width that a block returns to: that of most norms outside attention, else what its linear modules agree on."""
-    norms: Counter[int] = Counter()
-    _count_norms(block, norms)
     if norms:
         return norms.most_common(1)[0][0]
     ins: Counter[int] = Counter()
     outs: Counter[int] = Counter()
-    for module in block.modules():
+    for module in modules_of(block):
         widths = widths_of(module)
         if widths is not None:
             ins[widths[0]] += 1
@@ -253,10 +205,3 @@ def _norm_width(module: nn.Module) -> int | None:
         return int(weight.numel())
     shape = getattr(module, "normalized_shape", None)
     return int(shape[-1]) if isinstance(shape, (tuple, list)) and shape else None
-
-
-def _unique(linears: object) -> list[Linear]:
-    kept: dict[str, Linear] = {}
-    for linear in linears:  # type: ignore[attr-defined]
-        kept.setdefault(linear.path, linear)
-    return sorted(kept.values(), key=lambda linear: linear.order)

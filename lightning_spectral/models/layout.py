@@ -21,6 +21,7 @@ NUM_ROWS = 512  # rows looked at
 ENOUGH = 0.7  # share of rows that must agree
 _MARGIN = 0.3  # by which a layout must beat another one on the rows where they differ
 _NO_TOKEN = -1
+_BY_CHANCE = 0.15  # share of an id's rows below which its agreement is chance
 _MAX_REPLACED = 3  # ids whose rows hold something else (image features at place holders)
 
 
@@ -102,11 +103,16 @@ def _decode(scored: Sequence[_Scored], ids: Ids, rows_ND: Tensor, looked_S: Tens
     rows_SD = rows_ND[looked_S].float()
     decoded_S = None if table is None else table.nearest(rows_SD)
     for candidate in scored:
-        candidate.look(_by_means(rows_SD, candidate.labels_S) if decoded_S is None else decoded_S)
+        real_S = candidate.real_S
+        if table is not None and 0 < int(real_S.sum()) < len(real_S):  # prefixes may be far larger than tokens
+            candidate.look(table.nearest(rows_SD, about_SD=rows_SD[real_S]))
+        else:
+            candidate.look(_by_means(rows_SD, candidate.labels_S) if decoded_S is None else decoded_S)
     if max(candidate.share for candidate in scored) < 0.95 and ids.ids.numel() >= 2 * ids.ids.shape[-1]:
         for candidate in scored:
             rows_SD = _centred(rows_ND, looked_S, candidate.tokens_N, ids)
-            candidate.look(_by_means(rows_SD, candidate.labels_S) if table is None else table.nearest(rows_SD))
+            decoded_S = _by_means(rows_SD, candidate.labels_S) if table is None else table.nearest(rows_SD)
+            candidate.look(decoded_S, _says_nothing(candidate.tokens_N[looked_S], ids))
     for candidate in scored:
         candidate.judge(same_width)
 
@@ -118,24 +124,25 @@ class _Scored:
         self.name, self.tokens_N, self._flat_M = name, tokens_N, flat_M
         tokens_S = tokens_N[looked_S]
         self.labels_S = torch.where(tokens_S >= 0, flat_M[tokens_S.clamp(min=0)], _NO_TOKEN)
-        self._real_S = self.labels_S >= 0
-        self.agrees_S = torch.zeros_like(self._real_S)
+        self.real_S = self.labels_S >= 0
+        self.agrees_S = self._silent_S = torch.zeros_like(self.real_S)
 
     @property
     def share(self) -> float:
         """Of the rows that are tokens, those that agree."""
-        return float(self.agrees_S.sum()) / max(float(self._real_S.sum()), 1.0)
+        return float(self.agrees_S.sum()) / max(float(self.real_S.sum()), 1.0)
 
-    def look(self, decoded_S: Tensor) -> None:
-        """Compare with decoded ids; the better of several looks counts."""
-        agrees_S = (decoded_S == self.labels_S) & self._real_S
+    def look(self, decoded_S: Tensor, silent_S: Tensor | None = None) -> None:
+        """Compare with decoded ids, but for rows that say nothing; the better of several looks counts."""
+        silent_S = torch.zeros_like(self.real_S) if silent_S is None else silent_S
+        agrees_S = (decoded_S == self.labels_S) & self.real_S & ~silent_S
         if int(agrees_S.sum()) > int(self.agrees_S.sum()):
-            self.agrees_S = agrees_S
+            self.agrees_S, self._silent_S = agrees_S, silent_S
 
     def judge(self, same_width: bool) -> None:
         """After the last look: which rows count, and how many of them agree."""
         self._replaced = self._replaced_ids()
-        counted_S = self._real_S & ~torch.isin(self.labels_S, self._replaced)
+        counted_S = self.real_S & ~self._silent_S & ~torch.isin(self.labels_S, self._replaced)
         self.counted_S = counted_S if same_width else counted_S & _repeated(self.labels_S)
         num_counted = int(self.counted_S.sum())
         self.agreement = float((self.agrees_S & self.counted_S).sum()) / num_counted if num_counted else 0.0
@@ -157,11 +164,14 @@ class _Scored:
         return torch.where(torch.isin(labels_N, self._replaced), _NO_TOKEN, self.tokens_N)
 
     def _replaced_ids(self) -> Tensor:
-        """Ids of at least four rows of which none agrees, while others do: place holders."""
+        """Ids of at least four rows of which hardly one agrees, while others do: place holders.
+
+        What stands in their place looks like one id or another, now and then like the place holder itself.
+        """
         values, inverse = torch.unique(self.labels_S, return_inverse=True)
-        totals = torch.bincount(inverse, minlength=len(values))
+        totals = torch.bincount(inverse, weights=(~self._silent_S).double(), minlength=len(values))
         hits = torch.bincount(inverse, weights=self.agrees_S.double(), minlength=len(values))
-        bad = (totals >= 4) & (hits == 0) & (values >= 0)
+        bad = (totals >= 4) & (hits < _BY_CHANCE * totals) & (values >= 0)
         return values[bad] if int(bad.sum()) <= _MAX_REPLACED and bool(hits.any()) else values[:0]
 
 
@@ -202,6 +212,13 @@ def _means_by_position(rows_ND: Tensor, position_N: Tensor, length: int) -> Tens
     return sums_TD / torch.bincount(position_N, minlength=length).clamp(min=1)[:, None]
 
 
+def _says_nothing(tokens_S: Tensor, ids: Ids) -> Tensor:
+    """Rows at positions where all sequences have one id: without what is common to a position nothing is left of it."""
+    ids_BT = ids.ids.reshape(-1, ids.ids.shape[-1])
+    same_T = (ids_BT == ids_BT[:1]).all(0)
+    return same_T[tokens_S.clamp(min=0) % ids_BT.shape[1]] & (tokens_S >= 0)
+
+
 class _Table:
     """One embedded row for each id, to find the nearest by cosine about the mean.
 
@@ -221,9 +238,9 @@ class _Table:
             values_U, first_U = values_U[keep_U], first_U[keep_U]
         self._values_U, self._directions_UD = values_U, _direction(embedded_MD[first_U].float())
 
-    def nearest(self, rows_SD: Tensor) -> Tensor:
-        """Id of the nearest embedded row."""
-        return self._values_U[(_direction(rows_SD) @ self._directions_UD.T).argmax(1)]
+    def nearest(self, rows_SD: Tensor, about_SD: Tensor | None = None) -> Tensor:
+        """Id of the nearest embedded row; ``about_SD``: the rows whose mean is taken off, by default all."""
+        return self._values_U[(_direction(rows_SD, about_SD) @ self._directions_UD.T).argmax(1)]
 
 
 def _by_means(rows_SD: Tensor, labels_S: Tensor) -> Tensor:
@@ -242,8 +259,8 @@ def _by_means(rows_SD: Tensor, labels_S: Tensor) -> Tensor:
     return values_U[cosines_SU.argmax(1)]
 
 
-def _direction(rows: Tensor) -> Tensor:
-    return F.normalize(rows - rows.mean(0), dim=-1)
+def _direction(rows: Tensor, about: Tensor | None = None) -> Tensor:
+    return F.normalize(rows - (rows if about is None else about).mean(0), dim=-1)
 
 
 def _repeated(labels_S: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ Axes: E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 from torch import nn
 
@@ -21,8 +23,7 @@ _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 
 
-@dataclass(frozen=True)
-class Linear:
+class Linear(NamedTuple):
     """A module that maps ``num_in`` features to ``num_out``.
 
     Attributes:
@@ -30,7 +31,6 @@ class Linear:
         module: The module.
         num_in: Features of its input.
         num_out: Features of its output.
-        order: Position in the order of definition.
         is_stacked: Its weight holds a matrix for each expert, its input the rows of all of them.
     """
 
@@ -38,11 +38,10 @@ class Linear:
     module: nn.Module
     num_in: int
     num_out: int
-    order: int
     is_stacked: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FusedExperts:
     """Experts whose matrices are 3-D parameters of one module.
 
@@ -52,7 +51,6 @@ class FusedExperts:
         down: Name of the parameter of all down projections.
         ups: Names of those of the up projections, the gate first.
         width: Features between them.
-        order: Position in the order of definition.
     """
 
     path: str
@@ -60,7 +58,6 @@ class FusedExperts:
     down: str
     ups: tuple[str, ...]
     width: int
-    order: int
 
 
 def widths_of(module: nn.Module) -> tuple[int, int] | None:
@@ -72,17 +69,19 @@ def widths_of(module: nn.Module) -> tuple[int, int] | None:
             return widths_of(module._modules[name])  # type: ignore[arg-type]
     if isinstance(module, (*_CONVOLUTIONS, nn.RNNBase, nn.Bilinear, nn.Embedding)):
         return None
-    for spelling in _SPELLINGS:
-        num_in, num_out = _attribute(module, spelling[0]), _attribute(module, spelling[1])
-        if isinstance(num_in, int) and isinstance(num_out, int) and _has_weight(module):
-            return num_in, num_out
+    own, of_class = module.__dict__, _declared(type(module))
+    for first, second in _SPELLINGS:
+        if first in own or first in of_class:  # not through `__getattr__`, which is slow where there is none
+            num_in, num_out = getattr(module, first, None), getattr(module, second, None)
+            if isinstance(num_in, int) and isinstance(num_out, int) and _has_weight(module):
+                return num_in, num_out
     return None
 
 
-def _attribute(module: nn.Module, name: str) -> object:
-    """An attribute of the module or of its class; not through ``__getattr__``, which is slow where there is none."""
-    own = module.__dict__.get(name)
-    return getattr(module, name, None) if own is None and hasattr(type(module), name) else own
+@cache
+def _declared(kind: type) -> frozenset[str]:
+    """Spellings of the first width that a class has as an attribute or property of its own."""
+    return frozenset(first for first, _ in _SPELLINGS if hasattr(kind, first))
 
 
 def is_stacked(module: nn.Module) -> bool:
@@ -148,7 +147,13 @@ def _is_gate(name: str) -> bool:
 
 
 def _has_weight(module: nn.Module) -> bool:
-    """A weight of its own, or a linear module that it wraps; a configuration or a whole network has neither."""
+    """A tensor of its own, or a linear module that it wraps; a configuration or a whole network has neither.
+
+    Quantised ones call theirs ``qweight``, ``W_q``, ``codes``, ``indices`` and more, as parameters or buffers.
+    """
+    own = (*module._parameters.values(), *module._buffers.values())
+    if any(tensor is not None for tensor in own):
+        return True
     if any(getattr(module, name, None) is not None for name in ("weight", "qweight", "W_q", "_packed_params")):
         return True
     inner = [getattr(module, name, None) for name in ("base_layer", "linear")]

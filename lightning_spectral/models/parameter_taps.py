@@ -70,6 +70,9 @@ class _Mode(TorchFunctionMode):
 class EnterExperts(Hook):
     """Before the forward of fused experts: the tokens that come in are kept, and the mode is entered.
 
+    A mode that one hook enters and another one leaves cannot be traced: inside a compiled region only the entrance is
+    seen, and the reader says so.
+
     Attributes:
         names: Parameters to look at.
         modes: Those entered and not left.
@@ -79,9 +82,6 @@ class EnterExperts(Hook):
         super().__init__(switch, "fused_in", path, target)
         self.names = tuple(names)
         self.modes: list[_Mode] = []
-
-    def _trace(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        return  # a mode that one hook enters and another one leaves cannot be traced: their rows are missing, not wrong
 
     def _record(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         before = len(self.switch.events)

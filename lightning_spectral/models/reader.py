@@ -9,7 +9,12 @@ from torch import Tensor
 
 from lightning_spectral.models.calls import Frame, Piece, RawCall, Run
 from lightning_spectral.models.hooks import Hook
-from lightning_spectral.models.stacks import Site, Stack
+from lightning_spectral.models.sites import Site, Stack
+
+COMPILED_EXPERTS = (
+    "experts whose matrices are one tensor are not seen inside a compiled region: leave their module out of it "
+    "(`torch.compiler.disable`), or measure an uncompiled run"
+)
 
 
 class Reader:
@@ -34,7 +39,7 @@ class Reader:
         self._stacks = {stack.name: stack for stack in stacks}
         self._arrived: dict[int, Tensor] = {}
         self._sent: Tensor | None = None
-        self._recomputes = False
+        self._recomputes = self._traced = False
         self._takers = {
             "open": self._open_frame,
             "close": self._close,
@@ -50,7 +55,7 @@ class Reader:
 
     def take(self, hook: Hook, content: Any, traced: bool) -> None:
         """The next event."""
-        self._recomputes = traced and self._frame is None
+        self._recomputes, self._traced = traced and self._frame is None, traced
         self._takers[hook.kind](hook, content)
 
     def _open_frame(self, hook: Hook, content: Any) -> None:
@@ -115,6 +120,10 @@ class Reader:
 
     def _fused_in(self, hook: Hook, content: Any) -> None:
         self._sent = content[0]
+        for site in hook.target if self._traced else ():
+            call = self._open.get(site.stack)
+            if call is not None and not (self._recomputes and site.stack in self._framed):
+                call.unseen[site.key] = COMPILED_EXPERTS
 
     def _fused_out(self, hook: Hook, content: Any) -> None:
         """Rows and outputs of each product, paired in order: the k-th of up and of down projection."""

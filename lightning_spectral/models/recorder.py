@@ -24,7 +24,8 @@ from lightning_spectral.models.names import clean_name
 from lightning_spectral.models.parameter_taps import EnterExperts, LeaveExperts
 from lightning_spectral.models.reader import Reader
 from lightning_spectral.models.shards import whole_rows
-from lightning_spectral.models.stacks import Found, Site, Stack
+from lightning_spectral.models.sites import Found, Site, Stack
+from lightning_spectral.models.walk import uncollected
 
 # Embedding calls looked at for one forward call: a generation inside the step makes hundreds.
 _LOOK_BACK = 8
@@ -46,14 +47,21 @@ class Recorder:
         self._open = False
         self._keys = {site.key for site in self.sites}
         self._proven: dict[tuple[Any, ...], tuple[str, float]] = {}
+        self._won: dict[tuple[Any, ...], str] = {}
         self._framed: set[str] = set()
         self._handles: list[RemovableHandle] = []
-        self._attach(model, found)
+        with uncollected():
+            self._attach(model, found)
 
     @property
     def notes(self) -> dict[str, str]:
         """What could not be recorded in this window: one sentence for the user by a short cause."""
         return self._switch.notes
+
+    @property
+    def num_events(self) -> int:
+        """Events since :meth:`start`."""
+        return len(self._switch.events)
 
     @property
     def open(self) -> bool:
@@ -101,6 +109,10 @@ class Recorder:
         self._switch.clear()
         return calls
 
+    def peek(self) -> list[ForwardCall]:
+        """The forward calls since :meth:`start`, those that still go on too; nothing is closed or forgotten."""
+        return self._read()
+
     def discard(self) -> None:
         """Close and forget what was kept, and what was proven about layouts."""
         self._open = self._switch.on = False
@@ -108,6 +120,7 @@ class Recorder:
         self._switch.first = None
         self._switch.notes.clear()
         self._proven.clear()
+        self._won.clear()
 
     def remove(self) -> None:
         """Take every hook off the model."""
@@ -126,9 +139,12 @@ class Recorder:
         for path, table in found.embeddings.items():
             self._after(table, Hook(self._switch, "ids", path, always=True))
         for stack in found.stacks:
+            by_layer: dict[int, list[Site]] = {}
+            for site in stack.sites:
+                by_layer.setdefault(site.layer, []).append(site)
             for layer, block in stack.blocks:
                 self._before(block, Hook(self._switch, "block", f"{stack.name}.{layer}", (stack, layer)))
-                self._attach_sites([site for site in stack.sites if site.layer == layer])
+                self._attach_sites(by_layer.get(layer, []))
         for path, module in enclosing:
             self._after(module, Hook(self._switch, "close", path, always=True), always=True)
 
@@ -173,7 +189,8 @@ class Recorder:
         self._handles.append(handle)
 
     def _device(self) -> torch.device:
-        parameter = next(self._found.sites[0].module.parameters(), None)
+        parameters = (p for site in self._found.sites[:1] for p in site.module.parameters())
+        parameter = next(parameters, None)
         return torch.device("cpu") if parameter is None else parameter.device
 
     # calls
@@ -223,14 +240,24 @@ class Recorder:
         if not looked_up:
             return None, None, "no token ids entered an embedding of the model"
         best: tuple[Ids, Layout] | None = None
-        for path, ids, embedded in looked_up:
+        most = 0.0
+        shapes = (raw.stack.name, tuple(entered.shape))
+        won = self._won.get(shapes)
+        for path, ids, embedded in sorted(looked_up, key=lambda call: call[0] != won):
             call = _time_first(Ids(ids, embedded, call_mask(ids, arguments)), raw)
-            key = (raw.stack.name, path, tuple(call.ids.shape), tuple(entered.shape))
-            layout = self._known(key, call, len(entered.reshape(-1, entered.shape[-1]))) or prove(call, entered)
-            if layout is not None and (best is None or layout.agreement > best[1].agreement):
-                best = call, layout
-                self._proven[key] = layout.name, layout.agreement
-            if best is not None and best[1].agreement > 0.9:
+            key = (*shapes, path, tuple(call.ids.shape))
+            num_rows = len(entered.reshape(-1, entered.shape[-1]))
+            layout = self._known(key, call, num_rows)
+            if layout is not None and path == won:
+                return call, layout, ""
+            layout = layout or prove(call, entered)
+            if layout is None:
+                continue
+            self._proven[key] = layout.name, layout.agreement
+            num_tokens = int((layout.tokens_N >= 0).sum())  # a table of virtual tokens explains few rows
+            if layout.agreement * num_tokens > most:
+                best, most, self._won[shapes] = (call, layout), layout.agreement * num_tokens, path
+            if layout.agreement > 0.9 and num_tokens == num_rows:
                 break
         if best is None:
             return None, None, "no arrangement of the token ids agrees with what entered the first block"
@@ -266,15 +293,26 @@ class Recorder:
 
 def enclosing_modules(model: nn.Module, stacks: Sequence[Stack]) -> list[tuple[str, nn.Module]]:
     """Modules with a forward of their own around the stacks, outermost first."""
-    inside = {stack.name for stack in stacks}
-    found = []
-    for name, module in model.named_modules():
+    around = {""}
+    for stack in stacks:
+        parts = stack.name.split(".")
+        around |= {".".join(parts[:end]) for end in range(1, len(parts))}
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, name: str) -> None:
         path = clean_name(name)
-        if name.rpartition(".")[2] == "_orig_mod":
-            continue  # its hooks would be compiled each for itself; those of its wrapper run outside
-        around = not path or any(stack.startswith(path + ".") for stack in inside)
-        if around and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        if id(module) in seen or path not in around:
+            return
+        seen.add(id(module))
+        # the hooks of a compiled original would be compiled each for itself; those of its wrapper run outside
+        if name.rpartition(".")[2] != "_orig_mod" and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             found.append((path, module))
+        for child_name, child in module._modules.items():
+            if child is not None:
+                visit(child, f"{name}.{child_name}" if name else child_name)
+
+    visit(model, "")
     return found
 
 

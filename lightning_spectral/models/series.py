@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -17,10 +17,11 @@ from lightning_spectral.models.linears import fused_experts, widths_of
 from lightning_spectral.models.names import clean_name
 
 _NUMBER = re.compile(r"\d+$")
+_NOT_TAKEN_APART = Anatomy([], False, 0)
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Block:
     """One member of a list.
 
@@ -34,7 +35,7 @@ class Block:
     path: str
     index: int
     module: nn.Module
-    anatomy: Anatomy = field(default_factory=lambda: Anatomy([], False, 0))
+    anatomy: Anatomy = _NOT_TAKEN_APART
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class _Search:
 
     def __init__(self, model: nn.Module) -> None:
         self._sizes: dict[int, int] = {}
+        self._holds_lists: set[int] = set()
         self._anatomies: dict[int, Anatomy] = {}
         self._seen: set[int] = set()
         self._size(model)
@@ -76,9 +78,9 @@ class _Search:
         return any(self._anatomy(block.module).networks for block in series.blocks)
 
     def mixes(self, series: Series) -> bool:
-        """Whether any member holds more than that."""
+        """Whether any member holds more than that; a head may have layers in front and behind, but no norm."""
         parts = [self._anatomy(block.module) for block in series.blocks]
-        return any(part.has_attention or part.num_other for part in parts)
+        return any(part.has_attention or (part.num_other and part.has_norm) for part in parts)
 
     def with_anatomy(self, series: Series) -> Series:
         """The same list with what was learnt about its members."""
@@ -102,7 +104,7 @@ class _Search:
 
     def _stages(self, block: Block) -> list[Series]:
         """Lists of whole blocks inside a member."""
-        if not any(self._numbered(child) for child in block.module.modules()):
+        if id(block.module) not in self._holds_lists:
             return []
         found = [series for series in self.lists(block.module, block.path) if self.has_networks(series)]
         whole = all(self._anatomy(inner.module).is_block for series in found for inner in series.blocks)
@@ -126,24 +128,28 @@ class _Search:
         """Children whose names differ in a number only, by what is left of the name."""
         groups: dict[str, list[tuple[str, nn.Module]]] = {}
         for name, child in module._modules.items():
-            stem = _NUMBER.sub("", name)
-            if child is None or stem == name or self._sizes.get(id(child), 0) < 2 or widths_of(child) is not None:
+            if child is None or not name[-1:].isdigit() or self._sizes.get(id(child), 0) < 2:
                 continue
-            groups.setdefault(stem, []).append((name, child))
+            if widths_of(child) is None:
+                groups.setdefault(_NUMBER.sub("", name), []).append((name, child))
         in_list = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
         return {stem: members for stem, members in groups.items() if in_list or _alike(members)}
 
     def _size(self, module: nn.Module) -> int:
-        """Linear modules in a module, fused experts counted as two."""
+        """Linear modules in a module, fused experts counted as two; notes on the way who holds numbered children."""
         known = self._sizes.get(id(module))
-        if known is None:
-            if widths_of(module) is not None:
-                known = 1
-            else:
-                known = sum(self._size(child) for child in module._modules.values() if child is not None)
-                known += 2 * (fused_experts(module) is not None)
-            self._sizes[id(module)] = known
-        return known
+        if known is not None:
+            return known
+        if widths_of(module) is not None:
+            self._sizes[id(module)] = 1
+            return 1
+        children = [child for child in module._modules.values() if child is not None]
+        size = sum([self._size(child) for child in children])
+        size += 2 * (len(module._parameters) > 1 and fused_experts(module) is not None)
+        self._sizes[id(module)] = size
+        if any(id(child) in self._holds_lists for child in children) or (size > 1 and self._numbered(module)):
+            self._holds_lists.add(id(module))
+        return size
 
     def _anatomy(self, block: nn.Module) -> Anatomy:
         if id(block) not in self._anatomies:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_spectral.models.stacks import Site
+from lightning_spectral.models.sites import Site
 
 
 def whole_rows(rows_ND: Tensor, site: Site) -> Tensor:

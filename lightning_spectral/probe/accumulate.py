@@ -15,7 +15,7 @@ from lightning_spectral.functional.covariance import Moments, empty_moments, upd
 from lightning_spectral.functional.packed import packed_size
 from lightning_spectral.functional.products import Calibration, calibrate, strips
 from lightning_spectral.functional.sample import gram
-from lightning_spectral.models.stacks import Site
+from lightning_spectral.models.sites import Site
 from lightning_spectral.probe.open_window import OpenWindow, Seen
 
 # A product over fewer rows moves more memory than it multiplies: rows wait until there are this many.

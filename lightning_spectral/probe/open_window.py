@@ -38,6 +38,7 @@ class OpenWindow:
     Attributes:
         unmatched: Why rows of a site could not be matched to tokens. All of them are in the first bucket: pooled
             numbers are right, those of the buckets are ``not_matched``.
+        unseen: Why the rows of a site that ran could not be seen.
     """
 
     states: dict[str, Moments | Gram] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class OpenWindow:
     groups: dict[str, list[Tensor]] = field(default_factory=dict)
     stacks: dict[str, StackSeen] = field(default_factory=dict)
     unmatched: dict[str, str] = field(default_factory=dict)
+    unseen: dict[str, str] = field(default_factory=dict)
     losses: BucketLosses | None = None
     num_waiting: int = 0
     busy_s: float = 0.0

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lightning_spectral.functional.rank import DEFAULT_RENYI_ORDERS
+from lightning_spectral.models.families import Hint
 
 # The paper's code adds this to `sum l^2`, whatever the scale of the activations.
 PAPER_EPSILON = 1e-12
@@ -24,6 +25,7 @@ class ProbeOptions:
     sites: tuple[str, ...] = ("post",)
     modules: tuple[str, ...] | None = None
     embedding: str | None = None
+    hints: tuple[Hint, ...] = ()
     token_fraction: float = 1.0
     num_jackknife_groups: int = 1
     renyi_orders: tuple[float, ...] = DEFAULT_RENYI_ORDERS

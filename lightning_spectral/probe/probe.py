@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from lightning_spectral.functional.products import Calibration
 from lightning_spectral.models.calls import ForwardCall
 from lightning_spectral.models.recorder import Recorder
-from lightning_spectral.models.stacks import Site, find_stacks
+from lightning_spectral.models.sites import Site
+from lightning_spectral.models.stacks import find_stacks
 from lightning_spectral.probe.accumulate import Accumulator
 from lightning_spectral.probe.collectives import all_reduce
 from lightning_spectral.probe.grouping import Grouping, check_vocabulary
@@ -57,7 +58,9 @@ class SpectralProbe:
     def __init__(self, model: nn.Module, grouping: Grouping, options: ProbeOptions) -> None:
         self.grouping, self.options = grouping, options
         self.buckets = Buckets(grouping.names, options.num_jackknife_groups)
-        self.found = find_stacks(model, sites=options.sites, modules=options.modules, embedding=options.embedding)
+        self.found = find_stacks(
+            model, sites=options.sites, modules=options.modules, embedding=options.embedding, hints=options.hints
+        )
         vocab = getattr(self.found.embedding, "num_embeddings", None)
         if grouping.vocab_size is not None and vocab is not None:
             check_vocabulary(grouping.vocab_size, vocab, num_known_ids(model))
@@ -256,6 +259,7 @@ class SpectralProbe:
             process_group=process_group,
             world_size=world_size,
             unmatched=window.unmatched,
+            unseen=window.unseen,
             layouts={name: (seen.layout, seen.agreement) for name, seen in window.stacks.items()},
         )
 
@@ -283,6 +287,7 @@ class SpectralProbe:
     def _take(self, call: ForwardCall, mask_of: OfCall | None, targets_of: OfCall | None) -> None:
         seen = self.window.stacks.setdefault(call.stack, StackSeen())
         seen.num_calls += 1
+        self.window.unseen |= call.unseen
         self._last_shape = call.shape if len(call.shape) == 2 else self._last_shape
         mask = None if mask_of is None else mask_of(call)
         targets = None if targets_of is None or call.ids is None else targets_of(call)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from torch import Tensor
 
 from lightning_spectral.functional.rank import DEFAULT_RENYI_ORDERS
+from lightning_spectral.models.families import Hint, as_hints
 from lightning_spectral.probe.grouping import Grouping, by_frequency, by_position, load_counts, pooled_only
 from lightning_spectral.probe.options import CONVENTIONS, PAPER_EPSILON, ProbeOptions, conventions_of
 
@@ -36,6 +37,7 @@ class SharedArguments(TypedDict, total=False):
     sites: Sequence[str]
     modules: list[str] | None
     embedding: str | None
+    hints: Sequence[Hint | dict[str, str] | str] | None
     on: Sequence[str]
     token_fraction: float
     num_jackknife_groups: int
@@ -70,6 +72,9 @@ class ProbeSettings:
             the reinjection ratio and the divergence of the two spectra.
         modules: Globs of the down projections, for a model whose feed-forward networks are not found by themselves.
         embedding: Glob of the token embedding, where it is not found by itself.
+        hints: Down projections, and perhaps up projections, by glob in blocks of which the structure is not understood:
+            ``{down: "*.contract", up: "*.expand"}`` or ``"*.contract,*.expand"``. All other blocks are measured as
+            without hints, unlike with ``modules``.
         on: Stages to measure: ``train``, ``validation``, ``test``, ``predict``. An evaluation stage is one window per
             dataloader.
         token_fraction: Share of the positions of every sequence to measure, in (0, 1].
@@ -103,6 +108,7 @@ class ProbeSettings:
     sites: Sequence[str] = ("post",)
     modules: list[str] | None = None
     embedding: str | None = None
+    hints: Sequence[Hint | dict[str, str] | str] | None = None
     on: Sequence[str] = ("train",)
     token_fraction: float = 1.0
     num_jackknife_groups: int = 1
@@ -134,6 +140,8 @@ class ProbeSettings:
                 f"`run_id` must be a plain name (letters, digits, `.`, `_`, `-`; at most 128), got {self.run_id!r}."
             )
         require_count("every_n_steps", self.every_n_steps)
+        if self.hints is not None:
+            object.__setattr__(self, "hints", as_hints(self.hints))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +213,7 @@ class Measurement:
             sites=(s.sites,) if isinstance(s.sites, str) else tuple(s.sites),
             modules=None if s.modules is None else tuple(s.modules),
             embedding=s.embedding,
+            hints=as_hints(s.hints),
             token_fraction=s.token_fraction,
             num_jackknife_groups=s.num_jackknife_groups,
             renyi_orders=tuple(s.renyi_orders),

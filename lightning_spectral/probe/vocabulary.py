@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_spectral.models.stacks import Found
+from lightning_spectral.models.sites import Found
 from lightning_spectral.probe.grouping import Grouping
 
 

@@ -19,7 +19,7 @@ from lightning_spectral.functional.covariance import Moments, take_groups
 from lightning_spectral.functional.products import full_precision
 from lightning_spectral.functional.rank import js_divergence
 from lightning_spectral.functional.sample import Gram
-from lightning_spectral.models.stacks import Site
+from lightning_spectral.models.sites import Site
 from lightning_spectral.probe.collectives import all_gather_object
 from lightning_spectral.probe.eigensolve import Eigensolver
 from lightning_spectral.probe.options import ProbeOptions
@@ -124,6 +124,7 @@ class ClosedWindow:
         busy_s: Time that this rank has spent on the window so far.
         lost: Status and reason of a window that gives no number, else ``None``.
         unmatched: Why the buckets of a site are not those of its rows' tokens, by site key.
+        unseen: Why a site that ran has no row, by site key.
         layouts: How rows were matched to tokens, and the share of rows that it was proven for, by stack.
     """
 
@@ -139,6 +140,7 @@ class ClosedWindow:
     busy_s: float = 0.0
     lost: tuple[str, str] | None = None
     unmatched: Mapping[str, str] = field(default_factory=dict)
+    unseen: Mapping[str, str] = field(default_factory=dict)
     layouts: Mapping[str, tuple[str, float | None]] = field(default_factory=dict)
 
     def reduce(self) -> None:
@@ -222,6 +224,9 @@ class ClosedWindow:
         if reason is not None:
             return replace(self._result(site, bucket, RankMeasurement(0, 0, "not_matched")), reason=reason)
         state = self.states.get(site.key)
+        if state is None and site.key in self.unseen:
+            nothing = self._result(site, bucket, RankMeasurement(0, 0, "no_forward"))
+            return replace(nothing, reason=self.unseen[site.key])
         return self._result(site, bucket, _measure(state, self.buckets, bucket, self.options, eigensolver))
 
     def _result(self, site: Site, bucket: str, measurement: RankMeasurement) -> SiteResult:

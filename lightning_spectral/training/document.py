@@ -213,6 +213,11 @@ def _place(node: Any, step: str, here: str) -> Any:
     raise RecipeError(f"`{here}` names no item of the list; it has {', '.join(classes) or 'none'} (or 0, 1, ...).")
 
 
+def litgpt_names() -> list[str]:
+    """Every model that litgpt has a name for."""
+    return list(_litgpt_config().name_to_config)
+
+
 def named_config(name: str) -> dict[str, Any]:
     """The fields that litgpt sets for a named model, so that one of them can be overridden.
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from lightning_spectral.data.corpus import Corpus, documents
 from lightning_spectral.data.tokens import Encoder
+from lightning_spectral.models.families import Hint, as_hints
 from lightning_spectral.models.stacks import find_stacks
 from lightning_spectral.probe.grouping import check_vocabulary, load_counts
 from lightning_spectral.probe.host import Host
@@ -58,6 +59,7 @@ def measure_checkpoint(
     batch_size: int = 8,
     sites: Sequence[str] = ("post",),
     modules: Sequence[str] | None = None,
+    hints: Sequence[Hint | dict[str, str] | str] | None = None,
     num_jackknife_groups: int = 1,
     device: str = "auto",
 ) -> Measured:
@@ -73,7 +75,8 @@ def measure_checkpoint(
         seq_length: Default: what the model takes, at most 512.
         batch_size: Sequences per forward pass.
         sites: ``post``, ``pre`` or both.
-        modules: Globs of down projections, for a model of no known family.
+        modules: Globs of down projections to measure instead of all.
+        hints: As in ``SpectralRankCallback``: what is measured in blocks of which the structure is not understood.
         num_jackknife_groups: As in ``SpectralRankCallback``: more than 1 gives intervals.
         device: ``auto``, ``cpu`` or ``cuda``.
 
@@ -87,13 +90,14 @@ def measure_checkpoint(
     length = _length(seq_length, loaded, checkpoint)
     encoder = _encoder(checkpoint, tokenizer_dir or loaded.tokenizer_dir)
     tokens = _sequences(_tokens(corpus, encoder, max(num_tokens // length, 1) * length + 1), length)
-    vocab = _vocabulary(loaded.model, modules, tokens, checkpoint)
+    vocab = _vocabulary(loaded.model, modules, as_hints(hints), tokens, checkpoint)
     table, notes = _counts(counts, tokens, vocab, encoder.vocab_size)
     facts = {"counts": str(counts) if counts is not None else "measured text", "text": str(corpus.files[0])}
     facts["step"] = "known" if loaded.step is not None else "unknown, written as 0"
     settings = ProbeSettings(
         sites=tuple(sites),
         modules=None if modules is None else list(modules),
+        hints=hints,
         num_jackknife_groups=num_jackknife_groups,
         on=(MEASURE,),
         labels={"checkpoint": checkpoint.name},
@@ -165,9 +169,17 @@ def _tokens(corpus: Corpus, encoder: Encoder, enough: int) -> NDArray[np.int64]:
     return np.concatenate(parts)[:enough].astype(np.int64)
 
 
-def _vocabulary(model: nn.Module, modules: Sequence[str] | None, tokens: NDArray[np.int64], checkpoint: Path) -> int:
+def _vocabulary(
+    model: nn.Module,
+    modules: Sequence[str] | None,
+    hints: Sequence[Hint],
+    tokens: NDArray[np.int64],
+    checkpoint: Path,
+) -> int:
     """Ids that the model embeds, at least those of the tokens."""
-    embedding: Any = find_stacks(model, modules=modules).embedding
+    embedding: Any = find_stacks(model, modules=modules, hints=hints).embedding
+    if embedding is None:
+        raise ValueError(f"`{checkpoint}` embeds no token ids: it is no model of text.")
     vocab = int(embedding.num_embeddings)
     if int(tokens.max(initial=0)) >= vocab:
         raise ValueError(

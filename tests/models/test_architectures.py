@@ -11,6 +11,7 @@ from torch import nn
 from lightning_spectral.models.recorder import Recorder
 from lightning_spectral.models.stacks import find_stacks
 from tests.models.architectures import QUICK, SLOW, D, Fused, linear, module
+from tests.models.more_architectures import MORE
 
 QUIET = pytest.mark.filterwarnings("ignore")  # what third-party models warn about while they are built
 
@@ -59,9 +60,9 @@ def test_stacks_and_down_projections(name):
 
 @QUIET
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", SLOW | MORE)
 def test_stacks_and_down_projections_of_every_family(name):
-    check(SLOW, name)
+    check(SLOW | MORE, name)
 
 
 @pytest.mark.slow
@@ -80,4 +81,4 @@ def test_a_model_of_12_000_experts_is_searched_and_hooked_in_two_seconds():
 
 
 def test_the_table_is_large_enough():
-    assert len({**QUICK, **SLOW}) >= 60
+    assert len({**QUICK, **SLOW, **MORE}) >= 120

@@ -146,7 +146,7 @@ def _of_checkpoint(path: Path, settings: dict[str, Any]) -> Source:
     from lightning_spectral.models.checkpoint_file import read_checkpoint
 
     content = read_checkpoint(path, device="meta")
-    weights = content.get("state_dict", content.get("model", content)) if isinstance(content, dict) else {}
+    weights: Any = content.get("state_dict", content.get("model", content)) if isinstance(content, dict) else {}
     hparams = content.get("hyper_parameters") if isinstance(content, dict) else None
     if isinstance(hparams, dict) and {"model_config", "model_name", "architecture"} <= set(hparams):
         return _of_our_checkpoint(weights, hparams)

@@ -69,7 +69,7 @@ def widths_of(module: nn.Module) -> tuple[int, int] | None:
             return widths_of(module._modules[name])  # type: ignore[arg-type]
     if isinstance(module, (*_CONVOLUTIONS, nn.RNNBase, nn.Bilinear, nn.Embedding)):
         return None
-    own, of_class = module.__dict__, _declared(type(module))
+    own, of_class = module.__dict__, _declared(type(module))  # type: ignore[arg-type]
     for first, second in _SPELLINGS:
         if first in own or first in of_class:  # not through `__getattr__`, which is slow where there is none
             num_in, num_out = getattr(module, first, None), getattr(module, second, None)

@@ -8,6 +8,7 @@ general reader: it is either a record (older, reordered) or it is left out, with
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -44,6 +45,7 @@ _FLOATS: Final = (
     "soft_rank_ci_high",
 )
 _TEXTS: Final = ("run_id", "stage", "stack", "site", "bucket", "status", "renyi", "reinjection", "conventions")
+_CHUNK: Final = 1 << 23  # bytes taken apart at a time: what is between bytes and columns is ten times as large
 _JSON: Final = ("renyi", "reinjection", "conventions")
 
 
@@ -113,15 +115,41 @@ def scan_spectral(path: str | Path) -> SpectralColumns:
     Raises:
         FileNotFoundError: If there is no such file.
     """
-    content = Path(path).read_bytes()
-    rows: list[tuple[bytes, ...]] = _PATTERN.findall(content) if content.isascii() else []  # as we write it
-    if content and len(rows) == content.count(b"\n") and content.endswith(b"\n"):
-        try:
-            return _without_repeats(_columns(rows, []), None)
-        except ValueError:  # digits and dots that are no number: find the line
-            pass
-    rows, lines, skipped = _line_by_line(content)
+    parts = []
+    with Path(path).open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            part = _as_we_write_it(chunk + file.readline())
+            if part is None:
+                break
+            parts.append(part)
+        else:
+            return _without_repeats(_joined(parts), None)
+    rows, lines, skipped = _line_by_line(Path(path).read_bytes())
     return _without_repeats(_columns(rows, skipped), lines)
+
+
+def _as_we_write_it(lines: bytes) -> SpectralColumns | None:
+    """Whole lines at C speed; ``None`` if one of them is none of ours."""
+    rows: list[tuple[bytes, ...]] = _PATTERN.findall(lines) if lines.isascii() else []
+    if len(rows) != lines.count(b"\n") or not lines.endswith(b"\n"):
+        return None
+    try:
+        return _columns(rows, [])
+    except ValueError:  # digits and dots that are no number
+        return None
+
+
+def _joined(parts: list[SpectralColumns]) -> SpectralColumns:
+    """Parts of one file, one after the other; a metric that a part does not have is NaN there."""
+    if len(parts) < 2:
+        return parts[0] if parts else _columns([], [])
+    names = dict.fromkeys(name for part in parts for name in part.floats)
+    return SpectralColumns(
+        {name: np.concatenate([part.ints[name] for part in parts]) for name in _INTS},
+        {name: np.concatenate([part.floats.get(name, np.full(len(part), np.nan)) for part in parts]) for name in names},
+        {name: np.concatenate([part.texts[name] for part in parts]) for name in _TEXTS},
+        [],
+    )
 
 
 def _line_by_line(content: bytes) -> tuple[list[tuple[bytes, ...]], list[int], list[tuple[int, str]]]:
@@ -178,7 +206,9 @@ def _extra(cells: tuple[bytes, ...]) -> dict[str, FloatArray]:
 
 
 def _numbers(cells: tuple[bytes, ...]) -> FloatArray:
-    return np.array([np.nan if cell == b"null" else float(cell) for cell in cells], dtype=np.float64)
+    spelled = set(cells)  # widths, layers and much that is null repeat: each spelling is read once
+    value = {cell: math.nan if cell == b"null" else float(cell) for cell in spelled}
+    return np.fromiter(map(value.__getitem__, cells), dtype=np.float64, count=len(cells))
 
 
 def _texts(cells: tuple[bytes, ...], unescape: bool) -> TextArray:

@@ -83,8 +83,9 @@ def test_five_thousand_windows_cost_what_the_first_ones_did(tmp_path: Path) -> N
     trainer.fit(lit, data)
     first, last = watch.held[0], watch.held[-1]
     assert (last.descriptors, last.threads, last.hooks) == (first.descriptors, first.threads, first.hooks)
-    records = len(read_spectral(folder).records)
-    assert records == 2 * windows + 2 * 3 * (windows // 10 + (1 if (windows - 1) % 10 else 0)), records
+    found = read_spectral(folder).records
+    assert {r.step for r in found if r.bucket == "pooled"} == set(range(windows))
+    records = len(found)
     # what has been written is remembered by its key, once: at most 0.5 KiB a record
     assert last.rss_mib - first.rss_mib < 0.5 * records / 1024 + 4
     early, late = median(watch.seconds[500:1_000]), median(watch.seconds[-500:])
@@ -122,12 +123,20 @@ def test_three_hundred_fits_leave_nothing(tmp_path: Path) -> None:
 def test_a_hundred_thousand_records_are_read_in_seconds(tmp_path: Path) -> None:
     """In a process of its own, CPU seconds and peak memory above what importing takes."""
     path = tmp_path / "spectral.jsonl"
-    line = to_json(spectral(step=123456789, layer=7, reinjection={"gini": 0.5}, conventions={"a": "{b}"}))
+    line = to_json(
+        spectral(
+            step=123456789,
+            layer=7,
+            hard_rank=12345.5,
+            soft_rank=54321.5,
+            reinjection={"gini": 0.5},
+            conventions={"a": "{b}"},
+        )
+    )
     with path.open("w") as file:
         for number in range(100_000):
-            file.write(
-                line.replace("123456789", str(number // 8)).replace('"layer": 7', f'"layer": {number % 8}') + "\n"
-            )
+            one = line.replace("123456789", str(number // 8)).replace('"layer": 7', f'"layer": {number % 8}')
+            file.write(one.replace("12345.5", str(number / 7)).replace("54321.5", str(number / 3)) + "\n")
     code = """
 import json, resource, sys, time
 from lightning_spectral.analysis.scan import scan_spectral

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_spectral.optim import AdaMuon, AdamW, Dion, Dion2, Muon, NorMuon
     from lightning_spectral.probe.observe import observe
     from lightning_spectral.records import SpectralRecord, WeightRecord, read_spectral, read_weights
+    from lightning_spectral.report.notebook import show
 
 __version__ = "0.1.0.dev0"
 
@@ -46,6 +47,7 @@ _HOME_OF = {
     "observe": "lightning_spectral.probe.observe",
     "read_spectral": "lightning_spectral.records",
     "read_weights": "lightning_spectral.records",
+    "show": "lightning_spectral.report.notebook",
 }
 
 __all__ = [
@@ -73,6 +75,7 @@ __all__ = [
     "observe",
     "read_spectral",
     "read_weights",
+    "show",
 ]
 
 if not TYPE_CHECKING:  # a type checker knows the names above, and must not believe in any other

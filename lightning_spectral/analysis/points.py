@@ -133,12 +133,12 @@ def points_of_runs(
     if ranks not in ("auto", "raw"):
         raise ValueError(f"`ranks` must be auto or raw, got {ranks!r}.")
     names = tuple(by) if by is not None else default_by(runs)
-    if "metric" not in names and len(metrics) > 1:
-        raise ValueError(f"`by` without `metric` needs one metric, got {', '.join(metrics)}. Pass --metrics hard_rank.")
     known = {"optimizer", "site", "bucket", "metric", "layer", *(key for run in runs.runs for key in run.info.labels)}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"the runs have no column `{unknown[0]}` to group by; they have {', '.join(sorted(known))}.")
+    if "metric" not in names and len(metrics) > 1:
+        raise ValueError(f"`by` without `metric` needs one metric, got {', '.join(metrics)}. Pass --metrics hard_rank.")
     if sites is None and "site" not in names:
         sites = ("post",)
     columns = {metric: unbiased_column(runs, metric) if ranks == "auto" else metric for metric in metrics}

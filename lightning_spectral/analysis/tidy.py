@@ -15,7 +15,7 @@ from lightning_spectral.analysis.fits import PowerLawFit
 from lightning_spectral.analysis.points import Point, PointTable
 from lightning_spectral.analysis.runs import Problem
 from lightning_spectral.analysis.tables import condition, recognised, telling_apart, with_layers
-from lightning_spectral.text import whole_file
+from lightning_spectral.text import did_you_mean, whole_file
 from lightning_spectral.text.tables import harmless
 
 T = TypeVar("T")
@@ -91,7 +91,8 @@ def read_points_csv(
     optional = [("--seed", seed), ("--id", source), ("--spread", spread), ("--rows", rows)]
     for role, column in (*needed, *optional):
         if column is not None and column not in names:
-            raise ValueError(f"`{path}` has no column `{column}` ({role}); it has: {', '.join(names) or 'none'}.")
+            hint = did_you_mean(column, names, otherwise="it has")
+            raise ValueError(f"`{path}` has no column `{column}` ({role}); {hint}")
     source = source or next((name for name in _ID_NAMES if name in names and name not in by), None)
     points: list[Point] = []
     problems: list[Problem] = []
@@ -120,6 +121,8 @@ def read_points_csv(
         used.append(row)
     if not points:
         first = f" The first problem: {problems[0].message}" if problems else ""
+        if kept and not used and not problems:
+            first = f" No row passes `--where {' '.join(where)}`."
         raise ValueError(f"`{path}` holds no usable row of numbers in `{x}` and `{y}`.{first}")
     if not text.endswith(("\n", "\r")):
         cut = f"`{path}` ends without a line break: if it was cut off, its last row is wrong."

@@ -46,8 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lightning-spectral {__version__}")
         return 0
     if verb not in VERBS:
-        hint = did_you_mean(verb, VERBS, otherwise="there are")
-        print(f"lightning-spectral: unknown verb `{verb}`; {hint}\n{_usage()}", file=sys.stderr)
+        hint = did_you_mean(
+            verb, ["--version", "--help"] if verb.startswith("-") else VERBS, otherwise="see --help for"
+        )
+        print(f"lightning-spectral: unknown verb `{verb}`; {hint}", file=sys.stderr)
         return 2
     try:
         return int(import_module(VERBS[verb][0]).main(rest))

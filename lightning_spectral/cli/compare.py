@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from lightning_spectral.cli import inputs
+from lightning_spectral.cli.parser import VerbParser, at_least
 from lightning_spectral.text.tables import aside
 
 if TYPE_CHECKING:
@@ -28,22 +29,32 @@ _SHOWN = 60  # comparisons that a person still reads
 
 def main(argv: list[str]) -> int:
     """Compare, print a table, and write ``comparisons.csv`` if asked."""
-    parser = argparse.ArgumentParser(
-        "lightning-spectral compare",
+    parser = VerbParser(
+        "compare",
         description="Differences between series, with intervals and p values.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     inputs.add_input_options(parser)
     parser.add_argument("--architecture", metavar="COLUMN", help="weigh the optimizer's effect against this column's")
     parser.add_argument("--match-on", choices=["loss", "step", "tokens"], default="loss")
-    parser.add_argument("--tolerance", type=float, default=0.02, help="nats within which a loss counts as reached")
     parser.add_argument(
-        "--separate", type=float, metavar="AMOUNT", help="say how many more runs separate slopes by this amount"
+        "--tolerance", type=at_least(0, float), default=0.02, help="nats within which a loss counts as reached"
+    )
+    parser.add_argument(
+        "--separate",
+        type=at_least(0, float, itself=False),
+        metavar="AMOUNT",
+        help="say how many more runs separate slopes by this amount",
     )
     parser.add_argument("--all", action="store_true", help=f"print all comparisons, even if more than {_SHOWN}")
     parser.add_argument("--out", metavar="DIR", help="write comparisons.csv (and matched_loss.csv) there")
     options = parser.parse_args(argv)
+    with parser.own_words():
+        return _compare(options)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    """Compare what was read, and print it."""
     folder = inputs.out_folder(options.out)
     fitted, runs = inputs.load(options)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import re
 from contextlib import redirect_stdout, suppress
 
+from lightning_spectral.cli.parser import VerbParser
 from lightning_spectral.text import CommandError, did_you_mean
 
 SHELLS = ("bash", "zsh")
@@ -43,12 +43,10 @@ complete -o filenames -F _lightning_spectral lightning-spectral
 
 def main(argv: list[str]) -> int:
     """Print the completion of one shell; 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(
-        "lightning-spectral completion",
+    parser = VerbParser(
+        "completion",
         description="Print a script that lets your shell complete lightning-spectral's words.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("shell", metavar="SHELL", help=" or ".join(SHELLS))
     shell = parser.parse_args(argv).shell

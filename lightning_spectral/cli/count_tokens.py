@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lightning_spectral.cli.parser import VerbParser, data_files
 from lightning_spectral.text import CommandError, whole_file
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(
-        prog="lightning-spectral count-tokens",
+    parser = VerbParser(
+        "count-tokens",
         description="Count each token id in the training part of a text (every 18th block is held out, as in pretrain)"
         " and write one int64 an id: the file that `TailTokenProbe(counts=...)` reads.",
     )
@@ -24,17 +25,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--text_column", default="text", help="column or key of the text (default: text)")
     parser.add_argument("--cache_dir", type=Path, help="where tokenizer and tokens are kept")
     arguments = parser.parse_args(argv)
+    with parser.own_words():
+        return _count(arguments)
+
+
+def _count(arguments: argparse.Namespace) -> int:
+    """Count and write."""
     if arguments.out.suffix != ".npy":
         raise CommandError(f"`--out` must end in .npy, got `{arguments.out}`.")
     import numpy as np
 
     from lightning_spectral.data.corpus import Corpus, state_of_the_union_files
-    from lightning_spectral.data.files import FoundFiles, find_files
+    from lightning_spectral.data.files import FoundFiles
     from lightning_spectral.data.tokens import prepare_tokens
 
     try:
         own = arguments.data == "StateOfTheUnion"
-        files = FoundFiles(state_of_the_union_files()) if own else find_files(arguments.data)
+        files = FoundFiles(state_of_the_union_files()) if own else data_files(arguments.data)
         cache = prepare_tokens(
             Corpus.of(files, arguments.text_column),
             vocab_size=arguments.vocab_size,

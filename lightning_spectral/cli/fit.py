@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_spectral.cli import inputs
+from lightning_spectral.cli.parser import VerbParser
 from lightning_spectral.text import tables
 from lightning_spectral.text.tables import aside
 
@@ -27,11 +28,10 @@ below the table: the state before the learning-rate decay, learning rates, the n
 
 def main(argv: list[str]) -> int:
     """Fit, print a table, and write ``fits.csv`` and ``points.csv`` if asked."""
-    parser = argparse.ArgumentParser(
-        "lightning-spectral fit",
+    parser = VerbParser(
+        "fit",
         description="Fit value = A * width ** beta per series.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     inputs.add_input_options(parser)
     parser.add_argument(
@@ -42,6 +42,12 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--out", metavar="DIR", help="write fits.csv and points.csv there")
     options = parser.parse_args(argv)
+    with parser.own_words():
+        return _fit(options)
+
+
+def _fit(options: argparse.Namespace) -> int:
+    """Fit what was read, and print it."""
     folder = inputs.out_folder(options.out)
     fitted, runs = inputs.load(options)
 

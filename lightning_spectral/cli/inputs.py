@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lightning_spectral.cli.parser import at_least
+from lightning_spectral.records import RUN_FILES
 from lightning_spectral.text import CommandError, tables
 
 if TYPE_CHECKING:
@@ -38,8 +40,8 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: ranks across sequences, where all runs have them; raw: as the finite sample gives them",
     )
-    runs.add_argument("--last", type=int, default=5, help="windows in the median (default: 5)")
-    runs.add_argument("--until-step", type=int, help="use the last windows up to this step")
+    runs.add_argument("--last", type=at_least(1), default=5, help="windows in the median (default: 5)")
+    runs.add_argument("--until-step", type=at_least(0), metavar="STEP", help="use the last windows up to this step")
     runs.add_argument("--stage", help="stage of the records (default: train, else the first there is)")
     runs.add_argument("--stack", help="stack of blocks, where a model has several: its path, or a part (encoder)")
     runs.add_argument("--loader", type=int, help="index of the evaluation dataloader (default: the first)")
@@ -77,9 +79,23 @@ def load(options: argparse.Namespace) -> tuple[Fitted, RunSet | None]:
     return guarded(lambda: _load(options))
 
 
+def refuse_missing(paths: Iterable[str]) -> None:
+    """Inputs that are neither run folders nor tables.
+
+    Raises:
+        CommandError: If one is not there, or is another kind of file.
+    """
+    for path in paths:
+        if not Path(path).exists():
+            raise CommandError(f"there is nothing at `{path}`: give a run folder, or a .csv table of points.")
+        if Path(path).is_file() and Path(path).suffix.lower() != ".csv" and Path(path).name not in RUN_FILES:
+            raise CommandError(f"`{path}` is neither a run folder nor a .csv table: give one of them.")
+
+
 def _load(options: argparse.Namespace) -> tuple[Fitted, RunSet | None]:
     from lightning_spectral.analysis.study import fit_points, is_table
 
+    refuse_missing(options.inputs)
     files = [path for path in options.inputs if is_table(path)]
     if not files:
         return fit_runs(options, options.by)
@@ -118,6 +134,10 @@ def fit_runs(options: argparse.Namespace, by: list[str] | None) -> tuple[Fitted,
     from lightning_spectral.analysis.study import finished_only, fit_points, nulls_of_runs
 
     runs = load_runs(options.inputs, choice=Choice(options.stage, options.stack, options.loader))
+    if options.stage is not None and not runs.runs:
+        raise CommandError(
+            f"no run has records of `--stage {options.stage}`; stages are train, validation and measure."
+        )
     if options.until_step is None:
         runs = finished_only(runs)
     columns = by or list(default_by(runs))

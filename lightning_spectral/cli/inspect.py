@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.cli.measure import HINTS
 from lightning_spectral.cli.model_source import KINDS, SEARCH, model_of, settings_of
+from lightning_spectral.cli.parser import VerbParser, refuse_model
 from lightning_spectral.text import CommandError, one_line
 from lightning_spectral.text.tables import Column, Table, add_format_option, aside, print_table
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Run the verb; 0 done, 2 bad input."""
     options = _options(argv)
+    refuse_model(options.model)
     if options.buckets < 1 or options.shards < 1:
         raise CommandError(f"--buckets and --shards must be >= 1, got {options.buckets} and {options.shards}.")
     groups = options.buckets * options.shards
@@ -40,8 +42,8 @@ def main(argv: list[str]) -> int:
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lightning-spectral inspect",
+    parser = VerbParser(
+        "inspect",
         description="Say which stacks of blocks a model has, where activations would be measured in them, which row is "
         "which token, what would not be measured, and the memory of a window. The model is built without memory (on "
         "the meta device); a script is run until it first goes backward, and ended there.",

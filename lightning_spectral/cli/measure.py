@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from lightning_spectral.cli.parser import VerbParser, data_files
 from lightning_spectral.records import STATUSES, SpectralRecord
 from lightning_spectral.text import CommandError
 from lightning_spectral.text.tables import Column, Table, add_format_option, aside, print_table
@@ -21,8 +22,8 @@ _BUCKETS = ("pooled", "head", "mid", "tail")
 
 def main(argv: list[str]) -> int:
     """Run the verb; 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(
-        prog="lightning-spectral measure",
+    parser = VerbParser(
+        "measure",
         description="Ranks of one or two checkpoints on a text: no training loop, the records of a run.",
     )
     parser.add_argument(
@@ -46,8 +47,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add_format_option(parser)
     options = parser.parse_args(argv)
+    with parser.own_words():
+        return _measured(options)
+
+
+def _measured(options: argparse.Namespace) -> int:
+    """Measure and print."""
     if len(options.checkpoints) > 2:
-        raise CommandError(f"one or two checkpoints, got {len(options.checkpoints)}: use `report` for many runs.")
+        raise CommandError(
+            f"one or two checkpoints, got {len(options.checkpoints)}: measure them one by one, each with its own `out`,"
+            " and `report` the folders."
+        )
     for checkpoint in options.checkpoints:
         if not Path(checkpoint).expanduser().exists():
             raise CommandError(f"no checkpoint at `{checkpoint}`.")
@@ -63,11 +73,10 @@ def main(argv: list[str]) -> int:
 
 def _measure(options: argparse.Namespace) -> list[Measured]:
     from lightning_spectral.data.corpus import Corpus
-    from lightning_spectral.data.files import find_files
     from lightning_spectral.training.measure import measure_checkpoint
 
     try:
-        corpus = Corpus(find_files(options.data).all, options.text_column)
+        corpus = Corpus(data_files(options.data).all, options.text_column)
         two = len(options.checkpoints) == 2
         return [
             measure_checkpoint(

@@ -37,6 +37,7 @@ from collections.abc import Callable
 from functools import partial
 
 from lightning_spectral.cli import memory_verbs
+from lightning_spectral.cli.parser import VerbParser
 from lightning_spectral.memory import verb_options
 from lightning_spectral.memory.options import Parser
 from lightning_spectral.text import CommandError
@@ -49,11 +50,9 @@ Call = Callable[[argparse.Namespace], int]
 
 def main(argv: list[str]) -> int:
     """Run one memory command."""
-    from lightning_spectral.memory.plan import refuse_repeats
-
     full = Parser.ALL in argv
-    parser = argparse.ArgumentParser(
-        "lightning-spectral memory",
+    parser = VerbParser(
+        "memory",
         description="The associative memory of arXiv:2603.26554: what one step stores.",
         epilog="`lightning-spectral memory fields` lists the fields of results.jsonl.",
     )
@@ -69,11 +68,11 @@ def main(argv: list[str]) -> int:
         if name != "fields":
             add_format_option(verb)
     options = parser.parse_args(["--help" if word == Parser.ALL else word for word in _with_config(argv)])
+    from lightning_spectral.memory.plan import refuse_repeats  # torch: not for a help or a misspelled option
+
     refuse_repeats(options)
-    try:
+    with verbs.choices[options.verb].own_words(ValueError):
         return COMMANDS[options.verb][3](options)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
 
 
 def _with_config(argv: list[str]) -> list[str]:
@@ -91,7 +90,7 @@ def _with_config(argv: list[str]) -> list[str]:
             content = yaml.safe_load(file)
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise CommandError(f"`--config` {path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or content.get("command", argv[0]) != argv[0]:
+    if not isinstance(content, dict) or content.get("command", argv[0]) != argv[0] or "train" in content:
         raise CommandError(f"`--config` {path} is no recipe for `memory {argv[0]}`; its `command` must name that verb.")
     arguments: list[str] = []
     for key, value in content.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import logging
 import warnings
@@ -10,14 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_spectral.cli.model_source import KINDS, model_of, settings_of
+from lightning_spectral.cli.parser import VerbParser, refuse_model
 from lightning_spectral.text import CommandError, did_you_mean, import_class, one_line
 from lightning_spectral.text.tables import add_format_option, aside, print_table
 
 
 def main(argv: list[str]) -> int:
     """Run the verb; 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(
-        prog="lightning-spectral optimizer-table",
+    parser = VerbParser(
+        "optimizer-table",
         description="Say which matrices a model holds, which parameters are embeddings, heads and vectors, and which "
         "rule and learning rate each gets. The model is built without memory (on the meta device), nothing is trained.",
     )
@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
     )
     add_format_option(parser)
     options = parser.parse_args(argv)
+    refuse_model(options.model)
     optimizer_class = _optimizer_class(options.optimizer)
     settings = settings_of("--set", options.set)
     _require_known("--set", settings, [n for n in inspect.signature(optimizer_class).parameters if n != "params"])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
+from lightning_spectral.cli.parser import at_least, parse_recipe_words, recipe_parser
 from lightning_spectral.sweep.budget import DEFAULT_MFU, PEAK_FLOPS, RunCost, hours, run_cost
 from lightning_spectral.text import CommandError
 from lightning_spectral.text.tables import Table, add_format_option, print_table
@@ -24,25 +25,21 @@ in fp32. Activations are not in the memory; hours are at the given share of the 
 
 def main(argv: list[str]) -> int:
     """Print the estimate; 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(
-        "lightning-spectral plan",
+    parser = recipe_parser(
+        "plan",
         description="Runs, tokens, parameters, operations, memory, hours and disk of a recipe or sweep.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        smoke="the recipe's tiny form",
     )
-    parser.add_argument("recipe", help="a YAML file or a shipped name; its `sweep:` block is expanded")
-    parser.add_argument("--axis", action="append", default=[], metavar="KEY=A,B,C", help="as for `sweep`")
-    parser.add_argument("--smoke", action="store_true", help="the recipe's tiny form")
-    parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"one of {', '.join(PEAK_FLOPS)}")
-    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="GPUs of one run")
+    parser.add_argument(
+        "--gpu", type=str.lower, default="h100", choices=list(PEAK_FLOPS), help="whose peak counts (default: h100)"
+    )
+    parser.add_argument("--num-gpus", type=at_least(1), default=1, metavar="N", help="GPUs of one run")
     parser.add_argument("--mfu", type=float, default=DEFAULT_MFU, help="share of the peak that training reaches")
     add_format_option(parser)
-    options, words = parser.parse_known_args(argv)
+    options, words = parse_recipe_words(parser, argv)
     if not 0 < options.mfu <= 1:
-        raise CommandError(f"--mfu must be in (0, 1], got {options.mfu}.")
-    if options.num_gpus < 1:
-        raise CommandError(f"--num-gpus must be >= 1, got {options.num_gpus}.")
+        raise CommandError(f"`--mfu` must be in (0, 1], got {options.mfu:g}: it is a share of the peak.")
     try:
         costs = _costs(options, words)
     except ValueError as error:  # RecipeError, too
@@ -54,10 +51,12 @@ def main(argv: list[str]) -> int:
 def _costs(options: argparse.Namespace, words: Sequence[str]) -> list[RunCost]:
     from lightning_spectral.sweep.axes import read
     from lightning_spectral.training import document
+    from lightning_spectral.training.names import check_names
 
     file = document.find(options.recipe)
     tree = document.read_tree(file)
     if not options.axis and not options.smoke and not tree.get("sweep"):
+        check_names(options.recipe, words)
         return [run_cost(file.stem, document.overridden(tree, words))]
     _, tree, common, grids = read(options.recipe, axes=options.axis, overrides=words, smoke=options.smoke)
     costs = []

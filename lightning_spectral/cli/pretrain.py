@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
-import statistics
 import sys
 import warnings
-from collections.abc import Iterable
-from pathlib import Path
 
-from lightning_spectral import records
+from lightning_spectral.analysis.last_window import summary
+from lightning_spectral.cli.parser import nearest_option
 from lightning_spectral.text import CommandError
-from lightning_spectral.text.tables import FORMATS, Column, Table, aside, print_table
+from lightning_spectral.text.tables import FORMATS, aside, print_table
 
 _HELP = """\
 usage: lightning-spectral pretrain --config RECIPE [--any.key value ...]
@@ -38,15 +36,8 @@ examples:
 
 The run folder (`out_dir`) gets the records, `checkpoints/` (for `--resume`), `final/` (a litgpt model) and `logs/`."""
 
-_COLUMNS = (
-    "bucket",
-    Column("soft rank", ".2f", "soft_rank"),
-    Column("hard rank", ".2f", "hard_rank"),
-    Column("N/D", ".1f", "tokens_per_dim"),
-    Column("loss", ".3f"),
-    "status",
-)
 _SHOW = ("--help_keys", "--print_recipe", "--print_config")
+_OPTIONS = ("--config", "--format", "--accept-changes", "--help", *_SHOW)
 
 # what Lightning says on every run and nobody can act on
 _CHATTER = ("Tip:", "`weights_only` was not set", "TPU available", "Restored all states", "`Trainer.fit` stopped")
@@ -55,6 +46,7 @@ _CHATTER = ("Tip:", "`weights_only` was not set", "TPU available", "Restored all
 def main(argv: list[str]) -> int:
     """Run the verb; 0 done, 2 bad input, 143 stopped by SIGTERM."""
     from lightning_spectral.training.document import RecipeError, names
+    from lightning_spectral.training.names import check_names, keys, refuse_wrong_places
 
     if not argv or argv[0] in ("-h", "--help"):
         print(_HELP.format(names=", ".join(names())))
@@ -66,21 +58,29 @@ def main(argv: list[str]) -> int:
 
         parser().print_help()
         return 0
+    _refuse_unknown_options(words, keys())
+    if config is None and words and not words[0].startswith("-"):
+        raise CommandError(f"`{words[0]}` is not an option: a recipe is given as `--config {words[0]}`.")
     if config is None:
         raise CommandError("no recipe: give `--config FILE` or a shipped name, e.g. `--config quickstart`.")
     try:
-        _check_names(config, words)
-        return _show(config, words) if show else _train(config, words, style, accept_changes)
+        tree = check_names(config, words)  # a misspelled name is said before litgpt and Lightning are imported
+        if show:
+            return _show(config, words)
+        refuse_wrong_places(tree)
+        return _train(config, words, style, accept_changes)
     except RecipeError as error:
         raise CommandError(str(error)) from error
 
 
-def _check_names(config: str, words: list[str]) -> None:
-    """A misspelled name is said at once, before litgpt and Lightning are imported."""
-    from lightning_spectral.training.document import find, overridden, read_tree
-    from lightning_spectral.training.names import refuse_unknown_names, with_class_paths
-
-    refuse_unknown_names(with_class_paths(overridden(read_tree(find(config)), words)))
+def _refuse_unknown_options(words: list[str], keys: list[str]) -> None:
+    """Options of the verb that are misspelled: they look like keys of a recipe."""
+    for word in words:
+        option = word.partition("=")[0]
+        if option.startswith("--") and "." not in option and option[2:].removesuffix("+") not in keys:
+            close = nearest_option(option, _OPTIONS)
+            if close.endswith("?"):
+                raise CommandError(f"unknown option `{option}`; {close}")
 
 
 def _show(config: str, words: list[str]) -> int:
@@ -126,45 +126,6 @@ def _train(config: str, words: list[str], style: str, accept_changes: bool) -> i
     return 0
 
 
-def summary(run_folder: Path) -> Table | None:
-    """The last training window: one row per bucket, ranks as medians over the layers; ``None`` without records."""
-    records_of_window = _last_window(run_folder)
-    if not records_of_window:
-        return None
-    losses = _last_losses(run_folder)
-    step, width = records_of_window[0].step, records_of_window[0].width
-    layers = len({record.layer for record in records_of_window})
-    title = f"last window: step {step}, FFN width D = {width}, after the nonlinearity, medians over {layers} layers"
-    rows = []
-    known = [records.POOLED, *records.BUCKETS]
-    others = [r.bucket for r in records_of_window if r.bucket not in known]  # positions, or the user's own
-    for bucket in dict.fromkeys([*known, *others]):
-        mine = [record for record in records_of_window if record.bucket == bucket]
-        if mine:
-            medians = [_median(getattr(r, name) for r in mine) for name in ("soft_rank", "hard_rank", "tokens_per_dim")]
-            worst = min((r.status for r in mine), key=records.STATUSES.index)
-            rows.append([bucket, *medians, losses.get(bucket), worst])
-    return Table(_COLUMNS, rows, title)
-
-
-def _last_window(run_folder: Path) -> list[records.SpectralRecord]:
-    path = run_folder / records.SPECTRAL_FILE
-    if not path.is_file():
-        return []
-    found = [r for r in records.read_spectral(path).records if r.stage == "train" and r.site == "post"]
-    last = max((record.step or 0 for record in found), default=None)
-    return [record for record in found if record.step == last]
-
-
-def _last_losses(run_folder: Path) -> dict[str, float | None]:
-    path = run_folder / records.LOSSES_FILE
-    if not path.is_file():
-        return {}
-    found = [record for record in records.read_losses(path).records if record.stage == "train"]
-    last = max((record.step or 0 for record in found), default=None)
-    return {record.bucket: record.loss for record in found if record.step == last}
-
-
 def _losses(val_loss: float | None, unigram_entropy: float | None) -> list[str]:
     if val_loss is None:
         return []
@@ -172,11 +133,6 @@ def _losses(val_loss: float | None, unigram_entropy: float | None) -> list[str]:
     if unigram_entropy is not None:
         line += f"; token frequencies alone: {unigram_entropy:.3f}"
     return [line]
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
 
 
 def _split(argv: list[str]) -> tuple[str | None, str | None, str, list[str]]:

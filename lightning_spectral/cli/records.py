@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_spectral.cli import inputs
+from lightning_spectral.cli.parser import VerbParser
 from lightning_spectral.text import CommandError, write_text
 
 FORMATS = ("json", "csv", "parquet")
@@ -16,13 +17,18 @@ FORMATS = ("json", "csv", "parquet")
 
 def main(argv: list[str]) -> int:
     """Write the records; to standard output unless --out names a file."""
-    parser = argparse.ArgumentParser("lightning-spectral records", description="All records of run folders as a table.")
+    parser = VerbParser("records", description="All records of run folders as a table.")
     parser.add_argument("inputs", nargs="+", metavar="RUNS", help="run folders at any depth, or patterns (out/**)")
     parser.add_argument("--kind", default="spectral", help="spectral, losses or weights (default: spectral)")
     parser.add_argument("--format", choices=FORMATS, help="default: by the name of --out, else csv")
     parser.add_argument("--out", metavar="FILE", help="file to write (default: standard output)")
     options = parser.parse_args(argv)
+    with parser.own_words():
+        return _write(options)
 
+
+def _write(options: argparse.Namespace) -> int:
+    """Read and write."""
     from lightning_spectral.analysis.load import rows
 
     found = inputs.guarded(lambda: rows(options.inputs, options.kind))

@@ -6,13 +6,14 @@ import argparse
 import shlex
 
 from lightning_spectral.cli import inputs
+from lightning_spectral.cli.parser import VerbParser, at_least
 from lightning_spectral.text import CommandError
 
 
 def main(argv: list[str]) -> int:
     """Write the report, and TensorBoard events if asked."""
-    parser = argparse.ArgumentParser(
-        "lightning-spectral report",
+    parser = VerbParser(
+        "report",
         description="One offline HTML page, the same figures as SVG files, the same numbers as CSV.",
     )
     inputs.add_input_options(parser)
@@ -20,14 +21,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--title", default="Spectral scaling report")
     parser.add_argument("--site", default="post", help="site of the figures: post or pre (default: post)")
     parser.add_argument("--match-on", choices=["loss", "step", "tokens"], default="loss")
-    parser.add_argument("--tolerance", type=float, default=0.02, help="nats within which a loss counts as reached")
+    parser.add_argument(
+        "--tolerance", type=at_least(0, float), default=0.02, help="nats within which a loss counts as reached"
+    )
     parser.add_argument("--png", action="store_true", help="also write the figures as PNG")
     parser.add_argument(
         "--to-tensorboard", metavar="DIR", help="also write beta(t) with its band as TensorBoard events"
     )
     options = parser.parse_args(argv)
+    with parser.own_words():
+        return _report(options, argv)
+
+
+def _report(options: argparse.Namespace, argv: list[str]) -> int:
+    """Draw what was read."""
     folder = inputs.out_folder(options.out)
     assert folder is not None
+    inputs.refuse_missing(options.inputs)
     tables = [path for path in options.inputs if path.endswith(".csv")]
     if options.by and not tables:
         raise CommandError("a report groups runs by their labels; --by is for tables.")
@@ -77,7 +87,7 @@ def make_scene(options: argparse.Namespace):  # type: ignore[no-untyped-def]  # 
         reasons = "; ".join(problem.message for problem in runs.problems[:3])
         raise CommandError(f"no run could be read: {reasons}")
     if not any(options.site in run.sites for run in runs.runs):
-        raise CommandError(f"no run measured the site `{options.site}`; they have {', '.join(runs.runs[0].sites)}.")
+        raise CommandError(f"no run measured `--site {options.site}`; they have {', '.join(runs.runs[0].sites)}.")
     pairs, _ = matched_pairs(
         runs, axis=options.match_on, tolerance=options.tolerance, metrics=options.metrics, site=options.site
     )

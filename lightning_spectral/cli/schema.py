@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
+from lightning_spectral.cli.parser import VerbParser
 from lightning_spectral.records.json_schema import RECORDS, of_record
 from lightning_spectral.text import CommandError, did_you_mean
 
@@ -19,12 +19,10 @@ Editor completion: put this first into a recipe
 
 def main(argv: list[str]) -> int:
     """Print one schema; 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(
-        "lightning-spectral schema",
+    parser = VerbParser(
+        "schema",
         description="Print the JSON Schema of a recipe, or of a file in a run folder.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     known = ("recipe", *RECORDS)
     parser.add_argument("what", metavar="WHAT", help=", ".join(known))

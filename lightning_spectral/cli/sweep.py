@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 
+from lightning_spectral.cli.parser import at_least, parse_recipe_words, recipe_parser
 from lightning_spectral.text import CommandError
 from lightning_spectral.text.tables import Column, Table, add_format_option, aside, print_table
 
@@ -22,31 +23,27 @@ Stop with Ctrl-C and start again at will: finished runs are skipped, interrupted
 
 def main(argv: list[str]) -> int:
     """Run the sweep; 0 all finished, 1 a run failed, 2 bad input, 130 interrupted."""
-    parser = argparse.ArgumentParser(
-        "lightning-spectral sweep",
+    parser = recipe_parser(
+        "sweep",
         description="Expand a recipe over axes and run what is not finished yet.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        smoke="the recipe's tiny form, then fit, compare and report: does it all work?",
     )
-    parser.add_argument("recipe", help="a YAML file or a shipped name, with a `sweep:` block or --axis")
-    parser.add_argument("--axis", action="append", default=[], metavar="KEY=A,B,C", help="a recipe key and its values")
     parser.add_argument("--out", metavar="DIR", help="folder of the run folders (default: the recipe's out_dir)")
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="runs at a time (default: one a GPU, or one a CPU core)"
+        "--workers", type=at_least(1), metavar="N", help="runs at a time (default: one a GPU, or one a CPU core)"
     )
     parser.add_argument("--launcher", choices=["local", "ray"], default="local")
     parser.add_argument("--rerun-changed", action="store_true", help="run changed runs again, from the start")
     parser.add_argument("--accept-changes", action="store_true", help="go on with runs that another recipe started")
-    parser.add_argument(
-        "--smoke", action="store_true", help="the recipe's tiny form, then fit, compare and report: does it all work?"
-    )
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their states, run nothing")
     add_format_option(parser)
-    options, words = parser.parse_known_args(argv)
-    if options.workers is not None and options.workers < 1:
-        raise CommandError(f"--workers must be >= 1, got {options.workers}.")
+    options, words = parse_recipe_words(parser, argv)
+    return _sweep(options, words)
 
+
+def _sweep(options: argparse.Namespace, words: list[str]) -> int:
+    """Plan and run."""
     from lightning_spectral.sweep import plan as sweep
     from lightning_spectral.sweep.axes import read
 

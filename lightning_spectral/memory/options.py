@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.text import CommandError
+from lightning_spectral.text.parser import VerbParser
 
 if TYPE_CHECKING:
     from lightning_spectral.theory.problem import MemoryProblem
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 DEFAULT_RULES = ("sgd", "muon", "ns5", "newton")
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(VerbParser):
     """A parser whose ``--help`` leaves out what is seldom needed; ``--help-all`` has it.
 
     Args:

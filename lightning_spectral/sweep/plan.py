@@ -120,10 +120,11 @@ def plan(
     """
     file, tree, common, grids = read(source, axes=axes, overrides=overrides, smoke=smoke)
     from lightning_spectral.training.recipe import load
+    from lightning_spectral.training.trial import try_out
 
     base = load(file, common)
     for own in distinct(grids):
-        load(file, {**common, **own})
+        try_out(load(file, {**common, **own}))
     folder = Path(out_dir) if out_dir is not None else base.out_dir.with_name(f"{base.out_dir.name}{'-smoke' * smoke}")
     jobs = [
         _job(file, tree, folder, common, base.content, zip([axis.name for axis in grid], chosen, strict=True))

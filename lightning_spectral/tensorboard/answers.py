@@ -185,9 +185,9 @@ def exponents(folders: Sequence[Path], stage: str, site: str, metric: str) -> An
                 "seeds": path.num_seeds,
             }
         )
-    colors = optimizer_colors(series["name"] for series in out)
-    for series in out:
-        series["color"] = colors[series["name"]]
+    colors = optimizer_colors(one["name"] for one in out)
+    for one in out:
+        one["color"] = colors[one["name"]]
     widths = sorted({run.width for run in runs.runs})
     message = "" if out else f"An exponent needs runs of two widths that share windows; selected: {_words(widths)}."
     return {"series": out, "message": message}

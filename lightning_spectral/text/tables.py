@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import html
 import io
 import json
 import math
@@ -58,6 +59,18 @@ class Table:
         """Every value as a person reads it."""
         heads = self.heads
         return [[_shown(value, head.spec) for head, value in zip(heads, row, strict=True)] for row in self.rows]
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        sides = ["right" if right else "left" for right in self.on_the_right()]
+
+        def line(kind: str, cells: Iterable[str]) -> str:
+            each = zip(cells, sides, strict=True)
+            return "".join(f'<{kind} style="text-align: {side}">{html.escape(cell)}</{kind}>' for cell, side in each)
+
+        rows = [line("th", (head.name for head in self.heads)), *(line("td", row) for row in self.cells())]
+        title = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
+        return f"<table>{title}{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
     def on_the_right(self) -> list[bool]:
         """For each column whether it holds numbers, or text that stands for them."""

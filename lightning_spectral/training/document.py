@@ -75,7 +75,8 @@ def parse_words(words: Sequence[str]) -> list[tuple[str, Any]]:
         word = rest.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not key:
-            raise RecipeError(f"`{word}` is not an option: write `--key value`, e.g. `--train.max_steps 50`.")
+            wanted = f"write `-{word}`" if re.match(r"-[a-zA-Z]\w*(\.|$)", word) else "write `--key value`"
+            raise RecipeError(f"`{word}` is not an option: {wanted}, e.g. `--train.max_steps 50`.")
         if not equals:
             if not rest or re.match(r"--[a-zA-Z]", rest[0]):
                 raise RecipeError(f"`--{key}` has no value: write `--{key} VALUE`.")
@@ -210,7 +211,12 @@ def _place(node: Any, step: str, here: str) -> Any:
     classes = [str(item.get("class_path") if isinstance(item, dict) else item).rpartition(".")[2] for item in node]
     if classes.count(step) == 1:
         return classes.index(step)
-    raise RecipeError(f"`{here}` names no item of the list; it has {', '.join(classes) or 'none'} (or 0, 1, ...).")
+    if not classes:
+        raise RecipeError(
+            f"`{here}`: the list is empty; `--callbacks+ {step}` adds one, and what follows it can set it."
+        )
+    hint = did_you_mean(step, classes, otherwise="it has")
+    raise RecipeError(f"`{here}` names no item of the list; {hint}")
 
 
 def litgpt_names() -> list[str]:
@@ -234,6 +240,11 @@ def named_config(name: str) -> dict[str, Any]:
     hint = did_you_mean(name, litgpt.name_to_config, otherwise="")
     hint = f"; {hint}" if hint.endswith("?") else ":"
     raise RecipeError(f"litgpt knows no model `{name}`{hint} give one of its names, or describe one in `model_config`.")
+
+
+def named_models() -> list[str]:
+    """The names of litgpt's models."""
+    return list(_litgpt_config().name_to_config)
 
 
 def _litgpt_config() -> Any:

@@ -5,18 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 
-from lightning_spectral.text import import_class, one_line
+from lightning_spectral.text import did_you_mean, import_class, one_line
 from lightning_spectral.training.document import RecipeError
+
+
+def check_accelerator(wanted: Any) -> None:
+    """Whether ``accelerator:`` of a recipe names something that this machine has.
+
+    Raises:
+        RecipeError: If not.
+    """
+    known = ["auto", "gpu", *AcceleratorRegistry]
+    if not isinstance(wanted, str) or wanted not in known:
+        raise RecipeError(f"`accelerator` is {wanted}; {did_you_mean(wanted, known, otherwise='there are')}")
+    kinds = ["cuda", "mps"] if wanted == "gpu" else [] if wanted == "auto" else [wanted]
+    if kinds and not any(AcceleratorRegistry[kind]["accelerator"].is_available() for kind in kinds):
+        raise RecipeError(f"`accelerator` is {wanted}, and this machine has none: use `auto` or `cpu`.")
 
 
 def make_strategy(wanted: Any, world_size: int) -> str | Strategy:
     """``strategy:`` of a recipe: a Lightning name, ``fsdp2``, or ``{class_path, init_args}``.
 
     Raises:
-        RecipeError: If the class cannot be made.
+        RecipeError: If there is no such strategy, or the class cannot be made.
     """
     if wanted == "fsdp2":
         return ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
@@ -27,6 +42,9 @@ def make_strategy(wanted: Any, world_size: int) -> str | Strategy:
         except (ImportError, TypeError, ValueError) as error:
             raise RecipeError(f"`strategy: {wanted}` cannot be made: {one_line(error)}") from error
         return made
+    known = ["auto", "fsdp2", *StrategyRegistry.available_strategies()]
+    if wanted not in known:
+        raise RecipeError(f"`strategy` is {wanted}; {did_you_mean(wanted, known, otherwise='there are')}")
     return str(wanted)
 
 

@@ -5,13 +5,32 @@ What exists is read from the sources of the installed packages (:mod:`.sources`)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
+from lightning_spectral.data.files import find_files
+from lightning_spectral.data.shards import SUFFIXES
 from lightning_spectral.text import did_you_mean
-from lightning_spectral.training.document import OUR_DATA, RecipeError, named_config, text_data
-from lightning_spectral.training.sources import arguments_of, choices, fields_of, is_missing, public_names
+from lightning_spectral.training.document import (
+    OUR_DATA,
+    RecipeError,
+    find,
+    named_config,
+    named_models,
+    overridden,
+    read_tree,
+    text_data,
+)
+from lightning_spectral.training.sources import (
+    arguments_of,
+    assigned_strings,
+    choices,
+    fields_of,
+    is_missing,
+    public_names,
+)
 
 SETUP = "litgpt.pretrain.setup"
 OUR_KEYS = "lightning_spectral.training.schema.our_keys"
@@ -24,6 +43,14 @@ GROUPS = {
     "architecture": "lightning_spectral.gpt.architecture.Architecture",
     "lr_schedule": "lightning_spectral.gpt.learning_rate.LRSchedule",
 }
+# what people call a key -> how it is called here
+_HABITS: Final = {
+    "learning_rate": "lr",
+    "batch_size": "global_batch_size",
+    "steps": "max_steps",
+    "num_epochs": "epochs",
+}
+_CLASS_KEYS: Final = ("class_path", "init_args", "dict_kwargs")
 _NO_DATA = ("DataModule", "SFTDataset")  # of ``litgpt.data.__all__``: bases, no data
 
 
@@ -39,10 +66,72 @@ def with_class_paths(tree: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RecipeError: If there is no data, or a name is not known.
     """
+    _refuse_other_kinds(tree)
     callbacks = tree.get("callbacks") or []
     if not isinstance(callbacks, list):
-        raise RecipeError(f"`callbacks` must be a list of class names or `class_path`s, got {callbacks!r}.")
+        raise RecipeError(
+            f"`callbacks` must be a list of class names or `class_path`s, got {callbacks!r}; "
+            "`--callbacks+ NAME` adds one."
+        )
     return {**tree, "data": _data(tree.get("data")), "callbacks": [_callback(callback) for callback in callbacks]}
+
+
+def _refuse_other_kinds(tree: Mapping[str, Any]) -> None:
+    if "command" in tree:
+        raise RecipeError(
+            f"the recipe has `command: {tree['command']}`: it is for `lightning-spectral memory {tree['command']} "
+            "--config FILE`, not for a training."
+        )
+    if set(tree) == {"callbacks"}:
+        raise RecipeError(
+            "the recipe has `callbacks` and nothing else: `LIGHTNING_SPECTRAL=FILE python train.py` puts them into a "
+            "script of your own; to train, give a recipe with a model and `data`."
+        )
+
+
+def check_names(source: str | Path, words: Sequence[str]) -> dict[str, Any]:
+    """The tree of a recipe with its overrides, every name in it checked; imports neither torch nor litgpt.
+
+    Raises:
+        RecipeError: As :func:`refuse_unknown_names`.
+    """
+    tree = with_class_paths(overridden(read_tree(find(source)), words))
+    refuse_unknown_names(tree)
+    return tree
+
+
+def refuse_wrong_places(tree: Mapping[str, Any]) -> None:
+    """Refuse a run folder that is a file, and data that are not there.
+
+    Raises:
+        RecipeError: One sentence with the path.
+    """
+    out_dir = tree.get("out_dir")
+    if isinstance(out_dir, str) and Path(out_dir).exists() and not Path(out_dir).is_dir():
+        raise RecipeError(f"`out_dir` is `{out_dir}`, which is a file: give a folder.")
+    kinds = {"lightning_spectral.data.TextFiles": {}, "lightning_spectral.data.TokenFiles": {"suffixes": SUFFIXES}}
+    path = (tree["data"].get("init_args") or {}).get("path")
+    if tree["data"]["class_path"] in kinds and isinstance(path, str):
+        try:
+            find_files(path, **kinds[tree["data"]["class_path"]])
+        except (FileNotFoundError, ValueError) as error:
+            raise RecipeError(f"`data`: {error}") from error
+
+
+def refuse_unknown_model(name: str) -> None:
+    """Refuse a bare name that is neither litgpt's nor a Hugging Face model type; imports neither.
+
+    Raises:
+        RecipeError: With the nearest that there is.
+    """
+    kinds = assigned_strings("transformers.models.auto.configuration_auto", "CONFIG_MAPPING_NAMES")
+    if not kinds or "." in name or "/" in name or Path(name).exists():
+        return
+    known = [*named_models(), *(kind for kind in kinds if kind.islower())]
+    if name not in known:
+        hint = did_you_mean(name, known)
+        hint = hint if hint.endswith("?") else "give one of them."
+        raise RecipeError(f"`--model {name}` is no litgpt name, Hugging Face model type, folder or class path; {hint}")
 
 
 def refuse_unknown_names(tree: Mapping[str, Any]) -> None:
@@ -54,20 +143,24 @@ def refuse_unknown_names(tree: Mapping[str, Any]) -> None:
     Raises:
         RecipeError: One sentence with the name, and the nearest one that exists.
     """
-    _refuse_unknown(tree, keys(), "")
+    for key in tree:
+        if key not in keys():
+            raise RecipeError(f"unknown key `{key}`; {_nearest_key(str(key), tree)}")
     for group, path in GROUPS.items():
         value = tree.get(group)
         if value is None:
             continue
         if not isinstance(value, dict):
-            raise RecipeError(f"`{group}` must hold keys and values, got {value!r}.")
+            raise RecipeError(
+                f"`{group}` must hold keys and values, got {value!r}; it knows: {', '.join(fields_of(path)[:8])}."
+            )
         _refuse_unknown(value, fields_of(path), f"{group}.")
     if isinstance(tree.get("model_name"), str) and tree.get("model_config") is None:
         named_config(tree["model_name"])
     _refuse_unknown_logger(tree.get("logger_name"))
     _refuse_unknown_class("data", tree["data"])
-    for place, callback in enumerate(tree["callbacks"]):
-        _refuse_unknown_class(f"callbacks.{place}", callback)
+    for callback in tree["callbacks"]:
+        _refuse_unknown_class("callbacks", callback)
     _refuse_unknown_optimizer(tree.get("optimizer"))
 
 
@@ -84,28 +177,68 @@ def _refuse_unknown_logger(name: Any) -> None:
         raise RecipeError(f"`logger_name` must be one of {', '.join(known)}, got {name}.")
 
 
-def _refuse_unknown_class(key: str, spec: Any) -> None:
+def _nearest_key(key: str, tree: Mapping[str, Any]) -> str:
+    """A suggestion: the key of that name further down, else the nearest at the top."""
+    word = _HABITS.get(key.replace("-", "_"), key.replace("-", "_"))
+    deeper = next((path for path in _paths_below(tree) if path.rpartition(".")[2] == word), None)
+    return f"did you mean `{deeper}`?" if deeper else did_you_mean(key, keys())
+
+
+def _paths_below(tree: Mapping[str, Any]) -> Iterator[str]:
+    """Dotted paths of the keys in groups, and of what the optimizer, the data and the callbacks take."""
+    for group in ("train", "eval", "model_config", "architecture", "lr_schedule", "log"):
+        yield from (f"{group}.{name}" for name in fields_of(GROUPS[group]))
+    optimizer = tree.get("optimizer")
+    path = str(optimizer.get("class_path") if isinstance(optimizer, dict) else optimizer)
+    specs = [("optimizer", path if "." in path else f"torch.optim.{path}")]
+    named = [str(c["class_path"]) for c in tree["callbacks"] if isinstance(c, dict) and "class_path" in c]
+    specs += [(f"callbacks.{path.rpartition('.')[2]}", path) for path in named]
+    specs.append(("data", tree["data"]["class_path"]))
+    for key, class_path in specs:
+        yield from (f"{key}.init_args.{name}" for name in arguments_of(class_path) or [])
+
+
+def class_of(key: str, spec: Any) -> tuple[str, dict[str, Any]]:
+    """Class path and arguments of ``{class_path, init_args}``.
+
+    Raises:
+        RecipeError: If it is something else, or has other keys.
+    """
     if not isinstance(spec, dict) or not isinstance(spec.get("class_path"), str):
         raise RecipeError(f"`{key}` must be a class name or have a `class_path`, got {spec!r}.")
-    path = spec["class_path"]
+    name = spec["class_path"].rpartition(".")[2]
+    for other in spec:
+        if other not in _CLASS_KEYS:
+            raise RecipeError(f"`{key}.{other}`: {name} takes its arguments as `{key}.init_args.{other}`.")
+    init_args = spec.get("init_args") or {}
+    if not isinstance(init_args, dict):
+        raise RecipeError(f"`{key}.init_args` must hold keys and values, got {init_args!r}.")
+    return spec["class_path"], init_args
+
+
+def refuse_unknown_arguments(key: str, path: str, init_args: Iterable[Any], known: Iterable[str]) -> None:
+    """Refuse arguments that a class does not take.
+
+    Raises:
+        RecipeError: With the nearest that it takes.
+    """
+    known = [name for name in known if name != "params"]
+    for name in init_args:
+        if name not in known:
+            hint = did_you_mean(name, known, otherwise="it knows")
+            raise RecipeError(f"`{key}`: {path.rpartition('.')[2]} does not know `{name}`; {hint}")
+
+
+def _refuse_unknown_class(key: str, spec: Any) -> None:
+    path, init_args = class_of(key, spec)
     if "." not in path or is_missing(path):
         module, _, name = path.rpartition(".")
         names = public_names(module) if module else public_names("lightning_spectral.callbacks")
         hint = did_you_mean(name, names, otherwise="it has") if names else "give the full class path."
         raise RecipeError(f"`{key}` names `{path}`, which does not exist; {hint}")
-    _refuse_unknown_arguments(key, path, spec.get("init_args"))
-
-
-def _refuse_unknown_arguments(key: str, path: str, init_args: Any) -> None:
     known = arguments_of(path)
-    if known is None or not init_args:
-        return
-    if not isinstance(init_args, dict):
-        raise RecipeError(f"`{key}.init_args` must hold keys and values, got {init_args!r}.")
-    for name in init_args:
-        if name not in known:
-            hint = did_you_mean(name, known, otherwise="it knows")
-            raise RecipeError(f"`{key}`: {path.rpartition('.')[2]} does not know `{name}`; {hint}")
+    if known is not None:
+        refuse_unknown_arguments(key, path, init_args, known)
 
 
 def _refuse_unknown_optimizer(spec: Any) -> None:
@@ -119,13 +252,9 @@ def _refuse_unknown_optimizer(spec: Any) -> None:
         otherwise = "give a name in torch.optim, such as AdamW, or a class path; there are"
         hint = did_you_mean(name, public_names(module), prefix=prefix, otherwise=otherwise)
         raise RecipeError(f"no optimizer `{path}`; {hint}")
-    if isinstance(spec, dict):
-        known = arguments_of(full)
-        unknown = [name for name in spec.get("init_args") or {} if known is not None and name not in known]
-        if unknown and known:
-            hint = did_you_mean(unknown[0], [name for name in known if name != "params"], otherwise="it knows")
-            owner = path.rpartition(".")[2]
-            raise RecipeError(f"`optimizer.init_args` has `{unknown[0]}`, which {owner} does not know; {hint}")
+    known = arguments_of(full)
+    if isinstance(spec, dict) and known is not None:
+        refuse_unknown_arguments("optimizer", path, class_of("optimizer", spec)[1], known)
 
 
 def _data(value: Any) -> Any:
@@ -148,7 +277,7 @@ def _data_class(name: str) -> str:
     if name in litgpts:
         return f"litgpt.data.{name}"
     known = [*OUR_DATA, *(n for n in litgpts if n[0].isupper() and n not in _NO_DATA)]
-    raise RecipeError(f"`data: {name}` is neither a file nor a data module; {_nearest(name, known)}")
+    raise RecipeError(f"`data` is `{name}`, which is neither a file nor a data module; {_nearest(name, known)}")
 
 
 def _nearest(name: str, known: list[str]) -> str:

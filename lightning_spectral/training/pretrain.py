@@ -19,8 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.config import Config
 from litgpt.data import DataModule
-from litgpt.tokenizer import Tokenizer
-from litgpt.utils import extend_checkpoint_dir, get_default_supported_precision, parse_devices
+from litgpt.utils import get_default_supported_precision
 
 from lightning_spectral import records
 from lightning_spectral.data.modules import TextBlocks
@@ -33,12 +32,14 @@ from lightning_spectral.probe.run_folder import move_earlier_run
 from lightning_spectral.probe.run_lock import RunLock
 from lightning_spectral.text import one_line, write_text
 from lightning_spectral.training import checkpoints, preemption
-from lightning_spectral.training.document import RecipeError, named_config
-from lightning_spectral.training.factories import make_logger, make_strategy
+from lightning_spectral.training.document import RecipeError
+from lightning_spectral.training.factories import check_accelerator, make_logger, make_strategy
 from lightning_spectral.training.preemption import first_rank
 from lightning_spectral.training.recipe import Recipe
 from lightning_spectral.training.same_recipe import check_resumed, shown
 from lightning_spectral.training.schema import instantiate
+from lightning_spectral.training.sizes import Lengths, checkpoint_dir, connect, model_config
+from lightning_spectral.training.trial import try_out
 from lightning_spectral.training.validation import InitialAndFinalValidation
 
 RECIPE_FILE = "hyperparameters.yaml"
@@ -71,20 +72,6 @@ class RunResult:
     val_loss: float | None
     unigram_entropy: float | None
     already_done: bool = False
-
-
-@dataclass(frozen=True)
-class _Lengths:
-    devices: int
-    num_nodes: int
-    seq_length: int
-    accumulation: int
-    num_steps: int
-    warmup_iters: int
-
-    @property
-    def world_size(self) -> int:
-        return self.devices * self.num_nodes
 
 
 def run(recipe: Recipe, *, progress_bar: bool = True, accept_changes: bool = False) -> Path:
@@ -133,9 +120,11 @@ def _pretrain(recipe: Recipe, *, progress_bar: bool, accept_changes: bool) -> Ru
         _move_previous_run(out_dir)
     changes = check_resumed(recipe.text(), out_dir, RECIPE_FILE, accept_changes=accept_changes) if resume else []
     with _as_recipe_error():
-        tokenizer_dir = _checkpoint_dir(content["tokenizer_dir"])
-        config = _model_config(recipe, data, tokenizer_dir)
-        lengths = _connect(data, objects.train, config, tokenizer_dir, content)
+        check_accelerator(content["accelerator"])
+        try_out(recipe)
+        tokenizer_dir = checkpoint_dir(content, "tokenizer_dir")
+        config = model_config(recipe, data, tokenizer_dir)
+        lengths = connect(data, objects.train, config, tokenizer_dir, content)
         module = _module(recipe, config, lengths, objects.train)
         pl.seed_everything(content["seed"], verbose=False)
         edges = InitialAndFinalValidation(first=objects.eval.initial_validation, last=objects.eval.final_validation)
@@ -163,9 +152,9 @@ def _pretrain(recipe: Recipe, *, progress_bar: bool, accept_changes: bool) -> Ru
     return RunResult(out_dir, trainer.global_step, trainer.global_step * tokens_per_step, val_loss, entropy)
 
 
-def _module(recipe: Recipe, config: Config, lengths: _Lengths, train: TrainArgs) -> LitGPT:
+def _module(recipe: Recipe, config: Config, lengths: Lengths, train: TrainArgs) -> LitGPT:
     content = recipe.content
-    initial = _checkpoint_dir(content["initial_checkpoint_dir"])
+    initial = checkpoint_dir(content, "initial_checkpoint_dir")
     return LitGPT(
         config,
         optimizer=content["optimizer"],
@@ -182,7 +171,7 @@ def _module(recipe: Recipe, config: Config, lengths: _Lengths, train: TrainArgs)
 def _trainer(
     recipe: Recipe,
     objects: Any,
-    lengths: _Lengths,
+    lengths: Lengths,
     edges: InitialAndFinalValidation,
     *,
     resuming: bool,
@@ -230,97 +219,6 @@ def _trainer(
     )
 
 
-def _model_config(recipe: Recipe, data: DataModule, tokenizer_dir: Path | None) -> Config:
-    given = recipe.content["model_config"]
-    given = dict(given) if given is not None else named_config(recipe.content["model_name"])
-    architecture = recipe.architecture
-    width = given.get("intermediate_size")
-    if isinstance(data, TextBlocks):
-        data.connect(tokenizer_dir=tokenizer_dir)
-        data.prepare_data()
-        vocab = data.vocab_size
-        if recipe.content["model_config"] is not None and not {"vocab_size", "padded_vocab_size"} & set(given):
-            given["vocab_size"] = given["padded_vocab_size"] = vocab
-    else:
-        vocab = Tokenizer(tokenizer_dir).vocab_size if tokenizer_dir else 0
-    if architecture.ffn_multiplier is not None:
-        derived = round(architecture.ffn_multiplier * given.get("n_embd", Config.n_embd))
-        if width is not None and recipe.content["model_config"] is not None and width != derived:
-            raise RecipeError(
-                f"two FFN widths: `model_config.intermediate_size` is {width}, `architecture.ffn_multiplier` gives "
-                f"{derived}: keep one of them."
-            )
-        given["intermediate_size"] = derived
-    try:
-        config = Config(**given)
-    except (AssertionError, TypeError) as error:
-        reason = str(error) or "n_embd must be a multiple of n_head, n_head of n_query_groups"
-        raise RecipeError(f"litgpt refuses the `model_config`: {reason}.") from error
-    if config.padded_vocab_size is not None and config.padded_vocab_size < vocab:
-        raise RecipeError(
-            f"the tokenizer has {vocab} ids, the model's `padded_vocab_size` is {config.padded_vocab_size}: raise it, "
-            "or leave the vocabulary out of `model_config` to take the tokenizer's."
-        )
-    return config
-
-
-def _connect(
-    data: DataModule, train: TrainArgs, config: Config, tokenizer_dir: Path | None, content: dict[str, Any]
-) -> _Lengths:
-    """Batch sizes, steps and sequence length; tells the data module its part of them."""
-    devices, num_nodes = parse_devices(content["devices"]), content["num_nodes"]
-    world, micro = devices * num_nodes, train.micro_batch_size
-    seq_length = train.max_seq_length or config.block_size
-    if seq_length > config.block_size:
-        raise RecipeError(
-            f"`train.max_seq_length` is {seq_length}, the model's `block_size` is {config.block_size}: lower the first "
-            "or raise the second."
-        )
-    if train.global_batch_size % (world * micro):
-        raise RecipeError(
-            f"`train.global_batch_size` {train.global_batch_size} is no multiple of {world} device(s) * "
-            f"`train.micro_batch_size` {micro} = {world * micro}: change one of them."
-        )
-    accumulation = train.gradient_accumulation_iters(devices, num_nodes)
-    ours = isinstance(data, TextBlocks)
-    settings: dict[str, Any] = {"batch_size": micro, "max_seq_length": seq_length}
-    if isinstance(data, TextBlocks):
-        data.connect(**settings, tokenizer_dir=tokenizer_dir)
-        epoch_iters = max(1, data.num_train_blocks // (world * micro))
-    else:
-        data.connect(tokenizer=Tokenizer(tokenizer_dir) if tokenizer_dir else None, **settings)
-        epoch_iters = _epoch_iters(data, world) if train.epochs or train.lr_warmup_fraction else 1
-    limits = []
-    if train.max_tokens:
-        limits.append(train.max_tokens // world // (micro * seq_length) // accumulation)
-    if train.max_steps:
-        limits.append(train.max_steps)
-    if train.epochs:
-        limits.append(train.epochs * epoch_iters // accumulation)
-    num_steps = min(limits)
-    if num_steps < 1:
-        raise RecipeError(
-            f"the run has no whole optimizer step: one takes {train.global_batch_size} sequences of {seq_length} "
-            "tokens. Raise `train.max_tokens` or `train.epochs`, or lower `train.global_batch_size`."
-        )
-    if ours:
-        data.connect(
-            **settings,
-            tokenizer_dir=tokenizer_dir,
-            global_batch_size=train.global_batch_size,
-            num_steps=num_steps,
-            seed=content["seed"],
-        )
-    warmup = train.warmup_iters(devices, num_nodes, num_steps * accumulation, range(epoch_iters))
-    return _Lengths(devices, num_nodes, seq_length, accumulation, num_steps, warmup)
-
-
-def _epoch_iters(data: DataModule, world: int) -> int:
-    data.prepare_data()
-    data.setup()
-    return max(1, len(data.train_dataloader()) // world)
-
-
 def _resume_path(resume: Any, out_dir: Path) -> Path | None:
     if not resume:
         return None
@@ -350,15 +248,6 @@ def _move_previous_run(out_dir: Path) -> None:
         rank_zero_info(
             f"moved the previous run in `{out_dir}` to `{target}` (use `resume: auto` to continue it instead)"
         )
-
-
-def _checkpoint_dir(path: str | None) -> Path | None:
-    if path is None:
-        return None
-    folder: Path = extend_checkpoint_dir(Path(path))
-    if not folder.is_dir():
-        raise RecipeError(f"there is no folder `{folder}`.")
-    return folder
 
 
 @contextmanager

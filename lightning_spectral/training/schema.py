@@ -20,9 +20,15 @@ from litgpt.pretrain import setup as litgpt_setup
 from lightning_spectral.gpt.architecture import Architecture
 from lightning_spectral.gpt.learning_rate import LRSchedule
 from lightning_spectral.gpt.module import optimizer_class
-from lightning_spectral.text import did_you_mean, import_class, one_line
+from lightning_spectral.text import import_class, one_line
 from lightning_spectral.training.document import RecipeError
-from lightning_spectral.training.names import GROUPS, refuse_unknown_names, with_class_paths
+from lightning_spectral.training.names import (
+    GROUPS,
+    class_of,
+    refuse_unknown_arguments,
+    refuse_unknown_names,
+    with_class_paths,
+)
 
 _APART = ("model_config", "data", "callbacks", "optimizer")  # what takes jsonargparse most of its time
 
@@ -81,9 +87,10 @@ def check(tree: dict[str, Any]) -> dict[str, Any]:
             "the recipe names no model: set `model_name` (litgpt's names) or describe one in `model_config`."
         )
     _check_class("data", tree["data"])
-    for place, callback in enumerate(tree["callbacks"]):
-        _check_class(f"callbacks.{place}", callback)
+    for callback in tree["callbacks"]:
+        _check_class("callbacks", callback)
         _callback(callback, only_check=True)
+    _check_optimizer(tree.get("optimizer"))
     given_config = tree.get("model_config")
     tree["model_name"] = tree.get("model_name") or (given_config or {}).get("name") or "custom"
     content = defaults()
@@ -142,7 +149,10 @@ def _parsed(tree: dict[str, Any]) -> dict[str, Any]:
     content = _parsed_part(pickle.dumps(rest))
     for key in _APART:
         if key in tree:
-            content = {**content, key: _parsed_part(pickle.dumps({"model_name": "any", key: tree[key]}))[key]}
+            try:
+                content = {**content, key: _parsed_part(pickle.dumps({"model_name": "any", key: tree[key]}))[key]}
+            except RecipeError as error:
+                raise _of_its_field(key, tree[key]) or error from error
     return copy.deepcopy(content)
 
 
@@ -155,6 +165,19 @@ def _parsed_part(pickled: bytes) -> dict[str, Any]:
     except Exception as error:  # jsonargparse raises its own, argparse's, and whatever a class_path's import raises
         raise RecipeError(_what_does_not_fit(str(error))) from error
     return content
+
+
+def _of_its_field(group: str, values: Any) -> RecipeError | None:
+    """What is wrong with one value of a group, which jsonargparse shows as a whole."""
+    hints = get_type_hints(import_class(GROUPS[group])) if group in GROUPS and isinstance(values, dict) else {}
+    for name in hints.keys() & values:
+        one = ArgumentParser(exit_on_error=False)
+        one.add_argument(f"--{group}.{name}", type=hints[name])
+        try:
+            one.parse_object({group: {name: values[name]}})
+        except Exception as error:  # jsonargparse's own
+            return RecipeError(_what_does_not_fit(str(error)))
+    return None
 
 
 def _what_does_not_fit(message: str) -> str:
@@ -191,10 +214,7 @@ def _choices(key: str) -> list[Any]:
 
 def _check_class(key: str, spec: Any) -> None:
     """A class that can be imported and knows its ``init_args``: jsonargparse buries which one it does not."""
-    if not isinstance(spec, dict) or not isinstance(spec.get("class_path"), str):
-        raise RecipeError(f"`{key}` must be a class name or have a `class_path`, got {spec!r}.")
-    path, init_args = spec["class_path"], spec.get("init_args") or {}
-    name = path.rpartition(".")[2]
+    path, init_args = class_of(key, spec)
     try:
         found = import_class(path)
     except ImportError as error:
@@ -202,10 +222,25 @@ def _check_class(key: str, spec: Any) -> None:
             f"`{key}` names `{path}`, which cannot be imported: {error}; give the full class path."
         ) from error
     known = inspect.signature(found).parameters
-    unknown = sorted(map(str, set(init_args) - set(known)))
-    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        hint = did_you_mean(unknown[0], known, otherwise="it knows")
-        raise RecipeError(f"`{key}`: {name} does not know `{unknown[0]}`; {hint}")
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        refuse_unknown_arguments(key, path, init_args, known)
+
+
+def _check_optimizer(spec: Any) -> None:
+    """A class, and arguments of the types that it names: torch itself fails with a traceback on some."""
+    if spec is None:
+        return
+    try:
+        found = optimizer_class(spec)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    init_args = class_of("optimizer", spec)[1] if isinstance(spec, dict) else {}
+    one = ArgumentParser(exit_on_error=False)
+    one.add_class_arguments(found, "optimizer.init_args", skip={"params"}, fail_untyped=False)
+    try:
+        one.parse_object({"optimizer": {"init_args": init_args}})
+    except Exception as error:  # jsonargparse's own
+        raise RecipeError(_what_does_not_fit(str(error))) from error
 
 
 def _refuse_what_cannot_be_honoured(content: dict[str, Any]) -> None:
@@ -242,7 +277,3 @@ def _bad_combinations(content: dict[str, Any]) -> Iterator[str]:
         yield "`resume` and `initial_checkpoint_dir` both say where to start: set one of them."
     if content["logger_name"] != "wandb" and any(content["log"][key] for key in ("project", "run", "group")):
         yield f"`log.project`, `log.run` and `log.group` are for `logger_name: wandb`, got {content['logger_name']}."
-    try:
-        optimizer_class(content["optimizer"])
-    except ValueError as error:
-        yield str(error)

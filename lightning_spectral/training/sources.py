@@ -59,6 +59,11 @@ def public_names(module: str) -> list[str]:
 def choices(path: str) -> list[str]:
     """The strings of an alias ``Name = Literal["a", "b"]``."""
     module, _, name = path.rpartition(".")
+    return assigned_strings(module, name)
+
+
+def assigned_strings(module: str, name: str) -> list[str]:
+    """All strings in what a module assigns to a name; empty if it does not."""
     for node in getattr(tree_of(module), "body", []):
         if isinstance(node, ast.Assign) and any(_is_name(target, name) for target in node.targets):
             return _strings(node.value)

@@ -91,7 +91,7 @@ def test_by_without_layer_is_one_row_a_series(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["nowhere"], "no such file or folder: `nowhere`"),
+        (["nowhere"], "there is nothing at `nowhere`"),
         (["nowhere.csv", "--x", "d"], "nowhere.csv"),
         (["."], "no run folder"),
     ],

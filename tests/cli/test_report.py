@@ -31,10 +31,10 @@ def test_a_report_with_pictures_and_events(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["points.csv"], "No such file"),
-        (["runs", "--site", "gate"], "no run measured the site `gate`"),
+        (["points.csv"], "there is nothing at `points.csv`"),
+        (["runs", "--site", "gate"], "no run measured `--site gate`"),
         (["runs", "--metrics", "mean_rank"], "unknown metric `mean_rank`"),
-        (["nothing"], "no such file or folder"),
+        (["nothing"], "there is nothing at `nothing`"),
     ],
 )
 def test_bad_input(

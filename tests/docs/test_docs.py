@@ -12,6 +12,7 @@ from lightning.fabric import Fabric
 
 import lightning_spectral
 from lightning_spectral.cli import VERBS, main
+from lightning_spectral.cli.parser import VerbParser
 from lightning_spectral.records import STATUSES
 from tests.analysis.synthetic import write_one
 from tests.callbacks import tiny
@@ -45,7 +46,7 @@ def commands() -> list[tuple[str, list[str]]]:
     """(page, words) of every call of ours."""
     found = []
     for page, line in SHELL + INLINE:
-        for part in re.split(r"&&|\|", line):
+        for part in re.split(r"&&|\||>", line):
             words = shlex.split(part)
             while words and "=" in words[0]:
                 words = words[1:]
@@ -75,6 +76,29 @@ def test_commands_name_verbs_options_and_recipes_that_exist(capsys) -> None:
         if "--config" in words:
             recipe = words[words.index("--config") + 1].removeprefix("recipes/").removesuffix(".yaml")
             assert (ROOT / "recipes" / f"{recipe}.yaml").exists(), (page, recipe)
+
+
+class Parsed(Exception):
+    """Raised in the place of what a verb would do."""
+
+
+def test_commands_have_the_arguments_that_their_verbs_want(monkeypatch) -> None:
+    """Of every verb whose parser takes all words (recipe keys of the others are checked above)."""
+    parse = VerbParser.parse_args
+
+    def only_parsed(self, args=None, namespace=None):
+        parse(self, args, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(VerbParser, "parse_args", only_parsed)
+    monkeypatch.chdir(ROOT)
+    tried = 0
+    for page, (verb, *words) in commands():
+        if verb in VERBS and verb not in ("pretrain", "sweep", "plan") and "--help" not in words and words:
+            with pytest.raises(Parsed):
+                assert main([verb, *words]) == 0, (page, verb, words)
+            tried += 1
+    assert tried > 15
 
 
 class nothing:

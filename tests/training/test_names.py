@@ -81,7 +81,7 @@ QUICK = ("pretrain", "--config", "quickstart")
         ((*QUICK, "--train.max_step", "3"), "unknown key `train.max_step`; did you mean `train.max_steps`?"),
         ((*QUICK, "--optimizer", "Moun"), "no optimizer `Moun`; did you mean `Muon`?"),
         ((*QUICK, "--optimizer", "lightning_spectral.Moun"), "did you mean `lightning_spectral.Muon`?"),
-        ((*QUICK, "--optimizer.init_args.lrr", "1"), "does not know; did you mean `lr`?"),
+        ((*QUICK, "--optimizer.init_args.lrr", "1"), "AdamW does not know `lrr`; did you mean `lr`?"),
         ((*QUICK, "--callbacks+", "SpectralRank"), "did you mean `SpectralRankCallback`?"),
         ((*QUICK, "--callbacks.TailTokenProbe.init_args.count", "x"), "does not know `count`; did you mean `counts`?"),
         ((*QUICK, "--data", "StateOfUnion"), "did you mean `StateOfTheUnion`?"),

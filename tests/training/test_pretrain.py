@@ -335,7 +335,7 @@ def test_our_optimizer_trains(tmp_path: Path) -> None:
             r"two FFN widths: `model_config.intermediate_size` is 40, `architecture.ffn_multiplier` gives 32",
         ),
         ({"data": "nowhere.txt"}, r"no text at `nowhere.txt`"),
-        ({"tokenizer_dir": "nowhere"}, r"there is no folder `nowhere`"),
+        ({"tokenizer_dir": "nowhere"}, r"`tokenizer_dir` names `nowhere`, which does not exist"),
         ({"strategy": "dpp"}, r"dpp"),
         ({"accelerator": "abacus"}, r"abacus"),
         (

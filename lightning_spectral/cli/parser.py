@@ -1,0 +1,66 @@
+"""What the parsers of several verbs have in common beyond :mod:`lightning_spectral.text.parser`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning_spectral.text import CommandError
+from lightning_spectral.text.parser import VerbParser, at_least, nearest_option
+
+if TYPE_CHECKING:
+    from lightning_spectral.data.files import FoundFiles
+
+__all__ = ["VerbParser", "at_least", "data_files", "nearest_option", "parse_recipe_words", "recipe_parser"]
+
+
+def data_files(path: str) -> FoundFiles:
+    """Files of ``--data``.
+
+    Raises:
+        CommandError: If nothing readable is there.
+    """
+    from lightning_spectral.data.files import find_files
+
+    try:
+        return find_files(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise CommandError(f"`--data`: {error}") from error
+
+
+def refuse_model(name: str) -> None:
+    """A misspelled name of a model is said before torch is imported.
+
+    Raises:
+        CommandError: With the nearest that there is.
+    """
+    from lightning_spectral.training.names import refuse_unknown_model
+
+    try:
+        refuse_unknown_model(name)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def recipe_parser(verb: str, *, description: str, epilog: str, smoke: str) -> VerbParser:
+    """The head of the verbs that take a recipe, axes and recipe keys."""
+    parser = VerbParser(verb, description=description, epilog=epilog)
+    parser.add_argument("recipe", help="a YAML file or a shipped name, with a `sweep:` block or --axis")
+    parser.add_argument("--axis", action="append", default=[], metavar="KEY=A,B,C", help="a recipe key and its values")
+    parser.add_argument("--smoke", action="store_true", help=smoke)
+    return parser
+
+
+def parse_recipe_words(parser: VerbParser, argv: Sequence[str]) -> tuple[Any, list[str]]:
+    """Options and the words left for the recipe.
+
+    Raises:
+        CommandError: If a word is neither an option of the verb nor a recipe key.
+    """
+    from lightning_spectral.training.names import keys
+
+    options, words = parser.parse_known_args(argv)
+    if any(word.partition("=")[0] == "--config" for word in words):
+        raise CommandError(f"`--config` is of `pretrain`: here the recipe is the first word, {parser.prog} RECIPE.")
+    parser.refuse_unknown(words, also=keys())
+    return options, words

@@ -1,0 +1,58 @@
+"""Every mistake is answered by one sentence with the key, the value seen and the remedy, before anything is started."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from lightning_spectral.cli import main
+from tests.analysis.synthetic import write_study
+from tests.cli import mistakes
+from tests.tiny import write_recipe
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the words in capitals stand for."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    recipe = write_recipe(folder)
+    write_study(folder / "runs", {"muon": 0.9, "adamw": 0.3}, (64, 128, 256), layers=2, steps=(0, 20, 40))
+    (folder / "empty").mkdir()
+    (folder / "file.txt").write_text("not a folder\n")
+    rows = [f"{name},{width},{width**beta}" for name, beta in (("a", 0.3), ("b", 0.9)) for width in (64, 128, 256)]
+    (folder / "points.csv").write_text("\n".join(["optimizer,width,value", *rows]) + "\n")
+    here = {"RECIPE": recipe, "TEXT": folder / "text.txt", "RUNS": folder / "runs", "POINTS": folder / "points.csv"}
+    return {name: str(path) for name, path in (here | {"FILE": folder / "file.txt", "EMPTY": folder / "empty"}).items()}
+
+
+def answer(command: str, places: dict[str, str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and what is said on stderr."""
+    words = [places.get(word, word) for word in shlex.split(command)]
+    try:
+        code = main(words)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")  # of litgpt, when it is imported
+@pytest.mark.parametrize(("command", "wanted"), mistakes.ALL, ids=[command for command, _ in mistakes.ALL])
+def test_the_answer_names_key_value_and_remedy(command, wanted, places, capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, said = answer(command, places, capsys)
+    assert code == 2, said
+    verb = command.split(maxsplit=1)[0]
+    sentences = [line for line in said.splitlines() if line.startswith("lightning-spectral")]
+    assert len(sentences) == 1, said
+    for word in wanted:
+        assert places.get(word, word) in sentences[0], f"`{word}` is not in: {said}"
+    if command not in dict(mistakes.VERBS):
+        assert sentences[0].startswith(f"lightning-spectral {verb}"), said
+        assert said.splitlines() == sentences, said  # no usage, no traceback, no other lines around it
+    assert not list(tmp_path.iterdir()), "something was written"
+
+
+def test_there_are_more_than_120_of_them_and_none_twice() -> None:
+    commands = [command for command, _ in mistakes.ALL]
+    assert len(set(commands)) == len(commands) > 120

@@ -41,6 +41,7 @@ _NOT_MEASURED = re.compile(
     r"lora|adapter|bottleneck|prompt_encoder|prefix_encoder|(position|pos)_bias|cpb_mlp|rel(ative)?_pos", re.IGNORECASE
 )
 
+_UP_LEAF = re.compile(r"(^|_)(gate|up)($|_)", re.IGNORECASE)
 _OTHER_TABLE = re.compile(r"pos(ition)?(_|s|$|e)|wpe|type|segment", re.IGNORECASE)
 
 
@@ -128,7 +129,7 @@ def is_attention_leaf(name: str) -> bool:
 
 def is_down_leaf(name: str) -> bool:
     """Whether a linear module is a down projection, by its own name."""
-    return _DOWN_LEAF.search(name) is not None
+    return _DOWN_LEAF.search(name) is not None and _UP_LEAF.search(name) is None
 
 
 @cache

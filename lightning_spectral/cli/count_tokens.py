@@ -24,6 +24,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--vocab_size", type=int, default=2048, help="ids of the trained BPE (default: 2048)")
     parser.add_argument("--text_column", default="text", help="column or key of the text (default: text)")
     parser.add_argument("--cache_dir", type=Path, help="where tokenizer and tokens are kept")
+    parser.add_argument("--num_proc", type=int, default=1, help="processes that tokenise (default: 1)")
     arguments = parser.parse_args(argv)
     with parser.own_words():
         return _count(arguments)
@@ -47,6 +48,8 @@ def _count(arguments: argparse.Namespace) -> int:
             vocab_size=arguments.vocab_size,
             tokenizer_dir=arguments.tokenizer_dir,
             cache_dir=arguments.cache_dir,
+            report=lambda line: print(line, flush=True),
+            num_proc=arguments.num_proc,
         )
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         raise CommandError(str(error)) from error

@@ -1,4 +1,4 @@
-"""``lightning-spectral measure CHECKPOINT [CHECKPOINT2] --data TEXT``: the ranks of finished models on any text."""
+"""``lightning-spectral measure CHECKPOINT ... --data TEXT``: the ranks of finished models on any text."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lightning_spectral.text import CommandError
 from lightning_spectral.text.tables import Column, Table, add_format_option, aside, print_table
 
 if TYPE_CHECKING:
+    from lightning_spectral.data.corpus import Corpus
     from lightning_spectral.training.measure import Measured
 
 HINTS = """globs of down projections (and up projections) in blocks of which the structure is not understood; all others
@@ -24,13 +25,15 @@ def main(argv: list[str]) -> int:
     """Run the verb; 0 done, 2 bad input."""
     parser = VerbParser(
         "measure",
-        description="Ranks of one or two checkpoints on a text: no training loop, the records of a run.",
+        description="Ranks of checkpoints on a text: no training loop, the records of a run. One or two are shown side "
+        "by side; of more, every model (the folder around its steps) becomes a run folder, and a second call goes on.",
     )
     parser.add_argument(
         "checkpoints",
         nargs="+",
         metavar="CHECKPOINT",
-        help="a litgpt folder (lit_model.pth), a .ckpt of `pretrain`, or a Hugging Face folder with safetensors",
+        help="a litgpt folder (lit_model.pth), a .ckpt of `pretrain`, a Hugging Face folder with safetensors; a glob "
+        "or a folder of them",
     )
     parser.add_argument("--data", required=True, help="a .txt, .jsonl or .parquet file, a glob, or a folder")
     parser.add_argument("--out", type=Path, default=Path("out/measure"), metavar="DIR", help="default: out/measure")
@@ -45,6 +48,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--hints", nargs="+", metavar="DOWN[,UP]", help=HINTS)
     parser.add_argument("--shards", type=int, default=1, help="> 1: 95 %% intervals from sequences (default: 1)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--memory_limit_mib", type=float, help="of the rows (default: a quarter of what is free)")
+    parser.add_argument("--workers", type=int, default=1, help="models measured side by side (default: 1)")
     add_format_option(parser)
     options = parser.parse_args(argv)
     with parser.own_words():
@@ -53,15 +58,10 @@ def main(argv: list[str]) -> int:
 
 def _measured(options: argparse.Namespace) -> int:
     """Measure and print."""
-    if len(options.checkpoints) > 2:
-        raise CommandError(
-            f"one or two checkpoints, got {len(options.checkpoints)}: measure them one by one, each with its own `out`,"
-            " and `report` the folders."
-        )
-    for checkpoint in options.checkpoints:
-        if not Path(checkpoint).expanduser().exists():
-            raise CommandError(f"no checkpoint at `{checkpoint}`.")
-    measured = _measure(options)
+    checkpoints = _found(options.checkpoints)
+    if len(checkpoints) > 2:
+        return _series(checkpoints, options)
+    measured = _measure(checkpoints, options)
     print_table(table(measured[0]) if len(measured) == 1 else side_by_side(*measured), options.format)
     out = aside(options.format)
     for note in dict.fromkeys(note for one in measured for note in one.notes):
@@ -71,30 +71,107 @@ def _measured(options: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(options: argparse.Namespace) -> list[Measured]:
+def _found(named: list[str]) -> list[Path]:
+    """Checkpoints as they were named; globs and folders of checkpoints are looked into."""
+    from lightning_spectral.training.checkpoint_names import find_checkpoints
+
+    paths = [Path(name).expanduser() for name in named]
+    if len(paths) <= 2 and all(path.is_file() or (path.is_dir() and not _holds_checkpoints(path)) for path in paths):
+        return paths
+    try:
+        return find_checkpoints(named)
+    except FileNotFoundError as error:
+        raise CommandError(str(error)) from error
+
+
+def _holds_checkpoints(folder: Path) -> bool:
+    from lightning_spectral.training.checkpoint_names import find_checkpoints
+
+    try:
+        return find_checkpoints([str(folder)]) != [folder]
+    except FileNotFoundError:
+        return False
+
+
+def _corpus(options: argparse.Namespace) -> Corpus:
     from lightning_spectral.data.corpus import Corpus
+
+    return Corpus(data_files(options.data).all, options.text_column)
+
+
+def _arguments(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "counts": options.counts,
+        "tokenizer_dir": options.tokenizer_dir,
+        "num_tokens": options.tokens,
+        "seq_length": options.seq_length,
+        "batch_size": options.batch_size,
+        "sites": options.sites,
+        "modules": options.modules,
+        "hints": options.hints,
+        "num_jackknife_groups": options.shards,
+        "device": options.device,
+        "memory_limit_mib": options.memory_limit_mib,
+    }
+
+
+def _series(checkpoints: list[Path], options: argparse.Namespace) -> int:
+    """More than two: run folders that `fit` and `report` read, and one line a checkpoint."""
+    from lightning_spectral.records import read_spectral
+    from lightning_spectral.training.measure_series import measure_series
+
+    out = aside(options.format)
+    try:
+        result = measure_series(
+            checkpoints,
+            _corpus(options),
+            options.out,
+            workers=options.workers,
+            report=lambda line: print(line, file=out, flush=True),
+            **_arguments(options),
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise CommandError(str(error)) from error
+    found = [
+        (folder, record) for folder in result.folders if folder.is_dir() for record in read_spectral(folder).records
+    ]
+    print_table(series_table(found, options.out), options.format)
+    for checkpoint, reason in result.failed:
+        print(f"not measured: {checkpoint}: {reason}", file=out)
+    print(f"records: {options.out} (`lightning-spectral fit {options.out}/*`, `report {options.out}/*`)", file=out)
+    return 2 if result.failed else 0
+
+
+def series_table(found: list[tuple[Path, SpectralRecord]], out: Path) -> Table:
+    """One row per model, step and site: all tokens, medians over the layers."""
+    rows = []
+    for key in dict.fromkeys((folder, record.step, record.site) for folder, record in found):
+        own = [r for folder, r in found if (folder, r.step, r.site) == key and r.bucket == "pooled"]
+        medians = (_median(own, name) for name in ("soft_rank", "hard_rank", "tokens_per_dim"))
+        rows.append([str(key[0].relative_to(out)), own[0].width, key[1], key[2], *medians, _worst(own)])
+    columns = (
+        *("model", "D", "step", "site"),
+        Column("soft rank", ".2f", "soft_rank"),
+        Column("hard rank", ".2f", "hard_rank"),
+        Column("N/D", ".1f", "tokens_per_dim"),
+        "status",
+    )
+    return Table(columns, rows, "all tokens, medians over layers")
+
+
+def _measure(checkpoints: list[Path], options: argparse.Namespace) -> list[Measured]:
     from lightning_spectral.training.measure import measure_checkpoint
 
     try:
-        corpus = Corpus(data_files(options.data).all, options.text_column)
-        two = len(options.checkpoints) == 2
+        corpus, two = _corpus(options), len(checkpoints) == 2
         return [
             measure_checkpoint(
                 checkpoint,
                 corpus,
-                options.out / f"{number}_{Path(checkpoint).stem}" if two else options.out,
-                counts=options.counts,
-                tokenizer_dir=options.tokenizer_dir,
-                num_tokens=options.tokens,
-                seq_length=options.seq_length,
-                batch_size=options.batch_size,
-                sites=options.sites,
-                modules=options.modules,
-                hints=options.hints,
-                num_jackknife_groups=options.shards,
-                device=options.device,
+                options.out / f"{number}_{checkpoint.stem}" if two else options.out,
+                **_arguments(options),
             )
-            for number, checkpoint in enumerate(options.checkpoints, start=1)
+            for number, checkpoint in enumerate(checkpoints, start=1)
         ]
     except (ValueError, FileNotFoundError) as error:
         raise CommandError(str(error)) from error

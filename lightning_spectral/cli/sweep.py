@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--workers", type=at_least(1), metavar="N", help="runs at a time (default: one a GPU, or one a CPU core)"
     )
-    parser.add_argument("--launcher", choices=["local", "ray"], default="local")
+    parser.add_argument("--launcher", choices=["local", "ray", "slurm"], default="local")
     parser.add_argument("--rerun-changed", action="store_true", help="run changed runs again, from the start")
     parser.add_argument("--accept-changes", action="store_true", help="go on with runs that another recipe started")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their states, run nothing")

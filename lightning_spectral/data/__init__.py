@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_spectral.data.modules import StateOfTheUnion, TextBlocks, TextFiles, TokenFiles
+    from lightning_spectral.data.modules import HubText, StateOfTheUnion, TextBlocks, TextFiles, TokenFiles
 
-__all__ = ["StateOfTheUnion", "TextBlocks", "TextFiles", "TokenFiles"]
+__all__ = ["HubText", "StateOfTheUnion", "TextBlocks", "TextFiles", "TokenFiles"]
 
 
 if not TYPE_CHECKING:  # a type checker knows the names above, and must not believe in any other

@@ -45,6 +45,25 @@ class Corpus:
         """The corpus of what :func:`~lightning_spectral.data.files.find_files` found."""
         return cls(found.train, text_column, found.held_out)
 
+    @property
+    def where(self) -> str:
+        """Where it is, for a message."""
+        return f"the {len(self.files)} file(s) at `{self.files[0]}`"
+
+    @property
+    def names(self) -> list[str]:
+        """What it is made of, the first few."""
+        return [str(file) for file in self.files[:8]]
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether it says itself what is validated on."""
+        return bool(self.held_out)
+
+    def pieces(self, *, held_out: bool = False) -> Iterator[tuple[int, str]]:
+        """Documents in pieces, as :func:`document_pieces` gives them."""
+        return document_pieces(self.held_out if held_out else self.files, self.text_column)
+
     def fingerprint(self) -> str:
         """SHA-256 over the content of every file: the same text under another path is the same corpus."""
         digest = sha256(self.text_column.encode())
@@ -85,7 +104,7 @@ def documents(corpus: Corpus) -> Iterator[str]:
     Raises:
         ValueError: If the text column is missing or not text, or a file cannot be decoded.
     """
-    for _, pieces in groupby(document_pieces(corpus.files, corpus.text_column), key=lambda item: item[0]):
+    for _, pieces in groupby(corpus.pieces(), key=lambda item: item[0]):
         yield "".join(piece for _, piece in pieces)
 
 
@@ -105,7 +124,7 @@ def document_pieces(files: Iterable[Path], text_column: str = "text") -> Iterato
                 yield from ((number, piece) for piece in _text_pieces(file))
         else:
             names = [str(file) for file in of_reader]
-            for text in _texts(_rows(str(reader), names), text_column, names):
+            for text in texts_of(_rows(str(reader), names), text_column, names):
                 number += 1
                 yield number, text
 
@@ -200,7 +219,12 @@ def _rows(reader: str, files: list[str]) -> Iterator[dict[str, object]]:
         raise ValueError(f"cannot read {_some(files)} as {reader}: {cause}. Is it UTF-8 and whole?") from error
 
 
-def _texts(rows: Iterable[dict[str, object]], column: str, files: list[str]) -> Iterator[str]:
+def texts_of(rows: Iterable[dict[str, object]], column: str, files: list[str]) -> Iterator[str]:
+    """The text column of rows.
+
+    Raises:
+        ValueError: If it is missing or no text.
+    """
     for row in rows:
         if column not in row:
             raise ValueError(

@@ -13,7 +13,14 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-READERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+READERS = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 _PAGE = 1 << 16
@@ -24,12 +31,24 @@ _SPLITS = {
     "train": "train",
     "training": "train",
     "validation": "validation",
+    "validate": "validation",
     "valid": "validation",
     "val": "validation",
+    "development": "validation",
     "dev": "validation",
+    "evaluation": "validation",
     "eval": "validation",
+    "heldout": "validation",
+    "held_out": "validation",
     "test": "test",
+    "testing": "test",
 }
+# what download tools, `save_to_disk` and repositories put beside the data
+_ABOUT_DATA = re.compile(
+    r"(readme|license|licence|notice|citation|changelog|requirements|contributing|dataset_infos?|dataset_dict|state|"
+    r"config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|metadata)\.[a-z]+",
+    re.IGNORECASE,
+)
 _SPLIT = re.compile(rf"(?:^|[./\\_-])({'|'.join(_SPLITS)})(?=$|[./\\_-])", re.IGNORECASE)
 
 
@@ -102,7 +121,7 @@ def find_files(path: str | Path, *, suffixes: Collection[str] = READERS) -> Foun
 
 
 def reader_of(file: Path) -> str | None:
-    """``text``, ``json`` or ``parquet``; ``None`` if no reader knows the file. Compression does not matter."""
+    """``text``, ``json``, ``parquet`` or ``arrow``; ``None`` if no reader knows the file, compressed or not."""
     return READERS.get(_data_suffix(file))
 
 
@@ -136,6 +155,8 @@ def _why_left_out(file: Path, suffixes: Collection[str], wants_markdown: bool) -
         return ""
     if _data_suffix(file) not in suffixes:
         return f"no reader for `{file.suffix}`"
+    if _ABOUT_DATA.fullmatch(file.name) and file.suffix.lower() in (".txt", ".json"):
+        return "describes the data"
     if file.suffix.lower() == ".md" and not wants_markdown:
         return "Markdown is read only where it is asked for, as `*.md`"
     return None

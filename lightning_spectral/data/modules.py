@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from lightning_spectral.data.batches import ResumableLoader, StepBatches, TokenBlocks
 from lightning_spectral.data.corpus import Corpus, state_of_the_union_files
 from lightning_spectral.data.files import FoundFiles, find_files
+from lightning_spectral.data.hub import HubCorpus
 from lightning_spectral.data.shards import TokenShards, find_shards
 from lightning_spectral.data.tokens import TokenCache, default_cache_dir, prepare_tokens
 
@@ -45,6 +46,7 @@ class TextBlocks(DataModule):  # type: ignore[misc]
         cache_dir: Path | None = None,
     ) -> None:
         super().__init__()
+        self.num_proc = 1  # processes that tokenise
         self._vocab_size = vocab_size
         self._seed = seed
         self._num_workers = num_workers
@@ -115,6 +117,7 @@ class TextBlocks(DataModule):  # type: ignore[misc]
                 tokenizer_dir=self._tokenizer_dir,
                 cache_dir=self._cache_dir,
                 report=rank_zero_info,
+                num_proc=self.num_proc,
             )
         return self._cache
 
@@ -185,7 +188,10 @@ class TextBlocks(DataModule):  # type: ignore[misc]
 
     def _place(self) -> tuple[int, int]:
         trainer = self.trainer
-        return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        if trainer is None:
+            return 0, 1
+        place = trainer.distributed_sampler_kwargs or {}  # under tensor parallelism several ranks have the same data
+        return place.get("rank", trainer.global_rank), place.get("num_replicas", trainer.world_size)
 
 
 class StateOfTheUnion(TextBlocks):
@@ -215,6 +221,7 @@ class TextFiles(TextBlocks):
         seed: Order of the training blocks; ``None`` takes the run's seed.
         num_workers: Worker processes of each loader.
         cache_dir: Where tokenizer, tokens and counts are kept.
+        num_proc: Processes that tokenise the text, once.
     """
 
     def __init__(
@@ -225,9 +232,12 @@ class TextFiles(TextBlocks):
         seed: int | None = None,
         num_workers: int = 0,
         cache_dir: Path | None = None,
+        num_proc: int = 1,
     ) -> None:
         super().__init__(vocab_size, seed, num_workers, cache_dir)
-        self.path = path
+        if num_proc < 1:
+            raise ValueError(f"`num_proc` must be >= 1, got {num_proc}.")
+        self.path, self.num_proc = path, num_proc
         self.text_column = text_column
 
     def corpus(self) -> Corpus:
@@ -244,6 +254,49 @@ class TextFiles(TextBlocks):
         if self._cache is None and (self.files.held_out or self.files.left_out):
             rank_zero_info(f"`{self.path}`: {self.files}.")
         super().prepare_data()
+
+
+class HubText(TextBlocks):
+    """A data set of the Hugging Face hub, or a folder that ``datasets`` reads: streamed, and tokenised once.
+
+    Args:
+        dataset: ``owner/name`` on the hub, or a folder.
+        config: Configuration, if the data set has several.
+        split: Split to train on.
+        held_out_split: Split to validate on; default every 18th block of ``split``.
+        revision: Commit, tag or branch.
+        text_column: Column of the text.
+        vocab_size: Ids of the byte-level BPE trained on the training text, unless a tokenizer is given.
+        seed: Order of the training blocks; ``None`` takes the run's seed.
+        num_workers: Worker processes of each loader.
+        cache_dir: Where tokenizer, tokens and counts are kept.
+        num_proc: Processes that tokenise the text, once.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        config: str | None = None,
+        split: str = "train",
+        held_out_split: str = "",
+        revision: str | None = None,
+        text_column: str = "text",
+        vocab_size: int = 2048,
+        seed: int | None = None,
+        num_workers: int = 0,
+        cache_dir: Path | None = None,
+        num_proc: int = 1,
+    ) -> None:
+        super().__init__(vocab_size, seed, num_workers, cache_dir)
+        self.num_proc = num_proc
+        self._corpus = HubCorpus(
+            text_column=text_column, dataset=dataset, config=config, split=split, held_out_split=held_out_split,
+            revision=revision,
+        )  # fmt: skip
+
+    def corpus(self) -> Corpus:
+        """The splits."""
+        return self._corpus
 
 
 class TokenFiles(TextBlocks):

@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,16 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from lightning_spectral.data.corpus import Block, Corpus, blocks, document_pieces, joined
+from lightning_spectral.data.corpus import Block, Corpus, blocks, joined
+from lightning_spectral.data.encode import Encoder, encoded_units, train_tokenizer
 from lightning_spectral.data.files import digest_of
-from lightning_spectral.text import one_line, whole_file, write_text
+from lightning_spectral.text import one_line, write_text
 
 CACHE_VARIABLE = "LIGHTNING_SPECTRAL_CACHE"
-END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
 SMALLEST_VOCAB = 257  # every byte, and the end-of-text token
 
 _LAYOUT = 2  # raise when the cache's content changes meaning
-_ENCODE_BLOCKS = 256  # blocks that the tokenizer gets at once
-_UNIT_BLOCKS = 2_048  # blocks (40 MB of text) that an interrupted build need not encode again
-_TOKENIZER_CHARS = 200_000_000  # a tokenizer is trained on no more text than this, from the beginning
-_REPORT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -101,6 +96,7 @@ def prepare_tokens(
     tokenizer_dir: Path | None = None,
     cache_dir: Path | None = None,
     report: Callable[[str], None] | None = None,
+    num_proc: int = 1,
 ) -> TokenCache:
     """Tokenizer, tokens and counts of a corpus, from the cache if an earlier run left them there.
 
@@ -110,6 +106,7 @@ def prepare_tokens(
         tokenizer_dir: Folder of an existing tokenizer, as litgpt lays it out.
         cache_dir: Default: :func:`default_cache_dir`.
         report: Told now and then how far a long build is, and that another process is being waited for.
+        num_proc: Processes that encode; the cache is the same with any number of them.
 
     Raises:
         ValueError: If the text is empty or unreadable, ``vocab_size`` is too small for a byte-level tokenizer, or the
@@ -133,7 +130,7 @@ def prepare_tokens(
             started = time.perf_counter()
             partial = folder.with_name(f"{key}.partial")
             partial.mkdir(exist_ok=True)
-            _build(partial, corpus, vocab_size, tokenizer_dir, say)
+            _build(partial, corpus, vocab_size, tokenizer_dir, say, num_proc)
             shutil.rmtree(folder, ignore_errors=True)  # one that failed its check
             os.replace(partial, folder)
     except OSError as error:
@@ -150,8 +147,7 @@ def prepare_tokens(
 
 def _make_private(folder: Path) -> None:
     """What is read from a cache is trained on: others must not be able to write it."""
-    if not folder.exists():
-        folder.mkdir(parents=True, mode=0o700)
+    folder.mkdir(parents=True, mode=0o700, exist_ok=True)  # of two builders both come here
 
 
 @contextmanager
@@ -203,24 +199,27 @@ def _opened(folder: Path, seconds: float | None) -> TokenCache | None:
 
 
 def _build(
-    folder: Path, corpus: Corpus, vocab_size: int, tokenizer_dir: Path | None, say: Callable[[str], None]
+    folder: Path,
+    corpus: Corpus,
+    vocab_size: int,
+    tokenizer_dir: Path | None,
+    say: Callable[[str], None],
+    num_proc: int,
 ) -> None:
     if tokenizer_dir is None:
         if not (folder / "tokenizer_config.json").exists():
             # the tokenizer, like the counts, must not see what is held out
-            _train_tokenizer(
-                folder, (block.text for block in _blocks(corpus, "\n\n") if not block.held_out), vocab_size
-            )
+            train_tokenizer(folder, (block.text for block in _blocks(corpus, "\n\n") if not block.held_out), vocab_size)
     else:
         for name in TOKENIZER_FILES:
             if (tokenizer_dir / name).is_file():
                 shutil.copy(tokenizer_dir / name, folder)
     encode = Encoder(folder)
     counter = _Counter()
-    units = _encoded_units(folder, _blocks(corpus, encode.separator, counter), encode, say)
+    units = encoded_units(folder, _blocks(corpus, encode.separator, counter), encode, say, num_proc)
     num_train, num_validation, counts = _assemble(folder, units, encode)
     if num_train == 0 or not counter.has_text:
-        raise ValueError(f"the {len(corpus.files)} file(s) at `{corpus.files[0]}` hold no text.")
+        raise ValueError(f"there is no text in {corpus.where}.")
     np.save(folder / "counts.npy", counts)
     for unit in folder.glob("unit-*"):
         unit.unlink()
@@ -231,7 +230,7 @@ def _build(
         "num_chars": counter.chars,
         "num_train_tokens": num_train,
         "num_validation_tokens": num_validation,
-        "files": [str(file) for file in corpus.files[:8]],
+        "files": corpus.names,
         "files_written": {file.name: [file.stat().st_size, digest_of(file)] for file in sorted(folder.iterdir())},
     }
     write_text(folder / "about.json", json.dumps(about, indent=2) + "\n")
@@ -257,36 +256,11 @@ class _Counter:
 def _blocks(corpus: Corpus, separator: str, counter: _Counter | None = None) -> Iterator[Block]:
     """Blocks of the training files, with every 18th held out, or with the held-out files' blocks after them."""
     counter = counter or _Counter()
-    text = joined(counter.over(document_pieces(corpus.files, corpus.text_column)), separator)
-    yield from blocks(text, hold_out=not corpus.held_out)
-    if corpus.held_out:
-        text = joined(counter.over(document_pieces(corpus.held_out, corpus.text_column)), separator)
+    text = joined(counter.over(corpus.pieces()), separator)
+    yield from blocks(text, hold_out=not corpus.has_held_out)
+    if corpus.has_held_out:
+        text = joined(counter.over(corpus.pieces(held_out=True)), separator)
         yield from (Block(block.text, True) for block in blocks(text, hold_out=False))
-
-
-def _encoded_units(
-    folder: Path, stream: Iterator[Block], encode: Encoder, say: Callable[[str], None]
-) -> Iterator[dict[str, NDArray[Any]]]:
-    """Training and held-out tokens of one unit of blocks after the other; a finished unit is read, not encoded."""
-    told, number, chars = time.monotonic(), 0, 0
-    while unit := list(islice(stream, _UNIT_BLOCKS)):
-        file = folder / f"unit-{number:06d}.npz"
-        if file.exists():
-            with np.load(file) as kept:
-                yield {name: kept[name] for name in ("train", "validation")}
-        else:
-            tokens = {
-                "train": encode([block.text for block in unit if not block.held_out]),
-                "validation": encode([block.text for block in unit if block.held_out]),
-            }
-            with whole_file(file) as partial, partial.open("wb") as content:
-                np.savez(content, **tokens)  # type: ignore[arg-type]
-            yield tokens
-        number += 1
-        chars += sum(len(block.text) for block in unit)
-        if time.monotonic() - told > _REPORT_S:
-            told = time.monotonic()
-            say(f"tokenising: {chars / 1e6:,.0f} million characters so far.")
 
 
 def _assemble(
@@ -310,62 +284,3 @@ def _assemble(
             np.lib.format.write_array_header_1_0(out, {**header, "shape": (length,)})
             shutil.copyfileobj(content, out, 1 << 22)
     return lengths["train"], lengths["validation"], counts
-
-
-def _train_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    def beginning() -> Iterator[str]:
-        chars = 0
-        for text in texts:
-            yield text
-            chars += len(text)
-            if chars >= _TOKENIZER_CHARS:
-                return
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(beginning(), trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
-    # last: with it the tokenizer is whole
-    write_text(folder / "tokenizer_config.json", json.dumps({**about, "add_bos_token": False}, indent=2) + "\n")
-
-
-class Encoder:
-    """Text blocks to ids with whatever backend litgpt finds in a tokenizer folder."""
-
-    def __init__(self, folder: Path) -> None:
-        from litgpt.tokenizer import Tokenizer
-
-        self._tokenizer = Tokenizer(folder)
-        self._fast = self._tokenizer.backend == "huggingface"
-        processor = self._tokenizer.processor
-        self.vocab_size = (
-            processor.get_vocab_size(with_added_tokens=True) if self._fast else int(self._tokenizer.vocab_size)
-        )
-        # documents are told apart by the tokenizer's own end-of-text token, where it has one that text can spell
-        end = (
-            processor.id_to_token(self._tokenizer.eos_id) if self._fast and self._tokenizer.eos_id is not None else None
-        )
-        self.separator = end or "\n\n"
-        self.dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
-
-    def __call__(self, blocks: list[str]) -> NDArray[Any]:
-        """Ids of the blocks, one after the other."""
-        parts: list[NDArray[Any]] = [np.zeros(0, dtype=self.dtype)]
-        for first in range(0, len(blocks), _ENCODE_BLOCKS):
-            chunk = blocks[first : first + _ENCODE_BLOCKS]
-            if self._fast:
-                rows = [row.ids for row in self._tokenizer.processor.encode_batch_fast(chunk, add_special_tokens=False)]
-            else:
-                rows = self._tokenizer.processor.encode(chunk)
-            parts += [np.asarray(row, dtype=self.dtype) for row in rows]
-        return np.concatenate(parts)

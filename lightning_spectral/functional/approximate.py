@@ -112,13 +112,14 @@ def _quadrature(covariance_DD: Tensor, modes_DK: Tensor, generator: torch.Genera
 
 def _trace_with_control(nodes: Tensor, weights: Tensor, known_traces: Sequence[float]) -> float:
     """``Tr f`` from nodes and weights, with ``Tr 1``, ``Tr A`` and maybe ``Tr A^2`` known."""
+    nodes, weights = nodes.cpu(), weights.cpu()  # a few hundred numbers; CUDA has no `gelsd`
     scale = float(nodes.amax()) or 1.0
     powers = torch.stack([(nodes / scale) ** power for power in range(len(known_traces))], -1).flatten(0, 1)
     values, weights = _entropy_terms(nodes).flatten(), weights.flatten()
     root = weights.sqrt()
     fit = torch.linalg.lstsq(powers * root.unsqueeze(1), (values * root).unsqueeze(1), driver="gelsd").solution[:, 0]
     known = torch.tensor([trace / scale**power for power, trace in enumerate(known_traces)], dtype=fit.dtype)
-    return float(fit @ known.to(fit.device) + weights @ (values - powers @ fit))
+    return float(fit @ known + weights @ (values - powers @ fit))
 
 
 def _entropy_terms(shares: Tensor) -> Tensor:

@@ -93,6 +93,21 @@ def target_ids(ids_BT: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     return targets_BT
 
 
+def occurrences(values_N: Int[Tensor, " N"], num: int) -> Int[Tensor, " num"]:
+    """How often each of 0 ... num - 1 occurs; others are left out.
+
+    ``torch.bincount`` refuses to run on a GPU under ``torch.use_deterministic_algorithms``.
+    """
+    if values_N.device.type == "cpu":
+        return torch.bincount(values_N, minlength=num)[:num]
+    return _occurrences_by_sorting(values_N, num)
+
+
+def _occurrences_by_sorting(values_N: Tensor, num: int) -> Tensor:
+    edges = torch.arange(num + 1, device=values_N.device, dtype=values_N.dtype)
+    return torch.searchsorted(values_N.sort().values, edges).diff()
+
+
 def sort_by_group(groups_N: Int[Tensor, " N"], num_groups: int) -> tuple[list[int], Tensor | None]:
     """Size of each group, and the rows' indices in the order of their groups; a negative group is left out.
 
@@ -101,9 +116,9 @@ def sort_by_group(groups_N: Int[Tensor, " N"], num_groups: int) -> tuple[list[in
     Raises:
         ValueError: If a group is not below ``num_groups``.
     """
-    left_out, *sizes = torch.bincount(groups_N.clamp(min=-1) + 1, minlength=num_groups + 1).tolist()
-    if len(sizes) > num_groups:
-        raise ValueError(f"Groups must be in [0, {num_groups}), got a largest group {len(sizes) - 1}.")
+    left_out, *sizes = occurrences(groups_N.clamp(min=-1) + 1, num_groups + 1).tolist()
+    if left_out + sum(sizes) < len(groups_N):
+        raise ValueError(f"Groups must be in [0, {num_groups}), got a largest group {int(groups_N.max())}.")
     if len(groups_N) in sizes:
         return sizes, None
     return sizes, torch.argsort(groups_N, stable=True)[left_out:]

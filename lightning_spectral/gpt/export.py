@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.model import GPT
@@ -18,6 +19,7 @@ from lightning_spectral.data.modules import TextBlocks
 from lightning_spectral.data.tokens import TOKENIZER_FILES
 from lightning_spectral.gpt.architecture import Architecture, adapt_config, build_gpt
 from lightning_spectral.gpt.module import LitGPT, load_weights
+from lightning_spectral.models.names import clean_name
 from lightning_spectral.text import whole_file, write_text
 
 
@@ -35,7 +37,7 @@ def save_final(
     ``model_config.yaml``: litgpt then refuses the folder instead of computing something else; :func:`load_final` reads
     both.
     """
-    weights = full_weights(module)
+    weights = full_weights(module, trainer.strategy)
     if not trainer.is_global_zero:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,9 +54,17 @@ def save_final(
         torch.save(weights, partial)
 
 
-def full_weights(module: LitGPT) -> dict[str, torch.Tensor]:
+def full_weights(module: LitGPT, strategy: Strategy | None = None) -> dict[str, torch.Tensor]:
     """The GPT's state dict on the CPU, gathered if it is sharded (a collective then)."""
     assert module.model is not None
+    if isinstance(strategy, FSDPStrategy):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        with FullyShardedDataParallel.summon_full_params(strategy.model, writeback=False):
+            whole = {clean_name(name): value.detach().cpu().clone() for name, value in module.model.named_parameters()}
+            kept = {clean_name(name): value.detach().cpu().clone() for name, value in module.model.named_buffers()}
+        names = build_gpt_names(module)
+        return {name: value for name, value in {**whole, **kept}.items() if name in names}
     if module.device_mesh is None:
         return {name: value.detach().cpu() for name, value in module.model.state_dict().items()}
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -62,6 +72,12 @@ def full_weights(module: LitGPT) -> dict[str, torch.Tensor]:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: dict[str, Any] = get_model_state_dict(module.model, options=options)
     return weights
+
+
+def build_gpt_names(module: LitGPT) -> set[str]:
+    """Names of the state dict that litgpt expects."""
+    with torch.device("meta"):
+        return set(GPT(module.config).state_dict())
 
 
 def load_final(folder: str | Path) -> GPT:

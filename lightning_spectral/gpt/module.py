@@ -92,7 +92,7 @@ class LitGPT(pl.LightningModule):
         if self._initial_checkpoint is not None:
             load_weights(model, self._initial_checkpoint)
         if self.device_mesh is not None:
-            shard(model, self.device_mesh)
+            shard(model, self.device_mesh, getattr(self.trainer.strategy, "num_replicas", 1))
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -205,11 +205,29 @@ def load_weights(model: GPT, checkpoint: Path) -> None:
         ) from error
 
 
-def shard(model: GPT, mesh: Any) -> None:
-    """FSDP2: one group of parameters a block, one for the rest."""
-    from torch.distributed.fsdp import fully_shard
+def shard(model: GPT, mesh: Any, num_replicas: int = 1) -> None:
+    """Feed-forward networks in slices over ``tensor_parallel``; FSDP2 over ``data_parallel``, a group a block.
 
+    Args:
+        model: The model, whole.
+        mesh: With the two axes.
+        num_replicas: Copies of the weights among the data-parallel ranks.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+    if mesh["tensor_parallel"].size() > 1:
+        for block in model.transformer.h:
+            names = [name for name, child in block.mlp.named_children() if isinstance(child, torch.nn.Linear)]
+            sliced: dict[str, ParallelStyle] = {
+                name: RowwiseParallel() if name == "proj" else ColwiseParallel() for name in names
+            }
+            parallelize_module(block.mlp, mesh["tensor_parallel"], sliced)
     data_parallel = mesh["data_parallel"]
+    if num_replicas > 1:
+        sizes = (num_replicas, data_parallel.size() // num_replicas)
+        data_parallel = init_device_mesh(mesh.device_type, sizes, mesh_dim_names=("replicate", "shard"))
     if data_parallel.size() > 1:
         for block in model.transformer.h:
             fully_shard(block, mesh=data_parallel)

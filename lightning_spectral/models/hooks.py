@@ -44,6 +44,7 @@ class Switch:
         on: Whether anything is recorded.
         training: Record only modules in training mode, with gradients enabled.
         fraction: Share of the rows to keep.
+        max_rows: Rows to keep of one call of a module at most (experts, which see few, keep all); ``None`` for any.
         jitter: Numbers in [0, 1) that place the kept rows, or ``None`` for all rows.
         kept: Indices of the kept rows, and the leading shape that they were drawn for last.
         events: ``(hook, content, whether a compiled region made it)`` in order.
@@ -56,6 +57,7 @@ class Switch:
         self.on = False
         self.training = True
         self.fraction = fraction
+        self.max_rows: int | None = None
         self.jitter: Tensor | None = None
         self.kept: tuple[tuple[int, ...], Tensor] | None = None
         self.events: list[tuple[Hook, Any, bool]] = []
@@ -66,10 +68,16 @@ class Switch:
     def seed(self, seed: int, device: torch.device) -> None:
         """Draw the jitter for one micro-batch from a generator of its own."""
         self.kept = None
-        if self.fraction < 1:
+        if self.fraction < 1 or self.max_rows is not None:
             generator = torch.Generator()
             generator.manual_seed(seed)
             self.jitter = torch.rand(_NUM_JITTERS, generator=generator).to(device)
+
+    def share_of(self, lead: tuple[int, ...]) -> float:
+        """Share of the rows of a call to keep."""
+        if self.max_rows is None:
+            return self.fraction
+        return min(self.fraction, self.max_rows / max(math.prod(lead), 1))
 
     def drain(self) -> None:
         """Events of compiled regions, behind those seen so far: round by round in the order of the hooks."""
@@ -244,7 +252,7 @@ class Hook:
             return (tensor.clone() if copy else tensor), lead
         kept = self.switch.kept
         if kept is None or kept[0] != lead:
-            kept = self.switch.kept = (lead, kept_rows(lead, self.switch.fraction, jitter))
+            kept = self.switch.kept = (lead, kept_rows(lead, self.switch.share_of(lead), jitter))
         return tensor.reshape(-1, tensor.shape[-1]).index_select(0, kept[1]), lead
 
 

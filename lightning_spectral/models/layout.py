@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_spectral.functional.buckets import occurrences
+
 NUM_ROWS = 512  # rows looked at
 ENOUGH = 0.7  # share of rows that must agree
 _MARGIN = 0.3  # by which a layout must beat another one on the rows where they differ
@@ -169,8 +171,8 @@ class _Scored:
         What stands in their place looks like one id or another, now and then like the place holder itself.
         """
         values, inverse = torch.unique(self.labels_S, return_inverse=True)
-        totals = torch.bincount(inverse, weights=(~self._silent_S).double(), minlength=len(values))
-        hits = torch.bincount(inverse, weights=self.agrees_S.double(), minlength=len(values))
+        totals = occurrences(inverse[~self._silent_S], len(values)).double()
+        hits = occurrences(inverse[self.agrees_S], len(values)).double()
         bad = (totals >= 4) & (hits < _BY_CHANCE * totals) & (values >= 0)
         return values[bad] if int(bad.sum()) <= _MAX_REPLACED and bool(hits.any()) else values[:0]
 
@@ -209,7 +211,7 @@ def _centred(rows_ND: Tensor, looked_S: Tensor, tokens_N: Tensor, ids: Ids) -> T
 
 def _means_by_position(rows_ND: Tensor, position_N: Tensor, length: int) -> Tensor:
     sums_TD = torch.zeros(length, rows_ND.shape[1], device=rows_ND.device).index_add_(0, position_N, rows_ND.float())
-    return sums_TD / torch.bincount(position_N, minlength=length).clamp(min=1)[:, None]
+    return sums_TD / occurrences(position_N, length).clamp(min=1)[:, None]
 
 
 def _says_nothing(tokens_S: Tensor, ids: Ids) -> Tensor:
@@ -248,7 +250,7 @@ def _by_means(rows_SD: Tensor, labels_S: Tensor) -> Tensor:
     values_U, inverse_S = torch.unique(labels_S, return_inverse=True)
     rows_SD = rows_SD - rows_SD.mean(0)
     sums_UD = torch.zeros(len(values_U), rows_SD.shape[1], device=rows_SD.device).index_add_(0, inverse_S, rows_SD)
-    counts_U = torch.bincount(inverse_S, minlength=len(values_U)).to(rows_SD.dtype)
+    counts_U = occurrences(inverse_S, len(values_U)).to(rows_SD.dtype)
     means_UD = F.normalize(sums_UD / counts_U[:, None], dim=-1)
     unit_SD = F.normalize(rows_SD, dim=-1)
     cosines_SU = unit_SD @ means_UD.T

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -40,23 +40,11 @@ class Reader:
         self._arrived: dict[int, Tensor] = {}
         self._sent: Tensor | None = None
         self._recomputes = self._traced = False
-        self._takers = {
-            "open": self._open_frame,
-            "close": self._close,
-            "ids": self._ids,
-            "block": self._block,
-            "route": self._route,
-            "arrive": self._arrive,
-            "rows": self._rows,
-            "output": self._rows,
-            "fused_in": self._fused_in,
-            "fused_out": self._fused_out,
-        }
 
     def take(self, hook: Hook, content: Any, traced: bool) -> None:
         """The next event."""
         self._recomputes, self._traced = traced and self._frame is None, traced
-        self._takers[hook.kind](hook, content)
+        _TAKERS[hook.kind](self, hook, content)
 
     def _open_frame(self, hook: Hook, content: Any) -> None:
         values, named, handling = content
@@ -137,3 +125,19 @@ class Reader:
             for (rows, output), (arrived, _) in zip(seen, arrivals, strict=True):
                 kept = rows if site.site == "post" else output
                 run.pieces.append(Piece(site, kept, tuple(kept.shape[:-1]), arrived, self._sent))
+
+
+# Not of the object: bound methods would hold it, and with it every tensor of the micro-batch, until the garbage
+# collector comes by.
+_TAKERS: dict[str, Callable[[Reader, Hook, Any], None]] = {
+    "open": Reader._open_frame,
+    "close": Reader._close,
+    "ids": Reader._ids,
+    "block": Reader._block,
+    "route": Reader._route,
+    "arrive": Reader._arrive,
+    "rows": Reader._rows,
+    "output": Reader._rows,
+    "fused_in": Reader._fused_in,
+    "fused_out": Reader._fused_out,
+}

@@ -83,6 +83,10 @@ class Recorder:
         self._switch.seed(seed, self._device())
         self._open = self._switch.on = True
 
+    def keep_at_most(self, max_rows: int) -> None:
+        """From now on hooks keep an even share of each call's rows, of at most so many."""
+        self._switch.max_rows = max_rows
+
     def pause(self) -> None:
         """Before the backward pass: what runs now is recomputation."""
         self._switch.on = False
@@ -217,7 +221,7 @@ class Recorder:
             return {}
         pieces = [piece for call in reader.calls for run in call.runs for piece in run.pieces]
         leads = {piece.lead for piece in pieces if not piece.site.is_routed}
-        return {lead: kept_rows(lead, self._switch.fraction, self._switch.jitter) for lead in leads}
+        return {lead: kept_rows(lead, self._switch.share_of(lead), self._switch.jitter) for lead in leads}
 
     def _make_whole(self, raw: RawCall) -> None:
         """Flatten rows; gather the features that tensor parallelism has spread over ranks."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_spectral.functional.buckets import sort_by_group
 from lightning_spectral.functional.covariance import Moments, empty_moments, update_
 from lightning_spectral.functional.packed import packed_size
-from lightning_spectral.functional.products import Calibration, calibrate, strips
+from lightning_spectral.functional.products import Calibration, Product, calibrate, offered_for, strips
 from lightning_spectral.functional.sample import gram
 from lightning_spectral.models.sites import Site
 from lightning_spectral.probe.open_window import OpenWindow, Seen
@@ -31,7 +31,7 @@ class Accumulator:
         parameter: One of the model's, for its device and dtype.
 
     Attributes:
-        products: The fastest correct product for each width that is known before the first forward.
+        products: The fastest correct product for each width and the type of its rows.
         waiting_rows: Rows that wait before they are multiplied.
     """
 
@@ -42,6 +42,7 @@ class Accumulator:
         if parameter.dtype != torch.float64:
             device, dtype = parameter.device, parameter.dtype
             self.products = {width: calibrate(width, device=device, activations=dtype) for width in widths}
+        self._offered = {width: offered_for(parameter.device, parameter.dtype) for width in self.products}
         # Rows may wait while they take no more memory than the moments would: fewer than D of them need no moments.
         moments = [min(width, num_groups * packed_size(width) // width) for width in widths if width]
         self.waiting_rows = max([FLUSH_ROWS, *moments])
@@ -118,8 +119,18 @@ class Accumulator:
         if moments is None:
             moments = window.states[site.key] = self._empty_state(width, rows_ND.dtype, rows_ND.device)
         assert isinstance(moments, Moments)
-        product = self.products[width].product if width in self.products else strips
-        update_(moments, rows_ND, sizes, order_M, product)
+        update_(moments, rows_ND, sizes, order_M, self._product(rows_ND))
+
+    def _product(self, rows_ND: Tensor) -> Product:
+        """The product for these rows: under mixed precision their type, and so what is offered, is not the weights'."""
+        width, device = rows_ND.shape[1], rows_ND.device
+        if rows_ND.dtype == torch.float64:
+            return strips
+        offered = offered_for(device, rows_ND.dtype)
+        if width not in self.products or self._offered.get(width, offered) != offered:
+            self.products[width] = calibrate(width, device=device, activations=rows_ND.dtype)
+        self._offered[width] = offered
+        return self.products[width].product
 
     def _empty_state(self, width: int, dtype: torch.dtype, device: torch.device) -> Moments:
         dtype = torch.float64 if dtype == torch.float64 else torch.float32

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_spectral.probe.agreement import Agreement, MissingRankError
 from lightning_spectral.probe.background import has_free_core
 from lightning_spectral.probe.host import Host
+from lightning_spectral.probe.memory_plan import default_limit_mib, plan_of
 from lightning_spectral.probe.probe import SpectralProbe
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.settings import Measurement
@@ -43,24 +44,36 @@ def agree_to_measure(
         ValueError: On every rank, if it cannot be measured; the message says what to do. No hook is left.
         MissingRankError: If not every rank comes.
     """
-    probe, beside, refusal = None, False, ""
+    probe, beside, refusal, limit_mib = None, False, "", 0.0
     try:
         probe = _make_probe(model, measurement, stream, counts)
         beside = trains and solves_beside(measurement, probe, host)
-        _check_memory(measurement, probe, twice=beside)
+        limit_mib = _memory_limit(measurement, probe, host)
     except ValueError as error:
         refusal = str(error) or type(error).__name__
-    said = {"refusal": refusal, "beside": beside, "folder": str(host.folder), "run_id": host.run_id}
+    said: dict[str, Any] = {"refusal": refusal, "beside": beside, "folder": str(host.folder), "run_id": host.run_id}
+    said["limit_mib"] = limit_mib
     try:
         parts = agreement.exchange("attach", said)
         refusals = [(rank, part["refusal"]) for rank, part in enumerate(parts) if part["refusal"]]
         if probe is None or refusals:
             raise ValueError(refusal or f"rank {refusals[0][0]}: {refusals[0][1]}")
+        beside = all(part["beside"] for part in parts)
+        plan = plan_of(  # alike on all ranks
+            probe,
+            min(part["limit_mib"] for part in parts),
+            agreement.world_size if measurement.options.reduce else 1,
+            twice=beside,
+            needs_all=measurement.settings.eigenvalues,
+        )
     except (ValueError, MissingRankError):
         remove(probe)
         raise
     host.folder, host.run_id = parts[0]["folder"], parts[0]["run_id"]
-    return probe, all(part["beside"] for part in parts)
+    if plan is None:
+        return probe, beside
+    probe.hold(plan)
+    return probe, beside and plan.num_rows is None
 
 
 def remove(probe: SpectralProbe | None) -> None:
@@ -81,6 +94,7 @@ def said_at_start(
         f"{name}: {len(sites)} sites ({sites[0].name} ... {sites[-1].name}), state in a window {state} and up "
         f"to {probe.waiting_mib:.1f} MiB of rows, every {settings.every_n_steps} steps on "
         f"{', '.join(settings.on)}; {products}"
+        f"{'' if probe.plan is None else f'{probe.plan}; '}"
         f"{'solved in the background; ' if beside else ''}records in `{folder.path if folder else None}`."
     )
 
@@ -98,18 +112,11 @@ def solves_beside(measurement: Measurement, probe: SpectralProbe, host: Host) ->
         return False
     if settings.background:
         return True
-    limit, state = settings.memory_limit_mib, probe.state_mib
-    fits = limit is None or (state is not None and 2 * state <= limit)
+    state = probe.state_mib
+    fits = state is None or 2 * state <= _memory_limit(measurement, probe, host)
     return host.may_solve_beside and fits and has_free_core(probe.device, host.num_local_processes)
 
 
-def _check_memory(measurement: Measurement, probe: SpectralProbe, *, twice: bool) -> None:
-    limit, needed = measurement.settings.memory_limit_mib, probe.state_mib
-    if needed is not None and twice:
-        needed *= 2  # one window is solved while the next one fills
-    if limit is not None and needed is not None and needed > limit:
-        raise ValueError(
-            f"needs {needed:.1f} MiB in a window ({len(probe.sites)} sites x {probe.buckets.num_groups} "
-            f"groups x 9/16 D^2 x 4 bytes), `memory_limit_mib` allows {limit:.1f}: measure fewer layers "
-            "(`modules=[...]`), one site, or fewer jackknife groups."
-        )
+def _memory_limit(measurement: Measurement, probe: SpectralProbe, host: Host) -> float:
+    given = measurement.settings.memory_limit_mib
+    return default_limit_mib(probe.device, host.num_local_processes) if given is None else given

@@ -21,13 +21,13 @@ _SLOWEST_BYTES_PER_S = 10e6  # a link below which waiting longer is of no use
 _LONGEST_SLEEP_S = 5e-3
 
 
-def all_reduce(tensor: Tensor, process_group: dist.ProcessGroup | None = None) -> None:
-    """Add a tensor over the group, in place.
+def all_reduce(tensor: Tensor, process_group: dist.ProcessGroup | None = None, op: Any = dist.ReduceOp.SUM) -> None:
+    """Add a tensor over the group (or another operation), in place.
 
     Raises:
         MissingRankError: If it does not finish in time, or a peer is gone.
     """
-    _finish(lambda: dist.all_reduce(tensor, group=process_group, async_op=True), tensor.nbytes)
+    _finish(lambda: dist.all_reduce(tensor, op, group=process_group, async_op=True), tensor.nbytes)
 
 
 def reduce(tensor: Tensor, owner: int, process_group: dist.ProcessGroup | None = None) -> None:
@@ -37,6 +37,30 @@ def reduce(tensor: Tensor, owner: int, process_group: dist.ProcessGroup | None =
         MissingRankError: If it does not finish in time, or a peer is gone.
     """
     _finish(lambda: dist.reduce(tensor, group=process_group, group_dst=owner, async_op=True), tensor.nbytes)
+
+
+def all_gather(part: Tensor, process_group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """What each rank of the group gives, of one shape.
+
+    Raises:
+        MissingRankError: If it does not finish in time, or a peer is gone.
+    """
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size(process_group))]
+    _finish(lambda: dist.all_gather(parts, part, group=process_group, async_op=True), part.nbytes * len(parts))
+    return parts
+
+
+def gather(part: Tensor, owner: int, process_group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """What each rank of the group gives, of one shape, at one of them; nothing elsewhere.
+
+    Raises:
+        MissingRankError: If it does not finish in time, or a peer is gone.
+    """
+    size = dist.get_world_size(process_group)
+    owns = dist.get_rank(process_group) == owner
+    parts = [torch.empty_like(part) for _ in range(size)] if owns else None
+    _finish(lambda: dist.gather(part, parts, group=process_group, group_dst=owner, async_op=True), part.nbytes * size)
+    return parts or []
 
 
 def all_gather_object(part: Any, process_group: dist.ProcessGroup | None = None) -> list[Any]:

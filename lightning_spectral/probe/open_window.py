@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_spectral.functional.covariance import Moments
 from lightning_spectral.functional.sample import Gram
 from lightning_spectral.probe.losses import BucketLosses
+from lightning_spectral.probe.row_sample import RowSample
 
 
 @dataclass
@@ -36,12 +37,14 @@ class OpenWindow:
     """What a window has accumulated so far; all keys but those of ``stacks`` are ``Site.key``.
 
     Attributes:
+        sample: Rows that are kept instead of ``states``, where not all can be added up.
         unmatched: Why rows of a site could not be matched to tokens. All of them are in the first bucket: pooled
             numbers are right, those of the buckets are ``not_matched``.
         unseen: Why the rows of a site that ran could not be seen.
     """
 
     states: dict[str, Moments | Gram] = field(default_factory=dict)
+    sample: RowSample | None = None
     dtypes: dict[str, str] = field(default_factory=dict)
     waiting: dict[str, list[Tensor]] = field(default_factory=dict)
     groups: dict[str, list[Tensor]] = field(default_factory=dict)

@@ -20,6 +20,7 @@ class ProbeOptions:
 
     Attributes:
         reduce: Add the rows of all ranks; ``False`` measures rank 0's own.
+        eigenvalues: Hand every spectrum to all ranks, not only the numbers made of it.
     """
 
     sites: tuple[str, ...] = ("post",)
@@ -33,6 +34,7 @@ class ProbeOptions:
     with_losses: bool = False
     reduce: bool = True
     soft: str = "exact"
+    eigenvalues: bool = True
 
     def __post_init__(self) -> None:
         if not self.sites or set(self.sites) - {"pre", "post"}:

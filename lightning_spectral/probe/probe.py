@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -25,9 +26,11 @@ from lightning_spectral.probe.grouping import Grouping, check_vocabulary
 from lightning_spectral.probe.loss_calls import Scored
 from lightning_spectral.probe.loss_tap import LossTap
 from lightning_spectral.probe.losses import BucketLosses, codes_of
+from lightning_spectral.probe.memory_plan import MemoryPlan
 from lightning_spectral.probe.open_window import OpenWindow, Seen, StackSeen
 from lightning_spectral.probe.options import ProbeOptions
 from lightning_spectral.probe.places import groups_of, of_rows
+from lightning_spectral.probe.row_sample import RowSample
 from lightning_spectral.probe.vocabulary import num_known_ids, vocabulary_sizes
 from lightning_spectral.probe.window import BucketLoss, Buckets, ClosedWindow, WindowResult
 
@@ -50,6 +53,7 @@ class SpectralProbe:
 
     Attributes:
         window: What the open window holds; another one may be put in its place.
+        plan: How rows are held; ``None`` for all of them, as moments.
 
     Raises:
         ValueError: If no site is found, or the token counts are of another tokenizer.
@@ -70,6 +74,8 @@ class SpectralProbe:
         self._last_shape: tuple[int, ...] | None = None
         self._sees_losses = False
         self._rows = Accumulator(lambda: self.sites, self.buckets.num_groups, self._parameter)
+        self.plan: MemoryPlan | None = None
+        self._seed = 0
         self.window = OpenWindow()
         self.begin()
 
@@ -88,6 +94,12 @@ class SpectralProbe:
         """Rows that may wait for a product, as fp32, MiB: a model in bf16 keeps half of it."""
         return self._rows.waiting_mib
 
+    def hold(self, plan: MemoryPlan) -> None:
+        """Hold the rows of every window as the plan says; equal on all ranks."""
+        self.plan = plan
+        if plan.num_rows is not None:
+            self.recorder.keep_at_most(plan.rows_per_rank)
+
     def begin(self) -> OpenWindow:
         """Start a window with nothing in it; the one open before is returned, to be put back as ``window``."""
         self.recorder.discard()
@@ -105,6 +117,7 @@ class SpectralProbe:
             training: Count only forwards with gradients, of modules in training mode; ``False`` counts every forward.
             waits: Look for losses only once the model runs: it may be long until then, or never.
         """
+        self._seed = seed
         tap = self._loss_tap
         later = partial(tap.start, training=training) if tap is not None and waits else None
         self.recorder.start(seed=seed, training=training, first=later)
@@ -175,7 +188,9 @@ class SpectralProbe:
         self.window.busy_s += time.perf_counter() - began
         return Seen(
             sum(seen.num_calls for seen in self.window.stacks.values()),
-            {key: state.width for key, state in self.window.states.items()},
+            {key: state.width for key, state in self.window.states.items()}
+            if self.window.sample is None
+            else self.window.sample.widths,
             dict(self.window.unmatched),
             {site.key: (site.name, site.site, site.layer, site.run) for site in self.sites if site.run},
             "" if self.window.stacks else " ".join(self.recorder.notes.values()),
@@ -208,7 +223,9 @@ class SpectralProbe:
             num_sequences, num_passes = self._sequence_counts(process_group, world_size)
             if num_passes == 0:
                 return self.lose("no_forward", NOT_RUN)
-            if world_size > 1:
+            if self._samples:
+                self._open_sample()
+            elif world_size > 1:
                 self._rows.complete(self.window, agreed, self.device)
             losses = self._bucket_losses(process_group, world_size)
             window = self.begin()
@@ -235,6 +252,13 @@ class SpectralProbe:
         return self._parameter.device
 
     @property
+    def row_dtype(self) -> torch.dtype:
+        """Type that rows are likely to have: that of the weights, or of autocast where it is on now."""
+        device = self.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if autocast else self._parameter.dtype
+
+    @property
     def sites(self) -> list[Site]:
         """What is measured; grows when a shared or looped layer is seen to run at a further depth."""
         return self.recorder.sites
@@ -250,7 +274,8 @@ class SpectralProbe:
         ran = {site.stack for site in self.sites if not num_sequences or num_sequences.get(site.stack)}
         return ClosedWindow(
             sites=[site for site in self.sites if site.stack in ran],
-            states=window.states,
+            states=dict(window.states),
+            sample=window.sample,
             buckets=self.buckets,
             num_sequences=num_sequences,
             dtypes=window.dtypes,
@@ -291,7 +316,11 @@ class SpectralProbe:
         self._last_shape = call.shape if len(call.shape) == 2 else self._last_shape
         mask = None if mask_of is None else mask_of(call)
         targets = None if targets_of is None or call.ids is None else targets_of(call)
+        num_before = seen.num_sequences
         groups_P = groups_of(call, seen, self.grouping, self.buckets, call.mask if mask is None else mask, targets)
+        if self._samples:
+            self._sample(call, groups_P, num_before)
+            return
         groups: dict[int, Tensor] = {}  # sites whose rows are in the same order share one tensor
         num_rows = 0
         for site in self.sites:
@@ -311,6 +340,37 @@ class SpectralProbe:
                 groups[id(places_N)] = of_rows(groups_P, places_N)
             self._rows.take(self.window, site, rows_ND, groups[id(places_N)])
         self.window.num_waiting += num_rows
+
+    @property
+    def _samples(self) -> bool:
+        return self.plan is not None and self.plan.num_rows is not None
+
+    def _sample(self, call: ForwardCall, groups_P: Tensor, num_before: int) -> None:
+        """Keep a part of the call's rows; those of a site that could not be matched are drawn row by row."""
+        sample = self._open_sample()
+        present = [site for site in self.sites if site.key in call.rows]
+        for site in present:
+            self.window.dtypes[site.key] = str(call.rows[site.key].dtype).removeprefix("torch.")
+            if call.ids is None and len(self.grouping.names) > 1:
+                self.window.unmatched.setdefault(site.key, call.reason)
+        self.window.unmatched = {**call.unmatched, **self.window.unmatched}
+        sample.add(call, [site for site in present if site.key not in call.unmatched], groups_P, num_before)
+        for site in present:
+            if site.key in call.unmatched:
+                rows_ND = call.rows[site.key]
+                every_N = torch.arange(len(rows_ND), device=rows_ND.device)
+                alone = replace(call, rows={site.key: rows_ND}, places={site.key: every_N}, sequences_P=every_N * 0)
+                sample.add(alone, [site], every_N * 0, num_before)
+
+    def _open_sample(self) -> RowSample:
+        """That of the open window; every rank draws its own."""
+        assert self.plan is not None
+        if self.window.sample is None:
+            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+            self.window.sample = RowSample(
+                self.plan.limit_bytes, self.buckets.num_groups, 1_009 * self._seed + rank, self.options.token_fraction
+            )
+        return self.window.sample
 
     def _sequence_counts(
         self, process_group: dist.ProcessGroup | None, world_size: int

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import secrets
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,6 +58,8 @@ class RunFolder:
         self._known: dict[str, set[tuple[Any, ...]]] = {name: set() for name in _READERS}
         self._waiting: dict[str, list[Any]] = {name: [] for name in _READERS}
         self._num_dropped = 0
+        self._filled: dict[tuple[Any, ...], frozenset[str]] = {}  # of the spectra written here
+        self._told = False
         self._lock: RunLock | None = None
         if writes:
             try:
@@ -164,6 +166,8 @@ class RunFolder:
     def _append(self, name: str, records: Sequence[SpectralRecord | LossRecord | WeightRecord]) -> None:
         new = [record for record in records if record.key not in self._known[name]]
         self._known[name] |= rec.known_keys(new)
+        self._say_what_is_lost(record for record in records if record.key in self._filled)
+        self._filled |= {record.key: _filled(record) for record in new if isinstance(record, SpectralRecord)}
         if self.writes and new:
             kept = new[: _WAITING_AT_MOST - len(self._waiting[name])]
             self._waiting[name] += kept
@@ -178,12 +182,28 @@ class RunFolder:
             rec.append_records(self.path / name, waiting)
             waiting.clear()
 
+    def _say_what_is_lost(self, dropped: Iterable[Any]) -> None:
+        """Two callbacks measure the same: the first one's record is kept, and may be the poorer one."""
+        missing = sorted({name for record in dropped for name in _filled(record) - self._filled[record.key]})
+        if missing and not self._told:
+            self._told = True
+            warn(
+                f"two callbacks measure the same spectra into `{self.path}`, and the first one's records are kept: "
+                f"{', '.join(missing)} of the second are lost. Use one of them, or give each its own `dirpath`."
+            )
+
     def _read_known(self) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the incomplete last line of a killed run is expected here
             for name, read in _READERS.items():
                 if (self.path / name).exists():
                     self._known[name] = rec.known_keys(read(self.path / name).records)
+
+
+def _filled(record: Any) -> frozenset[str]:
+    """Fields of a record that hold something."""
+    empty: tuple[Any, ...] = (None, {}, "")
+    return frozenset(field.name for field in fields(record) if getattr(record, field.name) not in empty)
 
 
 def move_earlier_run(folder: Path, names: Sequence[str], run_id: str | None = None) -> Path | None:

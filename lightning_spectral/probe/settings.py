@@ -91,8 +91,9 @@ class ProbeSettings:
         mask_fn: ``batch -> (B, T)`` mask, False at padding, where neither the model's own arguments nor the batch say.
         on_nonfinite: NaN or Inf activations are recorded with a status and ``warn`` once, only ``record``, or
             ``raise``.
-        memory_limit_mib: Refuse to start if the state of a window needs more; buffered rows come on top
-            (the line logged at the start states both).
+        memory_limit_mib: What the state of a window may take on each rank; default a quarter of what is free when
+            training starts. Where all rows do not fit, an even sample of them is kept: hard ranks stay unbiased, soft
+            ranks are estimated, and records state both errors (the line logged at the start says what was chosen).
         convention: ``default``, or ``paper`` for comparisons with the paper's numbers: an absolute epsilon in the hard
             rank, and buckets from the tokens of rank 0 only.
         background: Solve windows in a thread during training; default where a core is free, nothing monitors a
@@ -221,6 +222,7 @@ class Measurement:
             with_losses=self.buckets is not None and self.buckets.losses,
             reduce=self.buckets is None or s.convention != "paper",
             soft=s.soft,
+            eigenvalues=s.eigenvalues,
         )
 
     @cached_property
@@ -258,15 +260,16 @@ class Measurement:
         return self.buckets.grouping(counts)
 
     def covers(self, other: Measurement) -> bool:
-        """Whether the merge of this one's buckets is what ``other`` measures."""
+        """Whether every record of ``other``, which measures all tokens together, is one of this one's and no poorer."""
         ours, theirs = self.settings, other.settings
         return (
             self.buckets is not None
             and other.buckets is None
             and self.buckets.attribute_to == "input"
-            and self.options == replace(other.options, with_losses=self.options.with_losses)
-            and ours.every_n_steps == theirs.every_n_steps
+            and _measures_as_much(self.options, other.options)
+            and theirs.every_n_steps % ours.every_n_steps == 0
             and set(theirs.on) <= set(ours.on)
+            and ours.eigenvalues >= theirs.eigenvalues
             and ours.dirpath == theirs.dirpath
         )
 
@@ -278,6 +281,18 @@ class Measurement:
         if self.buckets is not None:
             content |= asdict(replace(self.buckets, counts=None)) | {"counts": self.buckets.counts}
         return {name: _spelled(value) for name, value in content.items() if value is not None}
+
+
+def _measures_as_much(ours: ProbeOptions, theirs: ProbeOptions) -> bool:
+    """Whether nothing that ``theirs`` reports of all tokens is missing from ``ours``, or another number there."""
+    as_wide = (
+        set(theirs.sites) <= set(ours.sites)
+        and set(theirs.renyi_orders) <= set(ours.renyi_orders)
+        and theirs.num_jackknife_groups in (1, ours.num_jackknife_groups)
+    )
+    may_differ = ("sites", "renyi_orders", "num_jackknife_groups", "with_losses", "eigenvalues")
+    given = {name: getattr(ours, name) for name in may_differ}
+    return as_wide and ours == replace(theirs, **given)
 
 
 def _spelled(value: Any) -> str:

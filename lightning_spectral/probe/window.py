@@ -1,8 +1,8 @@
 """The end of a window: states of all ranks added, layers solved by their owners, results shared.
 
-A layer's owner is rank ``layer index mod world size``: the matrices travel once, to one rank, and the eigensolves are
-spread. Every rank of the group reduces and shares, whatever it has seen; solving needs no other rank, so that it may
-happen in another thread.
+A layer's owner is rank ``layer index mod world size``: the matrices travel once, to one rank, all experts of a layer
+together, and the eigensolves are spread. Every rank of the group reduces and shares, whatever it has seen; solving
+needs no other rank, so that it may happen in another thread.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from lightning_spectral.probe.collectives import all_gather_object
 from lightning_spectral.probe.eigensolve import Eigensolver
 from lightning_spectral.probe.options import ProbeOptions
 from lightning_spectral.probe.ranks_of import RankMeasurement, measure
-from lightning_spectral.probe.sync import reduce_
+from lightning_spectral.probe.ranks_of_sample import measure_sample
+from lightning_spectral.probe.row_sample import RowSample, SampledRows
+from lightning_spectral.probe.sync import reduce_all_
 from lightning_spectral.records import POOLED
 from lightning_spectral.text import one_line
 
@@ -126,10 +128,11 @@ class ClosedWindow:
         unmatched: Why the buckets of a site are not those of its rows' tokens, by site key.
         unseen: Why a site that ran has no row, by site key.
         layouts: How rows were matched to tokens, and the share of rows that it was proven for, by stack.
+        sample: This rank's rows where only some are kept, until :meth:`reduce`.
     """
 
     sites: Sequence[Site]
-    states: dict[str, Moments | Gram]
+    states: dict[str, Moments | Gram | SampledRows]
     buckets: Buckets
     num_sequences: Mapping[str, Mapping[str, int]]
     dtypes: Mapping[str, str]
@@ -142,18 +145,20 @@ class ClosedWindow:
     unmatched: Mapping[str, str] = field(default_factory=dict)
     unseen: Mapping[str, str] = field(default_factory=dict)
     layouts: Mapping[str, tuple[str, float | None]] = field(default_factory=dict)
+    sample: RowSample | None = None
 
     def reduce(self) -> None:
         """Add the states of all ranks at each layer's owner; what a rank does not own it frees."""
-        if self.world_size == 1 or self.lost:
+        if self.lost:
             return
-        for owner, members in self._layers():
-            for site in members:
-                if site.key not in self.states:
-                    continue  # no rank saw a row of it
-                moments = self.states[site.key] if owner == self._rank else self.states.pop(site.key)
-                assert isinstance(moments, Moments)
-                reduce_(moments, owner, self.process_group)
+        if self.sample is not None:
+            self.states.update(self.sample.gather(self._layers(), self.process_group, self.world_size))
+            self.sample = None
+        elif self.world_size > 1:
+            for owner, members in self._layers():
+                seen = [site.key for site in members if site.key in self.states]  # of others no rank saw a row
+                states = [self.states[key] if owner == self._rank else self.states.pop(key) for key in seen]
+                reduce_all_([state for state in states if isinstance(state, Moments)], owner, self.process_group)
 
     def solve(self) -> list[SiteResult]:
         """Results of the layers that this rank owns. No collective: may run in another thread."""
@@ -163,7 +168,8 @@ class ClosedWindow:
         with torch.inference_mode(False), torch.no_grad():
             for owner, members in self._layers():
                 if owner == self._rank:
-                    owned += self._solve_or_say_why(members, eigensolver)
+                    for network in _by_network(members):
+                        owned += self._solve_or_say_why(network, eigensolver)
         self.busy_s += time.perf_counter() - began
         return owned
 
@@ -176,6 +182,8 @@ class ClosedWindow:
         elif not self.options.reduce:
             results = _from_first_rank(owned)
         elif self.world_size > 1:
+            if not self.options.eigenvalues:  # nobody keeps them, and they are most of what would travel
+                owned = [replace(r, measurement=replace(r.measurement, eigenvalues=None)) for r in owned]
             shared: list[list[SiteResult]] = all_gather_object(owned, self.process_group)
             results = [result for part in shared for result in part]
         self.busy_s += time.perf_counter() - began
@@ -205,10 +213,10 @@ class ClosedWindow:
         return dist.get_rank(self.process_group) if self.world_size > 1 else 0
 
     def _layers(self) -> list[tuple[int, list[Site]]]:
-        """The owner and the sites of each feed-forward network."""
-        layers: dict[tuple[str, str, int], list[Site]] = {}
+        """The owner and the sites of each layer, all its experts together."""
+        layers: dict[tuple[str, int, int], list[Site]] = {}
         for site in self.sites:
-            layers.setdefault((site.stack, site.unit or site.name, site.run), []).append(site)
+            layers.setdefault((site.stack, site.layer, site.run), []).append(site)
         return [(index % self.world_size, members) for index, members in enumerate(layers.values())]
 
     def _solve_layer(self, members: Sequence[Site], eigensolver: Eigensolver) -> list[SiteResult]:
@@ -247,6 +255,14 @@ class ClosedWindow:
         )
 
 
+def _by_network(members: Sequence[Site]) -> list[list[Site]]:
+    """The sites of each feed-forward network of a layer: its experts, or several beside one another."""
+    networks: dict[str, list[Site]] = {}
+    for site in members:
+        networks.setdefault(site.unit or site.name, []).append(site)
+    return list(networks.values())
+
+
 def _from_first_rank(sites: list[SiteResult]) -> list[SiteResult]:
     """Rank 0's own numbers on every rank: a monitor that differs between ranks would pull them apart."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
@@ -256,10 +272,18 @@ def _from_first_rank(sites: list[SiteResult]) -> list[SiteResult]:
 
 
 def _measure(
-    state: Moments | Gram | None, buckets: Buckets, bucket: str, options: ProbeOptions, eigensolver: Eigensolver
+    state: Moments | Gram | SampledRows | None,
+    buckets: Buckets,
+    bucket: str,
+    options: ProbeOptions,
+    eigensolver: Eigensolver,
 ) -> RankMeasurement:
     if state is None:  # an expert that no token chose
         return RankMeasurement(0, 0, "empty")
+    if isinstance(state, SampledRows):
+        first = buckets.names.index(bucket) * buckets.num_jackknife_groups if bucket in buckets.names else 0
+        num = buckets.num_jackknife_groups if bucket in buckets.names else buckets.num_groups
+        return measure_sample(state, range(first, first + num), options.renyi_orders)
     selected, shards = buckets.select(state, bucket)
     with full_precision((state.shift_D if isinstance(state, Moments) else state.inner_NN).device):
         measurement = measure(

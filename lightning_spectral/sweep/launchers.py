@@ -1,4 +1,4 @@
-"""Where the runs of a sweep go: processes on this machine (one a CPU core or one a GPU), or a Ray cluster."""
+"""Where the runs of a sweep go: processes on this machine (one a CPU core or one a GPU), a Ray cluster, or SLURM."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ class RayLauncher:
         threads = {} if self._gpus else dict.fromkeys(_THREADS, "1")
         log = str((Path(job.folder) / LOG_FILE).absolute())
         path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH", "")]))
-        task = self._ray.remote(max_retries=0, **options)(_run_in_task)
+        task = self._ray.remote(max_retries=0, **options)(run_in_task)
         return task.remote(command_of(job), log, os.getcwd(), {**threads, "PYTHONPATH": path})
 
     def poll(self, handle: Any) -> int | None:
@@ -218,12 +218,19 @@ class RayLauncher:
         self._ray.cancel(handle, force=True)
 
 
-def _run_in_task(command: list[str], log: str, folder: str, environment: dict[str, str]) -> int:
+def run_in_task(command: list[str], log: str, folder: str, environment: dict[str, str]) -> int:
+    """Run a worker where a cluster has put it; returns its exit code."""
     with open(log, "ab") as file:
         done = subprocess.run(  # noqa: S603 - `command_of`
             command, stdout=file, stderr=subprocess.STDOUT, cwd=folder, env={**os.environ, **environment}, check=False
         )
     return done.returncode
+
+
+def _slurm_launcher(workers: int | None) -> Launcher:
+    from lightning_spectral.sweep.slurm import SlurmLauncher
+
+    return SlurmLauncher(workers)
 
 
 def visible_gpus() -> list[str]:
@@ -238,4 +245,8 @@ def visible_gpus() -> list[str]:
 
 
 # name on the command line -> launcher
-LAUNCHERS: Final[dict[str, Callable[[int | None], Launcher]]] = {"local": LocalLauncher, "ray": RayLauncher}
+LAUNCHERS: Final[dict[str, Callable[[int | None], Launcher]]] = {
+    "local": LocalLauncher,
+    "ray": RayLauncher,
+    "slurm": _slurm_launcher,
+}

@@ -22,6 +22,7 @@ from lightning_spectral.text import did_you_mean, one_line, read_yaml
 
 OUR_DATA = (
     "StateOfTheUnion",
+    "HubText",
 )  # known by name; a bare `TextFiles` is litgpt's, ours is named by its class path or a file
 
 

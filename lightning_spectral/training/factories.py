@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
+from litgpt.model import Block
 
 from lightning_spectral.text import did_you_mean, import_class, one_line
 from lightning_spectral.training.document import RecipeError
@@ -27,14 +29,79 @@ def check_accelerator(wanted: Any) -> None:
         raise RecipeError(f"`accelerator` is {wanted}, and this machine has none: use `auto` or `cpu`.")
 
 
-def make_strategy(wanted: Any, world_size: int) -> str | Strategy:
-    """``strategy:`` of a recipe: a Lightning name, ``fsdp2``, or ``{class_path, init_args}``.
+@dataclass(frozen=True)
+class Spread:
+    """How many processes share one copy of the data's stream and of the weights.
+
+    Attributes:
+        kind: ``fsdp1``, ``fsdp2``, ``hsdp``, ``tp``, or empty for any other strategy.
+        number: Replicas of ``hsdp``, slices of ``tp``; else 1.
+    """
+
+    kind: str = ""
+    number: int = 1
+
+    def data_parallel(self, world_size: int) -> int:
+        """Ranks with data of their own.
+
+        Raises:
+            RecipeError: If the number does not divide the processes.
+        """
+        if world_size % self.number:
+            raise RecipeError(
+                f"`strategy: {self.kind}:{self.number}` does not divide {world_size} process(es): change it, or "
+                "`devices` and `num_nodes`."
+            )
+        return world_size // self.number if self.kind == "tp" else world_size
+
+
+class HybridShardStrategy(ModelParallelStrategy):
+    """FSDP2 inside each group of ranks, copies between the groups.
+
+    Args:
+        num_replicas: Copies of the weights.
+        world_size: Ranks.
+    """
+
+    def __init__(self, num_replicas: int, world_size: int) -> None:
+        super().__init__(data_parallel_size=world_size, tensor_parallel_size=1)
+        self.num_replicas = num_replicas
+
+
+def spread_of(wanted: Any) -> Spread:
+    """What ``strategy:`` of a recipe says about it.
 
     Raises:
-        RecipeError: If there is no such strategy, or the class cannot be made.
+        RecipeError: If the number behind the colon is missing or none.
     """
-    if wanted == "fsdp2":
-        return ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
+    kind, _, number = str(wanted).partition(":") if isinstance(wanted, str) else ("", "", "")
+    if kind in ("fsdp1", "fsdp2") and not number:
+        return Spread(kind)
+    if kind not in ("hsdp", "tp"):
+        return Spread()
+    if not number.isdigit() or int(number) < 1:
+        what = "replicas" if kind == "hsdp" else "slices"
+        raise RecipeError(f"`strategy: {wanted}` needs a number of {what}, such as `{kind}:2`.")
+    return Spread(kind, int(number))
+
+
+def make_strategy(wanted: Any, world_size: int) -> str | Strategy:
+    """``strategy:`` of a recipe: a Lightning name, one of ours, or ``{class_path, init_args}``.
+
+    Ours: ``fsdp1``, ``fsdp2``; ``hsdp:2``, FSDP2 in two groups of ranks that hold a copy each; ``tp:2``, feed-forward
+    networks in two slices, FSDP2 over the rest of the ranks.
+
+    Raises:
+        RecipeError: If it cannot be made.
+    """
+    spread = spread_of(wanted)
+    shards = spread.data_parallel(world_size)
+    if spread.kind == "fsdp1":
+        return FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="sharded")
+    if spread.kind == "hsdp":
+        return HybridShardStrategy(spread.number, world_size)
+    if spread.kind:
+        return ModelParallelStrategy(data_parallel_size=shards, tensor_parallel_size=spread.number)
     if isinstance(wanted, dict):
         try:
             kind = import_class(str(wanted.get("class_path")), subclass_of=Strategy)  # checked before it is built
@@ -42,7 +109,7 @@ def make_strategy(wanted: Any, world_size: int) -> str | Strategy:
         except (ImportError, TypeError, ValueError) as error:
             raise RecipeError(f"`strategy: {wanted}` cannot be made: {one_line(error)}") from error
         return made
-    known = ["auto", "fsdp2", *StrategyRegistry.available_strategies()]
+    known = ["auto", "fsdp1", "fsdp2", "hsdp:2", "tp:2", *StrategyRegistry.available_strategies()]
     if wanted not in known:
         raise RecipeError(f"`strategy` is {wanted}; {did_you_mean(wanted, known, otherwise='there are')}")
     return str(wanted)

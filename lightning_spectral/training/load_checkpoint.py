@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning_spectral.gpt.architecture import Architecture, adapt_config, buil
 from lightning_spectral.gpt.export import load_final
 from lightning_spectral.models.checkpoint_file import read_checkpoint
 from lightning_spectral.text import one_line
+from lightning_spectral.training.checkpoint_names import progress_of
 from lightning_spectral.training.checkpoints import step_of
 from lightning_spectral.training.document import named_config
 
@@ -29,7 +30,8 @@ class LoadedModel:
         model: In fp32, in eval mode; token ids in.
         kind: ``litgpt``, ``lightning`` or ``huggingface``.
         max_length: Longest sequence that it takes.
-        step: Optimizer steps behind it; ``None`` if the checkpoint does not say.
+        step: Optimizer steps behind it; ``None`` if neither the checkpoint nor its name says.
+        tokens: Training tokens behind it; ``None`` likewise.
         optimizer: Class name, or ``unknown``.
         tokenizer_dir: Folder of its tokenizer, or ``None``.
     """
@@ -40,6 +42,7 @@ class LoadedModel:
     step: int | None = None
     optimizer: str = "unknown"
     tokenizer_dir: Path | None = None
+    tokens: int | None = None
 
 
 def load_checkpoint(path: Path) -> LoadedModel:
@@ -55,7 +58,9 @@ def load_checkpoint(path: Path) -> LoadedModel:
         path = path.parent
     for is_kind, load in _KINDS:
         if is_kind(path):
-            return load(path)
+            loaded, named = load(path), progress_of(path)
+            step = named.step if loaded.step is None else loaded.step
+            return replace(loaded, step=step, tokens=named.tokens if loaded.tokens is None else loaded.tokens)
     raise ValueError(
         f"`{path}` is no checkpoint that can be read: expected a litgpt folder (`lit_model.pth`, `model_config.yaml`), "
         "a Lightning `.ckpt` file of `lightning-spectral pretrain`, or a Hugging Face folder (`config.json`, "
@@ -72,9 +77,7 @@ def _load_litgpt(folder: Path) -> LoadedModel:
         raise
     except (TypeError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"`{folder / 'model_config.yaml'}` is not litgpt's: {one_line(error)}.") from error
-    number = folder.name.removeprefix("step-")
-    step = int(number) if folder.name.startswith("step-") and number.isdigit() else None
-    return LoadedModel(model, "litgpt", model.config.block_size, step, tokenizer_dir=with_tokenizer(folder))
+    return LoadedModel(model, "litgpt", model.config.block_size, tokenizer_dir=with_tokenizer(folder))
 
 
 def _load_lightning(file: Path) -> LoadedModel:
@@ -111,7 +114,8 @@ def _load_lightning(file: Path) -> LoadedModel:
     )
     optimizer = recipe["optimizer"]
     optimizer = optimizer if isinstance(optimizer, str) else optimizer["class_path"]
-    step = content.get("global_step", step_of(file))
+    step, train = content.get("global_step", step_of(file)), recipe["train"]
+    sequence = train["max_seq_length"] or model.config.block_size
     return LoadedModel(
         model,
         "lightning",
@@ -119,6 +123,7 @@ def _load_lightning(file: Path) -> LoadedModel:
         step,
         optimizer.rpartition(".")[2],
         None if tokenizer is None else Path(tokenizer),
+        None if step is None else step * train["global_batch_size"] * sequence,
     )
 
 

@@ -8,6 +8,7 @@ Axes: S sequences, B of them in a batch, T positions, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,8 @@ def measure_checkpoint(
     hints: Sequence[Hint | dict[str, str] | str] | None = None,
     num_jackknife_groups: int = 1,
     device: str = "auto",
+    memory_limit_mib: float | None = None,
+    resume: bool = False,
 ) -> Measured:
     """Run a checkpoint over text and write its records to ``folder``.
 
@@ -79,6 +82,8 @@ def measure_checkpoint(
         hints: As in ``SpectralRankCallback``: what is measured in blocks of which the structure is not understood.
         num_jackknife_groups: As in ``SpectralRankCallback``: more than 1 gives intervals.
         device: ``auto``, ``cpu`` or ``cuda``.
+        memory_limit_mib: As in ``SpectralRankCallback``: where all rows do not fit, an even sample of them is kept.
+        resume: Add to the records that are in ``folder``: another step of the same model on the same text.
 
     Raises:
         ValueError: If checkpoint, tokenizer, counts and text do not fit together; the message says what to do.
@@ -92,8 +97,8 @@ def measure_checkpoint(
     tokens = _sequences(_tokens(corpus, encoder, max(num_tokens // length, 1) * length + 1), length)
     vocab = _vocabulary(loaded.model, modules, as_hints(hints), tokens, checkpoint)
     table, notes = _counts(counts, tokens, vocab, encoder.vocab_size)
-    facts = {"counts": str(counts) if counts is not None else "measured text", "text": str(corpus.files[0])}
-    facts["step"] = "known" if loaded.step is not None else "unknown, written as 0"
+    facts = {"counts": str(counts) if counts is not None else "measured text", "text": corpus.names[0]}
+    facts["step"] = "unknown" if loaded.step is None else "known"
     settings = ProbeSettings(
         sites=tuple(sites),
         modules=None if modules is None else list(modules),
@@ -101,15 +106,30 @@ def measure_checkpoint(
         num_jackknife_groups=num_jackknife_groups,
         on=(MEASURE,),
         labels={"checkpoint": checkpoint.name},
+        memory_limit_mib=memory_limit_mib,
         strict=True,  # there is no training to be kept from harm
     )
     buckets = BucketSettings(counts=table, head_share=SHARES[0], mid_share=SHARES[1])
     measurement = Measurement(settings, buckets, facts)
-    hparams = {"data": [str(file) for file in corpus.files[:8]], "num_tokens": len(tokens) - 1, "seq_length": length}
+    hparams: dict[str, Any] = {"data": corpus.names, "num_tokens": len(tokens) - 1, "seq_length": length}
+    hparams["asked"] = asked(
+        corpus, counts=counts, num_tokens=num_tokens, seq_length=seq_length, sites=sites,
+        num_jackknife_groups=num_jackknife_groups,
+    )  # fmt: skip
     host = _host(folder, loaded, checkpoint, hparams)
+    host.resume = resume
     spectral = _run(loaded, measurement, host, tokens, length, batch_size, _device(device))
-    losses = read_losses(folder).records
+    losses = [record for record in read_losses(folder).records if record.step == loaded.step]
     return Measured(checkpoint, Path(folder), spectral, losses, notes)
+
+
+def asked(corpus: Corpus, **options: Any) -> dict[str, str]:
+    """What records of one run folder have in common: the text and what is measured on it, as text."""
+    names = ("counts", "num_tokens", "seq_length", "sites", "num_jackknife_groups")
+    defaults = {name: inspect.signature(measure_checkpoint).parameters[name].default for name in names}
+    chosen = {name: options.get(name, defaults[name]) for name in names}
+    spelled = {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in chosen.items()}
+    return {"text": corpus.fingerprint(), **{name: str(value) for name, value in spelled.items()}}
 
 
 def _refuse_below_one(**counts: int | None) -> None:
@@ -165,7 +185,7 @@ def _tokens(corpus: Corpus, encoder: Encoder, enough: int) -> NDArray[np.int64]:
         if found >= enough:
             break
     if not found:
-        raise ValueError(f"the {len(corpus.files)} file(s) at `{corpus.files[0]}` hold no text.")
+        raise ValueError(f"there is no text in {corpus.where}.")
     return np.concatenate(parts)[:enough].astype(np.int64)
 
 
@@ -231,7 +251,7 @@ def _run(
                 # the observer sees it
                 nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
                 observer.end_evaluation_batch(batch)
-        observer.end_evaluation(loaded.step or 0)
+        observer.end_evaluation(loaded.step, loaded.tokens)
         finished = True
     finally:
         observer.detach(finished=finished)

@@ -23,6 +23,8 @@ from lightning_spectral.probe.agreement import default_store
 
 _KEY = "lightning_spectral/stop"
 _STEPS_AHEAD = 2
+_WORLD_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "JSM_NAMESPACE_RANK")  # torchrun's; MPI's and LSF's
+_RANK_NAMES = (*_WORLD_RANKS, "NODE_RANK", "GROUP_RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
 class PreemptedError(SIGTERMException):
@@ -92,11 +94,17 @@ def was_requeued() -> bool:
 
 
 def first_rank() -> bool:
-    """Whether this process is rank 0, before ``fit`` launches any other: torchrun's, srun's or Lightning's own rule."""
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name]) == 0
-    return True
+    """Whether this process is rank 0, before ``fit`` launches any other: torchrun's, srun's or Lightning's own rule.
+
+    Where Lightning launches the ranks itself, each node's first process knows its node's number at most.
+    """
+    env = {name: int(value) for name, value in os.environ.items() if name in _RANK_NAMES and value.isdigit()}
+    for name in _WORLD_RANKS:
+        if name in env:
+            return env[name] == 0
+    if env.get("NODE_RANK", env.get("GROUP_RANK", 0)):
+        return False
+    return env.get("LOCAL_RANK", env.get("SLURM_PROCID", 0)) == 0
 
 
 def requeue() -> None:

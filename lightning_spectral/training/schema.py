@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.callbacks import Callback
+from litgpt.data import DataModule
 from litgpt.pretrain import setup as litgpt_setup
 
 from lightning_spectral.gpt.architecture import Architecture
@@ -44,7 +45,8 @@ def our_keys(
 
     Args:
         callbacks: Lightning callbacks, each ``{class_path, init_args}``.
-        strategy: Lightning strategy: auto, ddp, fsdp2, a registered name, or ``{class_path, init_args}``.
+        strategy: Lightning strategy: auto, ddp, fsdp1, fsdp2, hsdp:REPLICAS, tp:SLICES (of feed-forward networks), a
+            registered name, or ``{class_path, init_args}``.
         accelerator: Lightning accelerator: auto, cpu, gpu, mps.
         architecture: Changes to litgpt's GPT.
         lr_schedule: Shape of the learning rate after warm-up.
@@ -221,6 +223,11 @@ def _check_class(key: str, spec: Any) -> None:
         raise RecipeError(
             f"`{key}` names `{path}`, which cannot be imported: {error}; give the full class path."
         ) from error
+    if key == "data" and not (isinstance(found, type) and issubclass(found, DataModule)):
+        raise RecipeError(
+            f"`data` names `{path}`, which is no data module of litgpt's kind: use `HubText` for a data set of the "
+            "hub, `lightning_spectral.data.TextFiles` for files, or a subclass of `litgpt.data.DataModule`."
+        )
     known = inspect.signature(found).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         refuse_unknown_arguments(key, path, init_args, known)

@@ -14,6 +14,7 @@ from litgpt.utils import extend_checkpoint_dir, parse_devices
 
 from lightning_spectral.data.modules import TextBlocks
 from lightning_spectral.training.document import RecipeError, named_config
+from lightning_spectral.training.factories import spread_of
 from lightning_spectral.training.recipe import Recipe
 
 
@@ -114,7 +115,8 @@ def connect(
         devices, num_nodes = parse_devices(content["devices"]), content["num_nodes"]
     except ValueError as error:
         raise RecipeError(f"`devices` must be auto or a whole number >= 1, got {content['devices']}.") from error
-    world, micro = devices * num_nodes, train.micro_batch_size
+    world = spread_of(content["strategy"]).data_parallel(devices * num_nodes)  # ranks with data of their own
+    micro = train.micro_batch_size
     seq_length = train.max_seq_length or config.block_size
     if seq_length > config.block_size:
         raise RecipeError(
@@ -126,7 +128,7 @@ def connect(
             f"`train.global_batch_size` {train.global_batch_size} is no multiple of {world} device(s) * "
             f"`train.micro_batch_size` {micro} = {world * micro}: change one of them."
         )
-    accumulation = train.gradient_accumulation_iters(devices, num_nodes)
+    accumulation = train.gradient_accumulation_iters(world, 1)
     ours = isinstance(data, TextBlocks)
     settings: dict[str, Any] = {"batch_size": micro, "max_seq_length": seq_length}
     if isinstance(data, TextBlocks):
@@ -156,7 +158,7 @@ def connect(
             num_steps=num_steps,
             seed=content["seed"],
         )
-    warmup = train.warmup_iters(devices, num_nodes, num_steps * accumulation, range(epoch_iters))
+    warmup = train.warmup_iters(world, 1, num_steps * accumulation, range(epoch_iters))
     return Lengths(devices, num_nodes, seq_length, accumulation, num_steps, warmup)
 
 

@@ -197,6 +197,31 @@ def test_both_callbacks_give_each_number_once(tmp_path):
     assert len({r.run_id for r in records}) == 1
 
 
+@pytest.mark.parametrize(
+    "richer", [{"sites": ["pre", "post"]}, {"num_jackknife_groups": 4}, {"renyi_orders": [1, 2, 7]}, {"every_n": 1}]
+)
+def test_a_poorer_callback_leaves_the_pooled_spectra_to_a_richer_probe(tmp_path, richer):
+    """Whatever the order of the callbacks: the first record of a key used to be kept, and the richer one lost."""
+    every = richer.pop("every_n", 2)
+    probe = TailTokenProbe(every, counts=tiny.counts(), **richer)
+    poorer = SpectralRankCallback(2, renyi_orders=[1, 2])
+    for name, callbacks in {"before": [poorer, probe], "behind": [probe, poorer]}.items():
+        records = fit(tmp_path / name, callbacks)
+        alone = fit(tmp_path / f"{name}_alone", [TailTokenProbe(every, counts=tiny.counts(), **richer)])
+        assert [(r.key, sorted(r.reinjection), sorted(r.renyi), r.hard_rank_ci_low) for r in records] == [
+            (r.key, sorted(r.reinjection), sorted(r.renyi), r.hard_rank_ci_low) for r in alone
+        ]
+
+
+def test_a_record_that_is_lost_to_a_poorer_one_is_said(tmp_path):
+    callbacks = [
+        SpectralRankCallback(2, renyi_orders=[9]),  # which the probe does not have: neither stands for the other
+        TailTokenProbe(2, counts=tiny.counts(), num_jackknife_groups=4),
+    ]
+    with pytest.warns(UserWarning, match="hard_rank_ci_high, hard_rank_ci_low.* of the second are lost"):
+        fit(tmp_path, callbacks)
+
+
 def test_evaluation_leaves_no_records_unless_asked(tmp_path):
     module, callback = tiny.Module(), SpectralRankCallback(100)
     trainer = tiny.trainer(tmp_path / "no", [callback], max_steps=2, num_sanity_val_steps=2, val_check_interval=1)

@@ -81,6 +81,32 @@ def test_a_word_that_only_contains_a_split_is_none(tmp_path: Path) -> None:
     assert len(find_files(tmp_path).train) == 3
 
 
+def test_what_describes_the_data_is_not_data(tmp_path: Path) -> None:
+    """Licences, tokenizers and the notes of download tools, in a folder whose names say no split."""
+    about = ("LICENSE.txt", "README.txt", "requirements.txt", "dataset_infos.json", "state.json", "tokenizer.json")
+    for name in (*about, "licensed_books.txt", "state_of_things.json"):
+        (tmp_path / name).write_text('{"text": "a"}')
+    found = find_files(tmp_path)
+    assert [file.name for file in found.train] == ["licensed_books.txt", "state_of_things.json"]
+    assert dict(found.left_out) == {tmp_path / name: "describes the data" for name in about}
+    assert find_files(tmp_path / "README.txt").train  # asked for by name
+
+
+def test_a_data_set_that_was_saved_to_disk_is_read_by_split(tmp_path: Path) -> None:
+    import datasets
+
+    def rows(tag: str) -> datasets.Dataset:
+        return datasets.Dataset.from_dict({"text": [f"{tag} {k}" for k in range(3)]})
+
+    datasets.disable_progress_bars()
+    rows("plain").save_to_disk(str(tmp_path / "one"))
+    assert list(documents(Corpus.of(find_files(tmp_path / "one")))) == ["plain 0", "plain 1", "plain 2"]
+    datasets.DatasetDict({name: rows(name) for name in ("train", "testing")}).save_to_disk(str(tmp_path / "splits"))
+    corpus = Corpus.of(find_files(tmp_path / "splits"))
+    assert list(documents(corpus)) == ["train 0", "train 1", "train 2"]
+    assert [file.parent.name for file in corpus.held_out] == ["testing"]
+
+
 def test_a_snapshot_of_a_data_set_is_not_trained_on_its_card(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# card")
     (tmp_path / ".gitattributes").write_text("x")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lightning_spectral.data import encode as encode_module
 from lightning_spectral.data import tokens
 from lightning_spectral.data.corpus import Corpus, blocks
 from lightning_spectral.data.files import find_files
@@ -88,7 +89,7 @@ def test_a_given_tokenizer_is_used(tmp_path: Path) -> None:
 def test_an_interrupted_build_goes_on_from_its_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = _corpus(tmp_path)
     whole = prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "other")
-    monkeypatch.setattr(tokens, "_UNIT_BLOCKS", 4)
+    monkeypatch.setattr(encode_module, "UNIT_BLOCKS", 4)
     encoded: list[int] = []
     encode = tokens.Encoder.__call__
 
@@ -184,9 +185,49 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no tokenizer in `.*none`: it needs `tokenizer.json`"):
         prepare_tokens(corpus, vocab_size=300, tokenizer_dir=tmp_path / "none", cache_dir=tmp_path)
     (tmp_path / "empty.txt").write_text("  \n ")
-    with pytest.raises(ValueError, match=r"hold no text"):
+    with pytest.raises(ValueError, match=r"there is no text in"):
         prepare_tokens(Corpus((tmp_path / "empty.txt",)), vocab_size=300, cache_dir=tmp_path)
 
 
 def test_unigram_entropy_of_equal_frequencies() -> None:
     assert unigram_entropy(np.array([5, 5, 0, 5, 5])) == pytest.approx(np.log(4), rel=1e-12)  # fp64
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_any_number_of_processes_makes_the_same_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = _corpus(tmp_path)
+    monkeypatch.setattr(encode_module, "UNIT_BLOCKS", 4)
+    made = [
+        prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / str(num_proc), num_proc=num_proc).folder
+        for num_proc in (1, 2)
+    ]
+    for name in ("train.npy", "validation.npy", "counts.npy", "tokenizer.json"):
+        assert (made[0] / name).read_bytes() == (made[1] / name).read_bytes()
+
+
+def test_a_data_set_is_read_as_a_stream_and_by_split(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from lightning_spectral.data.hub import HubCorpus
+
+    for split in ("train", "test"):
+        table = pa.table({"body": [f"{split} {line}" for line in tiny_text(300).splitlines()]})
+        (tmp_path / "set").mkdir(exist_ok=True)
+        pq.write_table(table, tmp_path / "set" / f"{split}-00000-of-00001.parquet")
+    corpus = HubCorpus(dataset=str(tmp_path / "set"), held_out_split="test", text_column="body")
+    cache = prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache")
+    assert cache.num_documents == 60
+    from litgpt.tokenizer import Tokenizer
+
+    spelled = Tokenizer(cache.folder).processor.decode(cache.validation.tolist())
+    assert spelled.count("test ") == 30
+    assert "train " not in spelled
+    before = corpus.fingerprint()
+    pq.write_table(pa.table({"body": ["other"]}), tmp_path / "set" / "train-00000-of-00001.parquet")
+    assert corpus.fingerprint() != before
+    with pytest.raises(ValueError, match="cannot read split `none` of the data set `.*set`"):
+        list(HubCorpus(dataset=str(tmp_path / "set"), split="none", text_column="body").pieces())
+    with pytest.raises(ValueError, match="no column `text`"):
+        list(HubCorpus(dataset=str(tmp_path / "set")).pieces())

@@ -162,3 +162,15 @@ def test_litgpt_pretrain_script(tmp_path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
     assert read_spectral(the_run(tmp_path / "out")).records
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_series_of_checkpoints_that_it_trains_itself(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    text = str(write_text(Path.cwd()))
+    run("checkpoint_series.py", monkeypatch, text)
+    printed = capsys.readouterr().out
+    for width in (64, 128, 256):
+        records = read_spectral(Path("out/checkpoint_series/measured") / f"width_{width}").records
+        assert {(r.step, r.width, r.stage) for r in records} == {(8, width, "measure"), (16, width, "measure")}
+    assert "beta" in printed

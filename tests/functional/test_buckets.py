@@ -81,3 +81,12 @@ def test_position_groups_are_equal_parts():
 
 def test_targets_are_the_next_ids():
     assert buckets.target_ids(torch.tensor([[4, 5, 6]])).tolist() == [[5, 6, buckets.EXCLUDED]]
+
+
+def test_occurrences_are_bincounts_on_every_device():
+    """On a GPU they are counted by sorting: bincount refuses to run under deterministic algorithms there."""
+    for num, values in ((4, [0, 3, 3, 1, 0, 0]), (3, []), (2, [5, 1, 1])):
+        values_N = torch.tensor(values, dtype=torch.int64)
+        expected = [values.count(value) for value in range(num)]
+        assert buckets.occurrences(values_N, num).tolist() == expected
+        assert buckets._occurrences_by_sorting(values_N, num).tolist() == expected

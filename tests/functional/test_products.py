@@ -151,3 +151,33 @@ def test_two_threads_leave_the_switch_as_it_was():
     for thread in threads:
         thread.join()
     assert settings_of_the_process() == before
+
+
+def test_a_product_is_chosen_for_the_rows_that_flow(monkeypatch):
+    """Under mixed precision rows are bf16 and weights are not: the bf16 product must be offered, and only then."""
+    from lightning_spectral.probe.grouping import pooled_only
+    from lightning_spectral.probe.options import ProbeOptions
+    from lightning_spectral.probe.probe import SpectralProbe
+    from tests.models import tiny
+
+    used = []
+
+    def low(uppers, rows_ND):
+        used.append(len(rows_ND))
+        products.strips(uppers, rows_ND)
+
+    backend = products.Backend(low, ("cpu",), activations=torch.bfloat16)
+    monkeypatch.setitem(products.BACKENDS, "low", backend)
+    monkeypatch.setattr(products, "_best_time", lambda run, rows: 0.1 if run is low else 1.0)
+    probe = SpectralProbe(model := tiny.litgpt(intermediate_size=256), pooled_only(), ProbeOptions())
+    assert {choice.name for choice in probe.products.values()} == {"strips"}
+    for autocast in (False, True, True):
+        probe.start(seed=0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            model(tiny.ids(20, 32))
+        probe.collect()
+        used.clear()
+        probe.end()
+        assert bool(used) == autocast
+    assert {choice.name for choice in probe.products.values()} == {"low"}
+    probe.remove()

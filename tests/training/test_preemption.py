@@ -65,10 +65,17 @@ def test_signals_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"SLURM_PROCID": "3"}, False),  # srun sets neither RANK nor LOCAL_RANK
         ({"SLURM_PROCID": "0"}, True),
         ({"RANK": "0", "SLURM_PROCID": "3"}, True),  # torchrun inside a job
+        ({"NODE_RANK": "1"}, False),  # the first process of the second node, before Lightning starts its others
+        ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, False),
+        ({"NODE_RANK": "0", "LOCAL_RANK": "1"}, False),
+        ({"GROUP_RANK": "2"}, False),
+        ({"NODE_RANK": "0"}, True),
+        ({"LOCAL_RANK": "1", "SLURM_PROCID": "0"}, False),  # Lightning's launcher inside an interactive job
+        ({"OMPI_COMM_WORLD_RANK": "1"}, False),
     ],
 )
 def test_who_is_first(environment: dict[str, str], first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+    for name in preemption._RANK_NAMES:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -266,3 +266,10 @@ def test_a_foreign_class_is_refused_before_it_is_built(tmp_path: Path) -> None:
     ):
         load("debug", {"callbacks": [touch]})
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("path", ["datasets.load_dataset", "collections.OrderedDict"])
+def test_what_is_no_data_module_is_said_in_a_sentence(tmp_path: Path, path: str) -> None:
+    tree = tiny_tree(tmp_path) | {"data": {"class_path": path}}
+    with pytest.raises(RecipeError, match=f"`data` names `{path}`, which is no data module .*use `HubText`"):
+        load(write_recipe(tmp_path, tree))

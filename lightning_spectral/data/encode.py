@@ -1,0 +1,178 @@
+"""Text blocks to ids: the tokenizer that is trained or taken, and a text of any size encoded in pieces.
+
+A *unit* is about 40 MB of text. Its ids are written to a file of their own as soon as they are known, so that an
+interrupted build encodes none of it again; several processes may encode several units at a time, and the memory is that
+of the units under way.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_spectral.data.corpus import Block
+from lightning_spectral.text import whole_file, write_text
+
+END_OF_TEXT = "<|endoftext|>"
+UNIT_BLOCKS = 2_048  # blocks (40 MB of text) that an interrupted build need not encode again
+
+_ENCODE_BLOCKS = 256  # blocks that the tokenizer gets at once
+_TOKENIZER_CHARS = 200_000_000  # a tokenizer is trained on no more text than this, from the beginning
+_REPORT_S = 10.0
+
+_Tokens = dict[str, NDArray[Any]]
+
+
+def encoded_units(
+    folder: Path, stream: Iterator[Block], encode: Encoder, say: Callable[[str], None], num_proc: int = 1
+) -> Iterator[_Tokens]:
+    """Training and held-out tokens of one unit of blocks after the other; a finished unit is read, not encoded.
+
+    Args:
+        folder: Where units are kept, and the tokenizer lies.
+        stream: The blocks.
+        encode: The tokenizer.
+        say: Told now and then how far it is.
+        num_proc: Processes that encode, beside the one that reads.
+    """
+    told, began, chars = time.monotonic(), time.monotonic(), 0
+    with _workers(folder, encode, num_proc) as submit:
+        for size, tokens in _in_order(folder, stream, submit, num_proc):
+            yield tokens
+            chars += size
+            if time.monotonic() - told > _REPORT_S:
+                told = time.monotonic()
+                rate = chars / 1e6 / (told - began)
+                say(f"tokenising: {chars / 1e6:,.0f} million characters so far, {rate:.1f} million a second.")
+
+
+def _in_order(
+    folder: Path, stream: Iterator[Block], submit: Callable[..., Future[None]], num_proc: int
+) -> Iterator[tuple[int, _Tokens]]:
+    """Characters and tokens of each unit, in the order of the text; at most ``num_proc`` of them under way."""
+    waiting: deque[tuple[int, Path, Future[None] | None]] = deque()
+    number = 0
+    while unit := list(islice(stream, UNIT_BLOCKS)):
+        file, size = folder / f"unit-{number:06d}.npz", sum(len(block.text) for block in unit)
+        texts = [[block.text for block in unit if block.held_out == held_out] for held_out in (False, True)]
+        waiting.append((size, file, None if file.exists() else submit(file, *texts)))
+        number += 1
+        if len(waiting) >= max(num_proc, 1):
+            yield _finished(*waiting.popleft())
+    while waiting:
+        yield _finished(*waiting.popleft())
+
+
+def _finished(size: int, file: Path, under_way: Future[None] | None) -> tuple[int, _Tokens]:
+    if under_way is not None:
+        under_way.result()
+    with np.load(file) as kept:
+        return size, {name: kept[name] for name in ("train", "validation")}
+
+
+@contextmanager
+def _workers(folder: Path, encode: Encoder, num_proc: int) -> Iterator[Callable[..., Future[None]]]:
+    """A function that encodes a unit into its file: here, or in processes that have loaded the tokenizer once."""
+    if num_proc <= 1:
+
+        def here(file: Path, *texts: list[str]) -> Future[None]:
+            done: Future[None] = Future()
+            _encode_unit(encode, file, *texts)
+            done.set_result(None)
+            return done
+
+        yield here
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_proc, context, initializer=_begin, initargs=(folder,)) as pool:
+        yield lambda file, *texts: pool.submit(_encode_in_worker, file, *texts)
+
+
+_of_worker: dict[str, Encoder] = {}
+
+
+def _begin(folder: Path) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism
+    _of_worker["encode"] = Encoder(folder)
+
+
+def _encode_in_worker(file: Path, *texts: list[str]) -> None:
+    _encode_unit(_of_worker["encode"], file, *texts)
+
+
+def _encode_unit(encode: Encoder, file: Path, train: list[str], validation: list[str]) -> None:
+    tokens = {"train": encode(train), "validation": encode(validation)}
+    with whole_file(file) as partial, partial.open("wb") as content:
+        np.savez(content, **tokens)  # type: ignore[arg-type]
+
+
+def train_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None:
+    """Train a byte-level BPE on the beginning of a text and write it as litgpt reads it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    def beginning() -> Iterator[str]:
+        chars = 0
+        for text in texts:
+            yield text
+            chars += len(text)
+            if chars >= _TOKENIZER_CHARS:
+                return
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(beginning(), trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    # last: with it the tokenizer is whole
+    write_text(folder / "tokenizer_config.json", json.dumps({**about, "add_bos_token": False}, indent=2) + "\n")
+
+
+class Encoder:
+    """Text blocks to ids with whatever backend litgpt finds in a tokenizer folder."""
+
+    def __init__(self, folder: Path) -> None:
+        from litgpt.tokenizer import Tokenizer
+
+        self._tokenizer = Tokenizer(folder)
+        self._fast = self._tokenizer.backend == "huggingface"
+        processor = self._tokenizer.processor
+        self.vocab_size = (
+            processor.get_vocab_size(with_added_tokens=True) if self._fast else int(self._tokenizer.vocab_size)
+        )
+        # documents are told apart by the tokenizer's own end-of-text token, where it has one that text can spell
+        end = (
+            processor.id_to_token(self._tokenizer.eos_id) if self._fast and self._tokenizer.eos_id is not None else None
+        )
+        self.separator = end or "\n\n"
+        self.dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
+
+    def __call__(self, blocks: list[str]) -> NDArray[Any]:
+        """Ids of the blocks, one after the other."""
+        parts: list[NDArray[Any]] = [np.zeros(0, dtype=self.dtype)]
+        for first in range(0, len(blocks), _ENCODE_BLOCKS):
+            chunk = blocks[first : first + _ENCODE_BLOCKS]
+            if self._fast:
+                rows = [row.ids for row in self._tokenizer.processor.encode_batch_fast(chunk, add_special_tokens=False)]
+            else:
+                rows = self._tokenizer.processor.encode(chunk)
+            parts += [np.asarray(row, dtype=self.dtype) for row in rows]
+        return np.concatenate(parts)

@@ -1,0 +1,81 @@
+"""A data set of the Hugging Face hub, or a folder that ``datasets.load_dataset`` reads, as a stream of documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from lightning_spectral.data.corpus import Corpus, texts_of
+from lightning_spectral.data.files import digest_of
+from lightning_spectral.text import one_line
+
+
+@dataclass(frozen=True)
+class HubCorpus(Corpus):
+    """Splits of a data set; nothing is downloaded but what is read.
+
+    Attributes:
+        dataset: ``owner/name``, or a folder.
+        config: Configuration of the data set, if it has several.
+        split: What is trained on.
+        held_out_split: What is validated on; empty for every 18th block of ``split``.
+        revision: Commit, tag or branch.
+    """
+
+    files: tuple[Path, ...] = ()
+    dataset: str = ""
+    config: str | None = None
+    split: str = "train"
+    held_out_split: str = ""
+    revision: str | None = None
+
+    @property
+    def where(self) -> str:
+        """Where it is, for a message."""
+        return f"split `{self.split}` of the data set `{self.dataset}`"
+
+    @property
+    def names(self) -> list[str]:
+        """What it is made of."""
+        return [f"{self.dataset}:{self.config or ''}:{self.split}"]
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether a split is validated on."""
+        return bool(self.held_out_split)
+
+    def pieces(self, *, held_out: bool = False) -> Iterator[tuple[int, str]]:
+        """Documents in the order of the data set.
+
+        Raises:
+            ValueError: If it cannot be read, or has no such split or column.
+        """
+        import datasets
+
+        split = self.held_out_split if held_out else self.split
+        try:
+            rows = datasets.load_dataset(self.dataset, self.config, split=split, revision=self.revision, streaming=True)
+            yield from enumerate(texts_of(rows, self.text_column, [f"{self.dataset} ({split})"]))
+        except (OSError, datasets.exceptions.DatasetsError, ValueError) as error:
+            raise ValueError(
+                f"cannot read split `{split}` of the data set `{self.dataset}`: {one_line(error)}"
+            ) from error
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names and the commit, or over the files of a folder: another state of it is another corpus."""
+        parts = [self.dataset, self.config or "", self.split, self.held_out_split, self.text_column, self._state()]
+        return sha256("\0".join(parts).encode()).hexdigest()
+
+    def _state(self) -> str:
+        folder = Path(self.dataset)
+        if folder.is_dir():
+            files = sorted(file for file in folder.rglob("*") if file.is_file())
+            return ",".join(f"{file.relative_to(folder)}:{digest_of(file)}" for file in files)
+        from huggingface_hub import HfApi
+
+        try:
+            return str(HfApi().dataset_info(self.dataset, revision=self.revision).sha)
+        except (OSError, ValueError):  # offline: what the cache of `datasets` holds
+            return self.revision or "main"

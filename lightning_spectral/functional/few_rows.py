@@ -1,0 +1,148 @@
+"""The spectrum behind a sample of few rows, and what more rows of the same kind would have shown.
+
+Rows ``x_i = sqrt(tau_i) C^(1/2) z_i``, N of them with D features, both large, show the eigenvalues of C through a noise
+that is known (Marchenko and Pastur 1967; with row weights tau, Paul and Silverstein 2009). With
+``A(s) = mean of 1 / (l + s)`` over the D eigenvalues l of the sample covariance and t the eigenvalues of C,
+
+    s A(s) = mean_t 1 / (1 + t g / s),   g = mean_i tau_i / (1 + tau_i e),   e g = (D / N) (1 - s A(s)),   all s > 0.
+
+The last two give e and g from the sample; the first is linear in the distribution of t, which a non-negative
+least-squares fit on a grid gives back from fewer rows than features (after El Karoui 2008). The other way round they
+say what any number of rows shows, and the entropy follows from A alone, by
+``l ln l = integral over s of l / (1 + s) - 1 + s / (l + s)``.
+
+Activations need the weights: a nonlinearity such as relu^2 makes some rows ten times as long as others.
+
+Axes: N rows, D features, M eigenvalues, J values of the grid, S places where A is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_GRID, _PLACES, _NODES = 100, 60, 200
+_MAX_WEIGHTS = 64  # of rows: more are replaced by quantiles
+_HALVINGS = 44  # of the interval that a solution lies in: to 1e-11 of it
+_SMALLEST = 1e-3  # eigenvalue told apart from 0, over the mean one
+
+
+@dataclass(frozen=True)
+class Population:
+    """What rows are drawn from.
+
+    Attributes:
+        values_J: Eigenvalues of the covariance, over the mean eigenvalue.
+        masses_J: Share of the D eigenvalues that is each; they sum to 1.
+        weights_N: Weights tau of the rows, mean 1.
+        width: D.
+    """
+
+    values_J: Tensor
+    masses_J: Tensor
+    weights_N: Tensor
+    width: int
+
+    @property
+    def entropy(self) -> float:
+        """Spectral entropy, nats; ``exp`` of it is the soft rank of endlessly many rows."""
+        return math.log(self.width) - float((self.masses_J * self.values_J * self.values_J.log()).sum())
+
+
+def population(eigs_M: Float[Tensor, " M"], norms_N: Float[Tensor, " N"], width: int, hard_rank: float) -> Population:
+    """What a sample was drawn from.
+
+    Args:
+        eigs_M: Eigenvalues of the sample covariance (or Gram) matrix, >= 0, in any order and up to one factor.
+        norms_N: Squared norm of each row about the mean.
+        width: D.
+        hard_rank: Unbiased participation ratio: how much norms differ without weights.
+
+    Raises:
+        ValueError: If there are fewer than 4 rows, or no eigenvalue is above 0.
+    """
+    if len(norms_N) < 4 or not float(eigs_M.sum()) > 0:
+        raise ValueError(f"a spectrum needs at least 4 rows that differ, got {len(norms_N)}.")
+    freedom = len(norms_N) - 1
+    eigs_M = eigs_M.detach().double().cpu().sort(descending=True).values[: min(freedom, width)]
+    eigs_M = eigs_M * (width / eigs_M.sum())  # the mean over D is 1
+    weights_N = _weights(norms_N.detach().double().cpu(), hard_rank)
+    largest = float(eigs_M[0])
+    places_S = _between(1e-2 * min(1.0, width / freedom), 3 * largest, _PLACES)
+    # s A(s), without the digits lost in 1 - (1 - x)
+    rest_S = (eigs_M / (eigs_M + places_S.unsqueeze(1))).sum(1) / width
+    product_S = (rest_S * width / freedom).clamp(max=1 - 1e-9)  # e g
+
+    def too_large(log_e_S: Tensor) -> Tensor:
+        taken_SN = weights_N * log_e_S.exp().unsqueeze(1)
+        return (taken_SN / (1 + taken_SN)).mean(1) > product_S
+
+    e_S = _root(too_large, torch.full_like(places_S, -60), torch.full_like(places_S, 60)).exp()
+    ratio_S = product_S / e_S / places_S  # g / s
+    values_J = _between(_SMALLEST, 1.5 * largest, _GRID)
+    seen_SJ = values_J * ratio_S.unsqueeze(1)
+    seen_SJ = seen_SJ / (1 + seen_SJ)  # 1 - 1 / (1 + t g / s)
+    sums_2J = 100 * torch.stack([torch.ones_like(values_J), values_J])  # total mass 1, mean 1
+    masses_J = _non_negative(
+        torch.cat([seen_SJ / rest_S.unsqueeze(1), sums_2J]),
+        torch.cat([torch.ones_like(rest_S), torch.full((2,), 100.0, dtype=torch.float64)]),
+    )
+    kept = masses_J > 0
+    values_J, masses_J = values_J[kept], masses_J[kept] / masses_J.sum()
+    return Population(values_J / (values_J @ masses_J), masses_J, weights_N, width)
+
+
+def entropy_of_rows(behind: Population, num_rows: int) -> float:
+    """Spectral entropy, nats, that a sample of this many rows shows on average."""
+    freedom, values_J = max(num_rows - 1, 1), behind.values_J
+    nodes_S = _between(1e-7, 1e7 * float(values_J.max()), _NODES)
+    gain = behind.width / freedom
+
+    def g_of(e_S: Tensor) -> Tensor:
+        return (behind.weights_N / (1 + behind.weights_N * e_S.unsqueeze(1))).mean(1)
+
+    def too_large(log_e_S: Tensor) -> Tensor:
+        e_S = log_e_S.exp()
+        held_SJ = values_J / (nodes_S.unsqueeze(1) + values_J * g_of(e_S).unsqueeze(1))
+        return e_S > gain * (held_SJ * behind.masses_J).sum(1)
+
+    low, high = torch.full_like(nodes_S, -60), torch.full_like(nodes_S, 60)
+    e_S = _root(too_large, low, high).exp()
+    held_SJ = nodes_S.unsqueeze(1) / (nodes_S.unsqueeze(1) + values_J * g_of(e_S).unsqueeze(1))
+    heights_S = (1 / (1 + nodes_S) - 1 + (held_SJ * behind.masses_J).sum(1)) * nodes_S  # over ln s
+    return math.log(behind.width) - float(torch.trapezoid(heights_S, nodes_S.log()))
+
+
+def _weights(norms_N: Tensor, hard_rank: float) -> Tensor:
+    """Weights of rows from their norms, which differ by 2 / hard rank (relative variance) without any weights."""
+    logs_N = (norms_N / norms_N.mean()).clamp(min=1e-6).log()
+    variance = float((norms_N / norms_N.mean()).var())
+    own = max(0.0, 1 - 2 / max(hard_rank, 1.0) / max(variance, 1e-12))
+    weights_N = (logs_N * math.sqrt(own)).exp()
+    if len(weights_N) > _MAX_WEIGHTS:
+        ranks = (torch.arange(_MAX_WEIGHTS, dtype=torch.float64) + 0.5) / _MAX_WEIGHTS
+        weights_N = torch.quantile(weights_N, ranks)
+    return weights_N / weights_N.mean()
+
+
+def _root(too_large: Callable[[Tensor], Tensor], low_S: Tensor, high_S: Tensor) -> Tensor:
+    for _ in range(_HALVINGS):
+        middle_S = (low_S + high_S) / 2
+        above_S = too_large(middle_S)
+        low_S, high_S = torch.where(above_S, low_S, middle_S), torch.where(above_S, middle_S, high_S)
+    return (low_S + high_S) / 2
+
+
+def _between(low: float, high: float, num: int) -> Tensor:
+    return torch.logspace(math.log10(low), math.log10(high), num, dtype=torch.float64)
+
+
+def _non_negative(matrix: Tensor, right: Tensor) -> Tensor:
+    from scipy.optimize import nnls
+
+    return torch.from_numpy(nnls(matrix.numpy(), right.numpy(), maxiter=50 * matrix.shape[1])[0])

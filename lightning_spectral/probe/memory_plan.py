@@ -1,0 +1,159 @@
+"""Whether a window fits into the memory it is allowed, and what is done where it does not.
+
+All rows as moments is exact and takes ``9/16 D^2`` numbers a site and group on every rank. Where that is too much, an
+even sample of the rows is kept instead, each layer's owner computes ranks from it
+(:mod:`~lightning_spectral.functional.row_ranks`), and every record states its error.
+
+Peak of a sample on one rank, in bytes: what hooks hold of a micro-batch and what is kept of the window, at most
+``2 N / R`` rows of every site, and at the owner one layer's rows with their products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_spectral.models.stacks import Site
+
+if TYPE_CHECKING:
+    from lightning_spectral.probe.probe import SpectralProbe
+
+DEFAULT_SHARE = 0.25  # of the memory that is free when training starts
+MAX_ROWS = 4_096  # more make the owner's eigenvalue problem the bottleneck
+MIN_ROWS = 256
+EXPERTS_OF_A_TOKEN = 8  # taken for the number of a layer's experts that a token is sent to
+_STEP = 64
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How the rows of a window are held.
+
+    Attributes:
+        limit_mib: What may be used on each rank.
+        needed_mib: Peak by this module's accounting.
+        num_rows: Rows of the sample over all ranks; ``None`` for all rows, as moments.
+        rows_per_rank: Of them, on one rank.
+        limit_bytes: Memory of the rows kept on one rank.
+    """
+
+    limit_mib: float
+    needed_mib: float
+    num_rows: int | None = None
+    rows_per_rank: int = 0
+    limit_bytes: float = 0.0
+
+    def __str__(self) -> str:
+        if self.num_rows is None:
+            return f"all rows, {self.needed_mib:,.0f} of {self.limit_mib:,.0f} MiB"
+        return (
+            f"an even sample of {self.num_rows:,} rows a window, {self.needed_mib:,.0f} of {self.limit_mib:,.0f} MiB "
+            "on each rank (all rows do not fit): hard ranks unbiased, soft ranks estimated, the error of both in each "
+            "record (`extra`); no Renyi ranks, spectra or reinjection. For exact numbers raise `memory_limit_mib`"
+        )
+
+
+def sample_mib(widths: Sequence[int], num_rows: int, world_size: int, item_bytes: int) -> float:
+    """Peak of a sample of this many rows on one rank, MiB.
+
+    Args:
+        widths: Features of every site.
+        num_rows: Rows over all ranks.
+        world_size: Ranks that share them.
+        item_bytes: Of one number of a row.
+    """
+    per_rank = -(-num_rows // world_size)
+    kept = per_rank * sum(widths) * item_bytes
+    widest, side = max(widths), min(num_rows, max(widths))
+    # the rows gathered and in fp32 about their mean, one product, and what the solver takes beside it
+    solve = num_rows * widest * (2 * item_bytes + 8) + 4 * side * side * 4
+    return (2 * kept + solve) / 2**20
+
+
+def choose(
+    widths: Sequence[int],
+    moments_mib: float,
+    limit_mib: float,
+    *,
+    world_size: int,
+    item_bytes: int,
+) -> MemoryPlan | None:
+    """The most exact way that fits; ``None`` if even :data:`MIN_ROWS` rows do not.
+
+    Args:
+        widths: Features of every site.
+        moments_mib: What all rows take.
+        limit_mib: What may be used.
+        world_size: Ranks whose rows are added.
+        item_bytes: Of one number of a row: 2 under bf16.
+    """
+    if moments_mib <= limit_mib:
+        return MemoryPlan(limit_mib, moments_mib)
+    for num_rows in range(MAX_ROWS, MIN_ROWS - 1, -_STEP):
+        needed = sample_mib(widths, num_rows, world_size, item_bytes)
+        if needed <= limit_mib:
+            per_rank = -(-num_rows // world_size)
+            return MemoryPlan(limit_mib, needed, num_rows, per_rank, per_rank * sum(widths) * item_bytes)
+    return None
+
+
+def plan_of(
+    probe: SpectralProbe, limit_mib: float, world_size: int, *, twice: bool = False, needs_all: bool = False
+) -> MemoryPlan | None:
+    """The plan for one probe; ``None`` where a width is not known before the first forward.
+
+    Args:
+        probe: What is measured.
+        limit_mib: What may be used on each rank.
+        world_size: Ranks whose rows are added.
+        twice: One window is solved while the next one fills.
+        needs_all: Something that a sample does not give is asked for.
+
+    Raises:
+        ValueError: If nothing fits.
+    """
+    moments_mib = probe.state_mib
+    if moments_mib is None:
+        return None
+    moments_mib *= 2 if twice else 1
+    item_bytes = 2 if probe.row_dtype in (torch.bfloat16, torch.float16) else 4
+    plan = choose(row_widths(probe.sites), moments_mib, limit_mib, world_size=world_size, item_bytes=item_bytes)
+    if plan is None or (needs_all and plan.num_rows is not None):
+        least = sample_mib(row_widths(probe.sites), MIN_ROWS, world_size, item_bytes)
+        sample = "`eigenvalues=True` needs them all" if needs_all else f"a sample of {MIN_ROWS} takes {least:.1f} MiB"
+        raise ValueError(
+            f"all rows of a window need {moments_mib:.1f} MiB ({len(probe.sites)} sites x {probe.buckets.num_groups} "
+            f"groups x 9/16 D^2 x 4 bytes), {sample}, `memory_limit_mib` allows {limit_mib:.1f}: raise it, measure "
+            "fewer layers (`modules=[...]`), one site, or fewer jackknife groups."
+        )
+    return plan
+
+
+def row_widths(sites: Sequence[Site]) -> list[int]:
+    """Features of every site that one token reaches: of a layer's experts a few."""
+    plain = [site.width for site in sites if site.width and not site.is_routed]
+    routed: dict[tuple[str, int, str], list[int]] = {}
+    for site in sites:
+        if site.width and site.is_routed:
+            routed.setdefault((site.stack, site.layer, site.site), []).append(site.width)
+    return plain + [width for experts in routed.values() for width in experts[:EXPERTS_OF_A_TOKEN]]
+
+
+def default_limit_mib(device: torch.device, num_local_processes: int = 1) -> float:
+    """A quarter of the memory that is free: of the accelerator, or of this machine divided by its processes."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return DEFAULT_SHARE * free / 2**20
+    return DEFAULT_SHARE * _available_bytes() / max(num_local_processes, 1) / 2**20
+
+
+def _available_bytes() -> float:
+    try:
+        with open("/proc/meminfo") as file:
+            found = next(line for line in file if line.startswith("MemAvailable:"))
+        return float(found.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return 8 * 2.0**30  # a machine that does not say: take it for a small one

@@ -1,0 +1,119 @@
+"""Which step a checkpoint is of, by what lies beside it and by its name; never guessed.
+
+``step1000``, ``step-00000008``, ``epoch=0-step=100.ckpt``, ``checkpoint-500``, ``global_step12``, ``iter-000100`` and
+``stage1-step10000-tokens42B`` are names that people use; a Hugging Face Trainer leaves ``trainer_state.json``.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_STEP = re.compile(
+    r"(?:^|[^a-z])(?:global[-_]?)?(?:steps?|iter|checkpoint|ckpt|update)[-_=]?(\d+)([km]?)(?![a-z\d])", re.I
+)
+_TOKENS = re.compile(r"(?:^|[^a-z])tokens?[-_=]?(\d+(?:\.\d+)?)([kmbt]?)(?![a-z\d])", re.I)
+_SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_WEIGHTS = ("lit_model.pth", "*.safetensors", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a checkpoint's training was; ``None`` where nothing says."""
+
+    step: int | None = None
+    tokens: int | None = None
+
+
+def progress_of(checkpoint: Path) -> Progress:
+    """Step and tokens by ``trainer_state.json``, else by the name of the file or folder."""
+    found = _progress_of_name(checkpoint.name)
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        step, tokens = state.get("global_step"), state.get("num_input_tokens_seen")
+    except (OSError, ValueError, AttributeError):
+        return found
+    step = step if isinstance(step, int) else found.step
+    return Progress(step, tokens if isinstance(tokens, int) and tokens > 0 else found.tokens)
+
+
+def _progress_of_name(name: str) -> Progress:
+    step, tokens = _STEP.findall(name), _TOKENS.findall(name)
+    return Progress(
+        int(step[-1][0]) * _SCALE[step[-1][1].lower()] if step else None,
+        round(float(tokens[-1][0]) * _SCALE[tokens[-1][1].lower()]) if tokens else None,
+    )
+
+
+def find_checkpoints(patterns: Sequence[str]) -> list[Path]:
+    """Checkpoints behind paths, globs and folders of checkpoints; each model's by step.
+
+    Raises:
+        FileNotFoundError: If one of them leads to none.
+    """
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        text = str(Path(pattern).expanduser())
+        paths = [Path(text)] if Path(text).exists() else sorted(map(Path, glob.glob(text, recursive=True)))
+        inside = [checkpoint for path in paths for checkpoint in _checkpoints_in(path)]
+        if not inside:
+            raise FileNotFoundError(
+                f"no checkpoint at `{pattern}`: give a litgpt folder (`lit_model.pth`), a `.ckpt` of `pretrain`, a "
+                "Hugging Face folder (`config.json`, `*.safetensors`), a glob of them, or a folder that holds them."
+            )
+        found |= dict.fromkeys(_in_order(inside))
+    return list(found)
+
+
+def _checkpoints_in(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path] if path.suffix == ".ckpt" or path.name == "lit_model.pth" else []
+    if _is_checkpoint(path):
+        return [path]
+    inside = [file if file.suffix == ".ckpt" else file.parent for name in _WEIGHTS for file in path.rglob(name)]
+    return [one for one in dict.fromkeys(inside) if one.is_file() or _is_checkpoint(one)]
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "lit_model.pth").is_file() or (folder / "config.json").is_file()
+
+
+def _in_order(checkpoints: Iterable[Path]) -> list[Path]:
+    return sorted(checkpoints, key=lambda path: (str(path.parent), progress_of(path).step or 0, path.name))
+
+
+def folders_of(checkpoints: Sequence[Path], out: Path) -> dict[Path, list[Path]]:
+    """The run folder that each checkpoint's records go to.
+
+    Checkpoints of one parent folder whose steps are known and differ are one model at several steps: one run folder,
+    named as the parent. Every other checkpoint has a run folder of its own.
+    """
+    by_parent: dict[Path, list[Path]] = {}
+    for checkpoint in checkpoints:
+        by_parent.setdefault(checkpoint.absolute().parent, []).append(checkpoint)
+    names = _short_names(list(by_parent))
+    folders: dict[Path, list[Path]] = {}
+    for parent, members in by_parent.items():
+        steps = [progress_of(member).step for member in members]
+        if len(set(steps)) == len(members) and None not in steps and len(members) > 1:
+            folders[out / names[parent]] = members
+        else:
+            folders |= {out / names[parent] / _stem(member): [member] for member in members}
+    return folders
+
+
+def _short_names(parents: Sequence[Path]) -> dict[Path, Path]:
+    """Each folder without what all of them begin with, but never empty."""
+    split = [parent.parts for parent in parents]
+    shared = 0
+    while all(len(parts) > shared + 1 for parts in split) and len({parts[shared] for parts in split}) == 1:
+        shared += 1
+    return {parent: Path(*parent.parts[shared:]) for parent in parents}
+
+
+def _stem(checkpoint: Path) -> str:
+    return checkpoint.stem if checkpoint.is_file() else checkpoint.name

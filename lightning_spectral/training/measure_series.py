@@ -1,0 +1,152 @@
+"""Many checkpoints in one call: one run folder a model, its steps in order, what is measured already skipped.
+
+Interrupted at any moment it goes on where it was; a checkpoint that cannot be read is named at the end and does not
+keep the others. With ``workers`` models are measured side by side, each worker with its share of the threads.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning_spectral import records
+from lightning_spectral.data.corpus import Corpus
+from lightning_spectral.text import one_line
+from lightning_spectral.training.checkpoint_names import folders_of, progress_of
+from lightning_spectral.training.measure import asked, measure_checkpoint
+
+
+@dataclass
+class SeriesResult:
+    """What became of the checkpoints.
+
+    Attributes:
+        folders: Run folders with records, one a model.
+        measured: Checkpoints that were measured in this call.
+        skipped: How many had been measured before.
+        failed: Checkpoints that could not be, with the reason.
+    """
+
+    folders: list[Path] = field(default_factory=list)
+    measured: list[Path] = field(default_factory=list)
+    skipped: int = 0
+    failed: list[tuple[Path, str]] = field(default_factory=list)
+
+
+def measure_series(
+    checkpoints: Sequence[Path],
+    corpus: Corpus,
+    out: Path,
+    *,
+    workers: int = 1,
+    report: Callable[[str], None] | None = None,
+    **options: Any,
+) -> SeriesResult:
+    """Measure checkpoints on one text.
+
+    Args:
+        checkpoints: From :func:`~lightning_spectral.training.checkpoint_names.find_checkpoints`.
+        corpus: The text.
+        out: Folder of the run folders.
+        workers: Processes side by side, one model each.
+        report: Told of every checkpoint that is done.
+        options: Of :func:`~lightning_spectral.training.measure.measure_checkpoint`.
+
+    Raises:
+        ValueError: If a run folder holds records of another text or other settings.
+    """
+    say = report or (lambda _: None)
+    folders = folders_of(checkpoints, out)
+    result = SeriesResult(list(folders))
+    waiting: list[tuple[Path, Path]] = []
+    now = asked(corpus, **options)
+    for folder, members in folders.items():
+        _refuse_other_settings(folder, now)
+        done = _steps_in(folder)
+        for member in members:
+            known = progress_of(member).step
+            if known in done or (len(members) == 1 and done):
+                result.skipped += 1
+            else:
+                waiting.append((member, folder))
+    if result.skipped:
+        say(f"{result.skipped} of {len(checkpoints)} checkpoint(s) are measured already.")
+    by_folder: dict[Path, list[Path]] = {}
+    for member, folder in waiting:
+        by_folder.setdefault(folder, []).append(member)
+    measure = partial(_measure_members, corpus=corpus, options=options)
+    for folder, outcomes in _outcomes(by_folder, measure, workers):
+        for member, reason in outcomes:
+            say(f"{member}: {reason or f'records in `{folder}`'}")
+            if reason:
+                result.failed.append((member, reason))
+            else:
+                result.measured.append(member)
+    return result
+
+
+def _outcomes(by_folder: dict[Path, list[Path]], measure: Callable[..., Any], workers: int) -> Any:
+    """(folder, what became of its members), as each is done."""
+    if workers <= 1 or len(by_folder) <= 1:
+        for folder, members in by_folder.items():
+            for member in members:
+                yield folder, measure(folder, [member])
+        return
+    count = min(workers, len(by_folder))
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, (os.cpu_count() or 1) // count)
+    with ProcessPoolExecutor(count, context, initializer=_begin, initargs=(threads,)) as pool:
+        futures = {pool.submit(measure, folder, members): folder for folder, members in by_folder.items()}
+        for future in as_completed(futures):
+            folder = futures[future]
+            try:
+                yield folder, future.result()
+            except Exception as error:  # the worker died: what it had not measured is measured by the next call
+                yield folder, [(folder, f"its worker died ({one_line(error) or type(error).__name__}): call again.")]
+
+
+def _begin(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _measure_members(
+    folder: Path, members: Sequence[Path], *, corpus: Corpus, options: dict[str, Any]
+) -> list[tuple[Path, str]]:
+    """Each member and why it could not be measured; empty if it was."""
+    outcomes = []
+    for member in members:
+        try:
+            measure_checkpoint(member, corpus, folder, resume=True, **options)
+            outcomes.append((member, ""))
+        except (ValueError, FileNotFoundError) as error:
+            outcomes.append((member, one_line(error)))
+    return outcomes
+
+
+def _refuse_other_settings(folder: Path, now: dict[str, str]) -> None:
+    """Records of one folder are of one text, measured alike."""
+    try:
+        before = records.read_run(folder).hparams.get("asked", now)
+    except FileNotFoundError:
+        return
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"`{folder}` holds records of another `{name}` ({before.get(name)}, now {value}): give another `--out`."
+            )
+
+
+def _steps_in(folder: Path) -> set[int | None]:
+    """Steps whose records are whole: the losses are written last."""
+    try:
+        return {record.step for record in records.read_losses(folder).records}
+    except FileNotFoundError:
+        return set()

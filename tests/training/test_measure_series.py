@@ -1,0 +1,171 @@
+"""A series of checkpoints: steps are known or null, one run folder a model, what is done is not done again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_spectral import cli, read_spectral
+from lightning_spectral.data.corpus import Corpus
+from lightning_spectral.records import read_losses
+from lightning_spectral.training import measure_series as series
+from lightning_spectral.training.checkpoint_names import Progress, find_checkpoints, folders_of, progress_of
+from lightning_spectral.training.pretrain import run
+from lightning_spectral.training.recipe import load
+from tests.tiny import LIGHTNING_WARNINGS, tiny_text, tiny_tree, write_recipe
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in LIGHTNING_WARNINGS]
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "tokens"),
+    [
+        ("step1000", 1000, None),
+        ("step-00000008", 8, None),
+        ("epoch=0-step=100.ckpt", 100, None),
+        ("checkpoint-500", 500, None),
+        ("global_step12", 12, None),
+        ("iter-000100-ckpt.ckpt", 100, None),
+        ("stage1-step10000-tokens42B", 10_000, 42 * 10**9),
+        ("step5k", 5_000, None),
+        ("tokens1.5M", None, 1_500_000),
+        ("final", None, None),
+        ("pythia-160m", None, None),
+        ("main", None, None),
+        ("footstep9", None, None),
+        ("step3b", None, None),  # no step, or one of another unit: not guessed
+    ],
+)
+def test_the_step_in_a_name(name: str, step: int | None, tokens: int | None) -> None:
+    assert progress_of(Path("/nowhere") / name) == Progress(step, tokens)
+
+
+def test_a_trainers_own_state_comes_before_the_name(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-500"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 512, "num_input_tokens_seen": 4096}))
+    assert progress_of(folder) == Progress(512, 4096)
+    (folder / "trainer_state.json").write_text("{")
+    assert progress_of(folder) == Progress(500, None)
+
+
+def test_models_at_several_steps_share_a_folder(tmp_path: Path) -> None:
+    names = ["small/step0", "small/step10", "large/step0", "large/step10", "other/main", "other/best"]
+    for name in names:
+        (tmp_path / "hub" / name).mkdir(parents=True)
+        (tmp_path / "hub" / name / "config.json").write_text("{}")
+        (tmp_path / "hub" / name / "model.safetensors").write_bytes(b"")
+    found = find_checkpoints([str(tmp_path / "hub" / "*" / "step*")])
+    assert [str(path.relative_to(tmp_path / "hub")) for path in found] == ["large/step0", "large/step10", *names[:2]]
+    every = find_checkpoints([str(tmp_path / "hub")])
+    assert len(every) == len(names)
+    folders = folders_of(every, Path("out"))
+    assert {str(folder): [m.name for m in members] for folder, members in folders.items()} == {
+        "out/large": ["step0", "step10"],
+        "out/small": ["step0", "step10"],
+        "out/other/best": ["best"],
+        "out/other/main": ["main"],
+    }
+    with pytest.raises(FileNotFoundError, match="no checkpoint at `.*/none\\*`: give a litgpt folder"):
+        find_checkpoints([str(tmp_path / "none*")])
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Three sizes at three steps each, in Hugging Face's form, and a text."""
+    import transformers
+
+    root = tmp_path_factory.mktemp("family")
+    trained = run(load(write_recipe(root, tiny_tree(root))), progress_bar=False)
+    for size in (16, 32, 48):
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            num_hidden_layers=2, hidden_size=size, intermediate_size=3 * size, num_attention_heads=2, vocab_size=300,
+            max_position_embeddings=32, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+        )  # fmt: skip
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for step in (0, 100, 1000):
+            folder = root / "hub" / f"m{size}" / f"step{step}"
+            model.save_pretrained(folder)
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(trained / "final" / name, folder)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.1)
+    (root / "text.txt").write_text(tiny_text(seed=5))
+    return root / "hub", root / "text.txt"
+
+
+def words(hub: Path, text: Path, out: Path) -> list[str]:
+    size = ["--tokens", "320", "--seq_length", "16"]
+    return ["measure", str(hub / "*" / "step*"), "--data", str(text), "--out", str(out), *size]
+
+
+def test_one_call_measures_all_and_a_second_one_what_is_new(family, tmp_path, capsys, monkeypatch):
+    hub, text = family
+    some = tmp_path / "hub"
+    shutil.copytree(hub, some)
+    shutil.move(some / "m16" / "step1000", tmp_path / "later")
+    out = tmp_path / "out"
+    assert cli.main(words(some, text, out)) == 0
+    assert {r.step for r in read_spectral(out / "m16").records} == {0, 100}
+    assert {(r.step, r.stage) for r in read_spectral(out / "m32").records} == {(s, "measure") for s in (0, 100, 1000)}
+    assert "m32" in capsys.readouterr().out
+    shutil.move(tmp_path / "later", some / "m16" / "step1000")
+    calls = []
+    measure = series.measure_checkpoint
+    monkeypatch.setattr(
+        series, "measure_checkpoint", lambda c, *a, **k: (calls.append(Path(c).name), measure(c, *a, **k))
+    )
+    assert cli.main(words(some, text, out)) == 0
+    assert calls == ["step1000"]
+    for folder in ("m16", "m32"):
+        records = read_spectral(out / folder).records
+        assert len({r.key for r in records}) == len(records) == 3 * 2 * 4  # steps, layers, buckets
+        assert len({r.run_id for r in records}) == 1
+        assert {r.step for r in read_losses(out / folder).records} == {0, 100, 1000}
+    assert cli.main([*words(some, text, out)[:-1], "8"]) == 2  # another length of sequences
+    assert "give another `--out`" in capsys.readouterr().err
+
+
+def test_the_laws_of_a_family_come_out_of_its_folders(family, tmp_path, capsys):
+    hub, text = family
+    out = tmp_path / "out"
+    assert cli.main(words(hub, text, out)) == 0
+    capsys.readouterr()
+    assert cli.main(["fit", *(str(out / f"m{size}") for size in (16, 32, 48)), "--format", "json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {(row["site"], row["bucket"]) for row in rows} >= {("post", "pooled"), ("post", "tail")}
+
+
+def test_a_checkpoint_that_cannot_be_read_does_not_keep_the_others(family, tmp_path, capsys):
+    hub, text = family
+    some = tmp_path / "hub"
+    shutil.copytree(hub, some)
+    weights = some / "m16" / "step100" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    assert cli.main(words(some, text, tmp_path / "out")) == 2
+    assert "step100: " in capsys.readouterr().out
+    assert {r.step for r in read_spectral(tmp_path / "out" / "m16").records} == {0, 1000}
+
+
+@pytest.mark.slow
+def test_workers_measure_the_same(family, tmp_path):
+    hub, text = family
+    found = find_checkpoints([str(hub)])
+    results = {}
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        series.measure_series(found, Corpus((text,)), out, workers=workers, num_tokens=320, seq_length=16)
+        results[workers] = {
+            (folder, r.key): (r.hard_rank, r.soft_rank)
+            for folder in ("m16", "m32")
+            for r in read_spectral(out / folder).records
+        }
+    assert results[1].keys() == results[2].keys()
+    for key, values in results[1].items():
+        assert values == pytest.approx(results[2][key], rel=1e-5)

@@ -206,9 +206,11 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 _KINDS: tuple[type[Any], ...] = (SpectralRecord, LossRecord, WeightRecord, AlarmRecord, RunInfo)
 _FIELD_NAMES = {kind.__name__: frozenset(f.name for f in fields(kind)) for kind in _KINDS}
-_TYPES = {
+_TYPES: dict[str, list[tuple[str, type]]] = {
     kind.__name__: [
-        (f.name, dict if f.type.startswith("dict") else str) for f in fields(kind) if f.type.startswith(("dict", "str"))
+        (f.name, dict if str(f.type).startswith("dict") else str)
+        for f in fields(kind)
+        if str(f.type).startswith(("dict", "str"))
     ]
     for kind in _KINDS
 }

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from lightning_spectral.callbacks import FabricSpectralProbe, SpectralRankCallback, TailTokenProbe, UpdateAudience
     from lightning_spectral.callbacks.alarm import SpectralAlarm
     from lightning_spectral.callbacks.huggingface import HuggingFaceProbe
+    from lightning_spectral.callbacks.qk_clip import QKClipCallback
     from lightning_spectral.callbacks.weight_spectrum import WeightSpectrumCallback
     from lightning_spectral.memory.module import AssociativeMemory, AssociativeMemoryDataModule
     from lightning_spectral.memory.recall import FactRecall, FactRecallDataModule
-    from lightning_spectral.optim import AdaMuon, AdamW, Dion, Dion2, Muon, NorMuon
+    from lightning_spectral.optim import SOAP, AdaMuon, AdamW, Dion, Dion2, Muon, MuonH, NorDion2, NorMuon
     from lightning_spectral.probe.observe import observe
     from lightning_spectral.records import SpectralRecord, WeightRecord, read_spectral, read_weights
     from lightning_spectral.report.notebook import show
@@ -35,7 +36,11 @@ _HOME_OF = {
     "FactRecallDataModule": "lightning_spectral.memory.recall",
     "HuggingFaceProbe": "lightning_spectral.callbacks.huggingface",
     "Muon": "lightning_spectral.optim",
+    "MuonH": "lightning_spectral.optim",
+    "NorDion2": "lightning_spectral.optim",
     "NorMuon": "lightning_spectral.optim",
+    "QKClipCallback": "lightning_spectral.callbacks.qk_clip",
+    "SOAP": "lightning_spectral.optim",
     "SpectralAlarm": "lightning_spectral.callbacks.alarm",
     "SpectralRankCallback": "lightning_spectral.callbacks",
     "SpectralRecord": "lightning_spectral.records",
@@ -51,6 +56,7 @@ _HOME_OF = {
 }
 
 __all__ = [
+    "SOAP",
     "AdaMuon",
     "AdamW",
     "AssociativeMemory",
@@ -62,7 +68,10 @@ __all__ = [
     "FactRecallDataModule",
     "HuggingFaceProbe",
     "Muon",
+    "MuonH",
+    "NorDion2",
     "NorMuon",
+    "QKClipCallback",
     "SpectralAlarm",
     "SpectralRankCallback",
     "SpectralRecord",

@@ -29,7 +29,7 @@ class Message:
 
     Attributes:
         matrix: Index.
-        name: ``input``, ``update``, ``momentum_buffer`` or a name of extra state.
+        name: ``input``, what a rule ``also_sees``, ``update``, ``momentum_buffer`` or a name of extra state.
         rectangles: Entries of the matrix, for arrays of its shape.
         spans: Ranges of the array, for extra state.
         offset: Begin, in bytes.
@@ -170,13 +170,14 @@ class Exchange:
 
     def _messages(self, holder: int, i: int, to_owner: bool, offset: int) -> Iterator[Message]:
         matrix, held = self.matrices[i], self.holdings[holder][i]
-        names = ["input"] if to_owner else ["update"]
+        names = ["input", *matrix.rule.also_sees] if to_owner else ["update"]
         if matrix.rule.rewrites_momentum and not to_owner:
             names.append("momentum_buffer")
         count = sum(rectangle.numel for rectangle in held)
         for name in names:
-            yield Message(i, name, held, (), offset, count, matrix.dtype)
-            offset += padded(count * matrix.dtype.itemsize)
+            dtype = matrix.dtype_of(name)
+            yield Message(i, name, held, (), offset, count, dtype)
+            offset += padded(count * dtype.itemsize)
         for name, extra in matrix.extra.items():
             spans = spans_of(held, matrix.shape[1], extra.length)
             count = sum(high - low for low, high in spans)

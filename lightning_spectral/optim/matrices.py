@@ -87,6 +87,10 @@ class Matrix:
         held = local(self.param)
         return self.rule.dtype(self.group, held.dtype, held.device)
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Dtype in which an array of this shape travels; a weight in its own, so that no bit of it is lost."""
+        return local(self.param).dtype if name == "weight" else self.dtype
+
 
 def matrices_of_member(member: Member, rule: MatrixRule) -> list[Matrix]:
     """All matrices of a parameter, also those of which nothing is here."""
@@ -136,14 +140,21 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1)
 
 
-def write_inputs(matrix: Matrix, target: Tensor, grads: dict[int, Tensor], states: States) -> None:
+def entering(matrix: Matrix, name: str, block: Block, grads: dict[int, Tensor], states: States) -> Tensor:
+    """Local entries of what a rule is given: its ``input``, or something that it ``also_sees``."""
+    if name == "weight":
+        return block.of(flat(local(matrix.param)))
+    grad = block.of(flat(grads[id(matrix.param)]))
+    if name == "gradient":
+        return grad
+    momentum = block.of(flat(local(states[matrix.param]["momentum_buffer"])))
+    return matrix.rule.orthogonalizer_input(momentum, grad, matrix.group)
+
+
+def write_inputs(matrix: Matrix, target: Tensor, grads: dict[int, Tensor], states: States, name: str = "input") -> None:
     """Write the local entries of what enters the rule into the M x N ``target``."""
-    momentum = flat(local(states[matrix.param]["momentum_buffer"]))
-    grad = flat(grads[id(matrix.param)])
     for block in matrix.blocks:
-        (r0, r1), (c0, c1) = block.target.rows, block.target.columns
-        entering = matrix.rule.orthogonalizer_input(block.of(momentum), block.of(grad), matrix.group)
-        target[r0:r1, c0:c1].copy_(entering)
+        entries(target, block.target).copy_(entering(matrix, name, block, grads, states))
 
 
 def extra_here(matrix: Matrix, name: str, states: States) -> Tensor:
@@ -204,7 +215,7 @@ class WeightUpdate:
         member = matrix.member
         weight = block.of(self._flat(member))
         lr = member.lr
-        if member.weight_decay != 0:
+        if member.weight_decay != 0 and matrix.rule.decays_weights:
             weight.mul_(1 - lr * member.weight_decay)
         weight.add_(part, alpha=-lr * matrix.rule.shape_factor(matrix.shape, matrix.group))
 

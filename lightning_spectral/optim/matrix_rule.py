@@ -27,6 +27,7 @@ MOMENTUM_STYLES = ("ema", "heavy_ball")
 EPS_STYLES = ("relative", "absolute")
 PEAK_DECAY = 0.999  # of the largest entry that `norm_eps` is relative to
 PRECISIONS = ("auto", "bf16", "fp32", "fp64")
+SEEN = ("gradient", "weight")  # whole matrices that a rule may ask for; each travels like the direction
 
 
 def compute_dtype(precision: str, param_dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -54,6 +55,8 @@ class MatrixRule:
 
     shares_over_replicas = True  # worth sending the result to ranks with a copy instead of repeating the work
     rewrites_momentum = False  # `update_matrices` changes the momentum it is given (Dion's error feedback)
+    decays_weights = True  # decoupled weight decay acts beside the update
+    also_sees: tuple[str, ...] = ()  # names in ``SEEN`` that `update_matrices` gets beside the direction, in `extra`
 
     def extra_state(self, shape: tuple[int, int], group: Group) -> dict[str, int]:
         """Name -> number of fp32 values kept with a matrix; at most M * N. Overriding methods add to it."""
@@ -93,7 +96,7 @@ class MatrixRule:
         Args:
             inputs_BMN: Stacked directions, free to be overwritten.
             extra: Name -> one array per matrix, to be updated in place; with ``rewrites_momentum`` also
-                ``momentum_buffer``, each (M, N).
+                ``momentum_buffer``, and what it ``also_sees``, which is free to be overwritten, each (M, N).
             group: Settings of the parameter group.
         """
         raise NotImplementedError
@@ -107,7 +110,12 @@ def fading(inputs_BMN: Tensor, extra: dict[str, list[Tensor]], group: Group) -> 
     """
     if "peak" not in extra:
         return None
-    largest = torch.linalg.vector_norm(inputs_BMN, float("inf"), dim=(-2, -1)).float()
+    return fading_of(torch.linalg.vector_norm(inputs_BMN, float("inf"), dim=(-2, -1)), extra, group)
+
+
+def fading_of(largest: Tensor, extra: dict[str, list[Tensor]], group: Group) -> Tensor:
+    """``fading`` from the largest magnitudes (B,) alone."""
+    largest = largest.float()
     peaks = torch.maximum(torch.stack(extra["peak"]).view(-1).mul(PEAK_DECAY), largest)
     for kept, peak in zip(extra["peak"], peaks.unbind(0), strict=True):
         kept.copy_(peak.view(1))

@@ -105,6 +105,10 @@ class MatrixStep:
             for matrix, target in zip(run, stacked.unbind(0), strict=True):
                 write_inputs(matrix, target, grads, states)
             extra = {name: [extra_here(m, name, states) for m in run] for name in run[0].extra}
+            for name in run[0].rule.also_sees:
+                extra[name] = list(torch.empty_like(stacked, dtype=run[0].dtype_of(name)).unbind(0))
+                for matrix, target in zip(run, extra[name], strict=True):
+                    write_inputs(matrix, target, grads, states, name)
             if run[0].rule.rewrites_momentum:
                 extra["momentum_buffer"] = [
                     _whole_momentum(m, states, one) for m, one in zip(run, stacked.unbind(0), strict=True)
@@ -116,7 +120,7 @@ class MatrixStep:
                 if run[0].rule.rewrites_momentum:
                     keep_momentum(matrix, states, extra["momentum_buffer"][position])
             update.store()
-            del updates, stacked  # the next batch needs the room
+            del updates, stacked, extra  # the next batch needs the room
 
 
 def _whole_momentum(matrix: Matrix, states: States, direction: Tensor) -> Tensor:

@@ -34,13 +34,21 @@ class NorMuonRule(MatrixRule):
         method, steps = group["orthogonalize"], group["steps"]
         orthogonal_BMN = orthogonalize_stack(inputs_BMN, method, steps, eps=absolute_eps(group))
         if group["normalize"] != "none":
-            _normalize(orthogonal_BMN, extra["neuron_moment"], group)
+            over_columns = _over_columns(orthogonal_BMN.shape[-2:], group)
+            normalize_neurons(orthogonal_BMN, extra["neuron_moment"], group["moment_beta"], over_columns)
         return faded(orthogonal_BMN, factors)
 
 
-def _normalize(orthogonal_BMN: Tensor, moments: list[Tensor], group: Group) -> None:
-    """Divide rows (or columns) by their running RMS in place; the Frobenius norm of every matrix stays."""
-    dim = -1 if _over_columns(orthogonal_BMN.shape[-2:], group) else -2
+def normalize_neurons(orthogonal_BMN: Tensor, moments: list[Tensor], beta: float, over_columns: bool = True) -> None:
+    """Divide rows (or columns) by their running RMS in place; the Frobenius norm of every matrix stays.
+
+    Args:
+        orthogonal_BMN: Orthogonalised directions.
+        moments: A second moment per row (column) of each, moved in place.
+        beta: Decay of the second moments.
+        over_columns: Rows are normalised, by means over columns; False normalises columns.
+    """
+    dim = -1 if over_columns else -2
     sides = orthogonal_BMN.shape[dim]
     # One matrix at a time in fp32: a wide copy of the whole stack would be the largest buffer of the step.
     wide_dtype = torch.promote_types(orthogonal_BMN.dtype, torch.float32)
@@ -50,7 +58,7 @@ def _normalize(orthogonal_BMN: Tensor, moments: list[Tensor], group: Group) -> N
     ]
     mean_square = torch.stack(norms).square_().div_(sides)
     for moment, now in zip(moments, mean_square.unbind(0), strict=True):
-        moment.lerp_(now.reshape(-1).to(moment.dtype), 1 - group["moment_beta"])
+        moment.lerp_(now.reshape(-1).to(moment.dtype), 1 - beta)
     scale = torch.stack(moments).view_as(mean_square).to(wide_dtype).sqrt().add_(_EPS).reciprocal_()
     # ||scale * O||_F needs no second pass over the matrix: the row sums of squares are known already.
     before = mean_square.sum(dim=(-2, -1), keepdim=True)

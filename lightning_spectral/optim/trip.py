@@ -24,6 +24,7 @@ from lightning_spectral.optim.matrices import (
     States,
     WeightUpdate,
     empty_stack,
+    entering,
     entries,
     extra_here,
     flat,
@@ -115,20 +116,18 @@ class Trip:
             matrix = self.exchange.matrices[message.matrix]
             if not self.present[message.matrix]:
                 values.zero_()
-            elif message.name == "input":
-                self._write_inputs(matrix, values)
+            elif message.rectangles:
+                self._write_inputs(matrix, message.name, values)
             else:
                 values.copy_(extra_here(matrix, message.name, self.states))
         return (*self.exchange.send(bucket.inward, outgoing), outgoing)  # type: ignore[return-value]
 
-    def _write_inputs(self, matrix: Matrix, values: Tensor) -> None:
-        momentum = flat(local(self.states[matrix.param]["momentum_buffer"]))
-        grad = flat(self.grads[id(matrix.param)])
+    def _write_inputs(self, matrix: Matrix, name: str, values: Tensor) -> None:
         position = 0
         for block in matrix.blocks:
-            entering = matrix.rule.orthogonalizer_input(block.of(momentum), block.of(grad), matrix.group)
-            values[position : position + entering.numel()].view(entering.shape).copy_(entering)
-            position += entering.numel()
+            part = entering(matrix, name, block, self.grads, self.states)
+            values[position : position + part.numel()].view(part.shape).copy_(part)
+            position += part.numel()
 
     # ---- the rule ----------------------------------------------------------------------------------------------------
 
@@ -154,9 +153,10 @@ class Trip:
         for run, stacked in zip(runs, stacks, strict=True):
             indices = [index_of[id(matrix)] for matrix in run]
             extra = {name: [whole[i, name] for i in indices] for name in run[0].extra}
+            also_sees = {name: [whole.pop((i, name)) for i in indices] for name in run[0].rule.also_sees}
             if run[0].rule.rewrites_momentum:
                 extra["momentum_buffer"] = [one.clone() for one in stacked.unbind(0)]
-            updates = run_rule(run, stacked, extra, self.observe)
+            updates = run_rule(run, stacked, {**extra, **also_sees}, self.observe)
             for position, i in enumerate(indices):
                 self.results[i] = {name: arrays[position] for name, arrays in extra.items()}
                 self.results[i]["update"] = updates[position]
@@ -164,10 +164,13 @@ class Trip:
     def _begin_whole(self, i: int, matrix: Matrix, target: Tensor, whole: dict[tuple[int, str], Tensor]) -> None:
         """What of a matrix is here already."""
         whole[i, "input"] = target
-        if self.present[i]:
-            write_inputs(matrix, target, self.grads, self.states)
-        elif matrix.blocks:
-            target.zero_()
+        for name in matrix.rule.also_sees:
+            whole[i, name] = torch.empty_like(target, dtype=matrix.dtype_of(name))
+        for name in ("input", *matrix.rule.also_sees):
+            if self.present[i]:
+                write_inputs(matrix, whole[i, name], self.grads, self.states, name)
+            elif matrix.blocks:
+                whole[i, name].zero_()
         for name, extra in matrix.extra.items():
             array = torch.zeros(extra.length, dtype=torch.float32, device=self.device)
             if extra.held and self.present[i]:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_spectral.functional.orthogonalize import COEFFICIENTS
-from lightning_spectral.optim import AdaMuon, AdamW, Dion, Dion2, Muon, NorMuon
+from lightning_spectral.optim import SOAP, AdaMuon, AdamW, Dion, Dion2, Muon, MuonH, NorDion2, NorMuon
 from tests.optim.models import TinyLM, train
 
 RULES = {
@@ -19,6 +19,9 @@ RULES = {
     "normuon": lambda m: NorMuon(m, lr=1e-2, weight_decay=0.0),
     "adamuon": lambda m: AdaMuon(m, lr=1e-2, weight_decay=0.0),
     "dion2": lambda m: Dion2(m, lr=1e-2, weight_decay=0.0, fraction=1.0),
+    "nordion2": lambda m: NorDion2(m, lr=1e-2, weight_decay=0.0, fraction=1.0),
+    "muonh": lambda m: MuonH(m, lr=1e-2),
+    "soap": lambda m: SOAP(m, lr=1e-2, weight_decay=0.0),
     "normuon, paper": lambda m: NorMuon.paper(m, weight_decay=0.0),
     # of a low rank it takes 1 / rank_fraction times as long until the momentum is spent
     "dion": lambda m: Dion(m, lr=1e-2, weight_decay=0.0, rank_fraction=1.0),

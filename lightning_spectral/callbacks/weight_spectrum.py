@@ -20,6 +20,9 @@ from lightning_spectral.probe.weight_spectra import WHAT, WeightObserver, Weight
 class WeightSpectrumCallback(Callback):
     """Measure the spectra of a model's matrices while it trains; never changes the training.
 
+    A parameter may hold several matrices: experts, and heads or q, k and v where the optimizer divides them (`split`);
+    these are measured one by one, as ``name[0]``, ``name[1]``, outputs by inputs also where they are kept transposed.
+
     Writes ``weights.jsonl`` into the run folder, one scalar per measure and layer to every logger
     (``spectral_weights.effective_rank.update/layer_03.mlp.proj``) and medians over layers to ``callback_metrics``
     (``spectral_weights/effective_rank.update``).

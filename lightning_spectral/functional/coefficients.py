@@ -57,8 +57,9 @@ def _minimax_quintic(low: float, high: float) -> tuple[Row, float]:
     points = [low, (3 * low + high) / 4, (low + 3 * high) / 4, high]
     error = math.inf
     for _ in range(100):
-        system = torch.tensor([[x, x**3, x**5, (-1.0) ** i] for i, x in enumerate(points)], dtype=torch.float64)
-        a, b, c, new_error = torch.linalg.solve(system, torch.ones(4, dtype=torch.float64)).tolist()
+        powers = [[x, x**3, x**5, (-1.0) ** i] for i, x in enumerate(points)]
+        system = torch.tensor(powers, dtype=torch.float64, device="cpu")
+        a, b, c, new_error = torch.linalg.solve(system, torch.ones_like(system[0])).tolist()
         # Inner extrema are the roots of the derivative a + 3 b x^2 + 5 c x^4.
         root = math.sqrt(9 * b * b - 20 * a * c)
         points[1:3] = [math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c))]
@@ -105,6 +106,38 @@ def _extrema_and_end(a: float, b: float, c: float, low: float, high: float) -> l
     return [high, *(x for x in inner if low < x < high)]
 
 
+@lru_cache(maxsize=64)
+def rows_for_band(steps: int, delta: float) -> tuple[Row, ...]:
+    """The composition of ``steps`` quintics that brings the widest interval [lower, 1] into [1 - delta, 1 + delta].
+
+    Composed minimax polynomials (CANS, arXiv:2506.10935, whose Remez iteration for a band of the orthogonaliser this
+    is): every row is the best on the interval that the rows before it leave, and ``lower`` is found by bisection. So
+    small singular values are lifted as far as a given flatness of the large ones allows.
+
+    Args:
+        steps: Number of rows, >= 1.
+        delta: Half of the band's width, in (0, 1).
+    """
+    low, high = math.log(1e-8), math.log(0.9)
+    for _ in range(30):
+        middle = (low + high) / 2
+        rows = polar_express_rows.__wrapped__(steps, math.exp(middle), cushion=0.0)
+        value = math.exp(middle)
+        for a, b, c in rows:
+            value *= a + value**2 * (b + value**2 * c)
+        low, high = (middle, high) if value < 1 - delta else (low, middle)
+    return polar_express_rows(steps, math.exp(high), cushion=0.0)
+
+
+def turbo_rows(steps: int = 4) -> tuple[Row, ...]:
+    """Rows for a matrix that comes preconditioned (Turbo-Muon, arXiv:2512.04632), computed here: into 1 +- 0.06."""
+    return rows_for_band(steps, 0.06) if steps > 0 else ()
+
+
+def _cans_rows(steps: int) -> tuple[Row, ...]:
+    return rows_for_band(steps, 0.3) if steps > 0 else ()
+
+
 def _muon_then_settle(steps: int) -> tuple[Row, ...]:
     return (_MUON,) * max(steps - 2, 0) + (_SETTLE,) * min(steps, 2)
 
@@ -127,6 +160,14 @@ COEFFICIENTS: dict[str, CoefficientSet] = {
     ),
     "polar_express_frobenius": CoefficientSet(
         polar_express_rows, 5, "frobenius", (0.86, 1.14), 1e-3, "Polar Express, arXiv:2505.16932"
+    ),
+    "cans": CoefficientSet(
+        _cans_rows,
+        5,
+        "frobenius",
+        (0.7, 1.3),
+        5.3e-4,
+        "Chebyshev-type composition for a band of 1 +- 0.3, arXiv:2506.10935 (computed)",
     ),
     "muon": CoefficientSet(
         lambda steps: (_MUON,) * steps,

@@ -23,6 +23,7 @@ from lightning_spectral.functional.coefficients import (
     normalize_singular_values,
     polar_express_rows,
     steps_to_flatten,
+    turbo_rows,
 )
 
 __all__ = [
@@ -44,12 +45,14 @@ __all__ = [
     "same_shape_runs",
     "smoothed_sign",
     "steps_to_flatten",
+    "turbo",
+    "turbo_rows",
     "unit_scale",
 ]
 
 # M rows, N columns, B matrices of one shape
 
-METHODS = (*COEFFICIENTS, "svd", "identity")
+METHODS = (*COEFFICIENTS, "turbo", "svd", "identity")
 _BATCH_WHILE_SHORT_SIDE = 256  # above it one product fills the core and batching only costs cache
 # Of the stack; a larger batch is cut. On a CPU all buffers of a batch should stay in one core's cache (2 MiB here):
 # measured at d=256, 1 MiB is 1.25 times as fast as 16 MiB. A GPU wants few large products.
@@ -132,15 +135,38 @@ def newton_schulz(
     Raises:
         ValueError: If the set is unknown, ``steps`` is negative or ``matrix`` has fewer than two dimensions.
     """
-    _require_matrix(matrix)
     rows, normalizer = coefficient_rows(coefficients, steps), coefficient_set(coefficients).normalizer
+    return _newton_schulz(matrix, rows, normalizer, dtype, overwrite, eps)
+
+
+def turbo(
+    matrix: Tensor,
+    steps: int | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    eps: float = 0.0,
+) -> Tensor:
+    """Turbo-Muon: four quintic steps after an almost-orthogonal preconditioner (arXiv:2512.04632).
+
+    Rows (of wide matrices; columns of tall ones) are divided by ``sqrt(sum_j |X X^T|_ij)``, which bounds the spectral
+    norm by one far closer than the Frobenius norm does where rows are nearly orthogonal. The price: the singular
+    vectors change with it, so that the result is the polar factor of the preconditioned matrix, not of ``matrix``.
+    Rows are computed here, see ``coefficients.turbo_rows``. Arguments as ``newton_schulz``.
+    """
+    return _newton_schulz(matrix, turbo_rows(4 if steps is None else steps), "aol", dtype, overwrite, eps)
+
+
+def _newton_schulz(
+    matrix: Tensor, rows: Sequence[Row], normalizer: str, dtype: torch.dtype | None, overwrite: bool, eps: float
+) -> Tensor:
+    _require_matrix(matrix)
     iterate = matrix.to(matrix.dtype if dtype is None else dtype)
     if iterate.ndim > 3:
         iterate = iterate.flatten(0, -3)
     iterate = _unit_norm(iterate, overwrite, eps)
     if eps > 0 and matrix.shape[-2] > matrix.shape[-1]:
-        return _iterate(iterate.mT, rows, normalizer == "schatten4", False).mT.reshape(matrix.shape)
-    return _iterate(iterate, rows, normalizer == "schatten4", overwrite).reshape(matrix.shape)
+        return _iterate(iterate.mT, rows, normalizer, False).mT.reshape(matrix.shape)
+    return _iterate(iterate, rows, normalizer, overwrite).reshape(matrix.shape)
 
 
 def unit_scale(matrix: Tensor) -> Tensor:
@@ -156,11 +182,16 @@ def unit_scale(matrix: Tensor) -> Tensor:
     return factor.to(matrix.dtype)
 
 
+def answers_at_once(tensor: Tensor) -> bool:
+    """Whether the host may ask for a value: on a GPU it would wait for all that was launched."""
+    return tensor.device.type == "cpu"
+
+
 def _unit_norm(iterate: Tensor, overwrite: bool, eps: float) -> Tensor:
     """Divide (..., M, N) by its Frobenius norm, or by ``eps`` if that is larger."""
     norm: Tensor = torch.linalg.vector_norm(iterate, dim=(-2, -1), keepdim=True)
     low, high = _SAFE_NORMS
-    if norm.device.type == "cpu" and bool(((norm > low) & (norm < high)).all()):  # asking a GPU would stall it
+    if answers_at_once(norm) and bool(((norm > low) & (norm < high)).all()):
         norm = norm.clamp(min=eps)
         return iterate.div_(norm) if overwrite else iterate / norm
     scale = unit_scale(iterate)
@@ -195,7 +226,7 @@ def orthogonalize(
 
     Args:
         matrices: Each (M, N), any floating dtype; never modified.
-        method: A name in ``COEFFICIENTS``, ``"svd"`` (exact, slow) or ``"identity"`` (no change: momentum SGD).
+        method: A name in ``COEFFICIENTS``, ``"turbo"``, ``"svd"`` (exact, slow) or ``"identity"`` (momentum SGD).
         steps: Steps of the iteration; the set's own number when None.
         dtype: Precision of the products; that of each matrix when None. ``"svd"`` computes in fp64 always.
         batch: False takes one matrix at a time, whatever its size.
@@ -235,6 +266,8 @@ def orthogonalize_stack(
         return stacked_BMN
     if method == "svd":
         return polar_svd(stacked_BMN)
+    if method == "turbo":
+        return turbo(stacked_BMN, steps, dtype, overwrite=True, eps=eps)
     if stacked_BMN.shape[0] == 1:  # the 2-D product has less overhead than a batch of one
         return newton_schulz(stacked_BMN[0], method, steps, dtype, overwrite=True, eps=eps).unsqueeze(0)
     return newton_schulz(stacked_BMN, method, steps, dtype, overwrite=True, eps=eps)
@@ -275,7 +308,7 @@ def same_shape_runs(
     return runs
 
 
-def _iterate(iterate: Tensor, rows: Sequence[Row], schatten4: bool, overwrite: bool) -> Tensor:
+def _iterate(iterate: Tensor, rows: Sequence[Row], normalizer: str, overwrite: bool) -> Tensor:
     """Apply the rows to (M, N) or (B, M, N) of Frobenius norm at most one.
 
     The Gram matrix is that of the short side, so a wide iterate is multiplied from the left and a tall one from the
@@ -291,7 +324,12 @@ def _iterate(iterate: Tensor, rows: Sequence[Row], schatten4: bool, overwrite: b
         polynomial_out = torch.empty_like(gram_out)
     for step, (a, b, c) in enumerate(rows):
         gram = multiply(*((iterate.mT, iterate) if tall else (iterate, iterate.mT)), out=gram_out)
-        if step == 0 and schatten4:
+        if step == 0 and normalizer == "aol":
+            # At most one by Gershgorin: no row of the scaled Gram matrix sums to more.
+            scale = gram.abs().sum(dim=-1, keepdim=True).clamp(min=_TINY).rsqrt()
+            gram = gram.mul_(scale).mul_(scale.mT)
+            iterate = iterate * (scale.mT if tall else scale)
+        if step == 0 and normalizer == "schatten4":
             # ||X X^T||_F = sum s^4: its root bounds s_max^2 far closer than ||X||_F^2 does, at the price of one pass.
             square = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True).clamp(min=_TINY)
             if overwrite:

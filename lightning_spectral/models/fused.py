@@ -59,6 +59,28 @@ def parts_of(place: Place, views: Views, by_head: bool) -> tuple[Part, ...] | No
     return tuple(single for part in parts for single in _chop(part, heads.size))
 
 
+def is_fused_name(name: str) -> bool:
+    """Whether a layer of this name holds q, k and v."""
+    return bool(_FUSED.match(name))
+
+
+def head_rows(place: Place, rows: int) -> tuple[tuple[Part, ...], tuple[Part, ...]] | None:
+    """Output rows of every query head and of every key head of a projection with this many rows.
+
+    Of a projection that is not fused all heads stand in the first place, whatever it projects to; None where the
+    numbers of heads do not fit the rows.
+    """
+    heads, name = _heads(place), _projection_name(place)
+    if heads is None:
+        return None
+    if not is_fused_name(name):
+        return (_chop(((0, rows),), heads.size), ()) if rows % heads.size == 0 else None
+    if rows != (heads.queries + 2 * heads.groups) * heads.size:
+        return None
+    q, k, _ = _interleaved(heads) if _lies_per_head(place, heads) else _one_after_the_other(heads)
+    return _chop(q, heads.size), _chop(k, heads.size)
+
+
 def _projection_name(place: Place) -> str:
     last = place.path.rpartition(".")[2]
     if place.attribute == "in_proj_weight":

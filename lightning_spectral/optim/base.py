@@ -8,8 +8,6 @@ the ranks that hold parts), updates applied to every local part. What differs be
 from __future__ import annotations
 
 import inspect
-import logging
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,14 +16,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_spectral.optim.checkpoint import extra_to_saved, make_uniform, saved_to_extra, saved_to_param_layout
-from lightning_spectral.optim.gradients import usable_gradients
+from lightning_spectral.models.views import Views
+from lightning_spectral.optim.announcement import LOG, show_table, warn_of_few, warn_of_lost_updates
+from lightning_spectral.optim.checkpoint import make_uniform
+from lightning_spectral.optim.gradients import local_gradients, usable_gradients
 from lightning_spectral.optim.grouping import group_entries, make_names_unique, role_groups, single_group
-from lightning_spectral.optim.matrices import matrices_of_member
 from lightning_spectral.optim.matrix_rule import MatrixRule
 from lightning_spectral.optim.matrix_step import MatrixStep
 from lightning_spectral.optim.members import PARALLEL, Group, Member, members_of
-from lightning_spectral.optim.migrate import Found, find_states, settings_from, translated
+from lightning_spectral.optim.migrate import Found, find_states, settings_from
 from lightning_spectral.optim.owners import NamedParameter, find_owners
 from lightning_spectral.optim.routing import ROLES, Route, route, routing_table, share_under_rule
 from lightning_spectral.optim.settings import (
@@ -37,13 +36,10 @@ from lightning_spectral.optim.settings import (
     group_settings,
 )
 from lightning_spectral.optim.shards import local
+from lightning_spectral.optim.state import StateLayout
 from lightning_spectral.optim.telemetry import MatrixTelemetry
-from lightning_spectral.optim.vector_rules import VECTOR_STATE, vector_step
-from lightning_spectral.optim.weights import LOW_BITS, keeps_more
+from lightning_spectral.optim.vector_rules import vector_step
 from lightning_spectral.text.tables import Table, render
-
-_LOG = logging.getLogger("lightning_spectral.optim")
-_FEW = 0.5  # of the matrix elements; with less under the rule it is another optimizer that trains the model
 
 
 class SpectralOptimizer(Optimizer):
@@ -107,17 +103,22 @@ class SpectralOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         members = self._members()
-        grads = usable_gradients(members, self._settings.max_grad_norm, self._settings.nonfinite)
-        if grads is None:
+        grads = local_gradients(members)
+        matrices = [m for m in members if m.algorithm in self.matrix_rules and m.param.requires_grad]
+        plan = self._step_of(matrices) if matrices else None
+        presence = None if plan is None else plan.ask(grads)
+        read = float if presence is None else presence.require_same
+        settings = self._settings
+        usable = usable_gradients(members, grads, settings.max_grad_norm, settings.nonfinite, read)
+        if usable is None:
             return loss
         for member in members:
-            if id(member.param) in grads and not self.state[member.param]:  # unfrozen, or its device was not known
+            if id(member.param) in usable and not self.state[member.param]:  # unfrozen, or its device was not known
                 self._init_state(member)
-        rest = [m for m in members if m.algorithm not in self.matrix_rules and id(m.param) in grads]
-        vector_step(rest, grads, self.state, self._settings.bf16_weights)
-        matrices = [m for m in members if m.algorithm in self.matrix_rules and m.param.requires_grad]
-        if matrices:
-            self._step_of(matrices).run(grads, self.state, None if self._observed is None else self._observe)
+        rest = [m for m in members if m.algorithm not in self.matrix_rules and id(m.param) in usable]
+        vector_step(rest, usable, self.state, settings.bf16_weights)
+        if plan is not None and presence is not None:
+            plan.run(presence, usable, self.state, None if self._observed is None else self._observe)
         return loss
 
     def _step_of(self, matrices: list[Member]) -> MatrixStep:
@@ -152,6 +153,11 @@ class SpectralOptimizer(Optimizer):
         assert self._observed is not None
         self._observed[name] = MatrixTelemetry.measure(direction, update, group)
 
+    @property
+    def matrix_views(self) -> dict[int, Views]:
+        """``id(parameter)`` -> the matrices that are updated one by one, for parameters under a matrix rule."""
+        return {id(member.param): member.views for member in self._members() if member.views is not None}
+
     # ---- state dicts -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -163,12 +169,7 @@ class SpectralOptimizer(Optimizer):
         for key, member in zip(keys, members, strict=True):
             if key not in packed["state"]:
                 continue
-            matrices = self._matrices(member)
-            extra = matrices[0].extra if matrices else {}
-            states[key] = {
-                name: extra_to_saved(value, name, matrices, member.param) if name in extra else value
-                for name, value in packed["state"][key].items()
-            }
+            states[key] = self._layout.saved(member, packed["state"][key])
         if any(member.shard.span is not None for member in members):
             make_uniform(states, {key: member.param for key, member in zip(keys, members, strict=True)})
         packed["state"] = states
@@ -190,37 +191,11 @@ class SpectralOptimizer(Optimizer):
         found = find_states(state_dict, members, [place[key] for key in self._given if key in place])
         if found.missing:
             self._say(f"the checkpoint has no state of {len(found.missing)} parameters, {found.missing[0]} first")
-        kept = {i: self._loaded(members[i], state, found.source) for i, state in found.states.items()}
+        kept = {i: self._layout.loaded(members[i], state, found.source) for i, state in found.states.items()}
         super().load_state_dict({"state": kept, "param_groups": self._loaded_groups(found)})
         for i, member in enumerate(self._members()):  # torch casts to the parameter's dtype; some are wider
             for name, value in kept.get(i, {}).items():
                 self.state[member.param][name] = value.to(local(member.param).device)
-
-    def _loaded(self, member: Member, saved: dict[str, Any], source: str) -> dict[str, Any]:
-        wanted = self._elementwise(member)
-        saved = translated(saved, member, wanted, source)
-        matrices = self._matrices(member)
-        kept: dict[str, Any] = {"step": torch.as_tensor(saved["step"], dtype=torch.float32).reshape(()).clone()}
-        for name in wanted:
-            if name not in saved:
-                raise ValueError(
-                    f"the checkpoint has no `{name}` for `{member.name}`: it was written by another optimizer. "
-                    f"It holds {sorted(saved)}."
-                )
-            try:
-                kept[name] = saved_to_param_layout(saved[name], member.param, member.shard)
-            except ValueError as error:
-                raise ValueError(f"`{name}` of `{member.name}` does not fit: {error}.") from None
-        fresh = self._fresh_state(member)
-        kept.update({name: kept[name].to(fresh[name].dtype).contiguous() for name in wanted})
-        for name in fresh.keys() - kept.keys():
-            if name not in saved:  # an older version, or another optimizer
-                kept[name] = fresh[name]
-            elif name == LOW_BITS:
-                kept[name] = saved_to_param_layout(saved[name], member.param, member.shard).to(torch.int16)
-            else:
-                kept[name] = saved_to_extra(saved[name], name, matrices, member.shard).to(fresh[name].device)
-        return kept
 
     def _loaded_groups(self, found: Found) -> list[dict[str, Any]]:
         """Our groups with the saved settings; what the parameters are is ours to say."""
@@ -291,24 +266,13 @@ class SpectralOptimizer(Optimizer):
             state = self.state.get(predecessor.param)
             if not state or local(member.param).device.type == "meta":
                 continue
-            saved = self._whole_state(predecessor, state)
+            saved = self._layout.saved_if_whole(predecessor, state)
             fits = saved is not None and predecessor.shard.numel == member.shard.numel
             self._init_state(member)
             if fits and saved is not None:
-                self.state[member.param].update(self._loaded(member, saved, "ours"))
+                self.state[member.param].update(self._layout.loaded(member, saved, "ours"))
         for orphan in old.values():
             self.state.pop(orphan.param, None)
-
-    def _whole_state(self, member: Member, state: dict[str, Any]) -> dict[str, Any] | None:
-        """A state in its saved form, where the parameter was whole."""
-        if not member.shard.is_whole or member.shard.cut_over or local(member.param).device.type == "meta":
-            return None
-        matrices = self._matrices(member)
-        extra = matrices[0].extra if matrices else {}
-        return {
-            name: extra_to_saved(value, name, matrices, member.param) if name in extra else value
-            for name, value in state.items()
-        }
 
     def _routes(self, owned: Sequence[list[NamedParameter]]) -> list[list[Route]]:
         """Roles of every entry's parameters, found with all entries in view."""
@@ -355,27 +319,12 @@ class SpectralOptimizer(Optimizer):
         table = render(self.routing)
         if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
             return
-        package = logging.getLogger("lightning_spectral")
-        if package.level == logging.NOTSET and not package.hasHandlers():
-            # Nobody configured logging: show the table anyway, as Lightning's own loggers do.
-            package.addHandler(logging.StreamHandler())
-            package.setLevel(logging.INFO)
+        show_table()
         self._say("routes:\n" + table)
-        narrow = [m.name for m in self._members() if m.param.dtype == torch.bfloat16 and m.param.requires_grad]
-        if narrow and self._settings.bf16_weights == "nearest":
-            _LOG.warning(
-                "%d weights are bf16, %s first: updates smaller than their rounding (0.4 %% of a weight) are lost. Set "
-                "`bf16_weights` to stochastic or compensated.",
-                len(narrow),
-                narrow[0],
-            )
-        share = share_under_rule(routes)
-        if self._algorithm in self.matrix_rules and share < _FEW:
-            warnings.warn(
-                f"{type(self).__name__} trains only {share:.0%} of the matrix elements; the others go to "
-                f"{self._fallback}:\n{table}\nName them in `roles`, or use AdamW if that is what you want.",
-                stacklevel=4,
-            )
+        if self._settings.bf16_weights == "nearest":
+            warn_of_lost_updates(self._members())
+        if self._algorithm in self.matrix_rules:
+            warn_of_few(type(self).__name__, share_under_rule(routes), self._fallback, table)
 
     def _routing(self, routes: Sequence[Route]) -> Table:
         by_id = {id(member.param): member for member in self._members()}
@@ -388,42 +337,15 @@ class SpectralOptimizer(Optimizer):
         return routing_table(routes, describe)
 
     def _say(self, text: str) -> None:
-        _LOG.info("%s %s", type(self).__name__, text)
+        LOG.info("%s %s", type(self).__name__, text)
 
-    def _matrices(self, member: Member) -> list[Any]:
-        rule = self.matrix_rules.get(member.algorithm)
-        return [] if rule is None else matrices_of_member(member, rule)
-
-    def _elementwise(self, member: Member) -> tuple[str, ...]:
-        return ("momentum_buffer",) if member.algorithm in self.matrix_rules else VECTOR_STATE[member.algorithm]
-
-    def _wide(self, param: Tensor) -> bool:
-        return keeps_more(local(param), self._settings.bf16_weights)
+    @property
+    def _layout(self) -> StateLayout:
+        return StateLayout(self.matrix_rules, self._settings.bf16_weights)
 
     def _init_state(self, member: Member) -> None:
         """Create all state at once: every rank, also one without a part, then has the same keys."""
-        self.state[member.param] = self._fresh_state(member)
-
-    def _fresh_state(self, member: Member) -> dict[str, Any]:
-        held = local(member.param)
-        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=held.device)}
-        layout: dict[str, Any] = {"memory_format": torch.contiguous_format, "requires_grad": False}
-        vector = member.algorithm not in self.matrix_rules
-        for name in self._elementwise(member):
-            dtype = torch.float32 if vector and self._wide(member.param) else member.param.dtype
-            state[name] = torch.zeros_like(member.param, dtype=dtype, **layout)
-        if self._settings.bf16_weights == "compensated" and self._wide(member.param):
-            state[LOW_BITS] = torch.zeros_like(member.param, dtype=torch.int16, **layout)
-        matrices = self._matrices(member)
-        for name in matrices[0].extra if matrices else ():
-            parts = []
-            for position, matrix in enumerate(matrices):
-                extra = matrix.extra[name]
-                whole = matrix.rule.initial_state(name, matrix.shape, member.group, member.index + 7_919 * position)
-                whole = torch.zeros(extra.length) if whole is None else whole.reshape(-1)
-                parts += [whole[low:high] for low, high in extra.spans]
-            state[name] = torch.cat([*parts, torch.zeros(0)]).to(held.device, torch.float32, copy=True)
-        return state
+        self.state[member.param] = self._layout.fresh(member)
 
 
 SpectralOptimizer.__signature__ = inspect.signature(SpectralOptimizer.__init__)  # type: ignore[attr-defined]

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from lightning_spectral.functional.orthogonalize import unit_scale
 from lightning_spectral.optim.base import SpectralOptimizer
+from lightning_spectral.optim.factors import next_right_factor, orthonormal_columns
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule, faded, fading
 from lightning_spectral.optim.settings import MATRIX_PAPER, MatrixArguments, MatrixSettings, Unpack
 
 # B matrices of one shape, M rows, N columns, R rank of the update
-
-_ALIGN_BYTES = 64  # the widest vector register, and torch's own alignment on a CPU
 
 
 class DionRule(MatrixRule):
     """One power iteration on the momentum from last step's right factor (Dion, arXiv:2504.05295)."""
 
     rewrites_momentum = True
+    has_factors = True
     # Sending update and momentum costs more than repeating the few low-rank products.
     shares_over_replicas = False
 
@@ -70,20 +70,10 @@ class DionRule(MatrixRule):
             left_BMR = orthonormal_columns(inputs_BMN @ right_BRN.mT)
             right_BRN = left_BMR.mT @ inputs_BMN
         _explain(extra["momentum_buffer"], left_BMR, right_BRN / scale, 1 - group["momentum"])
-        if group["orthogonal_right"]:
-            new_BRN = orthonormal_columns(right_BRN.mT).mT
-            # QR leaves the signs of its columns open; the update must point along B.
-            new_BRN = new_BRN * torch.where((new_BRN * right_BRN).sum(-1, keepdim=True) < 0, -1.0, 1.0)
-        else:
-            norm = right_BRN.norm(dim=-1, keepdim=True)
-            new_BRN = right_BRN / norm.where(norm > 0, 1.0)
-        empty = right_BRN.abs().amax(dim=-1, keepdim=True) == 0
-        for stored, new_RN, old_RN, is_empty in zip(
-            extra["right_factor"], new_BRN.unbind(0), old_BRN.unbind(0), empty.unbind(0), strict=True
-        ):
-            # A direction that saw nothing keeps its old row: a zero row could never come back.
-            stored.copy_(torch.where(is_empty, old_RN, new_RN).reshape(-1))
-        return faded(torch.bmm(left_BMR, torch.where(empty, 0.0, new_BRN), out=inputs_BMN), factors)
+        used_BRN, kept_BRN = next_right_factor(right_BRN, old_BRN, group)
+        for stored, kept_RN in zip(extra["right_factor"], kept_BRN.unbind(0), strict=True):
+            stored.copy_(kept_RN.reshape(-1))
+        return faded(torch.bmm(left_BMR, used_BRN, out=inputs_BMN), factors)
 
 
 def _explain(momenta: Sequence[Tensor], left_BMR: Tensor, right_BRN: Tensor, feedback: float) -> None:
@@ -94,26 +84,6 @@ def _explain(momenta: Sequence[Tensor], left_BMR: Tensor, right_BRN: Tensor, fee
         else:
             # Rounded once, as where the momentum comes back from an owner.
             momentum.copy_(torch.addmm(momentum.to(left_MR.dtype), left_MR, right_RN, alpha=-feedback))
-
-
-def orthonormal_columns(tall_BMR: Tensor) -> Tensor:
-    """Q of the QR decomposition of each matrix, the same to the last bit whatever else is in the batch.
-
-    LAPACK's rounding depends on how a matrix is aligned in memory: where the matrices of a batch are not a multiple of
-    a vector register long, the second one gets other last bits than it gets alone. One process and the ranks of FSDP
-    batch different matrices, and with bf16 weights training amplifies a last bit to 1e-2 of the update in 20 steps.
-    Rows of zeros, which change nothing in exact arithmetic, align every column; common widths need none.
-
-    Args:
-        tall_BMR: (B, M, R) with M >= R.
-
-    Returns:
-        (B, M, R), orthonormal columns.
-    """
-    rows = tall_BMR.shape[-2]
-    padding = -rows % (_ALIGN_BYTES // tall_BMR.element_size())
-    padded = torch.nn.functional.pad(tall_BMR, (0, 0, 0, padding)) if padding else tall_BMR
-    return torch.linalg.qr(padded)[0][:, :rows]
 
 
 def update_rank(shape: tuple[int, int], rank_fraction: float) -> int:

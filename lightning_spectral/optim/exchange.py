@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,11 +49,10 @@ class Message:
 
 @dataclass(frozen=True)
 class Letter:
-    """All messages from one rank to another in one bucket, behind ``head`` bytes, and their length in bytes."""
+    """All messages from one rank to another in one bucket, and their length in bytes."""
 
     messages: tuple[Message, ...] = ()
     size: int = 0
-    head: int = 0
 
 
 @dataclass
@@ -104,23 +104,17 @@ class Exchange:
         Raises:
             RuntimeError: If the ranks of the group do not have the same matrices in their optimizers.
         """
-        mine = [(m.member.name, m.shape, tuple(block.target for block in m.blocks)) for m in matrices]
-        everybody: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everybody, mine, group=group)
-        require_same_matrices([[(name, shape) for name, shape, _ in of_rank] for of_rank in everybody])
-        holdings = [[held for _, _, held in of_rank] for of_rank in everybody]
-        owners = choose_owners(holdings, [orthogonalization_cost(m.shape) for m in matrices])
+        holdings, owners = ask_holdings(matrices, group)
         exchange = cls(group, matrices, holdings, owners)
-        for indices in _in_buckets(matrices, bucket_bytes):
-            # the first letters also say which matrices have a gradient
-            head = 0 if exchange.buckets else len(matrices)
-            exchange.buckets.append(exchange._bucket(indices, head))
+        sizes = [matrix.numel * matrix.dtype.itemsize for matrix in matrices]
+        for indices in in_buckets(matrices, sizes, bucket_bytes):
+            exchange.buckets.append(exchange._bucket(indices))
         return exchange
 
-    @property
-    def num_holders(self) -> list[int]:
-        """Ranks that hold a part of each matrix."""
-        return [sum(bool(of_rank[i]) for of_rank in self.holdings) for i in range(len(self.matrices))]
+    @cached_property
+    def holds(self) -> list[list[bool]]:
+        """Whether a rank holds a part of each matrix, ``holds[rank][matrix]``."""
+        return [[bool(held) for held in of_rank] for of_rank in self.holdings]
 
     def send(self, letters: Letters, outgoing: Tensor) -> tuple[Tensor, Any]:
         """Begin to swap letters; returns the buffer that is being filled and what to wait for."""
@@ -129,26 +123,16 @@ class Exchange:
         work = dist.all_to_all_single(incoming, outgoing, arriving, to, group=self.group, async_op=True)
         return incoming, work
 
-    def _bucket(self, indices: list[int], head: int) -> Bucket:
-        inward = {(i, source) for i in indices for source in self._sources(i)}
+    def _bucket(self, indices: list[int]) -> Bucket:
+        inward = {(i, source) for i in indices for source in sources_of(self.holdings, i, self.owners[i])}
+        inward -= {(i, self.owners[i]) for i in indices}
         outward = {
             (i, rank) for i in indices for rank in range(self.size) if rank != self.owners[i] and self.holdings[rank][i]
         }
         owned = [i for i in indices if self.owners[i] == self.rank]
-        return Bucket(indices, owned, self._letters(inward, True, head), self._letters(outward, False, 0))
+        return Bucket(indices, owned, self._letters(inward, True), self._letters(outward, False))
 
-    def _sources(self, i: int) -> list[int]:
-        """Ranks that send the owner entries it lacks: of those that hold the same entries only the nearest."""
-        owner = self.owners[i]
-        alike: dict[Holding, list[int]] = {}
-        for rank, of_rank in enumerate(self.holdings):
-            if of_rank[i]:
-                alike.setdefault(of_rank[i], []).append(rank)
-        return [min(ranks, key=lambda rank: abs(rank - owner)) for ranks in alike.values() if owner not in ranks]
-
-    def _letters(
-        self, pairs: set[tuple[int, int]], to_owner: bool, head: int
-    ) -> tuple[list[Letter], list[Letter]] | None:
+    def _letters(self, pairs: set[tuple[int, int]], to_owner: bool) -> Letters | None:
         """Letters between this rank and every other for (matrix, holder) pairs; None if nobody sends any."""
         if not pairs:
             return None
@@ -156,17 +140,17 @@ class Exchange:
         for i, holder in sorted(pairs):
             between.setdefault((holder, self.owners[i]), []).append(i)
         peers, rank = range(self.size), self.rank
-        as_holder = [self._letter(rank, between.get((rank, peer), []), to_owner, head) for peer in peers]
-        as_owner = [self._letter(peer, between.get((peer, rank), []), to_owner, head) for peer in peers]
+        as_holder = [self._letter(rank, between.get((rank, peer), []), to_owner) for peer in peers]
+        as_owner = [self._letter(peer, between.get((peer, rank), []), to_owner) for peer in peers]
         return (as_holder, as_owner) if to_owner else (as_owner, as_holder)
 
-    def _letter(self, holder: int, indices: list[int], to_owner: bool, head: int) -> Letter:
-        messages, offset = [], padded(head)
+    def _letter(self, holder: int, indices: list[int], to_owner: bool) -> Letter:
+        messages, offset = [], 0
         for i in indices:
             for message in self._messages(holder, i, to_owner, offset):
                 messages.append(message)
                 offset += padded(message.count * message.dtype.itemsize)
-        return Letter(tuple(messages), offset, head)
+        return Letter(tuple(messages), offset)
 
     def _messages(self, holder: int, i: int, to_owner: bool, offset: int) -> Iterator[Message]:
         matrix, held = self.matrices[i], self.holdings[holder][i]
@@ -196,15 +180,32 @@ def views_into(buffer: Tensor, letters: Sequence[Letter]) -> Iterator[tuple[Mess
         base += letter.size
 
 
-def heads_of(buffer: Tensor, letters: Sequence[Letter]) -> list[Tensor]:
-    """The first bytes of every letter."""
-    starts = [sum(letter.size for letter in letters[:i]) for i in range(len(letters))]
-    return [buffer[start : start + letter.head] for start, letter in zip(starts, letters, strict=True)]
-
-
 def padded(size: int) -> int:
     """Bytes that ``size`` bytes take when the next array must start aligned."""
     return (size + _ALIGN - 1) // _ALIGN * _ALIGN
+
+
+def ask_holdings(matrices: Sequence[Matrix], group: Any) -> tuple[list[list[Holding]], list[int]]:
+    """Which rank holds what, and who makes each matrix whole; a collective over ``group``.
+
+    Raises:
+        RuntimeError: If the ranks of the group do not have the same matrices in their optimizers.
+    """
+    mine = [(m.member.name, m.shape, tuple(block.target for block in m.blocks)) for m in matrices]
+    everybody: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everybody, mine, group=group)
+    require_same_matrices([[(name, shape) for name, shape, _ in of_rank] for of_rank in everybody])
+    holdings = [[held for _, _, held in of_rank] for of_rank in everybody]
+    return holdings, choose_owners(holdings, [orthogonalization_cost(m.shape) for m in matrices])
+
+
+def sources_of(holdings: Sequence[Sequence[Holding]], i: int, owner: int) -> list[int]:
+    """Ranks whose entries make matrix ``i`` whole: of those that hold the same entries the owner, else the nearest."""
+    alike: dict[Holding, list[int]] = {}
+    for rank, of_rank in enumerate(holdings):
+        if of_rank[i]:
+            alike.setdefault(of_rank[i], []).append(rank)
+    return [min(ranks, key=lambda rank: abs(rank - owner)) for ranks in alike.values()]
 
 
 def choose_owners(holdings: Sequence[Sequence[Holding]], costs: Sequence[float]) -> list[int]:
@@ -224,19 +225,18 @@ def orthogonalization_cost(shape: Sequence[int]) -> float:
     return float(2 * short * short * long + short**3)
 
 
-def _in_buckets(matrices: Sequence[Matrix], bucket_bytes: float) -> list[list[int]]:
+def in_buckets(matrices: Sequence[Matrix], sizes: Sequence[float], bucket_bytes: float) -> list[list[int]]:
     """Costly matrices first, alike ones together, as many to a bucket as fit; a larger one is a bucket of its own."""
     shapes = [matrix.shape for matrix in matrices]
     order = sorted(range(len(matrices)), key=lambda i: (-orthogonalization_cost(shapes[i]), shapes[i], i))
     buckets: list[list[int]] = []
     room = 0.0
     for i in order:
-        size = matrices[i].numel * matrices[i].dtype.itemsize
-        if not buckets or size > room:
+        if not buckets or sizes[i] > room:
             buckets.append([])
             room = bucket_bytes
         buckets[-1].append(i)
-        room -= size
+        room -= sizes[i]
     return buckets
 
 
@@ -254,25 +254,4 @@ def require_same_matrices(named: Sequence[Sequence[tuple[str, tuple[int, int]]]]
                 f"ranks 0 and {rank} of one process group bring different matrices to the optimizer ({first}). If "
                 "ZeroRedundancyOptimizer or another optimizer that gives every rank its own parameters wraps this one: "
                 "use it alone under DDP, it divides the work itself (`share_over_ranks`), or use FSDP2."
-            )
-
-
-def require_same_gradients(present: Sequence[Sequence[int | None]], names: Sequence[str]) -> None:
-    """Refuse a step in which a matrix has a gradient on some of its holders only.
-
-    Args:
-        present: ``present[rank][matrix]``: 1, 0, or None for a rank that holds nothing of it; the same on every rank,
-            so that all of them raise.
-        names: For the message.
-
-    Raises:
-        RuntimeError: If holders disagree.
-    """
-    for i, name in enumerate(names):
-        said = {rank: of_rank[i] for rank, of_rank in enumerate(present) if of_rank[i] is not None}
-        if len(set(said.values())) > 1:
-            missing = [rank for rank, has in said.items() if not has]
-            raise RuntimeError(
-                f"`{name}` has a gradient on some ranks but `grad is None` on ranks {missing}. Momentum would drift "
-                "apart: give every rank a gradient (zeros where the matrix was not used), or clear it on all ranks."
             )

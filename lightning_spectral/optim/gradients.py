@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,22 +17,27 @@ from lightning_spectral.optim.shards import is_dtensor, local
 
 
 def usable_gradients(
-    members: Sequence[Member], max_grad_norm: float | None, nonfinite: str
+    members: Sequence[Member],
+    grads: dict[int, Tensor],
+    max_grad_norm: float | None,
+    nonfinite: str,
+    read: Callable[[Tensor], float] = float,
 ) -> dict[int, Tensor] | None:
-    """Local gradients by ``id(param)``, or None when this step is to be skipped.
+    """Clipped gradients by ``id(param)``, or None when this step is to be skipped.
 
     Args:
         members: All parameters of the optimizer.
+        grads: What ``local_gradients`` found.
         max_grad_norm: Global norm to clip to, or None.
         nonfinite: ``propagate``, ``raise`` or ``skip``; the last two decide alike on all ranks.
+        read: Brings one number to the host: the only point where it waits for the device.
 
     Raises:
-        RuntimeError: If a gradient is sparse or complex, or not finite under ``raise``.
+        RuntimeError: If a gradient is not finite under ``raise``.
     """
-    grads = {id(m.param): _local_gradient(m) for m in members if m.param.grad is not None}
     if max_grad_norm is None and nonfinite == "propagate":
         return grads
-    if nonfinite != "propagate" and not _all_finite(members, grads):
+    if nonfinite != "propagate" and read(_nonfinite(members, grads)) > 0:
         if nonfinite == "skip":
             return None
         bad = [m.name for m in members if id(m.param) in grads and not bool(torch.isfinite(grads[id(m.param)]).all())]
@@ -46,6 +51,15 @@ def usable_gradients(
         factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         grads = {key: grad * factor.to(grad.device, grad.dtype) for key, grad in grads.items()}
     return grads
+
+
+def local_gradients(members: Sequence[Member]) -> dict[int, Tensor]:
+    """What of every gradient is here, by ``id(param)``, in the parameter's dtype.
+
+    Raises:
+        RuntimeError: If a gradient is sparse or complex.
+    """
+    return {id(m.param): _local_gradient(m) for m in members if m.param.grad is not None}
 
 
 def _local_gradient(member: Member) -> Tensor:
@@ -84,8 +98,8 @@ def global_norm(members: Sequence[Member], grads: dict[int, Tensor]) -> Tensor:
     return total.sqrt()
 
 
-def _all_finite(members: Sequence[Member], grads: dict[int, Tensor]) -> bool:
-    """Whether all gradients are finite on all ranks that share a parameter with this one."""
+def _nonfinite(members: Sequence[Member], grads: dict[int, Tensor]) -> Tensor:
+    """How many gradients are not finite, over all ranks that share a parameter with this one."""
     bad = torch.zeros((), device=local(members[0].param).device)
     # The largest magnitude is finite exactly when all entries are.
     held = [grad for grad in grads.values() if grad.numel()]
@@ -93,7 +107,7 @@ def _all_finite(members: Sequence[Member], grads: dict[int, Tensor]) -> bool:
         bad += (~torch.isfinite(largest)).to(bad)
     for group in {id(m.shard.group): m.shard.group for m in members if m.shard.group is not None}.values():
         dist.all_reduce(bad, group=group)
-    return float(bad) == 0.0
+    return bad
 
 
 def _by_cut(members: Sequence[Member]) -> list[tuple[tuple[Any, ...], list[Member]]]:

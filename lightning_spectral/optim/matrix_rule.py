@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_spectral.functional.orthogonalize import answers_at_once
+
 # B matrices of one shape, M rows, N columns
 
 Group = dict[str, Any]
@@ -55,6 +57,7 @@ class MatrixRule:
 
     shares_over_replicas = True  # worth sending the result to ranks with a copy instead of repeating the work
     rewrites_momentum = False  # `update_matrices` changes the momentum it is given (Dion's error feedback)
+    has_factors = False  # its update is a product of factors with Dion's settings and state, see ``low_rank``
     decays_weights = True  # decoupled weight decay acts beside the update
     also_sees: tuple[str, ...] = ()  # names in ``SEEN`` that `update_matrices` gets beside the direction, in `extra`
 
@@ -124,7 +127,7 @@ def fading_of(largest: Tensor, extra: dict[str, list[Tensor]], group: Group) -> 
 
 def faded(update_BMN: Tensor, factors: Tensor | None) -> Tensor:
     """Multiply updates by what ``fading`` gave, in place."""
-    if factors is None or (factors.device.type == "cpu" and bool((factors == 1).all())):
+    if factors is None or (answers_at_once(factors) and bool((factors == 1).all())):
         return update_BMN
     return update_BMN.mul_(factors.to(update_BMN.dtype))
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.optim.exchange import Exchange
+from lightning_spectral.optim.low_rank import LowRankExchange, plan_low_rank
+from lightning_spectral.optim.low_rank_trip import LowRankTrip
 from lightning_spectral.optim.matrices import (
     Matrix,
     Observer,
@@ -30,6 +32,7 @@ from lightning_spectral.optim.matrices import (
 )
 from lightning_spectral.optim.matrix_rule import MatrixRule
 from lightning_spectral.optim.members import Member
+from lightning_spectral.optim.presence import Presence
 from lightning_spectral.optim.shards import local
 from lightning_spectral.optim.trip import Trip
 
@@ -68,15 +71,27 @@ class MatrixStep:
                 self._own += matrices
             else:
                 travelling.setdefault(id(group), (group, []))[1].extend(matrices)
-        self._exchanges = [Exchange.plan(ms, group, bucket_bytes) for group, ms in travelling.values()]
+        self._exchanges: list[Exchange] = []
+        self._low_rank: list[LowRankExchange] = []
+        for group, matrices in travelling.values():
+            factored, whole = plan_low_rank(matrices, group, bucket_bytes)
+            self._low_rank += factored
+            if whole:
+                self._exchanges.append(Exchange.plan(whole, group, bucket_bytes))
 
-    def run(self, grads: dict[int, Tensor], states: States, observe: Observer | None) -> None:
+    def ask(self, grads: dict[int, Tensor]) -> Presence:
+        """Begin to ask which matrices have a gradient, on all ranks that hold them."""
+        return Presence([*self._low_rank, *self._exchanges], grads)
+
+    def run(self, presence: Presence, grads: dict[int, Tensor], states: States, observe: Observer | None) -> None:
         """Update in place every matrix that has a local gradient in ``grads`` (by ``id(param)``)."""
         self._move_momenta(grads, states)
         update = WeightUpdate(states, self._bf16_weights)
         self._run_own([m for m in self._own if id(m.param) in grads], grads, states, update, observe)
+        for factored in self._low_rank:
+            LowRankTrip(factored, presence, grads, states, update).run()
         for exchange in self._exchanges:
-            Trip(exchange, grads, states, update, observe).run()
+            Trip(exchange, presence, grads, states, update, observe).run()
 
     def _move_momenta(self, grads: dict[int, Tensor], states: States) -> None:
         alike: dict[tuple[int, str], list[Member]] = {}

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_spectral.optim.exchange import (
@@ -14,8 +13,6 @@ from lightning_spectral.optim.exchange import (
     Exchange,
     Letter,
     Message,
-    heads_of,
-    require_same_gradients,
     views_into,
 )
 from lightning_spectral.optim.matrices import (
@@ -33,6 +30,7 @@ from lightning_spectral.optim.matrices import (
     runs_of,
     write_inputs,
 )
+from lightning_spectral.optim.presence import Presence, wire_device
 from lightning_spectral.optim.shards import local
 
 
@@ -42,11 +40,13 @@ class Trip:
     def __init__(
         self,
         exchange: Exchange,
+        presence: Presence,
         grads: dict[int, Tensor],
         states: States,
         update: WeightUpdate,
         observe: Observer | None,
     ) -> None:
+        self.presence = presence
         self.exchange, self.grads, self.states, self.update, self.observe = exchange, grads, states, update, observe
         self.device = wire_device(exchange)
         self.present = [id(m.param) in grads for m in exchange.matrices]
@@ -55,7 +55,6 @@ class Trip:
     def run(self) -> None:
         """Every bucket: in, through the rule, out; two of them on their way while one is computed."""
         buckets = self.exchange.buckets
-        agreed = self._ask_for_gradients()
         arriving = self._begin_in(buckets[0])
         leaving: tuple[Bucket, Any] | None = None
         for k, bucket in enumerate(buckets):
@@ -63,45 +62,12 @@ class Trip:
             self._compute(bucket, now)
             out = self._begin_out(bucket)
             if leaving is None:
-                self._require_agreement(agreed, now)
+                self.presence.require_same()
             else:
                 self._deliver(*leaving)
             leaving = (bucket, out)
         assert leaving is not None
         self._deliver(*leaving)
-
-    # ---- gradients ---------------------------------------------------------------------------------------------------
-
-    def _ask_for_gradients(self) -> tuple[Tensor, Any] | None:
-        """Begin to count the ranks with a gradient of each matrix, where no letter goes in that could say it."""
-        if self.exchange.buckets[0].inward is not None:
-            return None
-        held = self.exchange.holdings[self.exchange.rank]
-        said = [int(has and bool(here)) for has, here in zip(self.present, held, strict=True)]
-        counts = torch.tensor(said, dtype=torch.int32).to(self.device)
-        return counts, dist.all_reduce(counts, group=self.exchange.group, async_op=True)
-
-    def _require_agreement(self, agreed: tuple[Tensor, Any] | None, first: Any) -> None:
-        """The one question a step that the host waits for. All ranks raise, or none."""
-        exchange = self.exchange
-        names = [m.member.name for m in exchange.matrices]
-        if agreed is None:
-            incoming, _, _ = first
-            inward = exchange.buckets[0].inward
-            assert inward is not None
-            everybody = torch.stack(heads_of(incoming, inward[1])).tolist()
-        else:
-            counts, work = agreed
-            work.wait()
-            if all(n in (0, holders) for n, holders in zip(counts.tolist(), exchange.num_holders, strict=True)):
-                return
-            everybody = [None] * exchange.size
-            dist.all_gather_object(everybody, self.present, group=exchange.group)
-        said = [
-            [int(has) if exchange.holdings[rank][i] else None for i, has in enumerate(of_rank)]
-            for rank, of_rank in enumerate(everybody)
-        ]
-        require_same_gradients(said, names)
 
     # ---- in ----------------------------------------------------------------------------------------------------------
 
@@ -109,9 +75,6 @@ class Trip:
         if bucket.inward is None:
             return None
         outgoing = _buffer(bucket.inward[0], self.device)
-        for head in heads_of(outgoing, bucket.inward[0]):
-            if head.numel():
-                head.copy_(torch.tensor(self.present, dtype=torch.uint8))
         for message, values in views_into(outgoing, bucket.inward[0]):
             matrix = self.exchange.matrices[message.matrix]
             if not self.present[message.matrix]:
@@ -232,14 +195,6 @@ class Trip:
                 self.update.apply(matrix, block, part.to(local(matrix.param).device))
             else:
                 block.of(momentum).copy_(part)
-
-
-def wire_device(exchange: Exchange) -> torch.device:
-    """Where buffers live: with the weights, or on the GPU if the group cannot carry tensors of the CPU (offloading)."""
-    device = local(exchange.matrices[0].param).device
-    if device.type == "cpu" and dist.get_backend(exchange.group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def _buffer(letters: Sequence[Letter], device: torch.device) -> Tensor:

@@ -36,15 +36,27 @@ def write_back(state: dict[str, Any], held: Tensor, wide: Tensor, member: Member
     if LOW_BITS in state:
         local(state[LOW_BITS]).copy_((bits << 16 >> 16).to(torch.int16))
     else:
-        coin = _coin(held.device, int(state["step"]), member)
-        noise = torch.randint(0, 1 << 16, bits.shape, generator=coin, device=bits.device, dtype=torch.int32)
+        noise = _noise(bits.numel(), state["step"], member, held.device).view(bits.shape)
         # a carry out of the mantissa into the exponent is the next number up; NaN and Inf stay what they are
         bits = torch.where(torch.isfinite(wide), bits + noise, bits)
     held.copy_((bits >> 16).to(torch.int16).view(torch.bfloat16))
 
 
-def _coin(device: torch.device, step: int, member: Member) -> torch.Generator:
-    """Random numbers of one parameter at one step: the same on all replicas, never torch's global ones."""
+def _noise(count: int, step: Tensor, member: Member, device: torch.device) -> Tensor:
+    """16 random bits for each weight of one parameter at one step: the same on all replicas, never torch's global ones.
+
+    A hash of (step, parameter, first entry here, position), computed where the weights are: a generator would need the
+    step on the host, which waits for the device to say it.
+    """
     box = member.shard.box or (member.shard.span or (0, 0),)
     begin = sum((low + 1) * 31**i for i, (low, _) in enumerate(box))
-    return torch.Generator(device).manual_seed((step * 1_000_003 + member.index * 7_919 + begin * 104_729) % (1 << 62))
+    seed = (member.index * 7_919 + begin * 104_729 + 12_345) % (1 << 31)
+    mixed = _mix(step.to(device, torch.int32) * 1_000_003 + seed)
+    return _mix(torch.arange(count, dtype=torch.int32, device=device) * -1_640_531_527 + mixed) & 0xFFFF
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finalizer of MurmurHash3 on int32, which wraps; shifts are made logical by masks."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * -2_048_144_789
+    x = (x ^ ((x >> 13) & 0x7FFFF)) * -1_028_477_387
+    return x ^ ((x >> 16) & 0xFFFF)

@@ -1,5 +1,8 @@
 """Spectra of what the optimizer sees and does: weights, gradients, momentum and the applied update, per matrix.
 
+A parameter may hold several matrices (experts, heads of a fused projection) or keep them transposed: those that an
+optimizer of this package orthogonalises are those measured; under any other, those that the model's structure tells.
+
 The life of this measurement, whatever loop it watches::
 
     attach -> begin_step(step) -> before_optimizer_step(optimizer) -> end_step(optimizers) -> detach
@@ -12,6 +15,7 @@ Axes: M rows, N columns, R singular values.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -25,6 +29,10 @@ from lightning_spectral.functional.flattening import FLAT_BAND, spectrum_flatten
 from lightning_spectral.functional.matrix_spectrum import spectrum_measures
 from lightning_spectral.functional.orthogonalize import coefficient_set
 from lightning_spectral.models.names import clean_names
+from lightning_spectral.models.views import Views
+from lightning_spectral.optim import SpectralOptimizer
+from lightning_spectral.optim.owners import find_owners
+from lightning_spectral.optim.routing import route
 from lightning_spectral.probe.agreement import Agreement, MissingRankError
 from lightning_spectral.probe.guard import DeliberateError, Guard
 from lightning_spectral.probe.host import Host, Scalars
@@ -81,8 +89,9 @@ class WeightObserver:
         self._host: Host | None = None
         self._agreement: Agreement | None = None
         self._matrices: list[tuple[str, Tensor]] = []
+        self._views: dict[int, Views] = {}
         self._before: dict[str, Tensor] = {}
-        self._gradients: dict[str, Tensor] = {}
+        self._gradients: dict[str, list[Tensor]] = {}
 
     def attach(self, model: nn.Module, host: Host) -> None:
         """Choose the matrices and open the run folder. Every rank must come, or nobody measures.
@@ -93,6 +102,7 @@ class WeightObserver:
         self._host, self.guard.tell = host, host.tell
         self._agreement = Agreement(self._key)
         self._matrices = list(_choose(model, self.settings.parameters))
+        self._views = _views_in(model)
         if not self._matrices:
             chosen = f" for {list(self.settings.parameters)}" if self.settings.parameters else ""
             raise ValueError(
@@ -128,9 +138,10 @@ class WeightObserver:
         if not self._all_are_here(f"window {self._num_windows} {len(self._before)} {len(mine)}"):
             return
         with self.guard("reading gradients"):
+            self._views.update(_views_of(optimizer))
             for name, parameter in mine:
                 if "gradient" in self.settings.what and parameter.grad is not None:
-                    self._gradients[name] = _singular_values(parameter.grad)
+                    self._gradients[name] = self._spectra_in(parameter, parameter.grad)
                 if "update" in self.settings.what:
                     self._before[name] = _whole(parameter).clone()
 
@@ -143,7 +154,11 @@ class WeightObserver:
         scalars: Scalars = {}
         if self._all_are_here(f"end of window {self._num_windows}"):
             with self.guard("measuring weights"):
-                records = [self._record(step, *spectrum) for spectrum in self._spectra(optimizers)]
+                records = [
+                    self._record(step, name, parameter, what, i, sigma)
+                    for name, parameter, what, spectra in self._spectra(optimizers)
+                    for i, sigma in enumerate(spectra)
+                ]
                 scalars = self._publish(step, records)
         self._before, self._gradients = {}, {}
         self.guard.take()
@@ -154,7 +169,7 @@ class WeightObserver:
         if self.run_folder is not None and self.is_armed:
             with self.guard("closing the run folder", "not_closed"):
                 self.run_folder.close()
-        self._matrices, self._before, self._gradients = [], {}, {}
+        self._matrices, self._views, self._before, self._gradients = [], {}, {}, {}
         self.step, self.is_armed = None, False
 
     def _all_are_here(self, topic: str) -> bool:
@@ -175,23 +190,34 @@ class WeightObserver:
         if self.settings.strict:
             raise DeliberateError(f"{self.name}: {reason}")
 
-    def _spectra(self, optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor, str, Tensor]]:
+    def _spectra(self, optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor, str, list[Tensor]]]:
         momentum = _momentum(optimizers) if "momentum" in self.settings.what else {}
         for name, parameter in self._matrices:
             if "weight" in self.settings.what:
-                yield name, parameter, "weight", _singular_values(parameter)
+                yield name, parameter, "weight", self._spectra_in(parameter, parameter)
             if name in self._gradients:
                 yield name, parameter, "gradient", self._gradients[name]
             buffer = momentum.get(id(parameter))
             if buffer is not None:
-                yield name, parameter, "momentum", _singular_values(buffer)
+                yield name, parameter, "momentum", self._spectra_in(parameter, buffer)
             if name in self._before:
-                yield name, parameter, "update", _singular_values(_whole(parameter) - self._before[name])
+                change = _whole(parameter) - self._before[name]
+                yield name, parameter, "update", self._spectra_in(parameter, change)
 
-    def _record(self, step: int, name: str, parameter: Tensor, what: str, sigma_R: Tensor) -> WeightRecord:
+    def _views_for(self, parameter: Tensor) -> Views:
+        return self._views.get(id(parameter)) or Views(tuple(parameter.shape))
+
+    def _spectra_in(self, parameter: Tensor, tensor: Tensor) -> list[Tensor]:
+        """Singular values of every matrix in a tensor that lies as the parameter does."""
+        whole = _whole(tensor)
+        return [_singular_values(view.of(whole)) for view in self._views_for(parameter)]
+
+    def _record(self, step: int, name: str, parameter: Tensor, what: str, i: int, sigma_R: Tensor) -> WeightRecord:
         assert self.run_folder is not None
         number = re.search(r"\.(\d+)\.", name)
-        rows, columns = parameter.shape[0], parameter[0].numel()
+        views = list(self._views_for(parameter))
+        rows, columns = views[i].shape
+        name = name if len(views) == 1 else f"{name}[{i}]"
         layer = int(number.group(1)) if number else None
         if not len(sigma_R) or not bool(torch.isfinite(sigma_R).all()):
             status = "nonfinite" if len(sigma_R) else "solve_failed"
@@ -233,11 +259,12 @@ def scalars(records: Sequence[WeightRecord]) -> tuple[Scalars, Scalars]:
     """(medians over parameters, one scalar per parameter), as tags."""
     details: Scalars = {}
     gathered: dict[str, list[float]] = {}
+    shown = _displays([record.parameter for record in records])
     for record in records:
         for measure in _SCALARS:
             value = getattr(record, measure)
             if value is not None:
-                details[f"spectral_weights.{measure}.{record.what}/{_display(record)}"] = value
+                details[f"spectral_weights.{measure}.{record.what}/{shown[record.parameter]}"] = value
                 gathered.setdefault(f"spectral_weights/{measure}.{record.what}", []).append(value)
     return {tag: float(torch.tensor(values).median()) for tag, values in gathered.items()}, details
 
@@ -255,12 +282,31 @@ def _choose(model: nn.Module, patterns: Sequence[str] | None) -> Iterator[tuple[
             yield name, parameter
 
 
-def _display(record: WeightRecord) -> str:
-    """``layer_03.mlp.proj``: zero-padded, so that lists sort by depth."""
-    name = record.parameter.removesuffix(".weight")
-    if record.layer is None:
+def _views_in(model: nn.Module) -> dict[int, Views]:
+    """The matrices that the model's structure tells, by the parameter's id."""
+    return {id(one.named.param): one.views for one in route(find_owners(model)) if one.views is not None}
+
+
+def _views_of(optimizer: Any) -> dict[int, Views]:
+    """The matrices that an optimizer of this package makes of its parameters (``split``), by the parameter's id."""
+    optimizer = getattr(optimizer, "_optimizer", optimizer)
+    return optimizer.matrix_views if isinstance(optimizer, SpectralOptimizer) else {}
+
+
+def _displays(names: Sequence[str]) -> dict[str, str]:
+    """``layer_03.mlp.proj``: zero-padded, so that lists sort by depth; with its path where two stacks have the same."""
+    found = {name: _display(name, with_path=False) for name in names}
+    count = Counter(found.values())
+    return {name: _display(name, with_path=True) if count[short] > 1 else short for name, short in found.items()}
+
+
+def _display(name: str, with_path: bool) -> str:
+    name = re.sub(r"\.weight(?=$|\[)", "", name)
+    number = re.search(r"\.(\d+)\.", name)
+    if number is None:
         return name
-    return f"layer_{record.layer:02d}." + name.split(f".{record.layer}.", 1)[-1]
+    path = name[: number.start()] + "." if with_path else ""
+    return f"{path}layer_{int(number.group(1)):02d}." + name[number.end() :]
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -270,8 +316,8 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _singular_values(tensor: Tensor) -> Tensor:
-    """In fp64; one NaN where an entry is not finite, none where the solver gives up."""
-    matrix_MN = _whole(tensor).flatten(1).double()
+    """Of a matrix, in fp64; one NaN where an entry is not finite, none where the solver gives up."""
+    matrix_MN = tensor.double()
     if not bool(torch.isfinite(matrix_MN).all()):
         return torch.full((1,), torch.nan, dtype=torch.float64)
     try:

@@ -8,7 +8,8 @@ from torch.utils.data import DataLoader
 from lightning_spectral.callbacks.weight_spectrum import WeightSpectrumCallback
 from lightning_spectral.functional.flattening import flattening, spectrum_flattening
 from lightning_spectral.functional.matrix_spectrum import matrix_spectrum
-from lightning_spectral.probe.weight_spectra import _choose
+from lightning_spectral.optim import Muon
+from lightning_spectral.probe.weight_spectra import _choose, _displays
 from lightning_spectral.records import read_weights
 
 
@@ -129,3 +130,80 @@ def test_a_child_named_module_keeps_its_name():
     root = torch.nn.ModuleDict({"net": net})
     names = [name for name, _ in _choose(root, None)]
     assert names == ["net.fc.weight", "net.module.fc.weight", "net.submodule.weight"]
+
+
+class Experts(nn.Module):
+    """Three experts of one projection, kept as (inputs, outputs)."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_transposed = True
+        self.up_proj = nn.Parameter(torch.randn(3, 6, 8))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.num_key_value_heads, self.head_dim = 2, 1, 3
+        self.qkv = nn.Linear(6, 12, bias=False)
+
+
+class Views(Net):
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList([Attention()])
+        self.decoder = nn.Module()
+        self.decoder.layers = nn.ModuleList([Attention()])
+        self.experts = Experts()
+
+    def training_step(self, batch, batch_idx):
+        x = self.embed(batch)
+        for side in (self.encoder, self.decoder):
+            x = x + side.layers[0].qkv(x)[:, :6].tanh() * side.layers[0].qkv(x)[:, 6:]
+        x = x + torch.einsum("bn,enm->bm", x, self.experts.up_proj)[:, :6]
+        return super().training_step(batch, batch_idx) + nn.functional.cross_entropy(self.head(x), batch)
+
+    def configure_optimizers(self):
+        return self.make(self)
+
+
+@pytest.mark.filterwarnings("ignore:.*num_workers")
+@pytest.mark.parametrize("split", ["none", "heads", None])
+def test_the_matrices_of_the_optimizer_are_measured_one_by_one(tmp_path, split):
+    torch.manual_seed(0)
+    model = Views((lambda m: Muon(m, split=split)) if split else lambda m: torch.optim.SGD(m.parameters(), 0.1))
+    trainer = pl.Trainer(
+        max_steps=1, callbacks=[WeightSpectrumCallback(1, dirpath=str(tmp_path), strict=True)], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(model)
+    records = {r.parameter: r for r in read_weights(tmp_path).records if r.what == "weight"}
+    experts = [records[f"experts.up_proj[{i}]"] for i in range(3)]
+    for record, matrix in zip(experts, model.experts.up_proj.detach(), strict=True):
+        assert (record.rows, record.columns) == (8, 6)
+        assert record.frobenius == pytest.approx(float(matrix.norm()), rel=1e-6)
+    fused = model.encoder.layers[0].qkv.weight.detach()
+    if split == "heads":
+        for i, head in enumerate(fused.split(3)):
+            record = records[f"encoder.layers.0.qkv.weight[{i}]"]
+            assert (record.rows, record.columns) == (3, 6)
+            assert record.effective_rank == pytest.approx(matrix_spectrum(head).effective_rank, rel=1e-6)
+    else:
+        assert records["encoder.layers.0.qkv.weight"].rows == 12
+
+
+def test_two_stacks_with_the_same_layers_have_tags_of_their_own():
+    names = [
+        "encoder.layers.3.fc.weight",
+        "decoder.layers.3.fc.weight",
+        "decoder.layers.3.cross.weight[2]",
+        "head.weight",
+    ]
+    assert list(_displays(names).values()) == [
+        "encoder.layers.layer_03.fc",
+        "decoder.layers.layer_03.fc",
+        "layer_03.cross[2]",
+        "head",
+    ]

@@ -78,9 +78,9 @@ def counted_step(rank: int, world_size: int, kind: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("kind", ["muon", "normuon", "dion"])
-def test_two_collectives_a_step_for_the_whole_model(kind):
+def test_two_exchanges_and_one_small_sum_a_step_for_the_whole_model(kind):
     for calls in run_ranks(counted_step, 2, kind):
-        assert calls == {"all_to_all_single": 2}
+        assert calls == {"all_to_all_single": 2, "all_reduce": 1}
 
 
 def shard_tiny(model: TinyLM) -> TinyLM:

@@ -19,6 +19,8 @@ from lightning_spectral.functional.orthogonalize import (
     polar_svd,
     smoothed_sign,
     steps_to_flatten,
+    turbo,
+    turbo_rows,
 )
 
 SHAPES = [(8, 8), (16, 64), (64, 16), (128, 512), (256, 256), (256, 1024), (1024, 256)]
@@ -96,6 +98,47 @@ def test_the_schatten_normaliser_beats_the_frobenius_one_at_equal_steps(spectrum
     assert tight < 0.6 * loose
 
 
+def test_cans_is_the_widest_interval_that_five_steps_bring_into_its_band():
+    """Both ends of its band are reached, and small values are lifted further than by sets with a narrower one."""
+    rows = coefficient_rows("cans")
+    slope = math.prod(a for a, _, _ in rows)
+    assert slope > math.prod(a for a, _, _ in coefficient_rows("polar_express_frobenius"))  # a wider band lifts further
+    assert slope > 3.4445**5
+    image = apply_to_singular_values("cans", 5, torch.linspace(5.3e-4, 1, 400_001, dtype=torch.float64))
+    assert float(image.min()) == pytest.approx(0.7, abs=2e-3)
+    assert float(image.max()) == pytest.approx(1.3, abs=2e-3)
+
+
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24), (32, 32)])
+@pytest.mark.parametrize("spectrum", ["gaussian", "power_law"])
+def test_turbo_is_the_polar_factor_of_the_preconditioned_matrix(spectrum, shape):
+    matrix = matrix_with(spectrum, *shape)
+    wide = matrix if shape[0] <= shape[1] else matrix.mT
+    scaled = wide / (wide @ wide.mT).abs().sum(1, keepdim=True).sqrt()
+    sigma = torch.linalg.svdvals(scaled)
+    assert sigma[0] <= 1  # Gershgorin
+    result = turbo(matrix)
+    result = result if shape[0] <= shape[1] else result.mT
+    image = apply_rows(turbo_rows(), sigma)
+    u, _, v = torch.linalg.svd(scaled, full_matrices=False)
+    torch.testing.assert_close(result, u @ image.diag() @ v, rtol=0, atol=1e-9)
+    assert float((image[sigma >= 6.1e-3] - 1).abs().max()) <= 0.06
+    for scale in (1e-30, 1e30):
+        torch.testing.assert_close(turbo(matrix * scale), turbo(matrix), rtol=1e-9, atol=1e-12)
+
+
+def apply_rows(rows, sigma):
+    for a, b, c in rows:
+        sigma = a * sigma + b * sigma**3 + c * sigma**5
+    return sigma
+
+
+def test_turbo_is_closer_than_five_steps_where_rows_are_nearly_orthogonal():
+    matrix = matrix_with("gaussian", 64, 1024)
+    exact = polar_svd(matrix)
+    assert distance(turbo(matrix), exact) < distance(newton_schulz(matrix, "polar_express_frobenius"), exact)
+
+
 def test_bf16_stays_near_the_band():
     for spectrum in ("gaussian", "power_law"):
         result = polar_express(matrix_with(spectrum, 256, 1024).float(), 5, torch.bfloat16)
@@ -165,13 +208,13 @@ def test_polar_express_rows_are_minimax_and_nested():
     assert float(1 - image.min()) == pytest.approx(float(image.max() - 1), abs=1e-6)
 
 
-@pytest.mark.parametrize("method", [*COEFFICIENTS, "svd"])
+@pytest.mark.parametrize("method", [*COEFFICIENTS, "turbo", "svd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_degenerate_matrices(method, dtype):
     shapes = [(5, 7), (1, 9), (9, 1), (1, 1), (3, 400), (400, 3)]
     zeros = orthogonalize([torch.zeros(s, dtype=dtype) for s in shapes], method)
     assert all(torch.equal(z, torch.zeros_like(z)) for z in zeros)
-    low, high = (1.0, 1.0) if method == "svd" else COEFFICIENTS[method].band
+    low, high = {"svd": (1.0, 1.0), "turbo": (0.94, 1.06)}.get(method) or COEFFICIENTS[method].band
     for shape in shapes[1:]:
         (result,) = orthogonalize([matrix_with("gaussian", *shape).to(dtype)], method)
         assert result.shape == shape

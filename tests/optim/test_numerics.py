@@ -11,7 +11,7 @@ from tests.optim.models import TinyLM, train
 RULES = {
     **{
         f"muon, {name}": lambda m, name=name: Muon(m, lr=1e-2, weight_decay=0.0, orthogonalize=name)
-        for name in COEFFICIENTS
+        for name in (*COEFFICIENTS, "turbo")
     },
     "muon, svd": lambda m: Muon(m, lr=1e-2, weight_decay=0.0, orthogonalize="svd"),
     "muon, paper": lambda m: Muon.paper(m, weight_decay=0.0),

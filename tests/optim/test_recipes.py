@@ -15,6 +15,9 @@ RECIPES = {
     "normuon": "normuon",
     "adamuon": "adamuon",
     "dion2": "dion2",
+    "nordion2": "nordion2",
+    "muonh": "muonh",
+    "soap": "soap",
     "muon_heads": "muon",
     **{f"dion_{k}": "dion" for k in (2, 4, 8, 16)},
 }
@@ -29,7 +32,9 @@ def test_only_the_optimizer_differs_from_the_quickstart(name):
     groups = {group["role"]: group for group in optimizer.param_groups}
     assert groups["matrix"]["algorithm"] == RECIPES[name]
     assert groups["head"]["algorithm"] == "adamw"
-    assert {group["lr"] * group["lr_ratio"] for group in optimizer.param_groups} == {3e-3}
+    rates = {role: group["lr"] * group["lr_ratio"] for role, group in groups.items()}
+    assert rates.pop("matrix") == (0.02 if name == "muonh" else 3e-3)  # there it is an angle
+    assert set(rates.values()) == {pytest.approx(3e-3)}
     if name.startswith("dion_"):
         assert groups["matrix"]["rank_fraction"] == 1 / int(name.removeprefix("dion_"))
 

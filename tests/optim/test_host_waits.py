@@ -1,0 +1,92 @@
+"""What the host of a GPU would wait for, told without one: fake tensors refuse to say a value."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_spectral.functional.coefficients import coefficient_rows
+from lightning_spectral.optim import AdaMuon, AdamW, Dion, Dion2, Muon, MuonH, NorDion2, NorMuon, matrix_rule
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """Shortcuts that a CPU takes by looking at a value are not taken; coefficients are computed once, before."""
+    for name in ("polar_express", "muon"):
+        coefficient_rows(name)
+    for module in (sys.modules["lightning_spectral.functional.orthogonalize"], matrix_rule):
+        monkeypatch.setattr(module, "answers_at_once", lambda tensor: False)
+
+
+KINDS = {
+    "adamw": lambda m: AdamW(m),
+    "adamuon": lambda m: AdaMuon(m),
+    "dion": lambda m: Dion(m),
+    "dion2": lambda m: Dion2(m),
+    "muon": lambda m: Muon(m),
+    "muon, clipped": lambda m: Muon(m, max_grad_norm=1.0),
+    "muon, stochastic bf16": lambda m: Muon(m.bfloat16(), bf16_weights="stochastic"),
+    "muon, compensated bf16": lambda m: Muon(m.bfloat16(), bf16_weights="compensated"),
+    "muon, lion": lambda m: Muon(m, fallback="lion"),
+    "like torch": lambda m: Muon.like_torch(m),
+    "muonh": lambda m: MuonH(m),
+    "nordion2": lambda m: NorDion2(m),
+    "normuon": lambda m: NorMuon(m),
+}
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be kernels: no views, no bookkeeping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and not func._schema.name.endswith(("detach", "empty", "empty_like", "new_empty")):
+            self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def model_of(layers: int, width: int = 32) -> nn.Module:
+    model = nn.Module()
+    model.embed = nn.Embedding(50, width)
+    model.blocks = nn.ModuleList(
+        nn.ModuleDict({"up": nn.Linear(width, 2 * width), "down": nn.Linear(2 * width, width)}) for _ in range(layers)
+    )
+    return model
+
+
+def step(kind: str, layers: int = 2) -> list[str]:
+    with FakeTensorMode():
+        model = model_of(layers)
+        optimizer = KINDS[kind](model)
+        for _ in range(2):
+            for p in model.parameters():
+                p.grad = torch.empty_like(p)
+            with Launches() as seen:
+                optimizer.step()
+    return seen.names
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_on_one_device_never_waits(kind):
+    """A value that the host asks for is an error of the fake tensor."""
+    assert step(kind)
+
+
+def test_a_look_at_nonfinite_gradients_waits_once(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda tensor: waits.append(tensor) or 0.0)
+    with FakeTensorMode():
+        model = model_of(2)
+        optimizer = Muon(model, nonfinite="skip", max_grad_norm=1.0)
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+    assert len(waits) == 1

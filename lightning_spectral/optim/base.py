@@ -107,7 +107,7 @@ class SpectralOptimizer(Optimizer):
         matrices = [m for m in members if m.algorithm in self.matrix_rules and m.param.requires_grad]
         plan = self._step_of(matrices) if matrices else None
         presence = None if plan is None else plan.ask(grads)
-        read = float if presence is None else presence.require_same
+        read: Callable[[Tensor], float] = float if presence is None else presence.require_same
         settings = self._settings
         usable = usable_gradients(members, grads, settings.max_grad_norm, settings.nonfinite, read)
         if usable is None:

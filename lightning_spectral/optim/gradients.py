@@ -81,21 +81,60 @@ def _local_gradient(member: Member) -> Tensor:
 
 
 def global_norm(members: Sequence[Member], grads: dict[int, Tensor]) -> Tensor:
-    """2-norm of the whole gradient; one all_reduce per process group that cuts parameters."""
+    """2-norm of the whole gradient, the same on every rank; one all_reduce per process group that cuts parameters.
+
+    Beside DDP modules a parameter that none of them holds is one of this rank alone (an expert, an adapter): its norm
+    counts on all ranks, as those of other ranks count here. Otherwise ranks would clip what they share differently.
+    """
     total = torch.zeros((), dtype=torch.float64)
+    shared = _largest_replica_group(members)
     for groups, alike in _by_cut(members):
-        held = [grads[id(m.param)] for m in alike if id(m.param) in grads and grads[id(m.param)].numel()]
-        square = torch.zeros((), dtype=torch.float64, device=local(alike[0].param).device)
-        # A norm in bf16 is rounded to 8 bits, and differently for every way to cut the gradient.
-        for narrow in (False, True):
-            some = [grad for grad in held if (grad.dtype.itemsize < 4) == narrow]
-            for norm in torch._foreach_norm(some, dtype=torch.float32 if narrow else None) if some else []:
-                square += norm.double().square()
+        square = _square(alike, grads)
         for group in groups:
-            square = square.float() if square.device.type == "mps" else square
             dist.all_reduce(square, group=group)
         total = total.to(square.device) + square
+    if shared is not None:  # also where none is here: another rank may have some
+        others = [m for m in members if _is_replica(m) and m.shard.group is not shared]
+        everywhere = torch.zeros_like(total)
+        for copies, alike in _by_copies(others):
+            here = _square(alike, grads).to(total)
+            total, everywhere = total - here, everywhere + here / copies
+        dist.all_reduce(everywhere, group=shared)
+        total = total + everywhere
     return total.sqrt()
+
+
+def _square(members: Sequence[Member], grads: dict[int, Tensor]) -> Tensor:
+    """Sum of squares of what is here of some gradients."""
+    held = [grads[id(m.param)] for m in members if id(m.param) in grads and grads[id(m.param)].numel()]
+    device = local(members[0].param).device
+    square = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    # A norm in bf16 is rounded to 8 bits, and differently for every way to cut the gradient.
+    for narrow in (False, True):
+        some = [grad for grad in held if (grad.dtype.itemsize < 4) == narrow]
+        for norm in torch._foreach_norm(some, dtype=torch.float32 if narrow else None) if some else []:
+            square += norm.to(square.dtype).square()
+    return square
+
+
+def _is_replica(member: Member) -> bool:
+    """Whole here and no DTensor: under DDP, or of this rank alone."""
+    return member.shard.is_whole and not member.shard.cut_over and not is_dtensor(member.param)
+
+
+def _largest_replica_group(members: Sequence[Member]) -> Any:
+    """Of the process groups of DDP modules the one of most ranks; None without any."""
+    groups = {id(m.shard.group): m.shard.group for m in members if _is_replica(m) and m.shard.group is not None}
+    return max(groups.values(), key=dist.get_world_size) if groups else None
+
+
+def _by_copies(members: Sequence[Member]) -> list[tuple[int, list[Member]]]:
+    """Parameters by the number of ranks that hold a copy."""
+    alike: dict[int, list[Member]] = {}
+    for member in members:
+        copies = 1 if member.shard.group is None else dist.get_world_size(member.shard.group)
+        alike.setdefault(copies, []).append(member)
+    return list(alike.items())
 
 
 def _nonfinite(members: Sequence[Member], grads: dict[int, Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_spectral.models.views import Rectangle, Views
-from lightning_spectral.optim import Dion, Muon, NorMuon
+from lightning_spectral.optim import AdamW, Dion, Muon, NorMuon
 from lightning_spectral.optim.exchange import choose_owners
 from lightning_spectral.optim.shards import Shard, Shards, local
 from tests.distributed.harness import run_ranks
@@ -33,6 +33,29 @@ def test_max_grad_norm_is_global(strategy):
     start = {name: p.detach().clone() for name, p in fresh_model().named_parameters()}
     for weights in run_ranks(clipped_run, 2, strategy):
         assert distance(weights, expected, start) < 1e-5  # fp32, another order of summation
+
+
+def clipped_beside_local(rank: int, world_size: int) -> tuple[float, float]:
+    """(factor of the clipped gradient, the one of the whole gradient of all ranks) with a module of this rank alone."""
+    torch.manual_seed(0)
+    pair = nn.ModuleDict({"shared": nn.Linear(6, 6, bias=False), "alone": nn.Linear(6, 6, bias=False)})
+    wrapped = nn.parallel.DistributedDataParallel(pair["shared"])
+    optimizer = AdamW(pair, max_grad_norm=0.01)
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(rank))
+    pair["alone"](wrapped(x)).square().mean().backward()
+    squares: list[Any] = [None] * world_size
+    dist.all_gather_object(squares, float(pair["alone"].weight.grad.norm() ** 2))
+    norm = (float(pair["shared"].weight.grad.norm() ** 2) + sum(squares)) ** 0.5
+    optimizer.step()
+    first = optimizer.state[pair["shared"].weight]["exp_avg"] / (1 - 0.9)
+    return float(first.norm() / pair["shared"].weight.grad.norm()), 0.01 / (norm + 1e-6)
+
+
+def test_modules_of_one_rank_count_in_the_norm_of_all():
+    found = run_ranks(clipped_beside_local, 2)
+    for factor, expected in found:
+        assert factor == pytest.approx(expected, rel=1e-5)
+    assert found[0][0] == found[1][0]  # the shared module is clipped alike
 
 
 def one_nan(rank: int, world_size: int, policy: str) -> tuple[bool, str]:

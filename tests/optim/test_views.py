@@ -7,16 +7,22 @@ import torch
 from torch import nn
 
 from lightning_spectral.models.views import Views
-from lightning_spectral.optim import Dion, Muon, NorMuon
+from lightning_spectral.optim import SOAP, AdaMuon, Dion, Dion2, Muon, MuonH, NorDion2, NorMuon
 from lightning_spectral.optim.shards import Shard, blocks_of
 
-KINDS = {
-    "muon": lambda params: Muon(params, lr=0.1, precision="fp32", lr_scale="spectral"),
-    "normuon": lambda params: NorMuon(params, lr=0.1, precision="fp32"),
-    "dion": lambda params: Dion(params, lr=0.1, rank_fraction=1.0, power_iterations=60, lr_scale="spectral"),
+SETTINGS: dict[str, tuple[type, dict[str, object]]] = {
+    "muon": (Muon, {"lr": 0.1, "precision": "fp32", "lr_scale": "spectral"}),
+    "normuon": (NorMuon, {"lr": 0.1, "precision": "fp32"}),
+    "dion": (Dion, {"lr": 0.1, "rank_fraction": 1.0, "power_iterations": 60, "lr_scale": "spectral"}),
+    "adamuon": (AdaMuon, {"lr": 0.1, "precision": "fp32"}),
+    "dion2": (Dion2, {"lr": 0.1, "precision": "fp32", "fraction": 0.5}),
+    "nordion2": (NorDion2, {"lr": 0.1, "precision": "fp32", "fraction": 0.5}),
+    "muonh": (MuonH, {"lr": 0.1, "precision": "fp32"}),
+    "soap": (SOAP, {"lr": 0.1, "basis_every": 2}),
 }
+KINDS = {kind: lambda params, made=made: made[0](params, **made[1]) for kind, made in SETTINGS.items()}
 # Dion begins at random factors of its own for every matrix: with many power iterations they do not matter
-TOLERANCE = {"muon": 1e-6, "normuon": 1e-6, "dion": 2e-3}
+TOLERANCE = {**dict.fromkeys(KINDS, 1e-6), "dion": 2e-3, "soap": 1e-5}
 
 
 class Apart(nn.Module):
@@ -116,29 +122,21 @@ def test_one_parameter_equals_its_matrices_kept_apart(case, kind):
     module = make()
     fused = module.get_parameter(name)
     apart = Apart([m.detach().clone() for m in matrices_of(fused)])
-    optimizer, other = KINDS[kind](module), KINDS[kind](apart)
-    optimizer = type(optimizer)(module, **{**settings_of(kind), "split": split})
+    make, settings = SETTINGS[kind]
+    optimizer, other = make(module, **settings, split=split), make(apart, **settings)
     for step in range(4):
         fused.grad = torch.randn(fused.shape, generator=torch.Generator().manual_seed(step))
         for layer, gradient in zip(apart.layers, matrices_of(fused.grad), strict=True):
             layer.weight.grad = gradient.contiguous()
         if step == 2:  # state and its way through a checkpoint, in the middle
             saved = copy.deepcopy(optimizer.state_dict())
-            optimizer = type(optimizer)(module, **{**settings_of(kind), "split": split})
+            optimizer = make(module, **settings, split=split)
             optimizer.load_state_dict(saved)
         optimizer.step()
         other.step()
     for layer, matrix in zip(apart.layers, matrices_of(fused), strict=True):
         error = ((layer.weight - matrix).norm() / layer.weight.norm()).detach()
         assert float(error) < TOLERANCE[kind]
-
-
-def settings_of(kind: str) -> dict[str, object]:
-    return {
-        "muon": {"lr": 0.1, "precision": "fp32", "lr_scale": "spectral"},
-        "normuon": {"lr": 0.1, "precision": "fp32"},
-        "dion": {"lr": 0.1, "rank_fraction": 1.0, "power_iterations": 60, "lr_scale": "spectral"},
-    }[kind]
 
 
 def test_channels_last_weights_and_gradients_give_the_same():

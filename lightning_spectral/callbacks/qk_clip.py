@@ -13,8 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_spectral.callbacks.trainer_host import log_scalars
+from lightning_spectral.models.placement import Shards, blocks_of, local
 from lightning_spectral.models.query_key import Attention, HeadRows, LargestLogits, find_attentions
-from lightning_spectral.optim.shards import Shards, blocks_of, local
 from lightning_spectral.probe.guard import warn
 
 # H query heads, G key heads

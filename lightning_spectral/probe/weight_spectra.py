@@ -28,11 +28,10 @@ from torch.optim import Optimizer
 from lightning_spectral.functional.flattening import FLAT_BAND, spectrum_flattening
 from lightning_spectral.functional.matrix_spectrum import spectrum_measures
 from lightning_spectral.functional.orthogonalize import coefficient_set
-from lightning_spectral.models.names import clean_names
+from lightning_spectral.models.layouts import matrices_of
+from lightning_spectral.models.names import clean_name, clean_names
+from lightning_spectral.models.places import Place
 from lightning_spectral.models.views import Views
-from lightning_spectral.optim import SpectralOptimizer
-from lightning_spectral.optim.owners import find_owners
-from lightning_spectral.optim.routing import route
 from lightning_spectral.probe.agreement import Agreement, MissingRankError
 from lightning_spectral.probe.guard import DeliberateError, Guard
 from lightning_spectral.probe.host import Host, Scalars
@@ -284,13 +283,20 @@ def _choose(model: nn.Module, patterns: Sequence[str] | None) -> Iterator[tuple[
 
 def _views_in(model: nn.Module) -> dict[int, Views]:
     """The matrices that the model's structure tells, by the parameter's id."""
-    return {id(one.named.param): one.views for one in route(find_owners(model)) if one.views is not None}
+    found: dict[int, Views] = {}
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            place = Place(clean_name(path), module, attribute, False, model)
+            views = matrices_of(place, tuple(parameter.shape))
+            if views is not None:
+                found[id(parameter)] = views
+    return found
 
 
 def _views_of(optimizer: Any) -> dict[int, Views]:
     """The matrices that an optimizer of this package makes of its parameters (``split``), by the parameter's id."""
-    optimizer = getattr(optimizer, "_optimizer", optimizer)
-    return optimizer.matrix_views if isinstance(optimizer, SpectralOptimizer) else {}
+    found: dict[int, Views] = getattr(getattr(optimizer, "_optimizer", optimizer), "matrix_views", {})
+    return found
 
 
 def _displays(names: Sequence[str]) -> dict[str, str]:

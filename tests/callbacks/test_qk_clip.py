@@ -14,8 +14,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_spectral.callbacks.qk_clip import QKClipCallback, _scale
+from lightning_spectral.models.placement import Shards
 from lightning_spectral.models.query_key import find_attentions, largest_logits
-from lightning_spectral.optim.shards import Shards
 from tests.distributed.harness import run_ranks
 
 transformers = pytest.importorskip("transformers")

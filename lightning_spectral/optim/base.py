@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_spectral.models.placement import local
 from lightning_spectral.models.views import Views
 from lightning_spectral.optim.announcement import LOG, show_table, warn_of_few, warn_of_lost_updates
 from lightning_spectral.optim.checkpoint import make_uniform
@@ -35,7 +36,6 @@ from lightning_spectral.optim.settings import (
     full_signature,
     group_settings,
 )
-from lightning_spectral.optim.shards import local
 from lightning_spectral.optim.state import StateLayout
 from lightning_spectral.optim.telemetry import MatrixTelemetry
 from lightning_spectral.optim.vector_rules import vector_step

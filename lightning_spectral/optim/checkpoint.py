@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_spectral.models.placement import Shard, is_dtensor, local
 from lightning_spectral.optim.matrices import Extra, Matrix, flat
-from lightning_spectral.optim.shards import Shard, is_dtensor, local
 
 
 def like_param(local_values: Tensor, param: Tensor) -> Tensor:

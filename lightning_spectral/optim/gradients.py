@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_spectral.models.placement import is_dtensor, local
 from lightning_spectral.optim.members import Member
-from lightning_spectral.optim.shards import is_dtensor, local
 
 
 def usable_gradients(

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_spectral.models.placement import local
 from lightning_spectral.models.views import Range, Rectangle
 from lightning_spectral.optim.exchange import Holding, ask_holdings, in_buckets, sources_of
 from lightning_spectral.optim.matrices import Matrix, spans_of
-from lightning_spectral.optim.shards import local
 
 Size = Callable[[int, int], int]  # (matrix, holder) -> number of values
 

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_spectral.functional.orthogonalize import unit_scale
+from lightning_spectral.models.placement import Block, local
 from lightning_spectral.optim.factors import next_right_factor, orthonormal_columns
 from lightning_spectral.optim.low_rank import Leg, LowRankExchange, Size, inside, pick, rank_of, used_size
 from lightning_spectral.optim.matrices import States, WeightUpdate, entering, extra_here, flat
 from lightning_spectral.optim.matrix_rule import fading_of
 from lightning_spectral.optim.presence import Presence, wire_device
-from lightning_spectral.optim.shards import Block, local
 
 
 class LowRankTrip:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.functional.orthogonalize import same_shape_runs
+from lightning_spectral.models.placement import Block, blocks_of, local
 from lightning_spectral.models.views import MatrixView, Range, Rectangle
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule
 from lightning_spectral.optim.members import Member
-from lightning_spectral.optim.shards import Block, blocks_of, local
 from lightning_spectral.optim.weights import keeps_more, widened, write_back
 
 States = Any  # Optimizer.state: parameter -> {name: tensor}

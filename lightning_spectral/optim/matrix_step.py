@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_spectral.models.placement import local
 from lightning_spectral.optim.exchange import Exchange
 from lightning_spectral.optim.low_rank import LowRankExchange, plan_low_rank
 from lightning_spectral.optim.low_rank_trip import LowRankTrip
@@ -33,7 +34,6 @@ from lightning_spectral.optim.matrices import (
 from lightning_spectral.optim.matrix_rule import MatrixRule
 from lightning_spectral.optim.members import Member
 from lightning_spectral.optim.presence import Presence
-from lightning_spectral.optim.shards import local
 from lightning_spectral.optim.trip import Trip
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_spectral.models.placement import Shard, Shards
 from lightning_spectral.models.views import Views
 from lightning_spectral.optim.routing import Role, Route
-from lightning_spectral.optim.shards import Shard, Shards
 
 Group = dict[str, Any]
 MIXED = "mixed"  # the `role` of a group with several

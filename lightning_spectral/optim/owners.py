@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_spectral.models.names import clean_name
+from lightning_spectral.models.placement import Shards
 from lightning_spectral.models.places import Place
-from lightning_spectral.optim.shards import Shards
 
 REMEDY = (
     "Pass the module itself, `module.named_parameters()`, or an unstarted `module.parameters()` of a live module, "

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_spectral.models.placement import local
 from lightning_spectral.optim.matrices import Matrix
-from lightning_spectral.optim.shards import local
 
 
 class Timetable(Protocol):

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from lightning_spectral.models.placement import local
 from lightning_spectral.optim.checkpoint import extra_to_saved, saved_to_extra, saved_to_param_layout
 from lightning_spectral.optim.matrices import Matrix, matrices_of_member
 from lightning_spectral.optim.matrix_rule import MatrixRule
 from lightning_spectral.optim.members import Member
 from lightning_spectral.optim.migrate import translated
-from lightning_spectral.optim.shards import local
 from lightning_spectral.optim.vector_rules import VECTOR_STATE
 from lightning_spectral.optim.weights import LOW_BITS, keeps_more
 

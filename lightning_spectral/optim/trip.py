@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_spectral.models.placement import local
 from lightning_spectral.optim.exchange import (
     Bucket,
     Exchange,
@@ -31,7 +32,6 @@ from lightning_spectral.optim.matrices import (
     write_inputs,
 )
 from lightning_spectral.optim.presence import Presence, wire_device
-from lightning_spectral.optim.shards import local
 
 
 class Trip:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from lightning_spectral.models.placement import local
 from lightning_spectral.optim.members import Member
-from lightning_spectral.optim.shards import local
 from lightning_spectral.optim.weights import LOW_BITS, keeps_more, widened, write_back
 
 # (parameters, gradients, their states, group, learning rate, weight decay) -> nothing, in place

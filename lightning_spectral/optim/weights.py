@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.optim.shards import local
+from lightning_spectral.models.placement import local
 
 if TYPE_CHECKING:
     from lightning_spectral.optim.members import Member

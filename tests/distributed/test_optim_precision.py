@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
-from lightning_spectral.optim.shards import local
+from lightning_spectral.models.placement import local
 from tests.distributed.harness import run_ranks
 from tests.distributed.optim_runs import KINDS, Weights, fresh_model
 from tests.distributed.test_optim_lightning import LM, fit, loss_of, trainer_for

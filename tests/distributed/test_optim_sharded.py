@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from lightning_spectral.models.placement import Shard, Shards, local
 from lightning_spectral.models.views import Rectangle, Views
 from lightning_spectral.optim import AdamW, Dion, Muon, NorMuon
 from lightning_spectral.optim.exchange import choose_owners
-from lightning_spectral.optim.shards import Shard, Shards, local
 from tests.distributed.harness import run_ranks
 from tests.distributed.optim_runs import KINDS, STRATEGIES, Weights, distance, fresh_model, run, train
 from tests.optim.models import TinyLM

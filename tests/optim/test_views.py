@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_spectral.models.placement import Shard, blocks_of
 from lightning_spectral.models.views import Views
 from lightning_spectral.optim import SOAP, AdaMuon, Dion, Dion2, Muon, MuonH, NorDion2, NorMuon
-from lightning_spectral.optim.shards import Shard, blocks_of
 
 SETTINGS: dict[str, tuple[type, dict[str, object]]] = {
     "muon": (Muon, {"lr": 0.1, "precision": "fp32", "lr_scale": "spectral"}),

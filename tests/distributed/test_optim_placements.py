@@ -145,8 +145,6 @@ PLACEMENTS: dict[str, tuple[Callable[[Net], nn.Module], int]] = {
     "tp x fsdp2": (tensor_parallel_fsdp2, 4),
     "columns": (columns, 2),
 }
-SLOW = [pytest.mark.slow, pytest.mark.timeout(600)]
-BY_RANKS = [pytest.param(name, marks=[] if name in ("fsdp2", "tp") else SLOW) for name in PLACEMENTS]
 
 
 def whole(param: Any) -> torch.Tensor:
@@ -168,34 +166,45 @@ def weights_of(placed: nn.Module) -> Weights:
     return {name.removeprefix("module."): whole(p) for name, p in placed.named_parameters()}
 
 
-def run(rank: int, world_size: int, placement: str) -> dict[str, Weights]:
+def run(rank: int, world_size: int, placement: str, steps: int) -> dict[str, Weights]:
     """Every optimizer, each on a new model."""
     found = {}
     for kind, make in KINDS.items():
         model = Net()
         placed = PLACEMENTS[placement][0](model) if placement else model
         optimizer = make(placed)
-        train(placed, optimizer, STEPS // 2)
+        train(placed, optimizer, steps // 2)
         if placement:  # state on its way through a state dict of its own kind
             state = copy.deepcopy(optimizer.state_dict())
             optimizer = make(placed)
             optimizer.load_state_dict(state)
-        train(placed, optimizer, STEPS // 2, STEPS // 2)
+        train(placed, optimizer, steps // 2, steps // 2)
         found[kind] = weights_of(placed)
     return found
 
 
-@lru_cache(maxsize=1)
-def alone() -> dict[str, Weights]:
-    return run(0, 1, "")
+@lru_cache(maxsize=2)
+def alone(steps: int) -> dict[str, Weights]:
+    return run(0, 1, "", steps)
 
 
-@pytest.mark.parametrize("placement", BY_RANKS)
-def test_every_optimizer_equals_one_process(placement):
+def check(placement: str, steps: int) -> None:
     start = {name: p.detach().clone() for name, p in Net().named_parameters()}
-    for found in run_ranks(run, PLACEMENTS[placement][1], placement, timeout_s=500):
-        errors = {kind: distance(found[kind], alone()[kind], start) for kind in KINDS}
+    for found in run_ranks(run, PLACEMENTS[placement][1], placement, steps, timeout_s=500):
+        errors = {kind: distance(found[kind], alone(steps)[kind], start) for kind in KINDS}
         assert max(errors.values()) < TOLERANCE, errors
+
+
+@pytest.mark.parametrize("placement", ["fsdp2", "tp"])
+def test_a_few_steps_of_every_optimizer_equal_one_process(placement):
+    check(placement, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_every_optimizer_equals_one_process(placement):
+    check(placement, STEPS)
 
 
 def traffic(rank: int, world_size: int, placement: str, orthogonal: bool, power_iterations: int) -> tuple[int, int]:

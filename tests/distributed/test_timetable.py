@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightning_spectral.functional.coefficients import coefficient_rows
 from lightning_spectral.models.views import Rectangle
 from lightning_spectral.optim import Dion, Muon, exchange, low_rank, matrices
 from lightning_spectral.optim.exchange import choose_owners, orthogonalization_cost
@@ -36,6 +37,7 @@ def second_step(rank: int, world_size: int, kind: str) -> tuple[dict[str, int], 
         holdings = [[(Rectangle((r, r + 1), (0, 64)),) for _ in found] for r in range(RANKS)]
         return holdings, choose_owners(holdings, [orthogonalization_cost(m.shape) for m in found])
 
+    coefficient_rows("polar_express")  # they are computed with the same word
     exchange.ask_holdings = low_rank.ask_holdings = known
     torch.Tensor.tolist, said = lambda tensor: [RANKS] * tensor.numel(), torch.Tensor.tolist  # what the ranks answer
     optimizer = MAKERS[kind](model)

@@ -1,4 +1,4 @@
-"""Which matrices have a gradient, asked of all ranks that hold them: a small sum a group, one answer for the host."""
+"""Which matrices have a gradient, asked of all ranks that hold them: a small sum, and one answer for the host."""
 
 from __future__ import annotations
 

@@ -28,13 +28,13 @@ def second_step(rank: int, world_size: int, kind: str) -> tuple[dict[str, int], 
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     mesh = DeviceMesh("cpu", list(range(RANKS)))
-    model = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(MATRICES))
+    model = nn.ModuleList(nn.Linear(64, 128, bias=False) for _ in range(MATRICES))
     for layer in model:
-        layer.weight = nn.Parameter(DTensor.from_local(torch.randn(1, 64), mesh, [Shard(0)], run_check=False))
-        layer.weight.grad = DTensor.from_local(torch.randn(1, 64), mesh, [Shard(0)], run_check=False)
+        layer.weight = nn.Parameter(DTensor.from_local(torch.randn(2, 64), mesh, [Shard(0)], run_check=False))
+        layer.weight.grad = DTensor.from_local(torch.randn(2, 64), mesh, [Shard(0)], run_check=False)
 
     def known(found: list[Any], group: Any) -> Any:  # a fake group cannot be asked
-        holdings = [[(Rectangle((r, r + 1), (0, 64)),) for _ in found] for r in range(RANKS)]
+        holdings = [[(Rectangle((2 * r, 2 * r + 2), (0, 64)),) for _ in found] for r in range(RANKS)]
         return holdings, choose_owners(holdings, [orthogonalization_cost(m.shape) for m in found])
 
     coefficient_rows("polar_express")  # they are computed with the same word

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_spectral import cli
 from lightning_spectral.analysis.points import points_of_runs
-from lightning_spectral.analysis.runs import load_runs
+from lightning_spectral.analysis.reading import load_runs
 from lightning_spectral.functional import rank
 from lightning_spectral.functional.covariance import empty_moments, update_
 from lightning_spectral.models import families, stacks

@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_spectral.analysis.crossovers import crossover
 from lightning_spectral.analysis.fits import NAN, PowerLawFit, fit_series
 from lightning_spectral.analysis.linear import LEVEL, t_quantile, two_sided_p, welch
 from lightning_spectral.analysis.points import Point, PointTable
@@ -18,8 +19,6 @@ from lightning_spectral.analysis.strata import SeedFit, seed_design, width_desig
 
 FloatArray = NDArray[np.float64]
 
-_FAR: Final = 4.0  # a crossover further outside the measured widths than this factor is no number
-_GRID: Final = 25
 MEASURES: Final = ("site", "bucket", "metric", "layer")
 COMPARISON_COLUMNS: Final = (
     "kind",
@@ -89,21 +88,33 @@ def compare_fits(table: PointTable, fits: Sequence[PowerLawFit]) -> list[Compari
     groups = table.groups()
     out: list[Comparison] = []
     for one, two in itertools.combinations(fits, 2):
-        differing = [(name, x, y) for name, x, y in zip(table.by, one.series, two.series, strict=True) if x != y]
-        names = [name for name, _, _ in differing]
-        whole = [name for name, x, y in differing if x and y]
-        if len(whole) <= 1 and not set(names) & set(MEASURES):
+        names = pair_of(table.by, one.series, two.series)
+        if names:
             out += compare_pair(table.by, names, one, two, groups[one.series], groups[two.series])
     return with_holm(out)
 
 
+def pair_of(by: Sequence[str], one: Sequence[str], two: Sequence[str]) -> list[str]:
+    """Columns in which two series differ if they can be compared: one of them, of what was varied; else empty."""
+    differing = [(name, x, y) for name, x, y in zip(by, one, two, strict=True) if x != y]
+    names = [name for name, _, _ in differing]
+    whole = [name for name, x, y in differing if x and y]
+    return names if len(whole) <= 1 and not set(names) & set(MEASURES) else []
+
+
 def with_holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Give each comparison its p corrected for all pairs of the same kind, site, bucket, metric and layer."""
+    """Give each comparison its p corrected for all pairs of the same kind, site, bucket, metric and layer.
+
+    Pairs with a variation of another series (``AdamW lr/3`` beside ``AdamW``: a rung of a ladder, an ablation) are
+    corrected among themselves: they do not make a claim about the optimizers less certain, nor the other way round.
+    """
     families: dict[tuple[Any, ...], list[int]] = {}
+    names = {name for c in comparisons for name in (c.a, c.b) if name}
+    varied = {name for name in names if any(name.startswith(f"{other} ") for other in names)}
     for k, c in enumerate(comparisons):
         if not math.isnan(c.p):
             measured = tuple(sorted((name, cell) for name, cell in c.where.items() if name in MEASURES))
-            families.setdefault((c.kind, measured), []).append(k)
+            families.setdefault((c.kind, measured, bool({c.a, c.b} & varied)), []).append(k)
     out = list(comparisons)
     for members in families.values():
         worst = 0.0
@@ -179,9 +190,10 @@ class Ratio:
     def estimate(self, base: Comparison, coefficients: FloatArray) -> Comparison:
         """``coefficients @ y`` with interval and p."""
         own, value = self.fit.uncertainty(coefficients), float(coefficients @ self.fit.y)
-        half, p = own.half_width(), float(own.p_value(value))
+        half, p = float(own.half_width()), float(own.p_value(value))
         low, high = value - half, value + half
-        return replace(base, estimate=value, ci_low=low, ci_high=high, p=p, df=own.satterthwaite_df, method=self.method)
+        df = float(own.satterthwaite_df)
+        return replace(base, estimate=value, ci_low=low, ci_high=high, p=p, df=df, method=self.method)
 
 
 def ratio_of(points_a: Sequence[Point], points_b: Sequence[Point]) -> Ratio | None:
@@ -204,68 +216,6 @@ def ratio_of(points_a: Sequence[Point], points_b: Sequence[Point]) -> Ratio | No
     y = np.array([a[cell][0] - b[cell][0] for cell in common])
     errors = np.array([math.hypot(a[cell][1], b[cell][1]) for cell in common])
     return Ratio(design.fit(y, errors if np.isfinite(errors).all() else None), method)
-
-
-@dataclass(frozen=True)
-class Crossover:
-    """Where two lines meet: width, ends of its 95 % set (0 and infinity for an open end, NaN for no set), a remark."""
-
-    width: float
-    low: float
-    high: float
-    note: str
-
-
-def crossover(fit: SeedFit) -> Crossover:
-    """All widths at which the test of "the lines meet here" does not refuse: Fieller's set, for any error model.
-
-    Args:
-        fit: ln(a / b) at its widths and seeds.
-    """
-    design = fit.design
-    slope, center, at = float(design.slope @ fit.y), float(design.level @ fit.y), design.x_mean
-    reach = (float(design.x.min()) - at, float(design.x.max()) - at)
-    low, high = reach[0] - math.log(_FAR), reach[1] + math.log(_FAR)
-    best = -center / slope if slope else math.inf
-    near = low <= best <= high
-    width = math.exp(at + best) if near else NAN
-    grid = np.linspace(low, high, _GRID)
-    grid = np.unique(np.append(grid, best)) if near else grid
-    kept = _p_at(fit, grid) >= 1 - LEVEL
-    if kept.all():
-        return Crossover(width, 0.0, math.inf, "any width may be the crossover")
-    if not kept.any():
-        return Crossover(width, NAN, NAN, f"the lines do not meet within {_FAR:g} times the measured widths")
-    begins, ends = (_edge(fit, grid, kept, step) for step in (1, -1))
-    if kept[0] and kept[-1]:
-        text = f"below {math.exp(at + ends):.4g} or above {math.exp(at + begins):.4g}, if anywhere"
-        return Crossover(width, NAN, NAN, text)
-    notes = ["open below"] * bool(kept[0]) + ["open above"] * bool(kept[-1])
-    if not near or not reach[0] <= best <= reach[1]:
-        notes.append("outside the measured widths")
-    first = 0.0 if kept[0] else math.exp(at + begins)
-    return Crossover(width, first, math.inf if kept[-1] else math.exp(at + ends), "; ".join(notes))
-
-
-def _p_at(fit: SeedFit, distances: FloatArray) -> FloatArray:
-    """P of "the lines meet at this ln distance from ``x_mean``"."""
-    coefficients = fit.design.at(distances)
-    return fit.uncertainty(coefficients).p_value(coefficients @ fit.y)
-
-
-def _edge(fit: SeedFit, grid: FloatArray, kept: NDArray[np.bool_], step: int) -> float:
-    """Where the set begins (step 1, its first begin) or ends (-1, its last end), between two points of the grid."""
-    steps = np.flatnonzero(np.diff(kept.astype(int)) == step)
-    if not len(steps):
-        return NAN
-    k = int(steps[0] if step == 1 else steps[-1])
-    low, high = float(grid[k]), float(grid[k + 1])
-    for _ in range(4):  # a sixteenth of the interval each
-        fine = np.linspace(low, high, 17)
-        inside = _p_at(fit, fine) >= 1 - LEVEL
-        j = int(np.flatnonzero(np.diff(inside.astype(int)) == step)[0])
-        low, high = float(fine[j]), float(fine[j + 1])
-    return 0.5 * (low + high)
 
 
 def asymmetries(table: PointTable, fits: Sequence[PowerLawFit]) -> list[Comparison]:

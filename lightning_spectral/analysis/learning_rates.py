@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_spectral.analysis.fits import PowerLawFit, choose_method, fit_series
+from lightning_spectral.analysis.fit_methods import choose_method
+from lightning_spectral.analysis.fits import PowerLawFit, fit_series
 from lightning_spectral.analysis.matched import loss_curve
 from lightning_spectral.analysis.points import LAYER_MEDIAN, Point, PointTable
 from lightning_spectral.analysis.recipe_facts import learning_rate, task_key

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -172,29 +172,32 @@ def matched_pairs(
         raise ValueError(f"unknown axis `{axis}`; choose loss, step or tokens.")
     if tolerance < 0:
         raise ValueError(f"`tolerance` is in nats and must be >= 0, got {tolerance}.")
-    groups = group_runs(runs)
-    curves: dict[tuple[str, str, str], Curve | None] = {}
-    for run in runs.runs:
-        for bucket in run.buckets:
-            for metric in metrics:
-                curves[run.run_id, bucket, metric] = curve(run, site, bucket, metric)
+    curves = {
+        (run.run_id, bucket, metric): curve(run, site, bucket, metric)
+        for run in runs.runs
+        for bucket in run.buckets
+        for metric in metrics
+    }
     pairs: list[MatchedPair] = []
     unmatched = 0
-    for (key_a, runs_a), (key_b, runs_b) in itertools.combinations(groups.items(), 2):
-        twins = {(run.width, run.seed): run for run in runs_b}
-        for run in runs_a:
-            twin = twins.get((run.width, run.seed))
-            if twin is None:
-                continue
-            for bucket in run.buckets:
-                for metric in metrics:
-                    one, two = curves[run.run_id, bucket, metric], curves.get((twin.run_id, bucket, metric))
-                    found = match(one, two, axis, tolerance) if one and two else None
-                    if found is None:
-                        unmatched += 1
-                        continue
-                    pairs.append(MatchedPair(key_a, key_b, site, bucket, metric, run.width, run.seed, *found))
+    for key_a, key_b, run, twin in _twins(runs):
+        for bucket, metric in itertools.product(run.buckets, metrics):
+            one, two = curves[run.run_id, bucket, metric], curves.get((twin.run_id, bucket, metric))
+            found = match(one, two, axis, tolerance) if one and two else None
+            if found is None:
+                unmatched += 1
+            else:
+                pairs.append(MatchedPair(key_a, key_b, site, bucket, metric, run.width, run.seed, *found))
     return pairs, unmatched
+
+
+def _twins(runs: RunSet) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Run, Run]]:
+    """(series a, series b, run of a, run of b) at every width and seed that two series share."""
+    for (key_a, runs_a), (key_b, runs_b) in itertools.combinations(group_runs(runs).items(), 2):
+        of_b = {(run.width, run.seed): run for run in runs_b}
+        for run in runs_a:
+            if (run.width, run.seed) in of_b:
+                yield key_a, key_b, run, of_b[run.width, run.seed]
 
 
 def compare_matched(pairs: Sequence[MatchedPair]) -> list[Comparison]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -43,6 +43,7 @@ class Shape:
         high: Upper ends.
         aicc: Small-sample Akaike criterion; NaN with too few points.
         n: Points.
+        rms: Root of the mean squared residual of ln y.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Shape:
     high: tuple[float, ...]
     aicc: float
     n: int
+    rms: float = NAN
 
 
 def shapes_of(x: FloatArray, y: FloatArray) -> list[Shape]:
@@ -108,50 +110,38 @@ def floor(xs: Sequence[FloatArray], y: FloatArray) -> Shape | None:
     if best is None or any(best.x[2 + 2 * i] <= 0 for i in range(len(xs))):
         return None
     names = ["E", *itertools.chain(*([f"A{i or ''}", f"exponent{i or ''}"] for i in range(len(xs))))]
-    shape = _shape("floor", tuple(names), best.x, best.jac, 2 * float(best.cost), n)
-    return _in_units(shape, scales)
+    in_units = np.eye(k)  # ln A_i of a variable is that of the scaled one plus exponent times ln scale
+    for i, scale in enumerate(scales):
+        in_units[1 + 2 * i, 2 + 2 * i] = math.log(scale)
+    shape = _shape("floor", tuple(names), best.x, best.jac, 2 * float(best.cost), n, in_units)
+    values, low, high = (_without_ln(own) for own in (shape.values, shape.low, shape.high))
+    return replace(shape, values=values, low=low, high=high)
 
 
-def _shape(model: str, names: tuple[str, ...], values: FloatArray, jacobian: FloatArray, rss: float, n: int) -> Shape:
+def _shape(
+    model: str,
+    names: tuple[str, ...],
+    values: FloatArray,
+    jacobian: FloatArray,
+    rss: float,
+    n: int,
+    in_units: FloatArray | None = None,
+) -> Shape:
+    """Intervals from the linearised fit; ``in_units @ values`` are the parameters reported."""
     k, df = len(values), n - len(values)
     covariance = np.linalg.pinv(jacobian.T @ jacobian) * (rss / df if df > 0 else NAN)
+    if in_units is not None:
+        values, covariance = in_units @ values, in_units @ covariance @ in_units.T
     half = float(t_quantile(df)) * np.sqrt(np.diag(covariance))
     free = n - k - 2  # the variance is a parameter, too
     aicc = n * math.log(max(rss, 1e-300) / n) + 2 * (k + 1) * n / free if free > 0 else NAN
     low, high = values - half, values + half
-    return Shape(model, names, tuple(map(float, values)), tuple(map(float, low)), tuple(map(float, high)), aicc, n)
+    fitted, lower, upper = (tuple(map(float, own)) for own in (values, low, high))
+    return Shape(model, names, fitted, lower, upper, aicc, n, math.sqrt(rss / n))
 
 
-def _in_units(shape: Shape, scales: Sequence[float]) -> Shape:
-    """Ln E and ln A_i of scaled variables -> E and A_i of the variables; ends of A_i are at the fitted exponent."""
-
-    def converted(parameters: tuple[float, ...]) -> tuple[float, ...]:
-        out = [math.exp(min(parameters[0], 700.0))]
-        for i, scale in enumerate(scales):
-            ln_a = parameters[1 + 2 * i] + shape.values[2 + 2 * i] * math.log(scale)
-            out += [math.exp(min(ln_a, 700.0)), parameters[2 + 2 * i]]
-        return tuple(out)
-
-    return Shape(
-        shape.model,
-        shape.names,
-        converted(shape.values),
-        converted(shape.low),
-        converted(shape.high),
-        shape.aicc,
-        shape.n,
+def _without_ln(parameters: tuple[float, ...]) -> tuple[float, ...]:
+    """Ln E, then ln A_i and a_i in turn -> E, A_i and a_i."""
+    return tuple(
+        value if place and place % 2 == 0 else math.exp(min(value, 700.0)) for place, value in enumerate(parameters)
     )
-
-
-def more_needed(std_err: float, df: float, amount: float, power: float = 0.8) -> float:
-    """How many times as many runs (seeds, or widths over the same range) separate two slopes by ``amount``.
-
-    The error of a slope falls with the root of their number; ``std_err`` is that of the difference now.
-
-    Raises:
-        ValueError: If ``amount`` is not positive or ``power`` not in (0, 1).
-    """
-    if not amount > 0 or not 0 < power < 1:
-        raise ValueError(f"`amount` must be > 0 and `power` in (0, 1), got {amount} and {power}.")
-    reach = float(t_quantile(df)) + float(t_quantile(df, 2 * power - 1) if power > 0.5 else 0.0)
-    return max(1.0, (reach * std_err / amount) ** 2)

@@ -138,7 +138,7 @@ def as_of_runs(table: PointTable, y_name: str) -> PointTable:
     for point in table.points:
         cells = {"series": "all", **defaults, **dict(zip(table.by, point.series, strict=True))}
         cells = {name: cell.lower() if name in ("bucket", "metric") else cell for name, cell in cells.items()}
-        cells["bucket"] = {"all": "pooled"}.get(cells["bucket"], cells["bucket"])
+        cells["bucket"] = {"all": "pooled", "global": "pooled"}.get(cells["bucket"], cells["bucket"])
         cells["metric"] = {"soft": "soft_rank", "hard": "hard_rank"}.get(cells["metric"], cells["metric"])
         points.append(replace(point, series=tuple(cells[name] for name in by)))
     return PointTable(by, tuple(points), table.x_name)

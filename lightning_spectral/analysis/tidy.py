@@ -7,9 +7,12 @@ import hashlib
 import io
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lightning_spectral.analysis.fits import PowerLawFit
 from lightning_spectral.analysis.points import Point, PointTable
@@ -73,7 +76,8 @@ def read_points_csv(
         by: Columns that make a series; by default those known to (``analysis.tables``).
         seed: Column of the seed; ``seed`` if the file has one.
         source: Column that identifies the run behind a row; ``run_id`` or ``id`` if the file has one.
-        spread: Column of one standard deviation of the value.
+        spread: Column of one standard deviation of the value; or two, separated by a comma, that hold the lower and
+            upper end of a bar of one.
         rows: Column of the number of rows N behind the value.
         where: Conditions on rows, as ``optimizer!=muon``.
 
@@ -88,50 +92,123 @@ def read_points_csv(
     seed, spread, rows = seed or columns.seed, spread or columns.spread, rows or columns.rows
     kept = [condition(text) for text in where]
     needed = [("--x", x), ("--y", y), *(("--by", name) for name in by)]
-    optional = [("--seed", seed), ("--id", source), ("--spread", spread), ("--rows", rows)]
+    optional = [("--seed", seed), ("--id", source), ("--rows", rows)]
+    optional += [("--spread", name) for name in _names(spread)]
     for role, column in (*needed, *optional):
         if column is not None and column not in names:
             hint = did_you_mean(column, names, otherwise="it has")
             raise ValueError(f"`{path}` has no column `{column}` ({role}); {hint}")
     source = source or next((name for name in _ID_NAMES if name in names and name not in by), None)
+    roles = _Roles(x, y, seed, source, spread, rows, columns.steps)
+    points, problems, used = _points_of(path, content, by, roles, kept)
+    if not text.endswith(("\n", "\r")):
+        cut = f"`{path}` ends without a line break: if it was cut off, its last row is wrong."
+        problems.append(Problem(str(path), "no_line_break", cut))
+    apart = telling_apart(used, replace(columns, seed=seed), [n for n in (y, *_names(spread), rows, source) if n])
+    if apart is not None:
+        why = f"`{path}` has several rows of one series and {x}; the column `{apart}` tells them apart (--by, --seed)."
+        problems.append(Problem(str(path), "repeated_x", why))
+    return with_layers(PointTable(tuple(by), tuple(points), x)), problems
+
+
+@dataclass(frozen=True)
+class _Roles:
+    """Columns of a table by what they hold."""
+
+    x: str
+    y: str
+    seed: str | None
+    source: str | None
+    spread: str | None
+    rows: str | None
+    steps: str | None
+
+
+def _points_of(
+    path: Path,
+    content: Sequence[dict[str, str]],
+    by: Sequence[str],
+    roles: _Roles,
+    kept: Sequence[Callable[[dict[str, str]], bool]],
+) -> tuple[list[Point], list[Problem], list[dict[str, str]]]:
+    """Points, rows that were left out, and rows behind the points.
+
+    Raises:
+        ValueError: If no row holds numbers.
+    """
     points: list[Point] = []
     problems: list[Problem] = []
     used: list[dict[str, str]] = []
-    is_rank = "rank" in y
+    is_rank = "rank" in roles.y
     for number, row in enumerate(content, start=2):
         if _is_whole(row) and not all(holds(row) for holds in kept):
             continue
-        if why := _unusable(row, x, y):
+        if why := _unusable(row, roles.x, roles.y):
             problems.append(Problem(str(path), "skipped_lines", f"`{path}` line {number}{why} it was left out."))
             continue
-        at, value = _optional(row, x), _optional(row, y)
+        value = _optional(row, roles.y)
         points.append(
             Point(
                 tuple(row[name] for name in by),
-                at,
+                _optional(row, roles.x),
                 value,
-                row[source] if source else "",
-                row[seed] if seed else "",
-                _optional(row, spread),
-                _optional(row, rows),
+                row[roles.source] if roles.source else "",
+                row[roles.seed] if roles.seed else "",
+                _spread(row, _names(roles.spread)),
+                _optional(row, roles.rows),
                 value if is_rank or "rank" in row.get("metric", "") else math.nan,
-                _steps(row, columns.steps),
+                _steps(row, roles.steps),
             )
         )
         used.append(row)
     if not points:
         first = f" The first problem: {problems[0].message}" if problems else ""
         if kept and not used and not problems:
-            first = f" No row passes `--where {' '.join(where)}`."
-        raise ValueError(f"`{path}` holds no usable row of numbers in `{x}` and `{y}`.{first}")
-    if not text.endswith(("\n", "\r")):
-        cut = f"`{path}` ends without a line break: if it was cut off, its last row is wrong."
-        problems.append(Problem(str(path), "no_line_break", cut))
-    apart = telling_apart(used, replace(columns, seed=seed), [n for n in (y, spread, rows, source) if n])
-    if apart is not None:
-        why = f"`{path}` has several rows of one series and {x}; the column `{apart}` tells them apart (--by, --seed)."
-        problems.append(Problem(str(path), "repeated_x", why))
-    return with_layers(PointTable(tuple(by), tuple(points), x)), problems
+            first = " No row passes `--where`."
+        raise ValueError(f"`{path}` holds no usable row of numbers in `{roles.x}` and `{roles.y}`.{first}")
+    if len(_names(roles.spread)) == 1 and all(point.spread >= abs(point.value) for point in points):
+        raise ValueError(
+            f"`{roles.spread}` in `{path}` is at least as large as the value in every row: it is the end of a bar, no "
+            "deviation. Give both ends, --spread LOW,HIGH."
+        )
+    return points, problems, used
+
+
+def _names(columns: str | None) -> list[str]:
+    return [name.strip() for name in (columns or "").split(",") if name.strip()]
+
+
+def _spread(row: dict[str, str], names: Sequence[str]) -> float:
+    """One standard deviation: a column of its own, or half the distance of two ends."""
+    ends = [_optional(row, name) for name in names]
+    return ends[0] if len(ends) == 1 else (ends[1] - ends[0]) / 2 if len(ends) == 2 else math.nan
+
+
+def read_columns(
+    paths: Sequence[str | Path], columns: Sequence[str], by: Sequence[str], where: Sequence[str] = ()
+) -> dict[tuple[str, ...], list[NDArray[np.float64]]]:
+    """Columns of numbers of some tables, by series; rows with a cell that is no positive number are left out.
+
+    Raises:
+        ValueError: If a table lacks a column, or no row is left.
+    """
+    kept = [condition(text) for text in where]
+    found: dict[tuple[str, ...], list[list[float]]] = {}
+    for path in map(Path, paths):
+        names, rows = _named_rows(path, _text_of(path))
+        missing = [name for name in (*columns, *by) if name not in names]
+        if missing:
+            raise ValueError(
+                f"`{path}` has no column `{missing[0]}`; {did_you_mean(missing[0], names, otherwise='it has')}"
+            )
+        for row in rows:
+            if _is_whole(row) and all(holds(row) for holds in kept):
+                numbers = [_optional(row, name) for name in columns]
+                if all(math.isfinite(number) and number > 0 for number in numbers):
+                    found.setdefault(tuple(row[name] for name in by), []).append(numbers)
+    if not found:
+        raise ValueError(f"no row holds positive numbers in {', '.join(f'`{name}`' for name in columns)}.")
+    return {series: list(np.array(numbers).T) for series, numbers in found.items()}
 
 
 def _steps(row: dict[str, str], name: str | None) -> tuple[int, ...]:

@@ -87,7 +87,7 @@ def beta_trajectories(
                         median[run.sites.index(site), run.buckets.index(bucket)]
                         for run, median in zip(group, medians, strict=True)
                     ]
-                    out.append(_fit((*key, site, bucket, metric), steps, widths, np.stack(rows, axis=1)))
+                    out.append(fit_windows((*key, site, bucket, metric), steps, widths, np.stack(rows, axis=1)))
     return out
 
 
@@ -96,8 +96,8 @@ def _layer_median(run: Run, metric: str, steps: NDArray[np.int64], smoothing: in
     return values[:, :, np.searchsorted(run.steps, steps)]
 
 
-def _fit(series: tuple[str, ...], steps: NDArray[np.int64], ln_x: FloatArray, values: FloatArray) -> Trajectory:
-    """Fit every window at once; ``values`` is (window, run)."""
+def fit_windows(series: tuple[str, ...], steps: NDArray[np.int64], ln_x: FloatArray, values: FloatArray) -> Trajectory:
+    """The exponent at every window at once; ``ln_x`` is (run,), ``values`` (window, run)."""
     with np.errstate(divide="ignore", invalid="ignore"):
         x, y = seed_means(ln_x, np.log(values))
     y = np.where(np.isfinite(y), y, np.nan)

@@ -30,6 +30,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "report": ("lightning_spectral.cli.report", "one offline HTML page of figures and tables"),
     "completion": ("lightning_spectral.cli.completion", "let your shell complete verbs, options and recipes"),
     "schema": ("lightning_spectral.cli.schema", "JSON Schema of recipes and records, for editors and other readers"),
+    "import": ("lightning_spectral.cli.import_runs", "run folders from the paper's logs, TensorBoard or W&B"),
+    "power": ("lightning_spectral.cli.power", "how many more widths or seeds separate two slopes"),
     "records": ("lightning_spectral.cli.records", "all records as one table: CSV, JSON or Parquet"),
     "memory": ("lightning_spectral.cli.memory", "the associative memory: what one step stores, predicted and measured"),
 }

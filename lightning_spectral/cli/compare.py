@@ -11,6 +11,8 @@ from lightning_spectral.text.tables import aside
 
 if TYPE_CHECKING:
     from lightning_spectral.analysis.compare import Comparison
+    from lightning_spectral.analysis.matched import MatchedPair
+    from lightning_spectral.analysis.runs import RunSet
 
 _EPILOG = """\
 kinds of comparison:
@@ -40,12 +42,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--tolerance", type=at_least(0, float), default=0.02, help="nats within which a loss counts as reached"
     )
-    parser.add_argument(
-        "--separate",
-        type=at_least(0, float, itself=False),
-        metavar="AMOUNT",
-        help="say how many more runs separate slopes by this amount",
-    )
     parser.add_argument("--all", action="store_true", help=f"print all comparisons, even if more than {_SHOWN}")
     parser.add_argument("--out", metavar="DIR", help="write comparisons.csv (and matched_loss.csv) there")
     options = parser.parse_args(argv)
@@ -60,26 +56,57 @@ def _compare(options: argparse.Namespace) -> int:
 
     from lightning_spectral.analysis.caveats import caveats_of
     from lightning_spectral.analysis.compare import comparison_table
-    from lightning_spectral.analysis.matched import MatchedPair, compare_matched, matched_pairs, matched_table
+    from lightning_spectral.analysis.matched import matched_table
     from lightning_spectral.analysis.points import LAYER_MEDIAN
     from lightning_spectral.analysis.study import comparisons_of
     from lightning_spectral.analysis.tidy import write_csv
 
     found = inputs.guarded(lambda: comparisons_of(fitted, options.architecture))
-    pairs: list[MatchedPair] = []
-    if runs is not None:
-        pairs, unmatched = inputs.guarded(
-            lambda: matched_pairs(runs, axis=options.match_on, tolerance=options.tolerance, metrics=options.metrics)
-        )
-        found += compare_matched(pairs)
-        if unmatched:
-            print(
-                f"note: {unmatched} pair(s) of runs could not be matched on {options.match_on}.",
-                file=aside(options.format),
-            )
+    pairs, at_loss = matched_of(options, runs)
+    found += at_loss
     medians = [c for c in found if c.where.get("layer", LAYER_MEDIAN) == LAYER_MEDIAN]
     shown = medians if options.all or len(medians) <= _SHOWN else headline(medians)
-    rows = [
+    header = ["kind", "where", "what", "estimate", "95% CI", "p", "p (Holm)", "status", "note"]
+    inputs.print_table(header, rows_of(shown), options.format, comparison_table(fitted.table.by, shown))
+    out = aside(options.format)
+    if len(shown) < len(medians):
+        print(
+            f"{len(medians) - len(shown)} more comparisons (other buckets and metrics): --all, or --out DIR.", file=out
+        )
+    if len(medians) > 1:
+        print(
+            "p (Holm) is corrected for the pairs of one kind, site, bucket, metric and layer; those with a variation "
+            "of another series (AdamW lr/3 beside AdamW) among themselves.",
+            file=out,
+        )
+    inputs.print_notes(caveats_of(fitted, runs), options.format)
+    inputs.print_problems(fitted.problems)
+    inputs.print_flags(c.status for c in found)
+    if folder is not None:
+        print(f"wrote {write_csv(folder / 'comparisons.csv', *comparison_table(fitted.table.by, found))}", file=out)
+        if pairs:
+            print(f"wrote {write_csv(folder / 'matched_loss.csv', *matched_table(pairs))}", file=out)
+    return 0 if any(not c.status.startswith("refused") for c in found) else 1
+
+
+def matched_of(options: argparse.Namespace, runs: RunSet | None) -> tuple[list[MatchedPair], list[Comparison]]:
+    """Pairs of runs at one loss (step, tokens) and what they say; a note of those that could not be matched."""
+    from lightning_spectral.analysis.matched import compare_matched, matched_pairs
+
+    if runs is None:
+        return [], []
+    pairs, unmatched = inputs.guarded(
+        lambda: matched_pairs(runs, axis=options.match_on, tolerance=options.tolerance, metrics=options.metrics)
+    )
+    if unmatched:
+        text = f"note: {unmatched} pair(s) of runs could not be matched on {options.match_on}."
+        print(text, file=aside(options.format))
+    return pairs, compare_matched(pairs)
+
+
+def rows_of(shown: list[Comparison]) -> list[list[str]]:
+    """Texts of the table's cells."""
+    return [
         [
             c.kind,
             " ".join(cell for name, cell in c.where.items() if cell and name != "layer"),
@@ -93,42 +120,6 @@ def _compare(options: argparse.Namespace) -> int:
         ]
         for c in shown
     ]
-    header = ["kind", "where", "what", "estimate", "95% CI", "p", "p (Holm)", "status", "note"]
-    inputs.print_table(header, rows, options.format, comparison_table(fitted.table.by, shown))
-    out = aside(options.format)
-    if len(shown) < len(medians):
-        print(
-            f"{len(medians) - len(shown)} more comparisons (other buckets and metrics): --all, or --out DIR.", file=out
-        )
-    if len(medians) > 1:
-        print("p (Holm) is corrected for the pairs of one kind, site, bucket, metric and layer.", file=out)
-    if options.separate is not None:
-        inputs.print_notes(inputs.guarded(lambda: needed(shown, options.separate)), options.format)
-    inputs.print_notes(caveats_of(fitted, runs), options.format)
-    inputs.print_problems(fitted.problems)
-    inputs.print_flags(c.status for c in found)
-    if folder is not None:
-        print(f"wrote {write_csv(folder / 'comparisons.csv', *comparison_table(fitted.table.by, found))}", file=out)
-        if pairs:
-            print(f"wrote {write_csv(folder / 'matched_loss.csv', *matched_table(pairs))}", file=out)
-    return 0 if any(not c.status.startswith("refused") for c in found) else 1
-
-
-def needed(found: list[Comparison], amount: float) -> list[str]:
-    """How many times as many runs would separate each pair of slopes by ``amount``, with a power of 80 %."""
-    from lightning_spectral.analysis.linear import t_quantile
-    from lightning_spectral.analysis.shapes import more_needed
-
-    out = []
-    for c in found:
-        half = (c.ci_high - c.ci_low) / 2
-        if c.kind == "slope_difference" and half == half:
-            times = more_needed(half / float(t_quantile(c.df)), c.df, amount)
-            what = f"{c.a} and {c.b}, {' '.join(filter(None, c.where.values()))}"
-            out.append(
-                f"{what}: {times:.1f} times as many runs separate slopes by {amount:g} (power 80 %, uncorrected)."
-            )
-    return out
 
 
 def headline(found: list[Comparison]) -> list[Comparison]:

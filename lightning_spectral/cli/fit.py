@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lightning_spectral.cli import inputs
 from lightning_spectral.cli.parser import VerbParser
-from lightning_spectral.text import tables
+from lightning_spectral.text import CommandError, tables
 from lightning_spectral.text.tables import aside
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ _EPILOG = """\
 examples:
   lightning-spectral fit out/study --out out/fits
   lightning-spectral fit points.csv --x ffn_hidden_dim --y value --by optimizer,bucket,metric --out out/fits
+  lightning-spectral fit losses.csv --x params,tokens --y loss --model floor      # E + A N^-a + B D^-b
 
 With one run a width the interval is Student's t over WIDTHS and says nothing about seeds; with several seeds it is over
 widths AND seeds (a mixed model: level and slope a seed, an effect a width). What else must be read with a slope stands
@@ -38,7 +40,7 @@ def main(argv: list[str]) -> int:
         "--model",
         choices=["power", "bent", "floor", "all"],
         default="power",
-        help="also fit y = E + A x^-a (floor), a parabola in ln-ln (bent), or all, and compare them by AICc",
+        help="also fit y = E + A x^-a (floor; of two variables with --x N,D), a parabola (bent), or all, by AICc",
     )
     parser.add_argument("--out", metavar="DIR", help="write fits.csv and points.csv there")
     options = parser.parse_args(argv)
@@ -49,40 +51,15 @@ def main(argv: list[str]) -> int:
 def _fit(options: argparse.Namespace) -> int:
     """Fit what was read, and print it."""
     folder = inputs.out_folder(options.out)
+    if options.x and "," in options.x:
+        return fit_two(options)
     fitted, runs = inputs.load(options)
 
     from lightning_spectral.analysis.caveats import caveats_of, median_fits
     from lightning_spectral.analysis.tidy import fit_table, points_table, write_csv
 
-    by = fitted.table.by
-    shown = median_fits(fitted)
-    # columns that would be empty all the way down are left out
-    before = any(fit.before_beta == fit.before_beta for fit in shown)
-    seeds = any(fit.seed_low == fit.seed_low for fit in shown)
-    header = [*(name for name in by if name != "layer"), "beta", "95% CI"]
-    header += [*(["95% CI, seeds"] if seeds else []), *(["before decay"] if before else []), "untrained"]
-    header += ["slope at the ends", "layers", "one width left out", "ln A", "R2", "n", "widths", "method", "status"]
-    rows = [
-        [
-            *(cell for name, cell in zip(by, fit.series, strict=True) if name != "layer"),
-            inputs.number(fit.beta),
-            inputs.interval(fit.ci_low, fit.ci_high) + (" wide" if fit.wide and not fit.refused else ""),
-            *([inputs.interval(fit.seed_low, fit.seed_high)] if seeds else []),
-            *([before_text(fit)] if before else []),
-            inputs.number(fit.null_beta),
-            "-" if fit.slope_low != fit.slope_low else f"{fit.slope_low:.2f} to {fit.slope_high:.2f}",
-            inputs.interval(fit.layer_low, fit.layer_high),
-            inputs.interval(fit.loo_low, fit.loo_high),
-            inputs.number(fit.ln_a),
-            inputs.number(fit.r2),
-            str(fit.n),
-            f"{fit.x_min:g}-{fit.x_max:g}",
-            fit.method,
-            fit.status,
-        ]
-        for fit in shown
-    ]
-    inputs.print_table(header, rows, options.format, fit_table(by, shown))
+    by, shown = fitted.table.by, median_fits(fitted)
+    inputs.print_table(*table_of(by, shown), options.format, fit_table(by, shown))
     if options.model != "power":
         print_shapes(fitted, options.model, options.format)
     inputs.print_notes(caveats_of(fitted, runs), options.format)
@@ -93,6 +70,79 @@ def _fit(options: argparse.Namespace) -> int:
         points_file = write_csv(folder / "points.csv", *points_table(fitted.table))
         print(f"wrote {fits_file} and {points_file}", file=aside(options.format))
     return 0 if any(not fit.refused for fit in fitted.fits) else 1
+
+
+def table_of(by: Sequence[str], shown: Sequence[PowerLawFit]) -> tuple[list[str], list[list[str]]]:
+    """Header and texts; columns that would be empty all the way down are left out."""
+
+    def interval(low: float, high: float) -> str:
+        return inputs.interval(low, high)
+
+    names = [name for name in by if name != "layer"]
+    columns: dict[str, Callable[[PowerLawFit], str]] = {
+        "beta": lambda fit: inputs.number(fit.beta),
+        "95% CI": lambda fit: interval(fit.ci_low, fit.ci_high) + (" wide" if fit.wide and not fit.refused else ""),
+        "raw ranks": lambda fit: inputs.number(fit.raw_beta),
+        "95% CI, seeds": lambda fit: interval(fit.seed_low, fit.seed_high),
+        "before decay": before_text,
+        "untrained": lambda fit: inputs.number(fit.null_beta),
+        "slope at the ends": lambda fit: (
+            f"{fit.slope_low:.2f} to {fit.slope_high:.2f}" if fit.bend == fit.bend else "-"
+        ),
+        "layers": lambda fit: interval(fit.layer_low, fit.layer_high),
+        "one width left out": lambda fit: interval(fit.loo_low, fit.loo_high),
+        "ln A": lambda fit: inputs.number(fit.ln_a),
+        "R2": lambda fit: inputs.number(fit.r2),
+        "n": lambda fit: str(fit.n),
+        "widths": lambda fit: f"{fit.x_min:g}-{fit.x_max:g}",
+        "method": lambda fit: fit.method,
+        "status": lambda fit: fit.status,
+    }
+    cells = {name: [text(fit) for fit in shown] for name, text in columns.items()}
+    optional = ("raw ranks", "95% CI, seeds", "before decay")
+    kept = [name for name in columns if name not in optional or set(cells[name]) != {"-"}]
+    series = [[cell for name, cell in zip(by, fit.series, strict=True) if name != "layer"] for fit in shown]
+    return [*names, *kept], [[*own, *(cells[name][k] for name in kept)] for k, own in enumerate(series)]
+
+
+def fit_two(options: argparse.Namespace) -> int:
+    """``--x N,D``: E + A N^-a + B D^-b of every series, with intervals."""
+    from lightning_spectral.analysis.shapes import floor
+    from lightning_spectral.analysis.tidy import read_columns, write_csv
+
+    xs, files = inputs.names(options.x), [path for path in options.inputs if path.lower().endswith(".csv")]
+    if len(xs) != 2 or len(files) != len(options.inputs):
+        raise CommandError(f"a law in two variables takes tables and two columns (--x N,D), got --x {options.x}.")
+    if options.model not in ("floor", "all"):
+        raise CommandError("a law in two variables is E + A N^-a + B D^-b: give --model floor with --x N,D.")
+    by, rows, values, notes = options.by or [], [], [], []
+    found = inputs.guarded(lambda: read_columns(files, [*xs, options.y], by, options.where))
+    for series, (one, two, y) in found.items():
+        shape = floor([one, two], y)
+        if shape is None:
+            notes.append(
+                f"{' '.join(series) or 'the table'}: {len(y)} rows, no law that falls in both could be fitted."
+            )
+            continue
+        texts = [
+            f"{v:.4g} {inputs.interval(lo, hi)}" for v, lo, hi in zip(shape.values, shape.low, shape.high, strict=True)
+        ]
+        rows.append([*series, *texts, inputs.number(shape.rms, 4), str(shape.n)])
+        numbers = [cell for ends in zip(shape.values, shape.low, shape.high, strict=True) for cell in ends]
+        values.append([*series, *numbers, shape.rms, shape.n])
+        a, b = shape.values[2], shape.values[4]
+        whose, best = " ".join(series) or "all", f"the best {xs[0]} as cost^{b / (a + b):.3f}"
+        notes.append(f"{whose}: where cost grows as {xs[0]} times {xs[1]}, {best}.")
+    parameters = ["E", f"A ({xs[0]})", "a", f"B ({xs[1]})", "b"]
+    machine = [f"{name}{end}" for name in ("E", "A", "a", "B", "b") for end in ("", "_low", "_high")]
+    if rows:
+        header = [*by, *machine, "rms_ln", "n"]
+        inputs.print_table([*by, *parameters, "rms of ln y", "n"], rows, options.format, (header, values))
+        folder = inputs.out_folder(options.out)
+        if folder is not None:
+            print(f"wrote {write_csv(folder / 'laws.csv', header, values)}", file=aside(options.format))
+    inputs.print_notes(notes, options.format)
+    return 0 if rows else 1
 
 
 def print_shapes(fitted: Fitted, model: str, style: str) -> None:

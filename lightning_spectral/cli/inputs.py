@@ -54,7 +54,9 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     table.add_argument("--drop-duplicates", action="store_true", help="leave out both of two bit-identical points")
     table.add_argument("--seed", metavar="COLUMN", help="column of the seed")
     table.add_argument("--id", metavar="COLUMN", help="column of the run behind a row (default: run_id or id)")
-    table.add_argument("--spread", metavar="COLUMN", help="column of one standard deviation of the value")
+    table.add_argument(
+        "--spread", metavar="COLUMN", help="column of one standard deviation, or the ends of a bar: LOW,HIGH"
+    )
     table.add_argument("--rows", metavar="COLUMN", help="column of the rows N behind the value")
     tables.add_format_option(parser)
     parser.add_argument(
@@ -130,7 +132,7 @@ def read_tables(options: argparse.Namespace, files: list[str]) -> tuple[PointTab
 def fit_runs(options: argparse.Namespace, by: list[str] | None) -> tuple[Fitted, RunSet]:
     """Points and fits of run folders, nulls included."""
     from lightning_spectral.analysis.points import default_by, points_of_runs, pre_decay
-    from lightning_spectral.analysis.runs import Choice, load_runs
+    from lightning_spectral.analysis.reading import Choice, load_runs
     from lightning_spectral.analysis.study import finished_only, fit_points, nulls_of_runs
 
     runs = load_runs(options.inputs, choice=Choice(options.stage, options.stack, options.loader))

@@ -46,7 +46,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sites", nargs="+", choices=["pre", "post"], default=["post"], help="default: post")
     parser.add_argument("--modules", nargs="+", help="globs of down projections to measure instead of all")
     parser.add_argument("--hints", nargs="+", metavar="DOWN[,UP]", help=HINTS)
-    parser.add_argument("--shards", type=int, default=1, help="> 1: 95 %% intervals from sequences (default: 1)")
+    parser.add_argument(
+        "--shards", type=int, default=2, help="of sequences: 2 for unbiased ranks (default), 8 for useful intervals"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--memory_limit_mib", type=float, help="of the rows (default: a quarter of what is free)")
     parser.add_argument("--workers", type=int, default=1, help="models measured side by side (default: 1)")

@@ -63,16 +63,42 @@ def _report(options: argparse.Namespace, argv: list[str]) -> int:
 
 def scene_of_tables(options: argparse.Namespace, files: list[str]):  # type: ignore[no-untyped-def]  # lazy class
     """What can be shown of tables of points."""
-    from lightning_spectral.analysis.runs import RunSet
+    from lightning_spectral.analysis.published import (
+        kind_of,
+        last_points,
+        paths_of,
+        read_curves,
+        read_estimates,
+        read_paths,
+    )
+    from lightning_spectral.analysis.runs import Problem, RunSet
     from lightning_spectral.analysis.study import comparisons_of, fit_points
     from lightning_spectral.analysis.tables import as_of_runs
     from lightning_spectral.report.scene import ReportData
 
     if len(files) < len(options.inputs):
         raise CommandError(f"give tables or run folders, not {len(options.inputs)} inputs of both kinds.")
-    table, problems = inputs.read_tables(options, files)
-    fitted = fit_points(as_of_runs(table, options.y), method=options.method, problems=problems)
-    return ReportData(RunSet((), ()), fitted, tuple(comparisons_of(fitted)), (), (), options.site, options.last)
+    kinds = {file: kind_of(file) for file in files}
+
+    def of(kind: str) -> list[str]:
+        return [file for file in files if kinds[file] == kind]
+
+    curves = [curve for file in of("curves") for curve in read_curves(file, options.where)]
+    paths = [path for file in of("betas_over_training") for path in read_paths(file, options.where)]
+    estimates = [own for file in of("estimates") for own in read_estimates(file, options.where)]
+    problems: list[Problem] = []
+    if of("points"):
+        table, problems = inputs.read_tables(options, of("points"))
+        table = as_of_runs(table, options.y)
+    else:
+        labels = tuple(f"label_{k}" for k in range(1, len(curves[0].series) - 3)) if curves else ()
+        table = last_points(curves, ("optimizer", *labels))
+    fitted = fit_points(table, method=options.method, problems=problems)
+    paths += paths_of(curves)
+    compared = tuple(comparisons_of(fitted))
+    return ReportData(
+        RunSet((), ()), fitted, compared, tuple(paths), (), options.site, options.last, tuple(curves), tuple(estimates)
+    )
 
 
 def make_scene(options: argparse.Namespace):  # type: ignore[no-untyped-def]  # a lazily imported class

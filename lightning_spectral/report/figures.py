@@ -14,11 +14,14 @@ from matplotlib.figure import Figure
 from lightning_spectral.report import (
     figures_audience,
     figures_exponents,
+    figures_ladders,
     figures_layers,
+    figures_run,
     figures_scaling,
     figures_spectrum,
     figures_training,
 )
+from lightning_spectral.report.numbers import svg_with_values
 from lightning_spectral.report.scene import ReportData, ReportFigure
 from lightning_spectral.report.style import RC
 
@@ -30,31 +33,34 @@ class FigureRow:
     Attributes:
         title: Section heading.
         draw: Makes it.
-        of_points: Whether a table of points is enough; else it needs run folders.
+        needs: What it is drawn from: ``runs``, ``one_run`` (and no other), ``points``, ``paths``, ``curves`` or
+            ``estimates``.
     """
 
     title: str
     draw: Callable[[ReportData], ReportFigure]
-    of_points: bool = False
+    needs: str = "runs"
 
 
 # key (also the file name) -> figure, in the order of the page
 FIGURES: Final[dict[str, FigureRow]] = {
-    "scaling_laws": FigureRow("Scaling laws", figures_scaling.scaling_laws, True),
-    "betas": FigureRow("Exponents", figures_exponents.betas, True),
+    "one_run": FigureRow("Curves of the run", figures_run.one_run, "one_run"),
+    "scaling_laws": FigureRow("Scaling laws", figures_scaling.scaling_laws, "points"),
+    "betas": FigureRow("Exponents", figures_exponents.betas, "points"),
     "decay": FigureRow("Before and after the learning-rate decay", figures_exponents.decay),
-    "bucket_grid": FigureRow("Soft and hard rank by token frequency", figures_scaling.bucket_grid, True),
-    "asymmetry": FigureRow("Asymmetry of soft and hard exponents", figures_exponents.asymmetry, True),
-    "beta_over_training": FigureRow("Exponents over training", figures_training.exponent_over_training),
-    "rank_curves": FigureRow("Rank curves by width", figures_training.rank_curves),
-    "layers": FigureRow("Layers", figures_layers.layer_map, True),
-    "learning_rates": FigureRow("Learning-rate sensitivity", figures_exponents.learning_rates),
+    "bucket_grid": FigureRow("Soft and hard rank by token frequency", figures_scaling.bucket_grid, "points"),
+    "asymmetry": FigureRow("Asymmetry of soft and hard exponents", figures_exponents.asymmetry, "points"),
+    "beta_over_training": FigureRow("Exponents over training", figures_training.exponent_over_training, "paths"),
+    "rank_curves": FigureRow("Rank curves by width", figures_training.rank_curves, "curves"),
+    "layers": FigureRow("Layers", figures_layers.layer_map, "points"),
+    "learning_rates": FigureRow("Learning-rate sensitivity", figures_ladders.learning_rates),
     "matched_loss": FigureRow("Matched loss", figures_training.matched),
     "bucket_losses": FigureRow("Loss by token frequency", figures_training.bucket_losses),
     "recall_front": FigureRow("Recall front: when each group of tokens is learned", figures_audience.recall_front),
     "renyi": FigureRow("Renyi ranks", figures_spectrum.renyi),
     "phase_map": FigureRow("Phase map", figures_spectrum.phase_map),
     "waterfall": FigureRow("Eigenspectra over training", figures_spectrum.waterfall),
+    "estimates": FigureRow("Published exponents", figures_exponents.estimates, "estimates"),
     "health": FigureRow("Health of the data", figures_spectrum.health),
 }
 
@@ -62,15 +68,12 @@ FIGURES: Final[dict[str, FigureRow]] = {
 def draw_all(scene: ReportData) -> dict[str, ReportFigure]:
     """Every row of :data:`FIGURES` that the data are enough for."""
     with rc_context(RC):
-        return {key: row.draw(scene) for key, row in FIGURES.items() if row.of_points or scene.runs.runs}
+        return {key: row.draw(scene) for key, row in FIGURES.items() if scene.holds(row.needs)}
 
 
 def svg_of(figure: Figure, key: str) -> str:
-    """The figure as an SVG file; the same figure gives the same bytes."""
-    buffer = io.StringIO()
-    with rc_context({**RC, "svg.hashsalt": key}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Title": key})
-    return buffer.getvalue()
+    """The figure as an SVG file; the same figure gives the same bytes. Its points have titles with their values."""
+    return svg_with_values(figure, key)
 
 
 def inline(svg: str, key: str) -> str:

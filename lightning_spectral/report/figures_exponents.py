@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from lightning_spectral.analysis.learning_rates import level
+from lightning_spectral.analysis.published import Estimate, effect_of, shifts_of
 from lightning_spectral.records.looks import bucket_name, metric_name
+from lightning_spectral.report.numbers import ON_X
 from lightning_spectral.report.scene import ReportData, ReportFigure, joined
-from lightning_spectral.report.style import label_right, log2_axis, tall
+from lightning_spectral.report.style import SeriesStyle
 
 _RANKS = ("hard_rank", "soft_rank")
 _NO_FIT = "A slope needs at least 3 FFN widths with positive ranks."
@@ -47,7 +47,9 @@ def betas(scene: ReportData) -> ReportFigure:
                         solid_capstyle="butt",
                     )
                 ax.plot([fit.ci_low, fit.ci_high], [y, y], color=look.color, lw=1.6)
-                ax.plot([fit.beta], [y], look.marker, color=look.color, mfc=look.face, ms=6)
+                ax.plot(
+                    [fit.beta], [y], look.marker, color=look.color, mfc=look.face, ms=6, label=look.name, picker=ON_X
+                )
                 if np.isfinite(fit.null_beta):
                     ax.plot([fit.null_beta] * 2, [y - 0.35, y + 0.35], color="#555555", lw=1.6)
             ax.set_title(f"{bucket_name(bucket)}, {metric_name(metric)}", fontsize=9)
@@ -90,23 +92,13 @@ def asymmetry(scene: ReportData) -> ReportFigure:
             hard, soft = scene.fit(key, bucket, "hard_rank"), scene.fit(key, bucket, "soft_rank")
             if hard is None or soft is None or hard.refused or soft.refused:
                 continue
-            ax.plot([hard.beta, soft.beta], [y, y], color=look.color, lw=3, alpha=0.45, solid_capstyle="butt")
-            ax.plot([hard.beta], [y], "o", color=look.color, ms=6.5)
-            ax.plot([soft.beta], [y], "o", color=look.color, mfc="white", mew=1.4, ms=6.5)
+            _dumbbell(ax, look, y, hard.beta, soft.beta)
             lows += [hard.beta, soft.beta]
             c = by_series.get(key)
             if c is not None:
-                star = "*" if c.separated else ""
-                ax.text(
-                    0.985,
-                    (y + 0.6) / (rows + 0.2),
-                    f"{c.estimate:+.2f}{star}",
-                    transform=ax.transAxes,
-                    ha="right",
-                    va="center",
-                    color=look.text_color,
-                    fontsize=8.5,
-                )
+                text, at = f"{c.estimate:+.2f}{'*' if c.separated else ''}", (0.985, (y + 0.6) / (rows + 0.2))
+                where = {"transform": ax.transAxes, "ha": "right", "va": "center"}
+                ax.text(*at, text, color=look.text_color, fontsize=8.5, **where)
                 if c.separated and bucket == scene.focus and not look.variant:
                     separated.append(f"{look.name} ({c.estimate:+.2f} [{c.ci_low:.2f}, {c.ci_high:.2f}])")
         ax.set_title(bucket_name(bucket))
@@ -122,6 +114,13 @@ def asymmetry(scene: ReportData) -> ReportFigure:
     return ReportFigure(
         figure, head, "Number: beta_soft - beta_hard from the same runs; * its 95 % interval leaves zero out."
     )
+
+
+def _dumbbell(ax: Axes, look: SeriesStyle, y: float, hard: float, soft: float) -> None:
+    ax.plot([hard, soft], [y, y], color=look.color, lw=3, alpha=0.45, solid_capstyle="butt")
+    for beta, face, name in ((hard, look.color, "hard"), (soft, "white", "soft")):
+        marks = ax.plot([beta], [y], "o", color=look.color, mfc=face, mew=1.4, ms=6.5, label=f"{look.name}, {name}")
+        marks[0].set_picker(ON_X)
 
 
 def decay(scene: ReportData) -> ReportFigure:
@@ -153,7 +152,9 @@ def decay(scene: ReportData) -> ReportFigure:
                     (y - 0.17, fit.ci_low, fit.ci_high, fit.beta, look.color),
                 ):
                     ax.plot([low, high], [at, at], color=look.color, lw=1.4, alpha=0.55)
-                    ax.plot([beta], [at], look.marker, color=look.color, mfc=face, ms=5.5, mew=1.3)
+                    label = f"{look.name}, {'before the decay' if face == 'white' else 'at the end'}"
+                    marks = ax.plot([beta], [at], look.marker, color=look.color, mfc=face, ms=5.5, mew=1.3, label=label)
+                    marks[0].set_picker(ON_X)
                     ends += [value for value in (low, high, beta) if np.isfinite(value)]
                 if np.isfinite(fit.null_beta):
                     ax.plot([fit.null_beta] * 2, [y - 0.4, y + 0.4], color="#555555", lw=1.6)
@@ -188,84 +189,66 @@ def _decay_headline(scene: ReportData, metric: str) -> str:
     return f"The decay changes beta of {what} by {joined(parts)}." if parts else f"beta of {what} before and after."
 
 
-def learning_rates(scene: ReportData) -> ReportFigure:
-    """Exponent, rank and loss against the learning rate, for runs that differ in nothing else."""
-    metric = "hard_rank" if "hard_rank" in scene.metrics else scene.metrics[0]
-    if not scene.ladders:
-        return ReportFigure(
-            None,
-            "No learning-rate sensitivity: no two series differ in nothing but the learning rate.",
-            "Add an axis with other learning rates to the sweep, at some widths.",
-        )
-    groups = scene.fitted.table.groups()
-    rest = (scene.site, scene.focus, metric, "median")
-    fits = {
-        ladder.name: [(rung.rate, fit) for rung in ladder.rungs if (fit := rung.fit(groups, rest)) and not fit.refused]
-        for ladder in scene.ladders
-    }
-    panels = ["slopes", "levels", "losses"] if any(fits.values()) else ["levels", "losses"]
-    figure = Figure(figsize=(11.5, tall(3.6, 2 * len(scene.ladders))))
-    axes = dict(zip(panels, figure.subplots(1, len(panels)), strict=True))
-    figure.subplots_adjust(left=0.06, right=0.88, top=0.9, bottom=0.14, wspace=0.55)
-    ends: dict[str, list[tuple[float, str, str]]] = {name: [] for name in panels}
-    sentences = []
-    for ladder in scene.ladders:
-        look = scene.looks[max((rung.series for rung in ladder.rungs), key=lambda key: len(scene.groups[key]))]
-        rates = [rung.rate for rung in ladder.rungs]
-        if fits[ladder.name]:
-            for rate, fit in fits[ladder.name]:
-                axes["slopes"].plot([rate] * 2, [fit.ci_low, fit.ci_high], color=look.color, lw=1, alpha=0.4)
-            betas = [fit.beta for _, fit in fits[ladder.name]]
-            at = [rate for rate, _ in fits[ladder.name]]
-            axes["slopes"].plot(at, betas, "-", color=look.color, marker=look.marker, ms=5)
-            ends["slopes"].append((betas[-1], ladder.name, look.text_color))
-            sentences.append(f"{ladder.name} {min(betas):.2f} to {max(betas):.2f} ({ladder.where})")
-        for width in {ladder.widths[0], ladder.widths[-1]}:
-            style = "-" if width == ladder.widths[-1] else ":"
-            name = f"{ladder.name}, {width}" if len(ladder.widths) > 1 else ladder.name
-            curves = {
-                "levels": [level(rung.points(groups, rest), width) for rung in ladder.rungs],
-                "losses": [rung.loss(width) for rung in ladder.rungs],
-            }
-            for panel, values in curves.items():
-                axes[panel].plot(rates, values, style, color=look.color, marker=look.marker, ms=5)
-                ends[panel].append((values[-1], name, look.text_color))
+def estimates(scene: ReportData) -> ReportFigure:
+    """Exponents of a table that has no points: a row a series, a marker a level of what else was varied."""
+    own = [e for e in scene.estimates if e.series[-3] == scene.site]
+    buckets = [bucket for bucket in scene.buckets if any(e.series[-2] == bucket for e in own)]
+    metrics = [metric for metric in scene.metrics if any(e.series[-1] == metric for e in own)]
+    if not own:
+        return ReportFigure(None, "No exponent of this site.", "Choose with --site.")
+    levels = list(dict.fromkeys(e.factor for e in own))
+    keys = [key for key in scene.series if any(e.series[:-3] == key for e in own)]
+    figure = Figure(figsize=(11.5, 0.9 + len(metrics) * (0.6 + 0.3 * len(keys))))
+    axes = figure.subplots(len(metrics), len(buckets), squeeze=False, sharex="row", sharey=True)
+    _tight(figure, len(metrics))
+    for r, metric in enumerate(metrics):
+        for c, bucket in enumerate(buckets):
+            ax = axes[r, c]
+            ax.axvline(1.0, color="#777777", lw=1, ls=":")
+            here = [e for e in own if e.series[-2:] == (bucket, metric)]
+            _dumbbells(scene, ax, keys, levels, here)
+            ax.set_title(f"{bucket_name(bucket)}, {metric_name(metric)}", fontsize=9)
+            _rows(scene, ax, keys)
+    for ax in axes[-1]:
+        ax.set_xlabel("beta")
+    marks = ", ".join(
+        f"{sign}: {level}" for sign, level in zip(("filled", "open", "grey", "cross"), levels, strict=False)
+    )
+    note = "Line: 95 % interval, where the table has one." + (f" {marks}." if levels != [""] else "")
+    focus = [e for e in own if e.series[-2:] == (scene.focus, metrics[0])]
+    return ReportFigure(figure, _effect(scene, focus, metrics[0]), note)
+
+
+def _dumbbells(
+    scene: ReportData, ax: Axes, keys: list[tuple[str, ...]], levels: list[str], here: list[Estimate]
+) -> None:
+    for k, key in enumerate(keys):
+        look, y = scene.looks[key], len(keys) - 1 - k
+        own = [e for e in here if e.series[:-3] == key]
+        if len(own) > 1:
+            ax.plot([min(e.beta for e in own), max(e.beta for e in own)], [y, y], color=look.color, lw=3, alpha=0.35)
+        for e in own:
+            face = (look.color, "white", "#D0D0D0")[min(levels.index(e.factor), 2)]
+            if np.isfinite(e.low):
+                ax.plot([e.low, e.high], [y, y], color=look.color, lw=1.4, alpha=0.6)
+            label = f"{look.name}, {e.factor}" if e.factor else look.name
+            ax.plot([e.beta], [y], look.marker, color=look.color, mfc=face, ms=6, mew=1.3, label=label, picker=ON_X)
+
+
+def _effect(scene: ReportData, own: list[Estimate], metric: str) -> str:
+    """Optimizer against what else was varied, with the interval if the table has standard errors."""
     where = f"{bucket_name(scene.focus)} {metric_name(metric)}"
-    titles = {"slopes": f"beta, {where}", "levels": where, "losses": "last loss, nats"}
-    every = [rung.rate for ladder in scene.ladders for rung in ladder.rungs]
-    for panel, ax in axes.items():
-        ax.set_xscale("log")
-        ax.set_xlim(min(every) / 1.3, max(every) * 1.3)
-        ax.xaxis.set_major_locator(FixedLocator(_rate_ticks(every)))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_title(titles[panel])
-        ax.set_xlabel("learning rate")
-        found = [v for line in ax.lines for v in np.asarray(line.get_ydata(), dtype=float) if np.isfinite(v)]
-        if panel == "levels" and found:
-            log2_axis(ax, "y", min(found) / 1.2, max(found) * 1.2)
-        label_right(ax, [end for end in ends[panel] if np.isfinite(end[0])], size=8)
-    head = (
-        f"With the learning rate alone, beta of {where} runs over {joined(sentences)}."
-        if sentences
-        else f"{where} and loss at each learning rate ({scene.ladders[0].where}); no slope below 3 widths."
-    )
-    return ReportFigure(
-        figure,
-        head,
-        "Only runs whose recipes differ in nothing but the learning rate, on the widths and seeds that all of them "
-        "have. Solid: the widest FFN, dotted: the narrowest; thin bar: 95 % interval over widths.",
-    )
-
-
-def _rate_ticks(rates: list[float]) -> list[float]:
-    """Learning rates to write at an axis, none closer than a fifth of its length to another."""
-    gap = np.log(max(rates) / min(rates)) / 5
-    out: list[float] = []
-    for rate in sorted(set(rates)):
-        if not out or np.log(rate / out[-1]) > gap:
-            out.append(rate)
-    return out
+    shifts, effect = shifts_of(own), effect_of(own)
+    if effect is not None:
+        text = (
+            f"beta of {where}: root mean square shift {effect.row_shift:.2f} between series, {effect.column_shift:.2f}"
+        )
+        gap = f"{effect.difference:.3f} [{effect.ci_low:.3f}, {effect.ci_high:.3f}]"
+        return f"{text} between levels; difference of squares {gap}."
+    if shifts is None:
+        return f"Exponents of {where}, as published."
+    text = f"beta of {where} moves by {shifts[0]:.2f} (root mean square) between series and by {shifts[1]:.2f}"
+    return f"{text} between levels; without standard errors nobody can say whether they differ."
 
 
 def _rows(scene: ReportData, ax: Axes, keys: list[tuple[str, ...]]) -> None:

@@ -73,7 +73,16 @@ def _ranks_by_layer(scene: ReportData, ax: Axes, metric: str) -> None:
         if not own:
             continue
         mean = np.exp(np.mean(np.log([p.layers for p in own]), axis=0))
-        ax.plot(range(len(mean)), mean, look.line, color=look.color, marker=look.marker, mfc=look.face, ms=5)
+        ax.plot(
+            range(len(mean)),
+            mean,
+            look.line,
+            color=look.color,
+            marker=look.marker,
+            mfc=look.face,
+            ms=5,
+            label=look.name,
+        )
         ends.append((float(mean[-1]), look.name, look.text_color))
     if ends:
         low, high = ax.get_ylim()

@@ -77,7 +77,7 @@ def _points(ax: Axes, points: Sequence[Point], look: SeriesStyle) -> None:
             ends = [mean - np.mean(spreads), mean + np.mean(spreads)]
             ax.plot([x, x], ends, color=look.color, alpha=0.25, lw=1, zorder=1)
     xs, ys = list(means), list(means.values())
-    ax.plot(xs, ys, look.marker, color=look.color, mfc=look.face, ms=5.5, zorder=4, mew=1.2)
+    ax.plot(xs, ys, look.marker, color=look.color, mfc=look.face, ms=5.5, zorder=4, mew=1.2, label=look.name)
 
 
 def _line(

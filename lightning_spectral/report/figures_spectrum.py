@@ -40,7 +40,14 @@ def renyi(scene: ReportData) -> ReportFigure:
             look = scene.looks[key]
             orders = list(found)
             ax.plot(
-                orders, list(found.values()), look.line, color=look.color, marker=look.marker, mfc=look.face, ms=4.5
+                orders,
+                list(found.values()),
+                look.line,
+                color=look.color,
+                marker=look.marker,
+                mfc=look.face,
+                ms=4.5,
+                label=look.name,
             )
         ax.set_title(title)
         ax.set_xlabel("order of the Renyi rank")
@@ -109,7 +116,7 @@ def waterfall(scene: ReportData) -> ReportFigure:
             p = spectra[step] / spectra[step].sum()
             modes = np.unique(np.geomspace(1, len(p), 80).astype(int))
             share = np.where(p[modes - 1] > _SMALLEST_SHARE, p[modes - 1], np.nan)  # below it is rounding
-            ax.plot(modes, share, color=colors(0.9 * norm(step)), lw=1)
+            ax.plot(modes, share, color=colors(0.9 * norm(step)), lw=1, label=f"step {step}")
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_xlabel("mode i")
@@ -177,7 +184,7 @@ def phase_map(scene: ReportData) -> ReportFigure:
             if not xs:
                 continue
             at = np.exp([[np.mean(sides[0][x]), np.mean(sides[1][x])] for x in xs])
-            ax.plot(at[:, 0], at[:, 1], look.line, color=look.color, lw=1, alpha=0.7)
+            ax.plot(at[:, 0], at[:, 1], look.line, color=look.color, lw=1, alpha=0.7, label=look.name)
             sizes = 14 + 60 * np.arange(len(xs)) / max(1, len(xs) - 1)
             ax.scatter(
                 at[:, 0], at[:, 1], s=sizes, marker=look.marker, color=look.face, edgecolors=look.color, zorder=3
@@ -219,14 +226,14 @@ def health(scene: ReportData) -> ReportFigure:
             by_width: dict[float, list[float]] = {}
             metric = "hard_rank" if "hard_rank" in scene.metrics else scene.metrics[0]
             for key in scene.series:
-                for p in scene.points(key, bucket, metric):
+                for p in (p for p in scene.points(key, bucket, metric) if p.num_tokens > 0):
                     below = p.x if ax is left else p.value
                     by_width.setdefault(p.x, []).append(p.num_tokens / below)
             xs = sorted(by_width)
             if not xs:
                 continue
             ys = [min(by_width[x]) for x in xs]
-            ax.plot(xs, ys, "-o", color=colors[bucket], ms=4, lw=1.3)
+            ax.plot(xs, ys, "-o", color=colors[bucket], ms=4, lw=1.3, label=bucket_name(bucket))
             ends.append((ys[-1], bucket_name(bucket), colors[bucket]))
             if ax is right:
                 worst = min(worst, *ys)

@@ -11,7 +11,6 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from lightning_spectral.analysis.matched import MatchedPair, loss_curve
-from lightning_spectral.analysis.points import nanmedian
 from lightning_spectral.records.looks import bucket_name, metric_name
 from lightning_spectral.report.scene import ReportData, ReportFigure, Series, joined
 from lightning_spectral.report.style import label_right, log2_axis, tall, width_ticks
@@ -28,46 +27,58 @@ def exponent_over_training(scene: ReportData) -> ReportFigure:
     figure = Figure(figsize=(11.5, 2.5 * len(metrics) + 0.5))
     axes = figure.subplots(len(metrics), len(buckets), squeeze=False, sharex=True, sharey=True)
     figure.subplots_adjust(left=0.07, right=0.88, top=0.93, bottom=0.1, wspace=0.07, hspace=0.25)
-    everything: list[float] = []
+    labels: list[tuple[Axes, list[tuple[float, str, str]]]] = []
     for r, metric in enumerate(metrics):
         for c, bucket in enumerate(buckets):
-            ax = axes[r, c]
-            ax.axhline(0.0, color="#999999", lw=0.9)
-            ax.axhline(1.0, color="#777777", lw=0.9, ls=":")
-            ends = []
-            for key in scene.series:
-                look, path = scene.looks[key], scene.path(key, bucket, metric)
-                if path is None or not np.isfinite(path.beta).any():
-                    continue
-                ax.plot(path.steps, path.beta, look.line, color=look.color)
-                if path.num_widths > 2:
-                    ax.fill_between(path.steps, path.low, path.high, color=look.color, alpha=0.09, lw=0)
-                everything += path.beta[np.isfinite(path.beta)].tolist()
-                ends.append((float(path.beta[np.isfinite(path.beta)][-1]), look.name, look.text_color))
-            _decay_line(scene, ax)
-            ax.set_title(f"{bucket_name(bucket)}, {metric_name(metric)}")
-            ax.margins(x=0.01)
+            ends = _paths(scene, axes[r, c], bucket, metric)
             if c == len(buckets) - 1:
-                ax.set_ylim(min(*everything, -0.05) - 0.15, max(*everything, 1.0) + 0.15)
-                label_right(ax, ends)
-    low, high = min(*everything, -0.05) - 0.15, max(*everything, 1.0) + 0.15
+                labels.append((axes[r, c], ends))
+    betas = [path.beta for path in scene.trajectories if path.series[-1] in metrics and path.series[-2] in buckets]
+    everything = np.concatenate([np.zeros(1), np.ones(1), *betas])
+    low, high = float(np.nanmin(everything)) - 0.15, float(np.nanmax(everything)) + 0.15
     for ax in axes.flat:
         ax.set_ylim(low, high)
+    for ax, ends in labels:
+        label_right(ax, ends)
     for ax in axes[-1]:
         ax.set_xlabel("optimizer step")
     for ax in axes[:, 0]:
         ax.set_ylabel("beta")
-    parts = []
-    for key in scene.plain:
-        path = scene.path(key, scene.focus, metrics[-1])
-        if path is not None and path.null is not None:
-            parts.append(f"{path.null[0]:.2f} to {path.beta[np.isfinite(path.beta)][-1]:.2f} ({scene.looks[key].name})")
-    where = f"{bucket_name(scene.focus)} {metric_name(metrics[-1])}"
-    head = f"beta of {where} moves from {joined(parts)} over training." if parts else "beta over training."
     smoothed = f"Trailing median of {scene.smoothing} windows" if scene.smoothing > 1 else "Every window by itself"
+    smoothed = smoothed if scene.runs.runs else "As in the table"
     note = f"{smoothed}; band: 95 % interval over widths at that window"
     note += "; vertical line: the learning rate starts to decay." if scene.decay_steps else "."
-    return ReportFigure(figure, head, note)
+    return ReportFigure(figure, _moves(scene, metrics[-1]), note)
+
+
+def _moves(scene: ReportData, metric: str) -> str:
+    """From the untrained network's exponent to the last."""
+    parts = []
+    for key in scene.plain:
+        path = scene.path(key, scene.focus, metric)
+        if path is not None and path.null is not None:
+            parts.append(f"{path.null[0]:.2f} to {path.beta[np.isfinite(path.beta)][-1]:.2f} ({scene.looks[key].name})")
+    where = f"{bucket_name(scene.focus)} {metric_name(metric)}"
+    return f"beta of {where} moves from {joined(parts)} over training." if parts else "beta over training."
+
+
+def _paths(scene: ReportData, ax: Axes, bucket: str, metric: str) -> list[tuple[float, str, str]]:
+    """One panel: every series' exponent with its band; returns what to write at the right edge."""
+    ax.axhline(0.0, color="#999999", lw=0.9)
+    ax.axhline(1.0, color="#777777", lw=0.9, ls=":")
+    ends = []
+    for key in scene.series:
+        look, path = scene.looks[key], scene.path(key, bucket, metric)
+        if path is None or not np.isfinite(path.beta).any():
+            continue
+        ax.plot(path.steps, path.beta, look.line, color=look.color, label=look.name)
+        if path.num_widths > 2:
+            ax.fill_between(path.steps, path.low, path.high, color=look.color, alpha=0.09, lw=0)
+        ends.append((float(path.beta[np.isfinite(path.beta)][-1]), look.name, look.text_color))
+    _decay_line(scene, ax)
+    ax.set_title(f"{bucket_name(bucket)}, {metric_name(metric)}")
+    ax.margins(x=0.01)
+    return ends
 
 
 def _decay_line(scene: ReportData, ax: Axes) -> None:
@@ -96,27 +107,14 @@ def rank_curves(scene: ReportData) -> ReportFigure:
     for k, key in enumerate(scene.series):
         ax = axes.flat[k]
         ends: list[tuple[float, str, str]] = []
-        for run in scene.groups[key]:
-            if scene.site not in run.sites or scene.focus not in run.buckets:
-                continue
-            cube = run.cube(metric)[run.sites.index(scene.site), run.buckets.index(scene.focus)]
-            ranks = nanmedian(cube, axis=-1)
-            shown = np.isfinite(ranks) & (ranks > 0)
-            if not shown.any():
-                continue
-            place = scene.widths.index(run.width) / max(1, len(scene.widths) - 1)
+        for width, steps, ranks in scene.ranks_of(key, scene.focus, metric):
+            place = scene.widths.index(width) / max(1, len(scene.widths) - 1)
             color = map_(0.8 * (1 - place))
-            first = not any(text == str(run.width) for _, text, _ in ends)
-            ax.plot(run.steps[shown], ranks[shown], color=color, lw=1.3, alpha=1.0 if first else 0.45)
+            first = not any(text == str(width) for _, text, _ in ends)
+            ax.plot(steps, ranks, color=color, lw=1.3, alpha=1.0 if first else 0.45, label=f"D = {width}")
             if first:
-                ends.append(
-                    (
-                        float(ranks[shown][-1]),
-                        str(run.width),
-                        to_hex(color),
-                    )
-                )
-            low, high = min(low, float(ranks[shown].min())), max(high, float(ranks[shown].max()))
+                ends.append((float(ranks[-1]), str(width), to_hex(color)))
+            low, high = min(low, float(ranks.min())), max(high, float(ranks.max()))
         labels.append((k, ends))
         _decay_line(scene, ax)
         ax.set_title(scene.looks[key].name, color=scene.looks[key].text_color)
@@ -189,7 +187,7 @@ def _final_losses(scene: ReportData, ax: Axes, key: tuple[str, ...], bucket: str
     for x in xs:
         if len(final[x]) > 1:
             ax.plot([x] * len(final[x]), final[x], ".", color=look.color, alpha=0.45, ms=4)
-    ax.plot(xs, ys, look.line, color=look.color, marker=look.marker, mfc=look.face, ms=5)
+    ax.plot(xs, ys, look.line, color=look.color, marker=look.marker, mfc=look.face, ms=5, label=look.name)
     return ys[-1]
 
 
@@ -225,7 +223,7 @@ def matched(scene: ReportData) -> ReportFigure:
             for x in xs:
                 if len(by_width[x]) > 1:
                     ax.plot([x] * len(by_width[x]), by_width[x], ".", color=look.color, alpha=0.45, ms=4)
-            ax.plot(xs, ys, look.line, color=look.color, marker=look.marker, mfc=look.face, ms=5.5)
+            ax.plot(xs, ys, look.line, color=look.color, marker=look.marker, mfc=look.face, ms=5.5, label=look.name)
             ends.append((ys[-1], f"{look.name} {ys[-1]:.2f}x", look.text_color))
         log2_axis(ax, "x", scene.widths[0] / 1.12, scene.widths[-1] * 1.12, width_ticks(scene.widths))
         log2_axis(ax, "y", low, high, ticks if len(ticks) < 8 else ticks[::2])

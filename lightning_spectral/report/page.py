@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import jinja2
 import matplotlib
 import numpy
 import scipy
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from lightning_spectral.analysis.caveats import caveats_of, median_fits, missing_runs
 from lightning_spectral.analysis.compare import comparison_table
@@ -23,6 +24,8 @@ from lightning_spectral.analysis.learning_rates import ladder_table
 from lightning_spectral.analysis.matched import matched_table
 from lightning_spectral.analysis.tidy import fit_table, points_table, write_atomic, write_csv
 from lightning_spectral.report.figures import FIGURES, draw_all, inline, png_of, svg_of
+from lightning_spectral.report.figures_run import sweep_command
+from lightning_spectral.report.numbers import rows_of, thinned, views_over_steps
 from lightning_spectral.report.rows import (
     comparison_headline,
     comparison_rows,
@@ -81,6 +84,8 @@ def write_report(
         if drawing.figure is None:
             continue
         pictures[key] = svg_of(drawing.figure, key)
+        numbers = [[row.panel, row.series, row.x, row.y] for row in rows_of(drawing.figure)]
+        write_csv(folder / "figures" / f"{key}.csv", ["panel", "series", "x", "value"], numbers)
         figures.append(write_atomic(folder / "figures" / f"{key}.svg", pictures[key].encode()))
         if png:
             figures.append(write_atomic(folder / "figures" / f"{key}.png", png_of(drawing.figure)))
@@ -109,15 +114,14 @@ def write_tables(scene: ReportData, folder: Path) -> list[Path]:
             [[p.source, p.kind, p.refused, p.message] for p in scene.fitted.problems],
         ),
     ]
+    if scene.trajectories:
+        header = [*(name for name in by if name != "layer"), "step", "beta", "ci_low", "ci_high"]
+        cells = [[float(c) if isinstance(c, numpy.floating) else c for c in row] for row in paths]
+        of_points.append(write_csv(folder / "beta_over_training.csv", header, cells))
     if not summaries:
         return of_points
     return [
         *of_points,
-        write_csv(
-            folder / "beta_over_training.csv",
-            [*(name for name in by if name != "layer"), "step", "beta", "ci_low", "ci_high"],
-            [[float(c) if isinstance(c, numpy.floating) else c for c in row] for row in paths],
-        ),
         write_csv(folder / "learning_rates.csv", *ladder_table(scene.ladders, scene.fitted.table)),
         write_csv(folder / "matched_loss.csv", *matched_table(scene.pairs)),
         write_csv(folder / "runs.csv", list(summaries[0]), [list(row.values()) for row in summaries]),
@@ -206,9 +210,11 @@ def render(
                 "title": FIGURES[key].title,
                 "headline": drawing.headline,
                 "note": drawing.note,
-                "svg": Markup(inline(pictures[key], key)) if key in pictures else "",  # noqa: S704 - drawn by us
+                "numbers": number_rows(drawing.figure),
+                "views": views_of(key, pictures[key], drawing.figure, scene.tokens_per_step) if key in pictures else [],
             }
             for key, drawing in drawings.items()
+            if key in pictures or len(scene.runs.runs) != 1
         ],
         table_note="The interval is over widths, and over seeds where there are any (mixed model). Seeds: one slope "
         "a seed. The range of beta with one width left out shows what hangs on a single width; that over the layers, "
@@ -226,10 +232,29 @@ def render(
         matplotlib=matplotlib.__version__,
         run_versions=", ".join(sorted(versions)) or "unknown",
         missing=_missing(scene),
+        any_fit=bool(scene.fitted.fits) and not (len(scene.runs.runs) == 1 and not scene.any_fit),
+        next_command=sweep_command(scene.runs.runs[0]) if len(scene.runs.runs) == 1 else "",
+        one_run=len(scene.runs.runs) == 1,
         run_names=list(summaries[0]) if summaries else [],
         hash_column=list(summaries[0]).index("sha256") if summaries else -1,
         runs=[[str(cell) for cell in row.values()] for row in summaries],
     )
+
+
+def views_of(key: str, picture: str, figure: Figure | None, tokens_per_step: float | None) -> list[dict[str, Any]]:
+    """The figure, and the same over other axes of training."""
+    views = [{"name": "steps", "svg": Markup(inline(picture, key))}]  # noqa: S704 - drawn by us
+    found = views_over_steps(figure, key, tokens_per_step) if figure is not None else {}
+    for what in sorted(found):
+        svg = Markup(inline(found[what], f"{key}-{what.replace(', ', '-')}"))  # noqa: S704 - drawn by us
+        views += [{"name": what, "svg": svg}]
+    return views
+
+
+def number_rows(figure: Figure | None) -> list[list[str]]:
+    """Panel, series, x and value of what a figure shows, as texts; evenly thinned where there are very many."""
+    rows = thinned(rows_of(figure)) if figure is not None else []
+    return [[row.panel, row.series, "" if math.isnan(row.x) else f"{row.x:.6g}", f"{row.y:.4g}"] for row in rows]
 
 
 def _subtitle(scene: ReportData) -> str:
@@ -237,7 +262,8 @@ def _subtitle(scene: ReportData) -> str:
     seeds = {point.seed for point in points if point.seed}
     steps = sorted({step for point in points for step in point.steps})
     what = f"{len(scene.runs.runs)} runs" if scene.runs.runs else f"a table of {len(points)} points"
-    parts = [what, f"{len(scene.widths)} FFN widths, {scene.widths[0]} to {scene.widths[-1]}"]
+    parts = [what] if points or scene.runs.runs else ["a table of exponents"]
+    parts += [f"{len(scene.widths)} FFN widths, {scene.widths[0]} to {scene.widths[-1]}"] if scene.widths else []
     parts += [f"{len(seeds) or 'unknown'} seed(s)", f"site: {scene.site}"]
     if steps:
         parts.append(f"windows at steps {steps[0]} to {steps[-1]}, median per layer, then over layers")

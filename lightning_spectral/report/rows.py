@@ -33,6 +33,10 @@ def summary_sentences(scene: ReportData) -> list[str]:
     what = f"{focus_name(scene)} {metric_name(metric)}"
     fits = [(scene.looks[key].name, scene.fit(key, scene.focus, metric)) for key in scene.series]
     plain = {scene.looks[key].name for key in scene.plain}
+    if len(scene.runs.runs) == 1:
+        return ["One run: how its ranks grow with width is not known until it is run at other widths (last section)."]
+    if not scene.fitted.fits:
+        return ["Exponents as they were published: there are no points to fit, so their intervals are the table's."]
     parts = [f"{name} {beta_text(fit)}" for name, fit in fits if fit and not fit.refused and name in plain]
     if not parts:
         return [f"No exponent of {what} could be fitted: {joined(sorted({fit.status for _, fit in fits if fit}))}."]
@@ -104,7 +108,7 @@ def fit_rows(scene: ReportData) -> list[dict[str, Any]]:
     by = scene.fitted.table.by
     out = []
     last = None
-    order = {key: k for k, key in enumerate(scene.series)}
+    order = {key: k for k, key in enumerate(scene.all_series)}
     labels = len(scene.series[0])
     numbered = [(row, fit) for row, fit in enumerate(scene.fitted.fits) if fit.series[-1] == LAYER_MEDIAN]
     for row, fit in sorted(numbered, key=lambda pair: order[pair[1].series[:labels]]):

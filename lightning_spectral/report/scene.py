@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from lightning_spectral.analysis.compare import Comparison
 from lightning_spectral.analysis.fits import PowerLawFit
 from lightning_spectral.analysis.learning_rates import LearningRateSweep, ladders_of
 from lightning_spectral.analysis.matched import MatchedPair
-from lightning_spectral.analysis.points import LAST_WINDOWS, LAYER_MEDIAN, Point
+from lightning_spectral.analysis.points import LAST_WINDOWS, LAYER_MEDIAN, Point, nanmedian
+from lightning_spectral.analysis.published import Estimate, RankCurve
 from lightning_spectral.analysis.recipe_facts import decay_step, learning_rate
 from lightning_spectral.analysis.runs import Run, RunSet
 from lightning_spectral.analysis.study import Fitted
@@ -21,6 +24,7 @@ from lightning_spectral.records.looks import OPTIMIZERS, family, ordered_buckets
 from lightning_spectral.report.style import SeriesStyle, looks_of
 
 Series = tuple[str, ...]
+FloatArray = NDArray[np.float64]
 FOCUS_BUCKETS = ("tail", "pooled", "mid", "head")
 
 
@@ -51,6 +55,8 @@ class ReportData:
         pairs: Runs at matched loss.
         site: Site of the headline figures.
         last: Windows in the median of a point.
+        curves: Ranks over training, from a table; those of runs are in the runs.
+        estimates: Exponents without their points.
     """
 
     runs: RunSet
@@ -60,6 +66,16 @@ class ReportData:
     pairs: tuple[MatchedPair, ...]
     site: str = "post"
     last: int = LAST_WINDOWS
+    curves: tuple[RankCurve, ...] = ()
+    estimates: tuple[Estimate, ...] = ()
+
+    def holds(self, what: str) -> bool:
+        """Whether there are ``runs``, ``one_run``, ``points``, ``paths``, ``curves`` or ``estimates`` to draw."""
+        if self.runs.runs:
+            alone = len(self.runs.runs) == 1  # a law needs widths: of one run its own curves are shown
+            return what in ("runs", "one_run") if alone else what not in ("one_run", "estimates")
+        found = {"points": self.fitted.fits, "paths": self.trajectories, "curves": self.curves}
+        return bool({**found, "estimates": self.estimates}.get(what))
 
     @property
     def smoothing(self) -> int:
@@ -73,6 +89,17 @@ class ReportData:
 
     @cached_property
     def series(self) -> list[Series]:
+        """Series that the figures show: of a learning-rate ladder one rung, for the ladder has its own section."""
+        out = {rung.series for ladder in self.ladders for rung in ladder.rungs}
+        out -= {self.main_rung(ladder) for ladder in self.ladders}
+        return [key for key in self.all_series if key not in out]
+
+    def main_rung(self, ladder: LearningRateSweep) -> Series:
+        """The rung with the most runs; of several the one that comes first, which has the shortest name."""
+        return max(ladder.rungs, key=lambda rung: (len(self.groups[rung.series]), -len(" ".join(rung.series)))).series
+
+    @cached_property
+    def all_series(self) -> list[Series]:
         """AdamW first, then in the palette's order; an optimizer before its variants, those by learning rate."""
 
         def rank(key: Series) -> tuple[int, bool, float, str]:
@@ -86,12 +113,38 @@ class ReportData:
 
     @cached_property
     def _labels(self) -> list[Series]:
-        """Series of a table: what stands before site, bucket, metric and layer."""
-        return list(dict.fromkeys(series[:-4] for series in self.fitted.table.groups()))
+        """Series of tables: what stands before site, bucket and metric."""
+        return list(dict.fromkeys(series[:-3] for series in self._measured))
 
-    def _cells(self, column: str) -> list[str]:
-        place = self.fitted.table.by.index(column)
-        return list(dict.fromkeys(point.series[place] for point in self.fitted.table.points))
+    @cached_property
+    def _measured(self) -> list[Series]:
+        """(labels ..., site, bucket, metric) of everything that a table holds."""
+        points = [series[:-1] for series in self.fitted.table.groups()]
+        rest = (own.series for part in (self.trajectories, self.curves, self.estimates) for own in part)
+        return list(dict.fromkeys([*points, *rest]))
+
+    def ranks_of(self, series: Series, bucket: str, metric: str) -> list[tuple[int, FloatArray, FloatArray]]:
+        """(width, steps, layer median of the ranks) of every run of a series, where there is a positive number."""
+        found: list[tuple[int, FloatArray, FloatArray]] = []
+        for run in self.groups.get(series, []):
+            if self.site in run.sites and bucket in run.buckets:
+                cube = run.cube(metric)[run.sites.index(self.site), run.buckets.index(bucket)]
+                found.append((run.width, run.steps.astype(np.float64), nanmedian(cube, axis=-1)))
+        own = (curve for curve in self.curves if curve.series == (*series, self.site, bucket, metric))
+        found += [(round(curve.width), curve.steps.astype(np.float64), curve.values) for curve in own]
+        shown = [(width, steps, ranks, np.isfinite(ranks) & (ranks > 0)) for width, steps, ranks in found]
+        return [(width, steps[keep], ranks[keep]) for width, steps, ranks, keep in shown if keep.any()]
+
+    @cached_property
+    def tokens_per_step(self) -> float | None:
+        """Training tokens of a step, if they are counted and all runs have the same number, to a percent."""
+        rates = []
+        for run in self.runs.runs:
+            steps, tokens = run.columns.ints["step"], run.columns.floats["tokens_seen"]
+            known = (steps > 0) & (tokens > 0)
+            rates += [float(np.median(tokens[known] / steps[known]))] if known.any() else []
+        same = len(rates) == len(self.runs.runs) > 0 and max(rates) <= 1.01 * min(rates)
+        return rates[0] if same else None
 
     @property
     def any_fit(self) -> bool:
@@ -106,12 +159,12 @@ class ReportData:
     @cached_property
     def looks(self) -> dict[Series, SeriesStyle]:
         """How each series is drawn."""
-        return looks_of(self.series)
+        return looks_of(self.all_series)
 
     @cached_property
     def buckets(self) -> list[str]:
         """Buckets measured, in house order."""
-        found = {bucket for run in self.runs.runs for bucket in run.buckets} or set(self._cells("bucket"))
+        found = {bucket for run in self.runs.runs for bucket in run.buckets} or {own[-2] for own in self._measured}
         return ordered_buckets(found)
 
     @cached_property
@@ -121,19 +174,20 @@ class ReportData:
 
     @cached_property
     def metrics(self) -> list[str]:
-        """Metrics fitted."""
-        position = self.fitted.table.by.index("metric")
-        return list(dict.fromkeys(point.series[position] for point in self.fitted.table.points))
+        """Metrics fitted, or held by a table."""
+        return list(dict.fromkeys(own[-1] for own in self._measured))
 
     @cached_property
     def widths(self) -> list[int]:
-        """FFN widths."""
-        return sorted({run.width for run in self.runs.runs}) or sorted({round(p.x) for p in self.fitted.table.points})
+        """FFN widths; none for a table of exponents."""
+        of_tables = {round(p.x) for p in self.fitted.table.points} | {round(curve.width) for curve in self.curves}
+        return sorted({run.width for run in self.runs.runs}) or sorted(of_tables)
 
     @cached_property
     def layers(self) -> list[str]:
         """Names of the layers of all runs."""
-        names = {name for run in self.runs.runs for name in run.layers} or set(self._cells("layer"))
+        of_tables = {series[-1] for series in self.fitted.table.groups()}
+        names = {name for run in self.runs.runs for name in run.layers} or of_tables
         return sorted(names - {LAYER_MEDIAN})
 
     @cached_property

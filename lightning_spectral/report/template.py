@@ -31,13 +31,17 @@ h2 { font-size: 13px; text-transform: uppercase; letter-spacing: .07em; color: #
 td.beta { font-size: 17px; }
 td .wide { color: #A03D00; font-weight: bold; }
 figure { margin: 10px 0 0; }
+.views input { margin: 8px 4px 0 0; } .views label { font-size: 12px; color: #666; margin-right: 12px; }
+.views .f2, .views .f3 { display: none; }
+.views .v2:checked ~ .f1, .views .v3:checked ~ .f1 { display: none; }
+.views .v2:checked ~ .f2, .views .v3:checked ~ .f3 { display: block; }
 figure svg { width: 100%; height: auto; display: block; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin: 8px 0; }
 th { text-align: left; color: #666; font-weight: normal; border-bottom: 1px solid #bbb; padding: 4px 12px 4px 0;
   vertical-align: bottom; }
 td { padding: 3px 12px 3px 0; border-bottom: 1px solid #eee; white-space: nowrap; }
-td, th, li, .lead, .finding { unicode-bidi: isolate; }
+td, th, li, .lead, .finding, .note, summary { unicode-bidi: isolate; }
 td.num, th.num { text-align: right; }
 td.flag { color: #A03D00; white-space: normal; }
 tr.new td { border-top: 1px solid #bbb; }
@@ -49,7 +53,7 @@ details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 @media (prefers-color-scheme: dark) { :root { color-scheme: dark; } body { background: #16181c; color: #ddd; }
   h2, .sub, .note, th { color: #aaa; } figure { background: #fff; } .warnings { background: #33291b; }
   code { background: #2a2d33; } td, th { border-color: #3a3d43; } nav a, details summary { color: #6db3e8; } }
-@media print { nav { display: none; } h2, figure { break-inside: avoid; } }
+@media print { nav, .views input, .views label { display: none; } h2, figure { break-inside: avoid; } }
 </style>
 </head>
 <body>
@@ -65,15 +69,19 @@ details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 <td class="num" data-csv="fits.csv" data-row="{{ row.row }}" data-column="null_beta">{{ row.null }}</td><td>{{ row.layers }}</td><td>{{ row.gap_0 }}</td><td>{{ row.gap_1 }}</td>
 <td>{{ row.n }}{% if row.status != "ok" %} <span class="wide">{{ row.status }}</span>{% endif %}</td></tr>{% endfor %}</tbody></table></div>
 <p class="note">beta of {{ headline_what }}; last windows. Before decay: the last windows at the full learning rate. Layers: smallest and largest beta of a layer.</p>{% endif %}
-<nav>{% for section in sections %}<a href="#{{ section.key }}">{{ section.title }}</a>{% endfor %}<a href="#beta_table">Table of exponents</a><a href="#comparisons">Differences</a><a href="#provenance">Provenance</a></nav>
+<nav>{% for section in sections %}<a href="#{{ section.key }}">{{ section.title }}</a>{% endfor %}{% if any_fit %}<a href="#beta_table">Table of exponents</a>{% endif %}{% if comparisons %}<a href="#comparisons">Differences</a>{% endif %}<a href="#provenance">Provenance</a></nav>
 {% for section in sections %}
 <section id="{{ section.key }}"><h2>{{ section.title }}</h2>
 <p class="finding">{{ section.headline }}</p>
-{% if section.svg %}<figure data-figure="{{ section.key }}" role="img" aria-label="{{ section.headline }}">{{ section.svg }}</figure>{% endif %}
+{% if section.views %}<div class="views">
+{% if section.views|length > 1 %}{% for view in section.views %}<input type="radio" name="{{ section.key }}-x" id="{{ section.key }}-view-{{ loop.index }}" class="v{{ loop.index }}"{% if loop.first %} checked{% endif %}><label for="{{ section.key }}-view-{{ loop.index }}">{{ view.name }}</label>{% endfor %}{% endif %}
+{% for view in section.views %}<figure class="f{{ loop.index }}" data-figure="{{ section.key }}" role="img" aria-label="{{ section.headline }}">{{ view.svg }}</figure>{% endfor %}</div>{% endif %}
 {% if section.note %}<p class="note">{{ section.note }}</p>{% endif %}
+{% if section.numbers %}<details><summary>Numbers of this figure</summary><div class="scroll"><table class="numbers"><thead><tr><th scope="col">panel</th><th scope="col">series</th><th scope="col" class="num">x</th><th scope="col" class="num">value</th></tr></thead>
+<tbody>{% for row in section.numbers %}<tr><th scope="row">{{ row[0] }}</th><td>{{ row[1] }}</td><td class="num">{{ row[2] }}</td><td class="num">{{ row[3] }}</td></tr>{% endfor %}</tbody></table></div></details>{% endif %}
 </section>
 {% endfor %}
-<section id="beta_table"><h2>Table of exponents</h2>
+{% if any_fit %}<section id="beta_table"><h2>Table of exponents</h2>
 <p class="note">{{ table_note }}</p>
 <div class="scroll"><table><thead><tr>
 {% for name in fit_names %}<th scope="col">{{ name }}</th>{% endfor %}
@@ -88,15 +96,18 @@ details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 <td class="num" data-csv="fits.csv" data-row="{{ fit.row }}" data-column="r2">{{ fit.r2 }}</td>
 <td class="num" data-csv="fits.csv" data-row="{{ fit.row }}" data-column="n">{{ fit.n }}</td>
 <td>{{ fit.widths }}</td><td>{{ fit.method }}</td></tr>{% endfor %}</tbody></table></div>
-</section>
-<section id="comparisons"><h2>Differences</h2>
+</section>{% endif %}
+{% if comparisons %}<section id="comparisons"><h2>Differences</h2>
 <p class="finding">{{ comparison_headline }}</p>
 <p class="note">a minus b on {{ focus }}; all of them, with levels, crossovers and the other buckets, are in comparisons.csv. {{ comparisons|length }} differences are shown; p (Holm) is corrected for the pairs of one kind and metric.</p>
 <div class="scroll"><table><thead><tr><th scope="col">a</th><th scope="col">b</th><th scope="col">metric</th><th scope="col">kind</th><th scope="col" class="num">estimate</th><th scope="col">95 % CI</th><th scope="col" class="num">p</th><th scope="col" class="num">p (Holm)</th><th scope="col">status</th><th scope="col">note</th></tr></thead>
 <tbody>{% for c in comparisons %}<tr><td>{{ c.a }}</td><td>{{ c.b }}</td><td>{{ c.metric }}</td><td>{{ c.kind }}</td>
 <td class="num" data-csv="comparisons.csv" data-row="{{ c.row }}" data-column="estimate">{{ c.estimate }}</td><td>{{ c.ci }}</td>
 <td class="num" data-csv="comparisons.csv" data-row="{{ c.row }}" data-column="p">{{ c.p }}</td><td class="num" data-csv="comparisons.csv" data-row="{{ c.row }}" data-column="p_holm">{{ c.p_holm }}</td><td class="{{ '' if c.status == 'ok' else 'flag' }}">{{ c.status }}</td><td>{{ c.note }}</td></tr>{% endfor %}</tbody></table></div>
-</section>
+</section>{% endif %}
+{% if one_run %}<section id="next"><h2>Next</h2>
+<p class="finding">A law needs this run at other widths.</p>
+<p class="note">{% if next_command %}<code>{{ next_command }}</code>{% else %}Train the same script at three or more FFN widths, each into its own folder below one folder, and call <code>lightning-spectral report</code> with that.{% endif %}</p></section>{% endif %}
 <section id="provenance"><h2>Provenance</h2>
 <p class="note">Command: <code>{{ command }}</code><br>Written {{ date }} by lightning-spectral {{ version }}; numpy {{ numpy }}, scipy {{ scipy }}, matplotlib {{ matplotlib }}. Versions of the runs: {{ run_versions }}.</p>
 {% for expected in missing %}<p class="note"><b>Missing:</b> {{ expected }}</p>{% endfor %}

@@ -160,7 +160,7 @@ def exponents(folders: Sequence[Path], stage: str, site: str, metric: str) -> An
         ``series``: ``name``, ``color``, ``bucket``, ``steps``, ``beta``, ``low``, ``high`` (95 % over widths),
         ``widths``, ``seeds``; and ``message``, why there is none.
     """
-    from lightning_spectral.analysis.runs import load_runs
+    from lightning_spectral.analysis.reading import load_runs
     from lightning_spectral.analysis.trajectory import beta_trajectories
 
     try:

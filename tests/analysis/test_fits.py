@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from scipy import stats
 
-from lightning_spectral.analysis.fits import METHODS, bootstrap_slopes, fit_series, slopes_by_seed
+from lightning_spectral.analysis.fit_methods import METHODS, bootstrap_slopes, slopes_by_seed
+from lightning_spectral.analysis.fits import fit_series
 from lightning_spectral.analysis.points import Point
 from tests.analysis.synthetic import power_law_points
 

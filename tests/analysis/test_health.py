@@ -9,7 +9,7 @@ import pytest
 
 from lightning_spectral.analysis.health import FLAG_TEXT, find_duplicates, flags_of, slope_bias
 from lightning_spectral.analysis.points import Point, points_of_runs
-from lightning_spectral.analysis.runs import load_runs
+from lightning_spectral.analysis.reading import load_runs
 from lightning_spectral.analysis.study import fit_points
 from lightning_spectral.records import SPECTRAL_FILE, append_records, read_run, read_spectral, write_run
 from tests.analysis.synthetic import power_law_points, table, write_study

@@ -9,7 +9,7 @@ import pytest
 
 from lightning_spectral.analysis.learning_rates import ladder_table, ladders_of
 from lightning_spectral.analysis.points import points_of_runs
-from lightning_spectral.analysis.runs import load_runs
+from lightning_spectral.analysis.reading import load_runs
 from tests.analysis.synthetic import recipe, write_one
 
 

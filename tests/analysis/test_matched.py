@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lightning_spectral.analysis.matched import Curve, compare_matched, falling, match, matched_pairs, matched_table
-from lightning_spectral.analysis.runs import load_runs
+from lightning_spectral.analysis.reading import load_runs
 from tests.analysis.synthetic import write_one, write_study
 
 

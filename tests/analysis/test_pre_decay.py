@@ -9,7 +9,8 @@ import pytest
 from lightning_spectral.analysis.caveats import caveats_of, decay_sentences
 from lightning_spectral.analysis.health import flags_of
 from lightning_spectral.analysis.points import default_by, points_of_runs, pre_decay
-from lightning_spectral.analysis.runs import RunSet, load_runs
+from lightning_spectral.analysis.reading import load_runs
+from lightning_spectral.analysis.runs import RunSet
 from lightning_spectral.analysis.study import Fitted, comparisons_of, finished_only, fit_points
 from tests.analysis.synthetic import recipe, write_one, write_study
 

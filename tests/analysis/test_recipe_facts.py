@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from lightning_spectral.analysis.reading import load_runs
 from lightning_spectral.analysis.recipe_facts import decay_step, learning_rate, num_steps, seed_meaning, task_key
-from lightning_spectral.analysis.runs import Run, load_runs
+from lightning_spectral.analysis.runs import Run
 from lightning_spectral.records import PROGRESS_FILE
 from tests.analysis.synthetic import recipe, write_one
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lightning_spectral.analysis.points import default_by, points_of_runs
+from lightning_spectral.analysis.reading import Choice, load_runs
 from lightning_spectral.analysis.recipe_facts import is_whole
-from lightning_spectral.analysis.runs import Choice, load_runs
 from lightning_spectral.analysis.trajectory import beta_trajectories, trailing_median
 from lightning_spectral.records import (
     RUN_FILE,

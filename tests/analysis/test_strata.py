@@ -16,56 +16,85 @@ def complete(seeds: int) -> tuple[np.ndarray, list[str]]:
     return np.tile(X, seeds), np.repeat([str(k) for k in range(seeds)], len(X)).tolist()
 
 
-def test_one_stratum_is_students_t() -> None:
-    one = Uncertainty(np.array([0.04]), (4,), np.zeros(()))
+def test_one_part_is_students_t() -> None:
+    one = Uncertainty(np.array([0.04]), np.array([4.0]), np.zeros(()))
     assert one.half_width() == pytest.approx(0.2 * stats.t.ppf(0.975, 4), rel=1e-12)
     assert float(one.p_value(0.5)) == pytest.approx(2 * stats.t.sf(2.5, 4), rel=1e-12)
 
 
-@pytest.mark.parametrize(("df", "rtol"), [(1, 0.03), (2, 0.01), (4, 1e-3), (12, 1e-3)])
-def test_the_product_rule_is_students_t_where_one_stratum_is_all(df: int, rtol: float) -> None:
-    two = Uncertainty(np.array([1.0, 0.0]), (df, 8), np.zeros(()))
-    assert two.half_width() == pytest.approx(stats.t.ppf(0.975, df), rel=rtol)
+@pytest.mark.parametrize("df", [1, 2, 4, 12])
+def test_a_part_that_is_nothing_changes_nothing(df: int) -> None:
+    two = Uncertainty(np.array([1.0, 0.0]), np.array([df, 8.0]), np.zeros(()))
+    assert two.half_width() == pytest.approx(stats.t.ppf(0.975, df), rel=1e-12)
 
 
-def test_mean_squares_of_a_complete_design_are_the_two_way_analysis() -> None:
+def test_a_part_of_few_degrees_of_freedom_is_not_argued_away_by_one_of_many() -> None:
+    two = Uncertainty(np.array([1.0, 1.0]), np.array([1.0, 100.0]), np.zeros(()))
+    assert two.half_width() == pytest.approx(0.75 * stats.t.ppf(0.975, 1), rel=1e-12)
+    # an interval's ends have p = .05, for several estimates at once
+    at = np.array([1.0, -1.0]) * two.half_width()
+    np.testing.assert_allclose(two.p_value(at), 0.05, rtol=1e-9)
+
+
+def test_parts_of_a_complete_design_are_the_two_way_analysis() -> None:
     design = seed_design(*complete(3))
     assert design is not None
-    y = np.random.default_rng(0).normal(size=(3, 6))
+    y = np.random.default_rng(0).normal(size=(3, 6)) + np.array([2.0, -2, 1, 0, 1, -2])
     fit = design.fit(y.ravel())
     u = X - X.mean()
     slopes, widths = y @ u / (u @ u), y.mean(0)
     left = widths - widths.mean() - slopes.mean() * u
     own = y - y.mean(1, keepdims=True) - slopes[:, None] * u
     own = own - own.mean(0)
-    terms = [slopes.var(ddof=1) / 3, left @ left / 4 / (u @ u), -(own**2).sum() / 8 / (3 * (u @ u))]
+    beyond = left @ left / 4 / (u @ u) - (own**2).sum() / 8 / (3 * (u @ u))
     found = fit.uncertainty(design.slope)
-    assert found.df == (2, 4, 8)
-    assert_allclose(found.terms, terms, rtol=1e-9)
+    assert found.df.tolist() == [2, 4]
+    assert beyond > 0
+    assert_allclose(found.terms, [slopes.var(ddof=1) / 3, beyond], rtol=1e-9)
+    assert_allclose(fit.uncertainty(design.level).terms[0], y.mean(1).var(ddof=1) / 3, rtol=1e-9)
     assert_allclose(design.slope @ fit.y, slopes.mean(), rtol=1e-9)
     assert_allclose(design.level @ fit.y, y.mean(), rtol=1e-9, atol=1e-12)
 
 
+def half_finished() -> tuple[np.ndarray, list[str]]:
+    return np.concatenate([X, X[:4], X[:3]]), ["0"] * 6 + ["1"] * 4 + ["2"] * 3
+
+
 def test_the_variance_is_unbiased_in_a_half_finished_design() -> None:
-    """E[y' A y] = tr(A Sigma): checked exactly, for any variance components."""
-    x = np.concatenate([X, X[:4], X[:3]])
-    seeds = ["0"] * 6 + ["1"] * 4 + ["2"] * 3
+    """E[y' A y] = tr(A Sigma), exactly: the sum over the columns r of a root of Sigma of r' A r."""
+    x, seeds = half_finished()
     design = seed_design(x, seeds)
     assert design is not None
     by_seed = np.array([[s == name for name in "012"] for s in seeds], dtype=float)
     by_width = (x[:, None] == X).astype(float)
-    tilted = by_seed * (x - design.x_mean)[:, None]
-    sigma = 0.3 * by_seed @ by_seed.T + 0.2 * tilted @ tilted.T + 0.1 * by_width @ by_width.T + 0.05 * np.eye(len(x))
-    root = np.linalg.cholesky(sigma)
+    sigma = 20 * by_seed @ by_seed.T + np.eye(len(x))
     for coefficients in (design.slope, design.level, design.at(0.7)):
-        # sigma is the sum over the columns r of its root of r r^T, and the terms are quadratic in y
-        expected = sum(float(design.fit(column).uncertainty(coefficients).terms.sum()) for column in root.T)
+        expected = sum(float(design.seeds_part(coefficients, r)[0]) for r in np.linalg.cholesky(sigma).T)
         assert expected == pytest.approx(coefficients @ sigma @ coefficients, rel=1e-9)
+    # the mean square of widths: neither levels nor slopes of seeds, and `scale` of the widths' variance
+    assert design.widths is not None
+    square = design.widths.square.matrix
+    assert np.trace(square @ by_width @ by_width.T) == pytest.approx(design.widths.scale, rel=1e-9)
+    assert np.trace(square) == pytest.approx(1.0, rel=1e-9)
+    assert_allclose(square @ np.column_stack([by_seed, by_seed * x[:, None]]), 0.0, atol=1e-9)
     assert design.slope @ x == pytest.approx(1.0)
     assert design.level @ np.ones(len(x)) == pytest.approx(1.0)
     assert design.level @ (x - design.x_mean) == pytest.approx(0.0, abs=1e-12)
     # levels of seeds do not tilt the line
     assert_allclose(design.slope @ by_seed, 0.0, atol=1e-12)
+
+
+def test_degrees_of_freedom_of_a_half_finished_design_are_the_moments_of_what_is_drawn() -> None:
+    """Satterthwaite: 2 E(Q)^2 / Var(Q), here from draws."""
+    x, seeds = half_finished()
+    design = seed_design(x, seeds)
+    assert design is not None
+    rng, n = np.random.default_rng(2), 4000
+    drawn = rng.normal(size=(n, len(x)))
+    q = np.array([float(design.seeds_part(design.slope, y)[0]) for y in drawn])
+    df = float(design.seeds_part(design.slope, drawn[0])[1])
+    assert 1 < df < 2
+    assert 2 * q.mean() ** 2 / q.var() == pytest.approx(df, rel=0.15)  # three standard errors of the ratio
 
 
 def test_two_slopes_that_differ_widen_the_interval_and_equal_ones_do_not() -> None:

@@ -119,3 +119,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         write_atomic(path, b"ha")
     assert path.read_bytes() == b"whole"
     assert os.listdir(tmp_path) == ["report.html"]
+
+
+def test_a_bar_is_given_by_its_two_ends(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("width,value,err_low,err_high\n1,10,7,13\n2,20,15,25\n4,40,36,44\n")
+    points, _ = read_points_csv(table, spread="err_low,err_high")
+    assert [point.spread for point in points.points] == [3.0, 5.0, 4.0]
+    with pytest.raises(ValueError, match="end of a bar"):
+        read_points_csv(table, spread="err_high")
+    with pytest.raises(ValueError, match="`err_top`"):
+        read_points_csv(table, spread="err_low,err_top")

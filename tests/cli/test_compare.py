@@ -29,7 +29,7 @@ def test_run_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     slope = found["slope_difference"]
     assert (slope["a"], slope["b"]) == ("adamw", "muon")
     assert float(slope["estimate"]) == pytest.approx(-0.36, abs=0.03)
-    assert float(slope["p"]) < 0.01
+    assert float(slope["p"]) < 0.05  # two seeds: no interval is narrower than three quarters of their own t
     assert len(rows_of(tmp_path / "matched_loss.csv")) == 4 * 2 * 4 * 2
     shown = capsys.readouterr().out
     assert "p (Holm) is corrected" in shown

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_spectral.analysis.runs import load_runs
+from lightning_spectral.analysis.reading import load_runs
 from lightning_spectral.analysis.trajectory import beta_trajectories
 from lightning_spectral.report.to_tensorboard import write_events
 from tests.analysis.synthetic import write_study

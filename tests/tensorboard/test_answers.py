@@ -10,7 +10,7 @@ from statistics import median
 import numpy as np
 import pytest
 
-from lightning_spectral.analysis.runs import load_runs
+from lightning_spectral.analysis.reading import load_runs
 from lightning_spectral.analysis.trajectory import beta_trajectories
 from lightning_spectral.records import SPECTRAL_FILE, AlarmRecord, append_records, read_spectral
 from lightning_spectral.records.looks import BUCKET_COLORS, bucket_colors

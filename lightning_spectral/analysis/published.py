@@ -1,0 +1,266 @@
+"""Tables that are no points: ranks at every step, exponents at every step, and exponents without their points.
+
+Columns are known by their names, as those of points are (``tables``): a step column beside a width makes curves, beside
+``beta`` an exponent over training; ``beta`` without a step is an estimate.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_spectral.analysis.effects import EffectComparison, compare_effects
+from lightning_spectral.analysis.points import Point, PointTable
+from lightning_spectral.analysis.tables import as_of_runs, condition, recognised
+from lightning_spectral.analysis.trajectory import Trajectory, fit_windows
+
+FloatArray = NDArray[np.float64]
+Kind = Literal["points", "curves", "betas_over_training", "estimates"]
+_STEPS: Final = ("step", "global_step", "optimizer_step")
+_RANKS: Final = ("soft_rank", "hard_rank")
+_BETAS: Final = {"beta_soft": "soft_rank", "beta_hard": "hard_rank"}
+_ENDS: Final = (("beta_lower", "beta_upper"), ("ci_low", "ci_high"), ("beta_low", "beta_high"))
+_FACTORS: Final = ("head_count", "heads", "n_head", "norm", "positions", "architecture", "model_scale")
+MEASURED: Final = ("site", "bucket", "metric")
+
+
+@dataclass(frozen=True)
+class RankCurve:
+    """Rank of one run over training.
+
+    Attributes:
+        series: (labels ..., site, bucket, metric).
+        width: FFN width.
+        seed: Seed, or empty.
+        steps: (T,) ascending.
+        values: (T,) ranks.
+    """
+
+    series: tuple[str, ...]
+    width: float
+    seed: str
+    steps: NDArray[np.int64]
+    values: FloatArray
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One exponent without its points.
+
+    Attributes:
+        series: (label, site, bucket, metric).
+        factor: Level of what else was varied (heads, norm, ...); empty if nothing was.
+        beta: The exponent.
+        low: Lower end of its interval; NaN if there is none.
+        high: Upper end.
+        std_err: Standard error, likewise.
+        df: Degrees of freedom, likewise.
+    """
+
+    series: tuple[str, ...]
+    factor: str
+    beta: float
+    low: float = math.nan
+    high: float = math.nan
+    std_err: float = math.nan
+    df: float = math.nan
+
+
+def kind_of(path: str | Path) -> Kind:
+    """What a table holds, by its header."""
+    with Path(path).open(encoding="utf-8-sig") as handle:
+        names = {name.strip() for name in handle.readline().replace(";", ",").split(",")}
+    betas = "beta" in names or bool(names & set(_BETAS))
+    if _first(_STEPS, names) and betas:
+        return "betas_over_training"
+    if _first(_STEPS, names) and recognised(sorted(names)).x in names and (names & set(_RANKS) or "metric" in names):
+        return "curves"
+    return "estimates" if betas and "value" not in names else "points"
+
+
+def read_curves(path: str | Path, where: Sequence[str] = ()) -> list[RankCurve]:
+    """Ranks by width and step, from ``soft_rank`` and ``hard_rank`` columns, or ``metric`` and ``value``.
+
+    Raises:
+        ValueError: If no row holds a step, a width and a positive rank.
+    """
+    rows, table = _rows(path, where)
+    names = list(rows[0]) if rows else []
+    columns = recognised(names)
+    step = _first(_STEPS, names)
+    ranks: list[str] = [name for name in _RANKS if name in names]
+    metrics = ranks or ["value"]
+    points = [
+        Point(
+            (*(row[name] for name in columns.by if name != "metric"), metric if metric != "value" else row["metric"]),
+            float(row[columns.x]),
+            float(row[metric]),
+            seed=row[columns.seed] if columns.seed else "",
+            steps=(int(float(row[step])),),
+        )
+        for row in rows
+        for metric in metrics
+        if step and _positive(row.get(columns.x)) and _positive(row.get(metric)) and _number(row[step]) is not None
+    ]
+    if not points:
+        raise ValueError(f"`{table}` holds no row with a step, a width and a rank.")
+    by = (*(name for name in columns.by if name != "metric"), "metric")
+    found: dict[tuple[tuple[str, ...], float, str], dict[int, float]] = {}
+    for point in as_of_runs(PointTable(by, tuple(points), columns.x), "value").points:
+        found.setdefault((point.series[:-1], point.x, point.seed), {})[point.steps[0]] = point.value
+    return [
+        RankCurve(series, width, seed, np.array(sorted(own)), np.array([own[at] for at in sorted(own)]))
+        for (series, width, seed), own in found.items()
+    ]
+
+
+def paths_of(curves: Sequence[RankCurve]) -> list[Trajectory]:
+    """The exponent at every step that all widths of a series share."""
+    groups: dict[tuple[str, ...], list[RankCurve]] = {}
+    for curve in curves:
+        groups.setdefault(curve.series, []).append(curve)
+    out = []
+    for series, own in groups.items():
+        steps = own[0].steps
+        for curve in own[1:]:
+            steps = np.intersect1d(steps, curve.steps)
+        widths = np.log([curve.width for curve in own])
+        if len(np.unique(widths)) > 1 and len(steps):
+            values = np.stack([curve.values[np.searchsorted(curve.steps, steps)] for curve in own], axis=1)
+            out.append(fit_windows(series, steps, widths, values))
+    return out
+
+
+def last_points(curves: Sequence[RankCurve], labels: Sequence[str]) -> PointTable:
+    """The last rank of every curve, as the points of a fit."""
+    points = (
+        Point((*c.series, "median"), c.width, float(c.values[-1]), seed=c.seed, steps=(int(c.steps[-1]),))
+        for c in curves
+    )
+    return PointTable((*labels, *MEASURED, "layer"), tuple(points))
+
+
+def read_paths(path: str | Path, where: Sequence[str] = ()) -> list[Trajectory]:
+    """Exponents at every step: columns ``beta_soft`` and ``beta_hard``, or ``beta`` and ``metric``.
+
+    Raises:
+        ValueError: If no row holds a step and an exponent.
+    """
+    rows, table = _rows(path, where)
+    step, found = (
+        _first(_STEPS, rows[0] if rows else ()),
+        dict[tuple[str, ...], list[tuple[int, float, float, float]]](),
+    )
+    for row in rows:
+        betas = {_BETAS[name]: row[name] for name in _BETAS if name in row}
+        betas |= {row.get("metric", "hard_rank"): row["beta"]} if "beta" in row else {}
+        for metric, cell in betas.items():
+            at, beta = _number(row.get(step or "")), _number(cell)
+            if at is not None and beta is not None:
+                found.setdefault(_series(row, metric), []).append((int(at), beta, *_ends_of(row)))
+    if not found:
+        raise ValueError(f"`{table}` holds no row with a step and an exponent.")
+    out = []
+    for series, values in found.items():
+        steps, path, lows, highs = (np.array(column) for column in zip(*sorted(values), strict=True))
+        widths = int(_number(rows[0].get("n_widths_hard") or rows[0].get("n_widths")) or 0)
+        out.append(Trajectory(series, steps, path, lows, highs, widths if np.isfinite(lows).any() else 0, 1))
+    return out
+
+
+def read_estimates(path: str | Path, where: Sequence[str] = ()) -> list[Estimate]:
+    """Exponents without points, with interval or standard error where the table has them.
+
+    Raises:
+        ValueError: If no row holds an exponent.
+    """
+    rows, table = _rows(path, where)
+    factor = next((name for name in _FACTORS if len({row.get(name, "") for row in rows}) > 1), None)
+    out = []
+    for row in rows:
+        beta = _number(row.get("beta"))
+        if beta is not None:
+            low, high = _ends_of(row)
+            std_err, widths = (_number(row.get(name)) for name in ("std_err", "n_widths"))
+            level = row[factor] if factor else ""
+            df = math.nan if widths is None else widths - 2
+            se = math.nan if std_err is None else std_err
+            out.append(Estimate(_series(row, row.get("metric", "hard_rank")), level, beta, low, high, se, df))
+    if not out:
+        raise ValueError(f"`{table}` holds no exponent in a column `beta`.")
+    return out
+
+
+def effect_of(estimates: Sequence[Estimate]) -> EffectComparison | None:
+    """The first label's shift of beta against the factor's; ``None`` where a cell or a standard error is missing."""
+    slopes = {(own.series[0], own.factor): (own.beta, own.std_err, own.df) for own in estimates}
+    try:
+        return compare_effects(slopes) if all(math.isfinite(se) for _, se, _ in slopes.values()) else None
+    except ValueError:
+        return None
+
+
+def shifts_of(estimates: Sequence[Estimate]) -> tuple[float, float] | None:
+    """Root mean square shift of beta between labels, and between levels of the factor; noise is not taken off."""
+    labels = list(dict.fromkeys(own.series[0] for own in estimates))
+    levels = list(dict.fromkeys(own.factor for own in estimates))
+    grid = {(own.series[0], own.factor): own.beta for own in estimates}
+    if len(labels) < 2 or len(levels) < 2 or len(grid) < len(labels) * len(levels):
+        return None
+    beta = np.array([[grid[label, level] for level in levels] for label in labels])
+
+    def shift(values: FloatArray) -> float:
+        a, b = np.triu_indices(len(values), k=1)
+        return float(np.sqrt(((values[a] - values[b]) ** 2).mean()))
+
+    return shift(beta), shift(beta.T)
+
+
+def _series(row: Mapping[str, str], metric: str) -> tuple[str, ...]:
+    label = row.get("optimizer_display_name") or row.get("optimizer") or row.get("series") or "all"
+    bucket = (row.get("bucket") or "pooled").lower()
+    metric = {"soft": "soft_rank", "hard": "hard_rank"}.get(metric.lower(), metric.lower())
+    return (label, row.get("site") or "post", {"all": "pooled", "global": "pooled"}.get(bucket, bucket), metric)
+
+
+def _ends_of(row: Mapping[str, str]) -> tuple[float, float]:
+    for low, high in _ENDS:
+        ends = _number(row.get(low)), _number(row.get(high))
+        if None not in ends:
+            return ends[0] or 0.0, ends[1] or 0.0
+    return math.nan, math.nan
+
+
+def _rows(path: str | Path, where: Sequence[str]) -> tuple[list[dict[str, str]], Path]:
+    table = Path(path)
+    kept: list[Callable[[Mapping[str, str]], bool]] = [condition(text) for text in where]
+    text = table.read_text(encoding="utf-8-sig")
+    rows = [
+        row for row in csv.DictReader(io.StringIO(text, newline="")) if None not in row and None not in row.values()
+    ]
+    return [row for row in rows if all(holds(row) for holds in kept)], table
+
+
+def _first(known: Sequence[str], names: object) -> str | None:
+    return next((name for name in known if name in names), None)  # type: ignore[operator]
+
+
+def _number(cell: str | None) -> float | None:
+    try:
+        value = float(cell or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _positive(cell: str | None) -> bool:
+    value = _number(cell)
+    return value is not None and value > 0

@@ -1,0 +1,136 @@
+"""Logs of others become records that say what the logs say."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from lightning_spectral.analysis.foreign import loss_records, manifest_rows, read_foreign, row_of, spectral_records
+from lightning_spectral.analysis.reading import load_runs
+from lightning_spectral.cli import main
+from lightning_spectral.records import read_losses, read_run, read_spectral
+
+GLOBAL = """Step 1: SE_pre=5.471, SE_post=4.836, PR_pre=89.41, PR_post=30.14, EEE_pre=0.717, EEE_post=0.762, JS=0.0313
+Step 200: SE_pre=1.939, SE_post=nan, PR_pre=4.85, PR_post=1.001e+01, EEE_pre=0.993, EEE_post=0.982, JS=0.0587
+"""
+BUCKETS = """Step 1:
+  HEAD (n=44571): SE_pre=3.163, SE_post=2.859, PR_pre=15.87, PR_post=10.53, EEE_pre=0.974, EEE_post=0.977, JS=0.0142
+  TAIL (n=41342): SE_pre=6.098, SE_post=6.292, PR_pre=357.12, PR_post=410.02, EEE_pre=0.564, EEE_post=0.461, JS=0.0151
+some line of a scheduler
+Step 200:
+  TAIL (n=43855): SE_pre=3.699, SE_post=4.869, PR_pre=18.67, PR_post=35.91, EEE_pre=0.948, EEE_post=0.810, JS=0.0627
+"""
+
+
+def paper_logs(root: Path) -> Path:
+    folder = root / "main" / "adamw" / "2d" / "eigen_metrics_logs"
+    folder.mkdir(parents=True)
+    (folder / "layer0_global.txt").write_text(GLOBAL)
+    (folder / "layer11_frequency.txt").write_text(BUCKETS)
+    return root
+
+
+def test_the_papers_logs(tmp_path: Path) -> None:
+    (run,) = read_foreign(paper_logs(tmp_path))
+    records = {(r.step, r.layer, r.site, r.bucket): r for r in spectral_records(run, 1536)}
+    assert len(records) == 2 * 2 + 2 * 3
+    tail = records[200, 11, "post", "tail"]
+    assert (tail.hard_rank, tail.num_tokens, tail.early_enrichment, tail.js_divergence) == (35.91, 43855, 0.81, 0.0627)
+    assert tail.soft_rank == pytest.approx(math.exp(4.869))
+    assert tail.tokens_per_dim == 43855 / 1536
+    late = records[200, 0, "post", "pooled"]
+    assert (late.soft_rank, late.hard_rank) == (None, 10.01)  # nan is no number
+    assert records[1, 0, "pre", "pooled"].js_divergence is None
+
+
+def test_a_manifest_names_the_run_by_the_end_of_its_folder(tmp_path: Path) -> None:
+    logs = paper_logs(tmp_path / "logs")
+    manifest = tmp_path / "runs.csv"
+    manifest.write_text(
+        "run_id,ffn_hidden_dim,optimizer,optimizer_folder,dion_rank_fraction,seed,log_dir\n"
+        "a1,768,Muon,muon,,0,external://x/main/muon/1d/eigen_metrics_logs\n"
+        "a2,1536,Dion,dion,1/2,not_recorded,external://x/main/adamw/2d/eigen_metrics_logs\n"
+    )
+    (run,) = read_foreign(logs)
+    row = row_of(run, manifest_rows(manifest))
+    assert row is not None
+    assert row["run_id"] == "a2"
+    assert main(["import", str(logs), "--manifest", str(manifest), "--out", str(tmp_path / "out")]) == 0
+    (read,) = load_runs([tmp_path / "out"]).runs
+    assert (read.width, read.optimizer, read.seed) == (1536, "Dion", "")
+    assert read.info.labels == {"optimizer": "Dion", "dion_rank_fraction": "1/2"}
+    # a second time would mix two imports
+    assert main(["import", str(logs), "--manifest", str(manifest), "--out", str(tmp_path / "out")]) == 2
+
+
+def test_event_files(tmp_path: Path) -> None:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    writer = EventFileWriter(str(tmp_path / "d512_run"))
+    for step, value in ((100, 12.5), (200, 25.0)):
+        tags = {"spectral.hard_rank.post.tail/layer_03": value, "spectral/hard_rank.tail": 1.0, "other": 3.0}
+        for tag, own in (tags | {"spectral_loss_validation/loss.tail": 2.0, "train_loss": 3.5}).items():
+            writer.add_event(Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=own)])))
+    writer.close()
+    out = tmp_path / "out"
+    given = ["import", str(tmp_path), "--width-from", r"d(\d+)_", "--optimizer", "Muon", "--seed", "3"]
+    assert main([*given, "--out", str(out)]) == 0
+    (folder,) = out.iterdir()
+    found = read_spectral(folder / "spectral.jsonl").records
+    # the front page's medians are left out where the layers are there
+    assert [(r.step, r.layer, r.bucket, r.hard_rank, r.width) for r in found] == [
+        (100, 3, "tail", 12.5, 512),
+        (200, 3, "tail", 25.0, 512),
+    ]
+    losses = {(r.stage, r.step, r.bucket): r.loss for r in read_losses(folder / "losses.jsonl").records}
+    assert losses == {
+        ("validation", 100, "tail"): 2.0,
+        ("validation", 200, "tail"): 2.0,
+        ("train", 100, "pooled"): 3.5,
+        ("train", 200, "pooled"): 3.5,
+    }
+    info = read_run(folder)
+    assert (info.optimizer, info.seed) == ("Muon", 3)
+
+
+def test_exports_of_wandb(tmp_path: Path) -> None:
+    chart = tmp_path / "chart.csv"
+    chart.write_text(
+        '"Step","wide - spectral/hard_rank.tail","wide - spectral/hard_rank.tail__MIN",'
+        '"slim - spectral/hard_rank.tail"\n'
+        '"100","40","1","20"\n"200","50","1",""\n'
+    )
+    runs = {run.name: run for run in read_foreign(chart)}
+    assert [(n.step, n.value) for n in runs["wide"].numbers] == [(100, 40.0), (200, 50.0)]
+    assert [(n.step, n.value) for n in runs["slim"].numbers] == [(100, 20.0)]
+    history = tmp_path / "history.jsonl"
+    rows = [{"_step": k, "ranks/hard/7": 3.0 + k, "val/loss": 2.0, "note": "x"} for k in (0, 10)]
+    history.write_text("\n".join(map(json.dumps, rows)) + '\n{"_step": 20, "ranks/ha')
+    (run,) = read_foreign(history, r"ranks/(?P<metric>hard)/(?P<layer>\d+)")
+    (first, last) = spectral_records(run, 64)
+    assert (first.layer, last.step, last.extra) == (7, 10, {"hard": 13.0})
+    assert [(r.stage, r.step, r.loss) for r in loss_records(run)] == [("validation", 0, 2.0), ("validation", 10, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "words"),
+    [
+        ("_step,mystery\n1,2\n", ["--width", "64"], "`mystery`: say what they are with --tag"),
+        ("_step,spectral/hard_rank.tail\n1,2\n", [], "give --width"),
+        ("_step,spectral/hard_rank.tail\n1,2\n", ["--width-from", "d("], "no expression"),
+        ("_step,x\n1,2\n", ["--tag", "(x)", "--width", "8"], "(?P<metric>...)"),
+        ("_step,loss\n1,2\n", ["--width", "8"], "no rank"),
+    ],
+)
+def test_what_cannot_be_imported_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, given: list[str], words: str
+) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    assert main(["import", str(tmp_path / "a.csv"), *given, "--out", str(tmp_path / "out")]) == 2
+    assert words in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("run.json"))

@@ -1,0 +1,123 @@
+"""Tables without points of a fit, drawn: ranks over steps, exponents over steps, exponents alone."""
+
+from __future__ import annotations
+
+import csv
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_spectral.analysis.published import (
+    effect_of,
+    kind_of,
+    paths_of,
+    read_curves,
+    read_estimates,
+    read_paths,
+    shifts_of,
+)
+from lightning_spectral.cli import main
+
+WIDTHS, STEPS = (256, 512, 1024, 2048), (1, 100, 200)
+
+
+def curves(path: Path) -> Path:
+    """hard = D^(.5 + step / 1000), and a row that is cut off."""
+    lines = ["optimizer,bucket,ffn_hidden_dim,step,hard_rank,hard_rank_smoothed"]
+    lines += [
+        f"AdamW 12K,{bucket},{width},{step},{(1 + k) * width ** (0.5 + step / 1000)!r},1"
+        for k, bucket in enumerate(("head", "TAIL"))
+        for width in WIDTHS
+        for step in STEPS
+    ]
+    path.write_text("\n".join(lines) + "\nAdamW 12K,head,25")
+    return path
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_ranks_over_steps(tmp_path: Path) -> None:
+    table = curves(tmp_path / "t.csv")
+    assert kind_of(table) == "curves"
+    paths = {path.series: path for path in paths_of(read_curves(table))}
+    own = paths["AdamW 12K", "post", "tail", "hard_rank"]
+    assert own.steps.tolist() == list(STEPS)
+    np.testing.assert_allclose(own.beta, [0.501, 0.6, 0.7], rtol=1e-9)
+    assert own.num_widths == 4
+    assert main(["report", str(table), "--out", str(tmp_path / "out")]) == 0
+    drawn = {path.stem for path in (tmp_path / "out" / "figures").glob("*.svg")}
+    assert {"beta_over_training", "rank_curves", "scaling_laws"} <= drawn
+    written = [row for row in rows(tmp_path / "out" / "beta_over_training.csv") if row["bucket"] == "tail"]
+    assert [float(row["beta"]) for row in written] == pytest.approx([0.501, 0.6, 0.7])
+    # the fit is of the last step
+    assert float(rows(tmp_path / "out" / "fits.csv")[0]["beta"]) == pytest.approx(0.7)
+    shown = {(row["series"], row["x"]) for row in rows(tmp_path / "out" / "figures" / "rank_curves.csv")}
+    assert shown == {(f"D = {width}", str(step)) for width in WIDTHS for step in STEPS}
+
+
+def test_exponents_over_steps(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("optimizer,bucket,step,beta_hard,beta_soft\nMuon,tail,100,.5,.6\nMuon,tail,1,.2,\n")
+    assert kind_of(table) == "betas_over_training"
+    paths = {path.series[-1]: path for path in read_paths(table)}
+    assert paths["hard_rank"].beta.tolist() == [0.2, 0.5]
+    assert paths["soft_rank"].steps.tolist() == [100]
+    assert main(["report", str(table), "--out", str(tmp_path / "out")]) == 0
+    assert [path.stem for path in (tmp_path / "out" / "figures").glob("*.svg")] == ["beta_over_training"]
+
+
+def estimates(path: Path, errors: bool) -> Path:
+    names = "optimizer,head_count,bucket,metric,beta" + (",std_err,beta_lower,beta_upper,n_widths" if errors else "")
+    cells = {("AdamW", 12): 0.4, ("AdamW", 6): 0.5, ("Muon", 12): 1.0, ("Muon", 6): 1.1}
+    lines = [names]
+    for (name, heads), beta in cells.items():
+        more = f",.02,{beta - 0.05},{beta + 0.05},8" if errors else ""
+        lines.append(f"{name},{heads},tail,hard_rank,{beta}{more}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_exponents_alone_say_how_far_they_move(tmp_path: Path) -> None:
+    table = estimates(tmp_path / "t.csv", errors=False)
+    assert kind_of(table) == "estimates"
+    found = read_estimates(table)
+    assert shifts_of(found) == pytest.approx((0.6, 0.1))
+    assert effect_of(found) is None
+    assert main(["report", str(table), "--out", str(tmp_path / "out")]) == 0
+    page = unescape((tmp_path / "out" / "report.html").read_text())
+    assert "moves by 0.60 (root mean square) between series and by 0.10 between levels; without standard errors" in page
+    shown = {row["series"]: float(row["value"]) for row in rows(tmp_path / "out" / "figures" / "estimates.csv")}
+    assert shown == {"AdamW, 12": 0.4, "AdamW, 6": 0.5, "Muon, 12": 1.0, "Muon, 6": 1.1}
+
+
+def test_exponents_with_errors_have_an_effect_with_an_interval(tmp_path: Path) -> None:
+    found = read_estimates(estimates(tmp_path / "t.csv", errors=True))
+    assert {(own.low, own.high) for own in found if own.beta == 1.0} == {(0.95, 1.05)}
+    effect = effect_of(found)
+    assert effect is not None
+    # unbiased: .6^2 and .1^2 without twice the variance
+    assert effect.difference == pytest.approx((0.36 - 2 * 0.02**2) - (0.01 - 2 * 0.02**2), rel=1e-9)
+    assert effect.ci_low > 0
+
+
+def test_points_of_the_paper_stay_points(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    header = "run_id,optimizer,ffn_hidden_dim,metric,bucket,site,value,err_low,err_high,final_steps"
+    table.write_text(f"{header}\na,AdamW,768,hard_rank,global,post,3,2,4,5;6\n")
+    assert kind_of(table) == "points"
+
+
+@pytest.mark.parametrize(("text", "words"), [("step,width,hard_rank\n1,2,x\n", "a step, a width and a rank"),
+                                             ("step,beta\nx,1\n", "a step and an exponent"),
+                                             ("optimizer,beta\na,\n", "no exponent")])  # fmt: skip
+def test_an_empty_table_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: str
+) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    assert main(["report", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out")]) == 2
+    assert words in capsys.readouterr().err

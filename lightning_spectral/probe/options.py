@@ -28,7 +28,7 @@ class ProbeOptions:
     embedding: str | None = None
     hints: tuple[Hint, ...] = ()
     token_fraction: float = 1.0
-    num_jackknife_groups: int = 1
+    num_jackknife_groups: int = 2
     renyi_orders: tuple[float, ...] = DEFAULT_RENYI_ORDERS
     absolute_epsilon: float = 0.0
     with_losses: bool = False

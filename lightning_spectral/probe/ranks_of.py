@@ -88,6 +88,8 @@ def measure(
     entropy = values.get("spectral_entropy", math.log(soft_rank))
     hard = _hard_rank(own, absolute_epsilon)
     unbiased = ranks.debiased_hard_rank(own.num_tokens, own.trace, own.frobenius_sq, own.quartic)
+    across = _across_sequences(state, groups)
+    power = _power(own.num_tokens, hard, across.get(HARD_RANK_ACROSS))
     hard_parts, soft_parts = _leave_one_out(state, groups, absolute_epsilon, solve if exact else None)
     return RankMeasurement(
         num_tokens=own.num_tokens,
@@ -95,13 +97,13 @@ def measure(
         status=status,
         values={
             **values,
-            **_across_sequences(state, groups),
+            **across,
             "soft_rank": soft_rank,
             "hard_rank": hard,
             "spectral_entropy": entropy,
         },
         hard_rank_debiased=None if math.isnan(unbiased) else unbiased,
-        soft_rank_debiased=_jackknife_estimate(soft_rank, soft_parts),
+        soft_rank_debiased=_extrapolated(soft_rank, soft_parts, own.width, power),
         trace=own.trace,
         renyi=renyi,
         hard_rank_ci=_jackknife_interval(hard, hard_parts),
@@ -147,11 +149,30 @@ def _hard_rank(own: Sample, absolute_epsilon: float) -> float:
     return own.trace**2 / (own.frobenius_sq + absolute_epsilon)
 
 
-def _jackknife_estimate(value: float, parts: Sequence[float]) -> float | None:
-    """Bias-corrected value ``K * all - (K - 1) * mean of leave-one-out``; two shards: ``2 S(N) - mean S(N/2)``."""
-    if not parts:
+def _extrapolated(value: float, parts: Sequence[float], width: int, power: float) -> float | None:
+    """The rank of infinitely many sequences, from that of all and those without each of K shards; at most ``width``.
+
+    Along ``S_N ** -power = S ** -power + c / N``; power 0: along ``ln S_N``. Two shards: twice all minus the halves.
+    """
+    if not parts or not all(part > 0 for part in (value, *parts)):
         return None
-    return len(parts) * value - (len(parts) - 1) * sum(parts) / len(parts)
+    shards = len(parts)
+    logs = [math.log(part / value) for part in parts]
+    if power < 1e-6:
+        return min(value * math.exp(-(shards - 1) * sum(logs) / shards), float(width))
+    gone = (shards - 1) * sum(math.expm1(-power * log) for log in logs) / shards
+    return min(value * (1.0 - gone) ** (-1.0 / power), float(width)) if gone < 1 else float(width)
+
+
+def _power(num_tokens: int, hard: float, across: float | None) -> float:
+    """Of the law along which a soft rank is extrapolated, from 0 (independent rows) to 1 (sequences of one direction).
+
+    The bias of the hard rank, which is known, says how many rows count as one: ``1 / R_N - 1 / R`` is ``1 / N`` for
+    independent rows. Their soft rank follows ``ln S_N = ln S - c / N`` closely, on every spectrum tried; the more rows
+    count as one, the nearer is ``1 / S_N = 1 / S + c / N``, which the hard rank follows (`bench_finite_rows.py`).
+    """
+    alike = num_tokens * (1.0 / hard - 1.0 / across) if across and hard > 0 else 1.0
+    return 1.0 - 1.0 / max(alike, 1.0)
 
 
 def _jackknife_interval(value: float, parts: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:

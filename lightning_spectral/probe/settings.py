@@ -78,9 +78,10 @@ class ProbeSettings:
         on: Stages to measure: ``train``, ``validation``, ``test``, ``predict``. An evaluation stage is one window per
             dataloader.
         token_fraction: Share of the positions of every sequence to measure, in (0, 1].
-        num_jackknife_groups: Deal sequences to this many groups, for sequence-level 95 % intervals and the debiased
-            soft rank. The interval is about what the plain rank would be with other sequences, not about its bias from
-            few tokens. K groups take K times the state and K + 1 solves per spectrum, which is why 1 is the default.
+        num_jackknife_groups: Deal sequences to this many groups, for ranks without the bias of few and alike tokens
+            (``hard_rank_across_sequences``, ``soft_rank_debiased``) and 95 % intervals over sequences. The interval is
+            about what the plain rank would be with other sequences; of two groups it is very wide, 8 are useful. K
+            groups take K times the state and K + 1 solves per spectrum; 1 for neither.
         renyi_orders: Orders of the Renyi ranks in the records.
         soft: ``exact``; or ``approx`` for layers at least 1,024 wide: within 0.5 %, several times faster than the
             eigensolve, labelled ``soft_method`` in the records, without what needs the whole spectrum (Renyi ranks).
@@ -112,7 +113,7 @@ class ProbeSettings:
     hints: Sequence[Hint | dict[str, str] | str] | None = None
     on: Sequence[str] = ("train",)
     token_fraction: float = 1.0
-    num_jackknife_groups: int = 1
+    num_jackknife_groups: int = 2
     renyi_orders: Sequence[float] = DEFAULT_RENYI_ORDERS
     soft: Literal["exact", "approx"] = "exact"
     eigenvalues: bool = False

@@ -69,7 +69,7 @@ class SpectralRecord:
         hard_rank_debiased: Participation ratio with the finite-sample bias removed (rows taken as independent).
         hard_rank_ci_low: Lower end of the 95 % sequence-level interval, or ``None``.
         hard_rank_ci_high: Upper end.
-        soft_rank_debiased: Half-split jackknife of the soft rank, or ``None``.
+        soft_rank_debiased: Soft rank extrapolated to many sequences, or ``None``.
         soft_rank_ci_low: Lower end of the 95 % sequence-level interval, or ``None``.
         soft_rank_ci_high: Upper end.
         spectral_entropy: Shannon entropy of the normalised spectrum, nats.

@@ -156,7 +156,7 @@ def _groups_and_sites(content: Mapping[str, Any]) -> tuple[int, int]:
     for name, arguments in _callbacks(content):
         by_position = arguments.get("group_by") == "position"
         groups = int(arguments.get("num_position_groups", 4)) if by_position else _GROUPS[name]
-        groups *= int(arguments.get("num_jackknife_groups", 1))
+        groups *= int(arguments.get("num_jackknife_groups", 2))
         best = max(best, (groups, len(arguments.get("sites", ["post"]))))
     return best
 

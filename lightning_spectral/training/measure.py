@@ -61,7 +61,7 @@ def measure_checkpoint(
     sites: Sequence[str] = ("post",),
     modules: Sequence[str] | None = None,
     hints: Sequence[Hint | dict[str, str] | str] | None = None,
-    num_jackknife_groups: int = 1,
+    num_jackknife_groups: int = 2,
     device: str = "auto",
     memory_limit_mib: float | None = None,
     resume: bool = False,
@@ -80,7 +80,7 @@ def measure_checkpoint(
         sites: ``post``, ``pre`` or both.
         modules: Globs of down projections to measure instead of all.
         hints: As in ``SpectralRankCallback``: what is measured in blocks of which the structure is not understood.
-        num_jackknife_groups: As in ``SpectralRankCallback``: more than 1 gives intervals.
+        num_jackknife_groups: As in ``SpectralRankCallback``: at least 2 for unbiased ranks, 8 for useful intervals.
         device: ``auto``, ``cpu`` or ``cuda``.
         memory_limit_mib: As in ``SpectralRankCallback``: where all rows do not fit, an even sample of them is kept.
         resume: Add to the records that are in ``folder``: another step of the same model on the same text.

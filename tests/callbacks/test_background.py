@@ -205,7 +205,7 @@ def test_with_other_ranks_results_wait_for_all_of_them_and_an_error_waits_for_no
 
 @pytest.mark.parametrize("background", [True, False])
 def test_the_second_window_counts_as_memory(tmp_path, background):
-    state_mib = 2 * 4 * packed_size(64) / 2**20  # two layers of fp32 strips, one group
+    state_mib = 2 * 2 * 4 * packed_size(64) / 2**20  # two layers of fp32 strips, two groups of sequences
     options = {"dirpath": str(tmp_path), "background": background, "memory_limit_mib": 1.5 * state_mib}
     run = trainer(tmp_path, [SpectralRankCallback(**options)], max_steps=1)
     if background:

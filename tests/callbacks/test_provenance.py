@@ -78,7 +78,7 @@ def test_the_same_callback_in_another_trainer_is_another_run(tmp_path: Path) -> 
     [
         ({}, {}, 3 * ROWS),
         ({}, {"on": ["train", "validation"]}, 3 * ROWS),
-        ({}, {"num_jackknife_groups": 2}, 3 * ROWS),
+        ({}, {"num_jackknife_groups": 4}, 3 * ROWS),
         (None, {}, None),  # added at resume
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -96,15 +97,34 @@ def test_products_keep_fp32_inside_autocast():
     assert sample(state).frobenius_sq == pytest.approx(sample(exact).frobenius_sq, rel=1e-6)  # bf16 errs by 1e-3
 
 
-@pytest.mark.parametrize("sizes", [[7, 3, 20], [15, 15]])
+def across_by_rows(rows, sizes):
+    """The same sums from covariance matrices: pairs of groups, what their means take out, and its own square."""
+    parts = [part for part in rows.split(sizes) if len(part)]
+    counts, means = [len(part) for part in parts], [part.mean(0) for part in parts]
+    covariances = [(part - mean).T @ (part - mean) / len(part) for part, mean in zip(parts, means, strict=True)]
+    square = trace = 0.0
+    pairs = list(itertools.combinations(range(len(parts)), 2))
+    for a, b in pairs:
+        d, n_a, n_b = means[a] - means[b], counts[a], counts[b]
+        # shares of E d d^T that are missing from C_a and from C_b
+        v_a, v_b = (torch.outer(d, d) * n / (n_a + n_b) for n in (n_b, n_a))
+        c_a, c_b = covariances[a], covariances[b]
+        square += n_a * n_b * float((c_a * c_b).sum() + (v_a * c_b).sum() + (v_b * c_a).sum())
+        trace += n_a * n_b * float(c_a.trace() * c_b.trace() + v_a.trace() * c_b.trace() + v_b.trace() * c_a.trace())
+    disjoint = [(p, q) for p, q in itertools.combinations(pairs, 2) if not set(p) & set(q)]
+    for (a, b), (c, e) in disjoint:
+        one, two = means[a] - means[b], means[c] - means[e]
+        weight = counts[a] * counts[b] / (counts[a] + counts[b]) * counts[c] * counts[e] / (counts[c] + counts[e])
+        square += len(pairs) / len(disjoint) * weight * float(one @ two) ** 2
+        trace += len(pairs) / len(disjoint) * weight * float(one @ one) * float(two @ two)
+    return trace / square
+
+
+@pytest.mark.parametrize("sizes", [[7, 3, 20], [15, 15], [8, 9, 6, 7], [10, 0, 20], [5, 6, 4, 8, 7]])
 def test_the_rank_across_groups_is_that_of_the_products_of_different_groups(sizes):
     rows = rows_of(30)
     few, many = both(rows, sizes)
-    centered = rows - rows.mean(0)
-    grams = [part.T @ part for part in centered.split(sizes)]
-    pairs = [(a, b) for i, a in enumerate(grams) for j, b in enumerate(grams) if i != j]
-    expected = float(sum(a.trace() * b.trace() for a, b in pairs) / sum((a * b).sum() for a, b in pairs))
-    groups = range(len(sizes))
+    expected, groups = across_by_rows(rows, sizes), range(len(sizes))
     assert hard_rank_across(few, groups) == pytest.approx(expected, rel=1e-9)
     assert hard_rank_across(many, groups) == pytest.approx(expected, rel=1e-9)
     assert measure(many, groups).values["hard_rank_across_sequences"] == pytest.approx(expected, rel=1e-9)
@@ -112,24 +132,27 @@ def test_the_rank_across_groups_is_that_of_the_products_of_different_groups(size
     assert "hard_rank_across_sequences" not in measure(many, [0]).values
 
 
-def test_the_rank_across_sequences_has_no_bias_from_what_a_sequence_shares():
-    """1,408 rows in 11 sequences that share a fifth of their variance; true participation ratio known."""
+@pytest.mark.parametrize("num_groups", [2, 4])
+@pytest.mark.parametrize("top", [False, True])
+def test_the_rank_across_sequences_has_no_bias_from_what_a_sequence_shares(num_groups, top):
+    """1,408 rows in 11 sequences that share a fifth of their variance, in all directions or in the largest ones."""
     generator, length, width = torch.Generator().manual_seed(3), 128, 256
     spectrum = torch.exp(-torch.arange(1, width + 1, dtype=torch.float64) / (0.12 * width))
     true = float(spectrum.sum() ** 2 / spectrum.square().sum())
+    largest = (spectrum.cumsum(0) / spectrum.sum()) < 0.4  # half of their variance is a fifth of all
+    share = torch.where(largest, 0.5, 0.0) if top else torch.full_like(spectrum, 0.2)
     plain, across = [], []
-    for _ in range(6):
-        noise = torch.randn(11 * length, width, generator=generator, dtype=torch.float64) * 0.8**0.5
-        shared = (
-            torch.randn(11, width, generator=generator, dtype=torch.float64).repeat_interleave(length, 0) * 0.2**0.5
-        )
-        moments = empty_moments(4, width, dtype=torch.float64)
-        rows = (noise + shared) * spectrum.sqrt()
-        order = torch.cat([torch.arange(11 * length).view(11, -1)[k::4].flatten() for k in range(4)])
-        update_(moments, rows, [3 * length, 3 * length, 3 * length, 2 * length], order)
-        found = measure(moments, range(4))
+    for _ in range(8):
+        noise = torch.randn(11 * length, width, generator=generator, dtype=torch.float64) * (1 - share).sqrt()
+        shared = torch.randn(11, width, generator=generator, dtype=torch.float64).repeat_interleave(length, 0)
+        rows = (noise + shared * share.sqrt()) * spectrum.sqrt()
+        parts = [torch.arange(11 * length).view(11, -1)[k::num_groups].flatten() for k in range(num_groups)]
+        moments = empty_moments(num_groups, width, dtype=torch.float64)
+        update_(moments, rows, [len(part) for part in parts], torch.cat(parts))
+        found = measure(moments, range(num_groups))
         plain.append(found.hard_rank / true)
         across.append(found.values["hard_rank_across_sequences"] / true)
-    # the scatter of a mean of six is about 0.5 %
-    assert sum(across) / 6 == pytest.approx(1.0, abs=0.03)
-    assert sum(plain) / 6 < 0.85
+    error = torch.tensor(across).std().item() / len(across) ** 0.5
+    assert sum(across) / len(across) == pytest.approx(1.0, abs=0.01 + 2 * error)
+    assert error < 0.02
+    assert sum(plain) / len(plain) < 0.85

@@ -102,7 +102,7 @@ CALLBACKS = [
     SpectralRankCallback(2, modules=["*.down"]),
     SpectralRankCallback(2, dirpath="a"),
     SpectralRankCallback(2, on=["validation"]),
-    SpectralRankCallback(2, num_jackknife_groups=2),
+    SpectralRankCallback(2, num_jackknife_groups=4),
     TailTokenProbe(2, counts=[3, 2, 1]),
     TailTokenProbe(2, counts=[3, 2, 2]),
     TailTokenProbe(2, counts=[3, 2, 1], attribute_to="target"),
@@ -133,5 +133,5 @@ def test_what_a_probe_covers() -> None:
     assert tail.covers(Measurement(ProbeSettings(every_n_steps=2)))
     assert not tail.covers(Measurement(ProbeSettings(every_n_steps=3)))
     assert not tail.covers(Measurement(ProbeSettings(every_n_steps=2, on=["train", "test"])))
-    assert not tail.covers(Measurement(ProbeSettings(every_n_steps=2, num_jackknife_groups=2)))
+    assert not tail.covers(Measurement(ProbeSettings(every_n_steps=2, num_jackknife_groups=4)))
     assert not tail.covers(tail)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_spectral.cli import inputs
+from lightning_spectral.cli.parser import VerbParser
 from lightning_spectral.text import CommandError
 
 if TYPE_CHECKING:
@@ -31,11 +32,10 @@ _NO_LABEL = {"run_id", "name", "log_dir", "notes", "config_path", "seed", "optim
 
 def main(argv: list[str]) -> int:
     """Read logs, and write a run folder for each run."""
-    parser = argparse.ArgumentParser(
-        "lightning-spectral import",
+    parser = VerbParser(
+        "import",
         description="Write run folders from the paper's raw logs, TensorBoard event files or exports of W&B.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("inputs", nargs="+", metavar="LOGS", help="files, or folders that hold them at any depth")
     parser.add_argument("--out", required=True, metavar="DIR", help="where to write the run folders")

@@ -7,6 +7,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from lightning_spectral.cli import inputs
+from lightning_spectral.cli.parser import VerbParser
 from lightning_spectral.text import CommandError, tables
 
 if TYPE_CHECKING:
@@ -21,11 +22,10 @@ other seeds: the plan is then for this seed's slopes."""
 
 def main(argv: list[str]) -> int:
     """Print, for each pair of series, what separates slopes that differ by an amount."""
-    parser = argparse.ArgumentParser(
-        "lightning-spectral power",
+    parser = VerbParser(
+        "power",
         description="How many more widths or seeds separate two slopes by a stated amount.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     inputs.add_input_options(parser)
     parser.add_argument("--amount", type=float, required=True, help="difference of slopes to separate, e.g. .3")

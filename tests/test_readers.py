@@ -19,7 +19,7 @@ import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_spectral.analysis.runs import read_run_folder
+from lightning_spectral.analysis.reading import read_run_folder
 from lightning_spectral.analysis.scan import scan_spectral
 from lightning_spectral.analysis.tidy import read_points_csv
 from lightning_spectral.callbacks.injected import load_callbacks

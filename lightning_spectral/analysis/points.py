@@ -116,7 +116,7 @@ def points_of_runs(
     """Points of every run, one for each site, bucket, metric and (if ``layer`` is in ``by``) layer.
 
     Args:
-        runs: What :func:`~lightning_spectral.analysis.runs.load_runs` found.
+        runs: What :func:`~lightning_spectral.analysis.reading.load_runs` found.
         by: Columns that make a series; :func:`default_by` if not given.
         metrics: Names from the records.
         last: Windows in the median.

@@ -31,6 +31,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--amount", type=float, required=True, help="difference of slopes to separate, e.g. .3")
     parser.add_argument("--power", type=float, default=0.8, help="share of studies that should find it (default: .8)")
     options = parser.parse_args(argv)
+    with parser.own_words():
+        return _power(options)
+
+
+def _power(options: argparse.Namespace) -> int:
+    """Plan with the scatter of what was read."""
     fitted, _ = inputs.load(options)
     found = needs_of(fitted, options.amount, options.power)
     if not found:

@@ -15,7 +15,8 @@ from matplotlib.lines import Line2D
 
 from lightning_spectral.analysis.last_window import summary
 from lightning_spectral.analysis.points import nanmedian
-from lightning_spectral.analysis.runs import Run, load_runs
+from lightning_spectral.analysis.reading import load_runs
+from lightning_spectral.analysis.runs import Run
 from lightning_spectral.records.looks import bucket_colors, bucket_name, metric_name, optimizer_colors, ordered_buckets
 from lightning_spectral.report.figures import inline, png_of, svg_of
 from lightning_spectral.report.style import RC, label_right

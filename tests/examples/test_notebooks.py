@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_spectral.analysis.runs import load_runs
+from lightning_spectral.analysis.reading import load_runs
 from lightning_spectral.records import POOLED, read_spectral
 from lightning_spectral.records.looks import BUCKET_COLORS
 from lightning_spectral.report.notebook import curve, show

@@ -33,8 +33,8 @@ class FigureRow:
     Attributes:
         title: Section heading.
         draw: Makes it.
-        needs: What it is drawn from: ``runs``, ``one_run`` (and no other), ``points``, ``paths``, ``curves`` or
-            ``estimates``.
+        needs: What it is drawn from: ``runs``, ``law`` (more than one run), ``one_run`` (and no other), ``points``,
+            ``paths``, ``curves`` or ``estimates``.
     """
 
     title: str
@@ -47,15 +47,15 @@ FIGURES: Final[dict[str, FigureRow]] = {
     "one_run": FigureRow("Curves of the run", figures_run.one_run, "one_run"),
     "scaling_laws": FigureRow("Scaling laws", figures_scaling.scaling_laws, "points"),
     "betas": FigureRow("Exponents", figures_exponents.betas, "points"),
-    "decay": FigureRow("Before and after the learning-rate decay", figures_exponents.decay),
+    "decay": FigureRow("Before and after the learning-rate decay", figures_exponents.decay, "law"),
     "bucket_grid": FigureRow("Soft and hard rank by token frequency", figures_scaling.bucket_grid, "points"),
     "asymmetry": FigureRow("Asymmetry of soft and hard exponents", figures_exponents.asymmetry, "points"),
     "beta_over_training": FigureRow("Exponents over training", figures_training.exponent_over_training, "paths"),
     "rank_curves": FigureRow("Rank curves by width", figures_training.rank_curves, "curves"),
     "layers": FigureRow("Layers", figures_layers.layer_map, "points"),
     "learning_rates": FigureRow("Learning-rate sensitivity", figures_ladders.learning_rates),
-    "matched_loss": FigureRow("Matched loss", figures_training.matched),
-    "bucket_losses": FigureRow("Loss by token frequency", figures_training.bucket_losses),
+    "matched_loss": FigureRow("Matched loss", figures_training.matched, "law"),
+    "bucket_losses": FigureRow("Loss by token frequency", figures_training.bucket_losses, "law"),
     "recall_front": FigureRow("Recall front: when each group of tokens is learned", figures_audience.recall_front),
     "renyi": FigureRow("Renyi ranks", figures_spectrum.renyi),
     "phase_map": FigureRow("Phase map", figures_spectrum.phase_map),

@@ -223,7 +223,7 @@ def render(
         fits=fit_rows(scene),
         focus=focus_name(scene),
         comparison_headline=comparison_headline(scene),
-        comparisons=comparison_rows(scene),
+        comparisons=comparison_rows(scene) if len(scene.runs.runs) != 1 else [],
         command=command,
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         version=_version(),

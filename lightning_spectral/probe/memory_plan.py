@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_spectral.models.stacks import Site
+from lightning_spectral.models.sites import Site
 
 if TYPE_CHECKING:
     from lightning_spectral.probe.probe import SpectralProbe

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_spectral.functional.buckets import EXCLUDED, occurrences
 from lightning_spectral.models.calls import ForwardCall
-from lightning_spectral.models.stacks import Site
+from lightning_spectral.models.sites import Site
 from lightning_spectral.probe.collectives import all_gather, all_reduce, gather
 
 _SLACK = 0.9  # of the memory, after rows were dropped: not at every micro-batch

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lightning_spectral.data.corpus import Corpus, documents
-from lightning_spectral.data.tokens import Encoder
+from lightning_spectral.data.encode import Encoder
 from lightning_spectral.models.families import Hint, as_hints
 from lightning_spectral.models.stacks import find_stacks
 from lightning_spectral.probe.grouping import check_vocabulary, load_counts

@@ -78,11 +78,11 @@ class QKClipCallback(Callback):
 
         def before(*_: Any) -> None:
             if self._step is not None:
-                entered.append(mode.__enter__())
+                entered.append(mode.__enter__())  # type: ignore[no-untyped-call]
 
         def after(*_: Any) -> None:
             if entered:
-                entered.pop().__exit__(None, None, None)
+                entered.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
         self._handles += [
             attention.module.register_forward_pre_hook(before),

@@ -58,6 +58,7 @@ def full_weights(module: LitGPT, strategy: Strategy | None = None) -> dict[str, 
     """The GPT's state dict on the CPU, gathered if it is sharded (a collective then)."""
     assert module.model is not None
     if isinstance(strategy, FSDPStrategy):
+        assert strategy.model is not None
         from torch.distributed.fsdp import FullyShardedDataParallel
 
         with FullyShardedDataParallel.summon_full_params(strategy.model, writeback=False):

@@ -61,6 +61,7 @@ def full_weights(module: LitGPT, strategy: Strategy | None = None) -> dict[str, 
         assert strategy.model is not None
         from torch.distributed.fsdp import FullyShardedDataParallel
 
+        assert strategy.model is not None
         with FullyShardedDataParallel.summon_full_params(strategy.model, writeback=False):
             whole = {clean_name(name): value.detach().cpu().clone() for name, value in module.model.named_parameters()}
             kept = {clean_name(name): value.detach().cpu().clone() for name, value in module.model.named_buffers()}

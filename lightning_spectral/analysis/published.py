@@ -170,9 +170,9 @@ def read_paths(path: str | Path, where: Sequence[str] = ()) -> list[Trajectory]:
         raise ValueError(f"`{table}` holds no row with a step and an exponent.")
     out = []
     for series, values in found.items():
-        steps, path, lows, highs = (np.array(column) for column in zip(*sorted(values), strict=True))
+        steps, slopes, lows, highs = (np.array(column) for column in zip(*sorted(values), strict=True))
         widths = int(_number(rows[0].get("n_widths_hard") or rows[0].get("n_widths")) or 0)
-        out.append(Trajectory(series, steps, path, lows, highs, widths if np.isfinite(lows).any() else 0, 1))
+        out.append(Trajectory(series, steps, slopes, lows, highs, widths if np.isfinite(lows).any() else 0, 1))
     return out
 
 

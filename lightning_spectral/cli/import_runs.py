@@ -6,6 +6,7 @@ import argparse
 import datetime
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,16 +53,14 @@ def main(argv: list[str]) -> int:
     from lightning_spectral.analysis.foreign import manifest_rows, read_foreign
 
     rows = inputs.guarded(lambda: manifest_rows(options.manifest)) if options.manifest else []
-    found = [
-        run for path in options.inputs for run in inputs.guarded(lambda path=path: read_foreign(path, options.tag))
-    ]
+    found = [run for path in options.inputs for run in inputs.guarded(partial(read_foreign, path, options.tag))]
     names = [run.name for run in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise CommandError(f"two of the inputs hold a run `{twice}`: import them into folders of their own.")
     about = [about_of(run, rows, options) for run in found]
     for run, (width, labels) in zip(found, about, strict=True):
-        inputs.guarded(lambda run=run, width=width, labels=labels: write(run, folder, width, labels))
+        inputs.guarded(partial(write, run, folder, width, labels))
     steps = len({number.step for run in found for number in run.numbers})
     print(f"wrote {len(found)} run folders to {folder} ({steps} steps); next: lightning-spectral report {folder}")
     return 0

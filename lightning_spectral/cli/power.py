@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lightning_spectral.cli import inputs
@@ -72,7 +73,7 @@ def needs_of(fitted: Fitted, amount: float, power: float = 0.8) -> list[tuple[st
             a, b = (" ".join(filter(None, (own[name] for name in names))) for own in cells)
             shared = dict(zip(by, one.series, strict=True))
             where = " ".join(cell for name, cell in shared.items() if name not in names and name != "layer" and cell)
-            need = inputs.guarded(lambda scatter=scatter: needed(scatter, amount, power))
+            need = inputs.guarded(partial(needed, scatter, amount, power))
             out.append((where, a, b, need))
     return out
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -97,8 +99,8 @@ def asymmetry(scene: ReportData) -> ReportFigure:
             c = by_series.get(key)
             if c is not None:
                 text, at = f"{c.estimate:+.2f}{'*' if c.separated else ''}", (0.985, (y + 0.6) / (rows + 0.2))
-                where = {"transform": ax.transAxes, "ha": "right", "va": "center"}
-                ax.text(*at, text, color=look.text_color, fontsize=8.5, **where)
+                beside: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "va": "center"}
+                ax.text(*at, text, color=look.text_color, fontsize=8.5, **beside)
                 if c.separated and bucket == scene.focus and not look.variant:
                     separated.append(f"{look.name} ({c.estimate:+.2f} [{c.ci_low:.2f}, {c.ci_high:.2f}])")
         ax.set_title(bucket_name(bucket))

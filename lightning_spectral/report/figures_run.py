@@ -24,7 +24,8 @@ def one_run(scene: ReportData) -> ReportFigure:
     """Ranks of every bucket, a map of layers over steps, and the losses of the run."""
     run = scene.runs.runs[0]
     site = scene.site if scene.site in run.sites else run.sites[0]
-    metrics = [metric for metric in ("hard_rank", "soft_rank") if metric in scene.metrics] or scene.metrics[:1]
+    metrics = [metric for metric in scene.metrics if metric in ("hard_rank", "soft_rank")] or scene.metrics[:1]
+    metrics.sort()  # hard rank first: the solid line
     figure = Figure(figsize=(11.5, 3.6))
     left, middle, right = figure.subplots(1, 3, width_ratios=[1.15, 1.15, 0.9])
     figure.subplots_adjust(left=0.06, right=0.94, top=0.9, bottom=0.15, wspace=0.5)

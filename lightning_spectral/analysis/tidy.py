@@ -6,7 +6,7 @@ import csv
 import hashlib
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -90,7 +90,7 @@ def read_points_csv(
     columns = recognised(names, x, by)
     x, by = columns.x, columns.by
     seed, spread, rows = seed or columns.seed, spread or columns.spread, rows or columns.rows
-    kept = [condition(text) for text in where]
+    kept = {text: condition(text) for text in where}
     needed = [("--x", x), ("--y", y), *(("--by", name) for name in by)]
     optional = [("--seed", seed), ("--id", source), ("--rows", rows)]
     optional += [("--spread", name) for name in _names(spread)]
@@ -129,7 +129,7 @@ def _points_of(
     content: Sequence[dict[str, str]],
     by: Sequence[str],
     roles: _Roles,
-    kept: Sequence[Callable[[dict[str, str]], bool]],
+    kept: Mapping[str, Callable[[Mapping[str, str]], bool]],
 ) -> tuple[list[Point], list[Problem], list[dict[str, str]]]:
     """Points, rows that were left out, and rows behind the points.
 
@@ -141,7 +141,7 @@ def _points_of(
     used: list[dict[str, str]] = []
     is_rank = "rank" in roles.y
     for number, row in enumerate(content, start=2):
-        if _is_whole(row) and not all(holds(row) for holds in kept):
+        if _is_whole(row) and not all(holds(row) for holds in kept.values()):
             continue
         if why := _unusable(row, roles.x, roles.y):
             problems.append(Problem(str(path), "skipped_lines", f"`{path}` line {number}{why} it was left out."))
@@ -164,7 +164,7 @@ def _points_of(
     if not points:
         first = f" The first problem: {problems[0].message}" if problems else ""
         if kept and not used and not problems:
-            first = " No row passes `--where`."
+            first = f" No row passes `--where {' --where '.join(kept)}`."
         raise ValueError(f"`{path}` holds no usable row of numbers in `{roles.x}` and `{roles.y}`.{first}")
     if len(_names(roles.spread)) == 1 and all(point.spread >= abs(point.value) for point in points):
         raise ValueError(

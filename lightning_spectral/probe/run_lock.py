@@ -32,6 +32,7 @@ class RunLock:
     def __init__(self, folder: Path, name: str = LOCK_FILE) -> None:
         self.path = folder / name
         self.held = False
+        self._made: list[Path] = []
 
     def acquire(self, *, continues: bool = False) -> bool:
         """Take the folder; ``False`` if another run is alive there.
@@ -40,7 +41,9 @@ class RunLock:
             continues: The caller resumes the run that was here: a lock of another host, which a requeued job leaves, is
                 then taken over.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = self.path.parent
+        self._made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(self.path.parent):
             for _ in range(2):
                 try:
@@ -72,6 +75,8 @@ class RunLock:
             if _owner(self.path) == _me():  # after an hour of silence another machine may have taken it
                 with suppress(OSError):  # where it cannot be removed it is stale as soon as this process ends
                     self.path.unlink(missing_ok=True)
+                    for made in self._made:
+                        made.rmdir()  # nothing was written: not even the folder stays
 
 
 @contextmanager

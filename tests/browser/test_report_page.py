@@ -80,7 +80,8 @@ def test_the_page_in_chromium(report: Path, tmp_path: Path) -> None:
     assert result["requests"] == 0
     assert result["overflow"] <= 0
     assert result["alert"] < 900  # the warnings stand on the first screen
-    assert set(result["figures"]) == set(FIGURES)
+    # the curves of one run and a table of exponents have pages of their own
+    assert set(result["figures"]) == set(FIGURES) - {"one_run", "estimates"}
     for key, figure in result["figures"].items():
         assert figure["marks"] > 20, key
         assert figure["width"] > 900, key

@@ -27,7 +27,7 @@ def test_dry_run_lists_the_runs(file: Path, tmp_path: Path, capsys: pytest.Captu
     ("argv", "message"),
     [
         (["nowhere"], "no recipe `nowhere`"),
-        (["RECIPE", "--workers", "0"], "--workers must be >= 1, got 0"),
+        (["RECIPE", "--workers", "0"], "`--workers` must be a whole number >= 1, got 0"),
         (["RECIPE", "--axis", "seed"], "write `key=a,b,c`"),
         (["RECIPE", "stray"], "`stray` is not an option"),
     ],

@@ -32,6 +32,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--amount", type=float, required=True, help="difference of slopes to separate, e.g. .3")
     parser.add_argument("--power", type=float, default=0.8, help="share of studies that should find it (default: .8)")
     options = parser.parse_args(argv)
+    if not options.amount > 0:
+        raise CommandError(f"`--amount` must be > 0, got {options.amount:g}: it is a difference of two slopes.")
+    if not 0.5 < options.power < 1:
+        raise CommandError(f"`--power` must lie between .5 and 1, got {options.power:g}.")
     with parser.own_words():
         return _power(options)
 

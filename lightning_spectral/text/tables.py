@@ -149,11 +149,8 @@ def harmless(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = value.replace("\r", " ")  # which ends a row for some readers and is not quoted by the writer
-    return (
-        f"'{text}"
-        if (len(text.strip()) > 1 and text.lstrip().startswith(("=", "+", "-", "@"))) or text.startswith("\t")
-        else text
-    )
+    is_formula = len(text.strip()) > 1 and text.lstrip().startswith(("=", "+", "-", "@"))
+    return f"'{text}" if is_formula or text.startswith("\t") else text
 
 
 def _csv(table: Table, width: int | None) -> str:

@@ -215,7 +215,9 @@ def test_a_poorer_callback_leaves_the_pooled_spectra_to_a_richer_probe(tmp_path,
 
 def test_a_record_that_is_lost_to_a_poorer_one_is_said(tmp_path):
     callbacks = [
-        SpectralRankCallback(2, renyi_orders=[9]),  # which the probe does not have: neither stands for the other
+        SpectralRankCallback(
+            2, renyi_orders=[9], num_jackknife_groups=1
+        ),  # which the probe does not have: neither stands for the other
         TailTokenProbe(2, counts=tiny.counts(), num_jackknife_groups=4),
     ]
     with pytest.warns(UserWarning, match="hard_rank_ci_high, hard_rank_ci_low.* of the second are lost"):

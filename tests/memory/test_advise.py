@@ -98,8 +98,8 @@ def test_relu_features_have_the_moments_of_a_relu():
         ("5\n", [], "`--counts`"),
         ("5\n3\n1\n", ["--d", "1"], "`--d`"),
         ("5\n3\n1\n", ["--batch-tokens", "0"], "`--batch-tokens`"),
-        ("5\n3\n1\n", ["--rules", "adam"], "`rules`"),
-        ("5\n3\n1\n", ["--coefficients", "best"], "`coefficients`"),
+        ("5\n3\n1\n", ["--rules", "adam"], "`--rules`"),
+        ("5\n3\n1\n", ["--coefficients", "best"], "`--coefficients`"),
     ],
 )
 def test_bad_input_is_named(content, arguments, named, tmp_path, capsys):

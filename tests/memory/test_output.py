@@ -140,7 +140,7 @@ def test_theory_says_why_it_has_no_prediction(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["theory", "--d", "4096", "--alpha", "60", "--n-items", "30000", "--rules", "muon"], "`alpha`"),
+        (["theory", "--d", "4096", "--alpha", "60", "--n-items", "30000", "--rules", "muon"], "`--alpha`"),
         (["theory", "--d", "32", "32"], "`--d`"),
         (
             ["steps", "--mode", "exact", "--step-scale", "1e30", "--d", "16", "--n-items", "99", "--seeds", "1"],

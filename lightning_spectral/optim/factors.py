@@ -16,7 +16,7 @@ def next_right_factor(right_BRN: Tensor, old_BRN: Tensor, group: dict[str, Any])
 
     Args:
         right_BRN: ``P^T B``.
-        old_BRN: The factor of the last step.
+        old_BRN: The factor of the last step; what is kept is written over it.
         group: Settings; ``orthogonal_right`` counts.
     """
     length = right_BRN.norm(dim=-1, keepdim=True)
@@ -28,7 +28,8 @@ def next_right_factor(right_BRN: Tensor, old_BRN: Tensor, group: dict[str, Any])
         new_BRN = right_BRN / length.where(length > 0, 1.0)
     empty = length == 0
     # A direction that saw nothing keeps its old row: a zero row could never come back.
-    return torch.where(empty, 0.0, new_BRN), torch.where(empty, old_BRN, new_BRN)
+    kept_BRN = torch.where(empty, old_BRN, new_BRN, out=old_BRN)
+    return new_BRN.masked_fill_(empty, 0.0), kept_BRN
 
 
 def orthonormal_columns(tall_BMR: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def test_theory_says_why_it_has_no_prediction(tmp_path, capsys):
         (["theory", "--d", "32", "32"], "`--d`"),
         (
             ["steps", "--mode", "exact", "--step-scale", "1e30", "--d", "16", "--n-items", "99", "--seeds", "1"],
-            "step_scale",
+            "--step-scale",
         ),
     ],
 )

@@ -108,7 +108,7 @@ def test_under_a_transform_nothing_is_kept() -> None:
 
 
 def test_an_error_of_ours_does_not_reach_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*values: Any) -> None:
+    def broken(*values: Any, **more: Any) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setitem(loss_tap.SCORERS, F.cross_entropy, broken)

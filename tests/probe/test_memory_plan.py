@@ -19,7 +19,7 @@ def probe_of(name: str, dtype: torch.dtype = torch.bfloat16) -> SpectralProbe:
         model = GPT(config).to(dtype)
     counts = torch.arange(config.padded_vocab_size, 0, -1)
     grouping = by_frequency(counts, head_share=0.33, mid_share=0.67, attribute_to="input")
-    return SpectralProbe(model, grouping, ProbeOptions())
+    return SpectralProbe(model, grouping, ProbeOptions(num_jackknife_groups=1))
 
 
 @pytest.mark.parametrize(

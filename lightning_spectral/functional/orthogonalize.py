@@ -127,7 +127,7 @@ def newton_schulz(
             four times as fast where the hardware has it.
         overwrite: Use ``matrix`` as workspace, which saves two copies of it.
         eps: Frobenius norm below which the result fades to zero with the input, >= 0. A positive one also multiplies
-            tall matrices as wide ones: together, torch.optim.Muon's digits (its eps is 1e-7).
+            tall matrices as wide ones, and matrices one by one: together, torch.optim.Muon's digits (its eps is 1e-7).
 
     Returns:
         (..., M, N) in ``dtype``.
@@ -163,6 +163,9 @@ def _newton_schulz(
     iterate = matrix.to(matrix.dtype if dtype is None else dtype)
     if iterate.ndim > 3:
         iterate = iterate.flatten(0, -3)
+    if eps > 0 and iterate.ndim == 3:  # bf16 units round a batch otherwise than its matrices alone
+        alone = [_newton_schulz(one, rows, normalizer, None, overwrite, eps) for one in iterate]
+        return torch.stack(alone).reshape(matrix.shape)
     iterate = _unit_norm(iterate, overwrite, eps)
     if eps > 0 and matrix.shape[-2] > matrix.shape[-1]:
         return _iterate(iterate.mT, rows, normalizer, False).mT.reshape(matrix.shape)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lightning_spectral.records import SpectralRecord, WeightRecord, read_spectral, read_weights
     from lightning_spectral.report.notebook import show
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _HOME_OF = {
     "AdamW": "lightning_spectral.optim",

@@ -43,7 +43,7 @@ def test_record_fields():
     ]  # fmt: skip
     assert [f.name for f in fields(LossRecord)] == [
         "run_id", "stage", "step", "tokens_seen", "bucket", "num_tokens", "loss", "accuracy", "loader", "ordinal",
-        "status", "schema_version",
+        "status", "reason", "schema_version",
     ]  # fmt: skip
     assert {"run_id", "optimizer", "seed", "hparams", "labels"} <= {f.name for f in fields(RunInfo)}
 

@@ -109,13 +109,12 @@ def measure_checkpoint(
         memory_limit_mib=memory_limit_mib,
         strict=True,  # there is no training to be kept from harm
     )
-    buckets = BucketSettings(counts=table, head_share=SHARES[0], mid_share=SHARES[1])
-    measurement = Measurement(settings, buckets, facts)
-    hparams: dict[str, Any] = {"data": corpus.names, "num_tokens": len(tokens) - 1, "seq_length": length}
-    hparams["asked"] = asked(
+    measurement = Measurement(settings, BucketSettings(table, head_share=SHARES[0], mid_share=SHARES[1]), facts)
+    same = asked(
         corpus, counts=counts, num_tokens=num_tokens, seq_length=seq_length, sites=sites,
         num_jackknife_groups=num_jackknife_groups,
     )  # fmt: skip
+    hparams = {"data": corpus.names, "num_tokens": len(tokens) - 1, "seq_length": length, "asked": same}
     host = _host(folder, loaded, checkpoint, hparams)
     host.resume = resume
     spectral = _run(loaded, measurement, host, tokens, length, batch_size, _device(device))

@@ -97,19 +97,11 @@ def measure_checkpoint(
     tokens = _sequences(_tokens(corpus, encoder, max(num_tokens // length, 1) * length + 1), length)
     vocab = _vocabulary(loaded.model, modules, as_hints(hints), tokens, checkpoint)
     table, notes = _counts(counts, tokens, vocab, encoder.vocab_size)
-    facts = {"counts": str(counts) if counts is not None else "measured text", "text": corpus.names[0]}
-    facts["step"] = "unknown" if loaded.step is None else "known"
-    settings = ProbeSettings(
-        sites=tuple(sites),
-        modules=None if modules is None else list(modules),
-        hints=hints,
-        num_jackknife_groups=num_jackknife_groups,
-        on=(MEASURE,),
-        labels={"checkpoint": checkpoint.name},
+    measurement = _measurement(
+        table, _facts(counts, corpus, loaded), sites=tuple(sites), hints=hints, labels={"checkpoint": checkpoint.name},
+        modules=None if modules is None else list(modules), num_jackknife_groups=num_jackknife_groups,
         memory_limit_mib=memory_limit_mib,
-        strict=True,  # there is no training to be kept from harm
-    )
-    measurement = Measurement(settings, BucketSettings(table, head_share=SHARES[0], mid_share=SHARES[1]), facts)
+    )  # fmt: skip
     same = asked(
         corpus, counts=counts, num_tokens=num_tokens, seq_length=seq_length, sites=sites,
         num_jackknife_groups=num_jackknife_groups,
@@ -120,6 +112,21 @@ def measure_checkpoint(
     spectral = _run(loaded, measurement, host, tokens, length, batch_size, _device(device))
     losses = [record for record in read_losses(folder).records if record.step == loaded.step]
     return Measured(checkpoint, Path(folder), spectral, losses, notes)
+
+
+def _facts(counts: str | Path | None, corpus: Corpus, loaded: LoadedModel) -> dict[str, str]:
+    """What a reader of the records must know of where they come from."""
+    return {
+        "counts": "measured text" if counts is None else str(counts),
+        "text": corpus.names[0],
+        "step": "unknown" if loaded.step is None else "known",
+    }
+
+
+def _measurement(table: Any, facts: dict[str, str], **chosen: Any) -> Measurement:
+    """One window over the text by frequency; strict, for there is no training to be kept from harm."""
+    settings = ProbeSettings(on=(MEASURE,), strict=True, **chosen)
+    return Measurement(settings, BucketSettings(counts=table, head_share=SHARES[0], mid_share=SHARES[1]), facts)
 
 
 def asked(corpus: Corpus, **options: Any) -> dict[str, str]:

@@ -99,19 +99,20 @@ def measure_checkpoint(
     table, notes = _counts(counts, tokens, vocab, encoder.vocab_size)
     measurement = _measurement(
         table, _facts(counts, corpus, loaded), sites=tuple(sites), hints=hints, labels={"checkpoint": checkpoint.name},
-        modules=None if modules is None else list(modules), num_jackknife_groups=num_jackknife_groups,
-        memory_limit_mib=memory_limit_mib,
+        modules=modules, num_jackknife_groups=num_jackknife_groups, memory_limit_mib=memory_limit_mib,
     )  # fmt: skip
     same = asked(
         corpus, counts=counts, num_tokens=num_tokens, seq_length=seq_length, sites=sites,
         num_jackknife_groups=num_jackknife_groups,
     )  # fmt: skip
     hparams = {"data": corpus.names, "num_tokens": len(tokens) - 1, "seq_length": length, "asked": same}
-    host = _host(folder, loaded, checkpoint, hparams)
-    host.resume = resume
+    host = _host(folder, loaded, checkpoint, hparams, resume)
     spectral = _run(loaded, measurement, host, tokens, length, batch_size, _device(device))
-    losses = [record for record in read_losses(folder).records if record.step == loaded.step]
-    return Measured(checkpoint, Path(folder), spectral, losses, notes)
+    return Measured(checkpoint, Path(folder), spectral, _losses_of(folder, loaded.step), notes)
+
+
+def _losses_of(folder: str | Path, step: int | None) -> list[LossRecord]:
+    return [record for record in read_losses(folder).records if record.step == step]
 
 
 def _facts(counts: str | Path | None, corpus: Corpus, loaded: LoadedModel) -> dict[str, str]:
@@ -125,6 +126,8 @@ def _facts(counts: str | Path | None, corpus: Corpus, loaded: LoadedModel) -> di
 
 def _measurement(table: Any, facts: dict[str, str], **chosen: Any) -> Measurement:
     """One window over the text by frequency; strict, for there is no training to be kept from harm."""
+    if chosen["modules"] is not None:
+        chosen["modules"] = list(chosen["modules"])
     settings = ProbeSettings(on=(MEASURE,), strict=True, **chosen)
     return Measurement(settings, BucketSettings(counts=table, head_share=SHARES[0], mid_share=SHARES[1]), facts)
 
@@ -151,9 +154,10 @@ def _length(wanted: int | None, loaded: LoadedModel, checkpoint: Path) -> int:
     return length
 
 
-def _host(folder: str | Path, loaded: LoadedModel, checkpoint: Path, hparams: dict[str, Any]) -> Host:
+def _host(folder: str | Path, loaded: LoadedModel, checkpoint: Path, hparams: dict[str, Any], resume: bool) -> Host:
     return Host(
         folder=Path(folder),
+        resume=resume,
         run_id=new_run_id(),
         describe={
             "optimizer": loaded.optimizer,

@@ -101,10 +101,8 @@ def measure_checkpoint(
         table, _facts(counts, corpus, loaded), sites=tuple(sites), hints=hints, labels={"checkpoint": checkpoint.name},
         modules=modules, num_jackknife_groups=num_jackknife_groups, memory_limit_mib=memory_limit_mib,
     )  # fmt: skip
-    same = asked(
-        corpus, counts=counts, num_tokens=num_tokens, seq_length=seq_length, sites=sites,
-        num_jackknife_groups=num_jackknife_groups,
-    )  # fmt: skip
+    options = {"counts": counts, "num_tokens": num_tokens, "seq_length": seq_length, "sites": sites}
+    same = asked(corpus, **options, num_jackknife_groups=num_jackknife_groups)
     hparams = {"data": corpus.names, "num_tokens": len(tokens) - 1, "seq_length": length, "asked": same}
     host = _host(folder, loaded, checkpoint, hparams, resume)
     spectral = _run(loaded, measurement, host, tokens, length, batch_size, _device(device))

@@ -27,12 +27,12 @@ VERBS: dict[str, tuple[str, str]] = {
     "sweep": ("lightning_spectral.cli.sweep", "many runs from one recipe and axes"),
     "fit": ("lightning_spectral.cli.fit", "scaling exponents of runs or of a table of points"),
     "compare": ("lightning_spectral.cli.compare", "differences of exponents, levels and spectra, with intervals"),
+    "power": ("lightning_spectral.cli.power", "how many more widths or seeds separate two slopes"),
     "report": ("lightning_spectral.cli.report", "one offline HTML page of figures and tables"),
+    "records": ("lightning_spectral.cli.records", "all records as one table: CSV, JSON or Parquet"),
+    "import": ("lightning_spectral.cli.import_runs", "run folders from the paper's logs, TensorBoard or W&B"),
     "completion": ("lightning_spectral.cli.completion", "let your shell complete verbs, options and recipes"),
     "schema": ("lightning_spectral.cli.schema", "JSON Schema of recipes and records, for editors and other readers"),
-    "import": ("lightning_spectral.cli.import_runs", "run folders from the paper's logs, TensorBoard or W&B"),
-    "power": ("lightning_spectral.cli.power", "how many more widths or seeds separate two slopes"),
-    "records": ("lightning_spectral.cli.records", "all records as one table: CSV, JSON or Parquet"),
     "memory": ("lightning_spectral.cli.memory", "the associative memory: what one step stores, predicted and measured"),
 }
 

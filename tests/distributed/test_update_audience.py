@@ -152,6 +152,7 @@ def test_tensor_parallelism_is_refused(tmp_path):
 
 
 def test_fsdp1_is_refused():
-    trainer = SimpleNamespace(strategy=FSDPStrategy.__new__(FSDPStrategy))  # a real one needs a GPU
+    strategy = FSDPStrategy.__new__(FSDPStrategy)  # a real one needs a GPU
+    trainer = SimpleNamespace(strategy=strategy, ckpt_path=None, global_step=0)
     with pytest.raises(MisconfigurationException, match="FSDP2"):
         UpdateAudience(counts=tiny.counts()).on_fit_start(trainer, Sgd())

@@ -31,7 +31,8 @@ window.addEventListener("load", () => {
       const own = mark.getBoundingClientRect();
       return own.width + own.height > 0;
     });
-    figures[`${figure.dataset.figure} ${figure.className}`] = {width: box.width, height: box.height, marks: marks.length};
+    const name = `${figure.dataset.figure} ${figure.className}`;
+    figures[name] = {width: box.width, height: box.height, marks: marks.length};
   }
   const cells = [...document.querySelectorAll("[data-csv]")].map(
     cell => [cell.dataset.csv, cell.dataset.row, cell.dataset.column, cell.textContent]);

@@ -17,11 +17,12 @@ from typing_extensions import override
 from lightning_spectral.callbacks.attached import AttachedToTrainer
 from lightning_spectral.callbacks.counting import count_ahead
 from lightning_spectral.callbacks.evaluation import EvaluationHooks
+from lightning_spectral.callbacks.fit_start import BeginsFit
 from lightning_spectral.callbacks.trainer_host import leave, publish_medians
 from lightning_spectral.probe.settings import ProbeSettings, SharedArguments, Unpack
 
 
-class SpectralCallback(AttachedToTrainer, EvaluationHooks):
+class SpectralCallback(BeginsFit, AttachedToTrainer, EvaluationHooks):
     """Base of :class:`SpectralRankCallback` and :class:`TailTokenProbe`.
 
     Args:
@@ -33,13 +34,14 @@ class SpectralCallback(AttachedToTrainer, EvaluationHooks):
         self.begin(ProbeSettings(every_n_steps=every_n_steps, **shared), None)
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.ckpt_path is None and trainer.global_step == 0:
             self.observer.forget()
         self.attach(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self.progress.reconcile(self.observer, trainer.global_step)
         if self.observer.is_armed and self.observer.stream is not None:
             with self.observer.guard("counting tokens ahead"):

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_spectral.callbacks.fit_start import BeginsFit
 from lightning_spectral.callbacks.trainer_host import folder_of, log_scalars
 from lightning_spectral.functional.buckets import frequency_buckets
 from lightning_spectral.models.names import clean_names
@@ -68,7 +68,7 @@ def token_losses(pl_module: pl.LightningModule, batch: Any) -> tuple[Tensor, Ten
     return -log_p_NV.gather(1, target_N[:, None])[:, 0], target_N
 
 
-class UpdateAudience(Callback):
+class UpdateAudience(BeginsFit):
     """Measure which tokens gain from each update while a model trains; never changes the training.
 
     Every ``every_n_steps`` steps, before the optimizer step, the gradients of the mean loss of each group of tokens (by
@@ -133,7 +133,7 @@ class UpdateAudience(Callback):
         self._before: dict[str, Tensor] = {}
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.ckpt_path is None and trainer.global_step == 0:
             self.schedule.previous = None  # nothing of an earlier run is carried on
         datamodule = getattr(trainer, "datamodule", None)

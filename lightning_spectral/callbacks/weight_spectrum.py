@@ -7,17 +7,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_spectral.callbacks.fit_start import BeginsFit
 from lightning_spectral.callbacks.trainer_host import LastStep, come_first, host_of, leave, publish_medians
 from lightning_spectral.lightning_private import state_key
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.weight_spectra import WHAT, WeightObserver, WeightSettings
 
 
-class WeightSpectrumCallback(Callback):
+class WeightSpectrumCallback(BeginsFit):
     """Measure the spectra of a model's matrices while it trains; never changes the training.
 
     A parameter may hold several matrices: experts, and heads or q, k and v where the optimizer divides them (`split`);
@@ -80,7 +80,7 @@ class WeightSpectrumCallback(Callback):
         raise MisconfigurationException(f"{type(self).__name__} {reason}")
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.ckpt_path is None and trainer.global_step == 0:
             self.observer.schedule.previous = None  # nothing of an earlier run is carried on
         host = host_of(trainer, pl_module, dirpath=self.dirpath, run_id=self.run_id)

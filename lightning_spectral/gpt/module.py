@@ -228,7 +228,7 @@ def shard(model: GPT, mesh: Any, num_replicas: int = 1) -> None:
     if num_replicas > 1:
         sizes = (num_replicas, data_parallel.size() // num_replicas)
         data_parallel = init_device_mesh(mesh.device_type, sizes, mesh_dim_names=("replicate", "shard"))
-    if data_parallel.size() > 1:
+    if data_parallel.size() > 1 or mesh["tensor_parallel"].size() == 1:  # one rank too: its checkpoints are of shards
         for block in model.transformer.h:
             fully_shard(block, mesh=data_parallel)
         fully_shard(model, mesh=data_parallel)

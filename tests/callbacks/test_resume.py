@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_spectral import SpectralRankCallback, TailTokenProbe, read_spectral
-from lightning_spectral.records import SPECTRAL_FILE, read_losses, read_run
+from lightning_spectral import SpectralRankCallback, TailTokenProbe, WeightSpectrumCallback, read_spectral
+from lightning_spectral.records import SPECTRAL_FILE, read_losses, read_run, read_weights
 from tests.callbacks import tiny
 
 
@@ -99,3 +100,49 @@ def test_a_fresh_run_in_a_used_folder_moves_the_old_one_aside(tmp_path):
 
     assert measured(tmp_path / "previous" / old) == kept
     assert {r.run_id for r in read_spectral(tmp_path).records} == {read_run(tmp_path).run_id}
+
+
+class Sharded(tiny.Module):
+    def validation_step(self, batch, batch_idx):
+        self.loss(batch)
+
+    def configure_model(self):
+        if self.device_mesh is not None:
+            from torch.distributed.fsdp import fully_shard
+
+            for block in self.gpt.transformer.h:
+                fully_shard(block, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.gpt, mesh=self.device_mesh["data_parallel"])
+
+
+@pytest.mark.parametrize("sanity_steps", [0, 1])
+def test_a_sharded_run_goes_on_in_its_folder(tmp_path, sanity_steps):
+    """FSDP2 reads its checkpoint after every callback's `on_fit_start`: the run looks new until then."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    def fit(path, max_steps, ckpt_path=None):
+        watch = [TailTokenProbe(2, counts=tiny.counts()), WeightSpectrumCallback(2)]
+        trainer = tiny.trainer(
+            path, watch, max_steps=max_steps, strategy=ModelParallelStrategy(), num_sanity_val_steps=sanity_steps
+        )
+        trainer.fit(Sharded(), ResumableLoader(), tiny.loader(8), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(path / f"{max_steps}.ckpt")
+
+    try:
+        fit(tmp_path / "whole", 8)
+        fit(tmp_path / "cut", 4)
+        fit(tmp_path / "cut", 8, tmp_path / "cut" / "4.ckpt")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not (tmp_path / "cut" / "previous").exists()
+    for read in (read_spectral, read_weights, read_losses):
+        whole, cut = (read(tmp_path / name).records for name in ("whole", "cut"))
+        assert {r.step for r in whole} <= {r.step for r in cut}
+        assert len({r.run_id for r in cut}) == 1
+        last = max(r.step for r in whole)
+        assert numbers_at(last, whole) == numbers_at(last, cut)
+
+
+def numbers_at(step, records):
+    of_run = {"run_id": "", "window_s": None}
+    return [{**dataclasses.asdict(record), **of_run} for record in records if record.step == step]

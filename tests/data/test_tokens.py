@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -145,18 +145,22 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_two_builders_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = _corpus(tmp_path)
-    build, built, said = tokens._build, [], []
+    build, built, said, second = tokens._build, [], [], threading.Event()
 
-    def slow(*arguments: object) -> None:
+    def until_the_other_waits(*arguments: object) -> None:
         built.append(1)
-        time.sleep(0.5)
+        assert second.wait(60)
         build(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tokens, "_build", slow)
+    def report(line: str) -> None:
+        said.append(line)
+        second.set()
+
+    monkeypatch.setattr(tokens, "_build", until_the_other_waits)
     with ThreadPoolExecutor(2) as pool:
         made = list(
             pool.map(
-                lambda _: prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache", report=said.append),
+                lambda _: prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache", report=report),
                 range(2),
             )
         )

@@ -155,4 +155,4 @@ def test_fsdp1_is_refused():
     strategy = FSDPStrategy.__new__(FSDPStrategy)  # a real one needs a GPU
     trainer = SimpleNamespace(strategy=strategy, ckpt_path=None, global_step=0)
     with pytest.raises(MisconfigurationException, match="FSDP2"):
-        UpdateAudience(counts=tiny.counts()).on_fit_start(trainer, Sgd())
+        UpdateAudience(counts=tiny.counts()).begin_fit(trainer, Sgd())

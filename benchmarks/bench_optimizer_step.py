@@ -31,6 +31,7 @@ from lightning_spectral.optim import SOAP, AdaMuon, AdamW, Dion, Dion2, Muon, Mu
 from lightning_spectral.optim.matrix_rule import compute_dtype
 
 CASES = {"d128": (128, 12), "d256": (256, 8), "d768": (768, 2)}
+ON_GPU = {**CASES, "d2048": (2048, 4)}
 QUICK = {"d64": (64, 2)}
 BASE = "torch.optim.Muon"
 OURS = "Muon, Polar Express"
@@ -428,12 +429,13 @@ def quiet() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = harness.arguments(__doc__, rounds=9)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=list(ON_GPU), help="default: all, d2048 on a GPU only")
     parser.add_argument("--warm-up", type=int, default=3, help="steps before the first timed one")
     parser.add_argument("--ranks", type=int, default=0, help="also race DDP and FSDP2 on this many gloo processes")
     parser.add_argument("--compile", action="store_true", help="let peers compile their steps")
     options = parser.parse_args(argv)
-    cases = QUICK if options.quick else {name: CASES[name] for name in options.cases}
+    every = ON_GPU if options.device == "cuda" else CASES
+    cases = QUICK if options.quick else {name: ON_GPU[name] for name in options.cases or every}
     if options.quick:
         options.rounds, options.warm_up = 3, 1
     quiet()
@@ -467,7 +469,9 @@ def main(argv: list[str] | None = None) -> int:
     }
     parts = (["# One optimizer step on the hidden matrices"], table(rows), failures, goals, overlap, roofs)
     text = "\n\n".join("\n".join(part) for part in parts if part)
-    harness.write(options, f"optimizer_step_{options.threads}t", about, report, text)
+    harness.write(
+        options, f"optimizer_step_{'gpu' if options.device == 'cuda' else f'{options.threads}t'}", about, report, text
+    )
     return 0
 
 

@@ -53,11 +53,11 @@ __all__ = [
 # M rows, N columns, B matrices of one shape
 
 METHODS = (*COEFFICIENTS, "turbo", "svd", "identity")
-_BATCH_WHILE_SHORT_SIDE = 256  # above it one product fills the core and batching only costs cache
 # Of the stack; a larger batch is cut. On a CPU all buffers of a batch should stay in one core's cache (2 MiB here):
-# measured at d=256, 1 MiB is 1.25 times as fast as 16 MiB. A GPU wants few large products.
-_CPU_BATCH_BYTES = 1 << 20
-_BATCH_BYTES = 16 << 20
+# measured at d=256, 1 MiB is 1.25 times as fast as 16 MiB, and above a short side of 256 one product fills the core. A
+# GPU wants few launches: on an H200 one matrix of 768 x 3,072 takes as long to launch as a dozen of them to multiply.
+_CPU_BATCH_BYTES, _CPU_SHORT_SIDE = 1 << 20, 256
+_BATCH_BYTES = 64 << 20
 _TINY = 1e-30  # keeps 0 / 0 out of zero matrices; every other norm is scaled to 1e-7 or more first
 _SAFE_NORMS = (1e-15, 1e15)  # Frobenius norms whose square is far from both ends of fp32 and bf16
 
@@ -192,7 +192,11 @@ def answers_at_once(tensor: Tensor) -> bool:
 
 def _unit_norm(iterate: Tensor, overwrite: bool, eps: float) -> Tensor:
     """Divide (..., M, N) by its Frobenius norm, or by ``eps`` if that is larger."""
-    norm: Tensor = torch.linalg.vector_norm(iterate, dim=(-2, -1), keepdim=True)
+    if eps == 0 and not answers_at_once(iterate) and iterate.device.type != "mps":
+        norm = torch.linalg.vector_norm(iterate, dim=(-2, -1), keepdim=True, dtype=torch.float64)  # no square leaves it
+        norm = norm.clamp(min=_TINY**3)
+        return iterate.div_(norm) if overwrite else (iterate / norm).to(iterate.dtype)
+    norm = torch.linalg.vector_norm(iterate, dim=(-2, -1), keepdim=True)
     low, high = _SAFE_NORMS
     if answers_at_once(norm) and bool(((norm > low) & (norm < high)).all()):
         norm = norm.clamp(min=eps)
@@ -303,10 +307,9 @@ def same_shape_runs(
     runs: list[list[int]] = []
     for members in alike.values():
         first = matrices[members[0]]
-        size = 1
-        if batch and min(first.shape) <= _BATCH_WHILE_SHORT_SIDE:
-            on_cpu = (device or first.device).type == "cpu"
-            size = max(1, (_CPU_BATCH_BYTES if on_cpu else _BATCH_BYTES) // max(1, first.nbytes))
+        on_cpu = (device or first.device).type == "cpu"
+        most = (_CPU_BATCH_BYTES if min(first.shape) <= _CPU_SHORT_SIDE else 0) if on_cpu else _BATCH_BYTES
+        size = max(1, most // max(1, first.nbytes)) if batch else 1
         runs.extend(members[i : i + size] for i in range(0, len(members), size))
     return runs
 

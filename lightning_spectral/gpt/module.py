@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from litgpt.config import Config
 from litgpt.model import GPT
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -126,6 +127,17 @@ class LitGPT(pl.LightningModule):
         plan, base_lr = self._lr_plan, float(optimizer.defaults["lr"])
         scheduler = LambdaLR(optimizer, lambda step: plan.factor(step, base_lr))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """As Lightning does, and under FSDP1, where only the wrapped model knows the norm, by the wrapped model."""
+        root = self.trainer.strategy.model
+        if isinstance(root, FullyShardedDataParallel) and gradient_clip_algorithm in (None, "norm"):
+            if gradient_clip_val:
+                root.clip_grad_norm_(gradient_clip_val)
+            return
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _loss(self, batch: Tensor) -> Tensor:
         if not isinstance(batch, Tensor):

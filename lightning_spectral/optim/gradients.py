@@ -86,13 +86,15 @@ def global_norm(members: Sequence[Member], grads: dict[int, Tensor]) -> Tensor:
     Beside DDP modules a parameter that none of them holds is one of this rank alone (an expert, an adapter): its norm
     counts on all ranks, as those of other ranks count here. Otherwise ranks would clip what they share differently.
     """
-    total = torch.zeros((), dtype=torch.float64)
+    total: Tensor | None = None  # a zero of the host's would be copied to the device, which waits
     shared = _largest_replica_group(members)
     for groups, alike in _by_cut(members):
         square = _square(alike, grads)
         for group in groups:
             dist.all_reduce(square, group=group)
-        total = total.to(square.device) + square
+        total = square if total is None else total.to(square.device) + square
+    if total is None:
+        return torch.zeros((), dtype=torch.float64)
     if shared is not None:  # also where none is here: another rank may have some
         others = [m for m in members if _is_replica(m) and m.shard.group is not shared]
         everywhere = torch.zeros_like(total)

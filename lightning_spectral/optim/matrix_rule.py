@@ -120,8 +120,7 @@ def fading_of(largest: Tensor, extra: dict[str, list[Tensor]], group: Group) -> 
     """``fading`` from the largest magnitudes (B,) alone."""
     largest = largest.float()
     peaks = torch.maximum(torch.stack(extra["peak"]).view(-1).mul(PEAK_DECAY), largest)
-    for kept, peak in zip(extra["peak"], peaks.unbind(0), strict=True):
-        kept.copy_(peak.view(1))
+    torch._foreach_copy_(extra["peak"], list(peaks.view(-1, 1).unbind(0)))
     return (largest / (peaks * group["norm_eps"])).nan_to_num(0.0).clamp(max=1.0).view(-1, 1, 1)
 
 

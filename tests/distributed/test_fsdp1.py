@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_spectral import TailTokenProbe, read_spectral
 from lightning_spectral.callbacks.fabric import FabricSpectralProbe
+from lightning_spectral.gpt.module import LitGPT
 from tests.callbacks import tiny
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_callbacks import by_key, check, loader, measure_strategy
@@ -130,3 +132,29 @@ def test_fabric_ddp(tmp_path, single_fabric, world_size):
 def test_fabric_compiled(tmp_path, single_fabric, strategy):
     run_ranks(fabric_loop, 2, str(tmp_path / "compiled"), strategy, True, init=False)
     check(single_fabric, tmp_path / "compiled", rel=1e-5, world_size=2)
+
+
+def clipped_norm(rank: int, world_size: int) -> tuple[float, float]:
+    """Norm of the whole gradient before and after the module of recipes has clipped it."""
+    module = LitGPT(tiny.tiny.litgpt().config, max_seq_length=tiny.LENGTH)
+    module.configure_model()
+    strategy = CpuFsdp(auto_wrap_policy={Block})
+    strategy.model = sharded(module, strategy, {"auto_wrap_policy": strategy.kwargs["auto_wrap_policy"]})
+    module.trainer = SimpleNamespace(strategy=strategy)
+    torch.manual_seed(rank)
+    torch.nn.functional.cross_entropy(
+        strategy.model(tiny.data()[:4, :-1]).flatten(0, 1), tiny.data()[:4, 1:].flatten()
+    ).backward()
+    norms = []
+    for _ in range(2):
+        square = sum(p.grad.double().square().sum() for p in module.parameters() if p.grad is not None)
+        torch.distributed.all_reduce(square)
+        norms.append(float(square.sqrt()))
+        module.configure_gradient_clipping(None, norms[0] / 2, "norm")
+    return norms[0], norms[1]
+
+
+def test_a_recipe_clips_by_the_norm_over_all_ranks():
+    """Lightning's own precision plugin refuses to; every shipped recipe clips."""
+    for before, after in run_ranks(clipped_norm, 2):
+        assert after == pytest.approx(before / 2, rel=1e-4)

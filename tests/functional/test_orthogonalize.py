@@ -307,3 +307,20 @@ def test_flattened_share_and_steps():
 def test_misuse_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-12, 1.0, 1e12, 1e30])
+def test_a_gpu_divides_by_the_same_norm_in_one_pass(monkeypatch, dtype, scale):
+    """There the host may not ask whether the square of a norm is finite, so that the norm is taken in fp64."""
+    matrix = (matrix_with("gaussian", 24, 40) * scale).to(dtype)
+    stack = torch.stack([matrix, torch.zeros_like(matrix)])
+    on_cpu = newton_schulz(stack.clone())
+    monkeypatch.setattr(
+        import_module("lightning_spectral.functional.orthogonalize"), "answers_at_once", lambda _: False
+    )
+    as_on_gpu = newton_schulz(stack.clone(), overwrite=True)
+    assert as_on_gpu.dtype == dtype
+    assert not as_on_gpu[1].any()
+    exact = newton_schulz(matrix.double())
+    assert distance(as_on_gpu[0], exact) < max(1.3 * distance(on_cpu[0], exact), 1e-5)

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_spectral.functional.coefficients import coefficient_rows
+from lightning_spectral.functional.orthogonalize import same_shape_runs
 from lightning_spectral.optim import AdaMuon, AdamW, Dion, Dion2, Muon, MuonH, NorDion2, NorMuon, matrix_rule
 
 
@@ -99,3 +100,12 @@ def test_launches_grow_by_a_few_a_matrix(kind, at_most):
     """What one more matrix and its bias cost in kernels: counted 52 (dion) and 118 (stochastic rounding)."""
     few, many = len(step(kind, layers=2)), len(step(kind, layers=6))
     assert (many - few) / 8 < at_most
+
+
+def test_a_gpu_takes_all_matrices_of_a_shape_in_one_chain_of_launches():
+    """It multiplies a dozen of them in the time it takes to launch one; a CPU has no use for it at this width."""
+    dozen = [torch.empty(768, 3072, dtype=torch.bfloat16, device="meta") for _ in range(12)]
+    assert same_shape_runs(dozen) == [list(range(12))]
+    assert same_shape_runs(dozen, device=torch.device("cpu")) == [[i] for i in range(12)]
+    large = [torch.empty(2048, 8192, dtype=torch.bfloat16, device="meta") for _ in range(3)]
+    assert same_shape_runs(large) == [[0, 1], [2]]  # 64 MiB

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from lightning_spectral.models.bare_networks import BareNetwork, bare_network, holds_hidden_experts
 from lightning_spectral.models.families import is_not_measured, kind_of
-from lightning_spectral.models.linears import FusedExperts, Linear, fused_experts, is_stacked, widths_of
+from lightning_spectral.models.linears import Linear, is_stacked, widths_of
 from lightning_spectral.models.pairs import Shape, networks_of
 from lightning_spectral.models.walk import modules_of
 
@@ -29,14 +30,14 @@ class FeedForward(NamedTuple):
 
     Attributes:
         unit: Path of the lowest module that holds it, relative to the block.
-        down: The down projection, or fused experts.
+        down: The down projection, or the bare matrices of a network or of experts.
         ups: Up projections, the gate first.
         expert: Its number among experts, or ``None``.
         routed_by: Path of the module whose input holds all tokens in order, where this network sees some of them only.
     """
 
     unit: str
-    down: Linear | FusedExperts
+    down: Linear | BareNetwork
     ups: tuple[Linear, ...] = ()
     expert: int | None = None
     routed_by: str | None = None
@@ -51,12 +52,14 @@ class Anatomy:
         has_attention: Whether something in it mixes positions, by name or type.
         num_other: Linear modules that belong to no feed-forward network.
         has_norm: Whether it normalises anything.
+        opaque: Path and class of a module that says it holds experts, and in which no matrix can be seen.
     """
 
     networks: list[FeedForward]
     has_attention: bool
     num_other: int
     has_norm: bool = False
+    opaque: str = ""
 
     @property
     def is_block(self) -> bool:
@@ -70,7 +73,7 @@ def anatomy(block: nn.Module) -> Anatomy:
     _count_norms(block, norms)
     search = _Search(_residual_width(block, norms))
     left = search.visit(block, "", "")
-    return Anatomy(search.networks, search.has_attention, search.num_other + len(left), bool(norms))
+    return Anatomy(search.networks, search.has_attention, search.num_other + len(left), bool(norms), search.opaque)
 
 
 class _Search:
@@ -79,13 +82,14 @@ class _Search:
         self.networks: list[FeedForward] = []
         self.has_attention = False
         self.num_other = 0
+        self.opaque = ""
 
     def visit(self, module: nn.Module, path: str, kind: str) -> list[Linear]:
         """Linear modules below ``module`` that no network has claimed; networks found on the way are kept."""
         found_before = len(self.networks)
         left: list[Linear] = []
         if kind != "attention":
-            self._fused(module, path)
+            self._bare(module, path, kind)
         saved = "modules_to_save" in module._modules  # peft: a trained copy beside the original, which is not called
         for name, child in module._modules.items():
             if child is not None and not is_not_measured(name) and not (saved and name == "original_module"):
@@ -113,11 +117,13 @@ class _Search:
             own = own or kind
         return self.visit(child, path, own or ("attention" if kind == "attention" else ""))
 
-    def _fused(self, module: nn.Module, path: str) -> None:
-        found = fused_experts(module, self.residual)
-        if found is None:
-            return
-        self.networks.append(FeedForward(path, FusedExperts(path, module, *found), routed_by=_parent(path)))
+    def _bare(self, module: nn.Module, path: str, kind: str) -> None:
+        """The network that a module's own parameters make, if they do."""
+        found = bare_network(module, self.residual, path, kind)
+        if found is not None:
+            self.networks.append(FeedForward(path, found, routed_by=_parent(path) if found.is_routed else None))
+        elif holds_hidden_experts(module):
+            self.opaque = f"`{path}` ({type(module).__name__})"
 
     def _pair(self, left: list[Linear], below: str, kind: str) -> set[str]:
         """Claim the networks among these linear modules; the paths of what they use."""

@@ -8,9 +8,10 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from lightning_spectral.models.bare_networks import BareNetwork, bare_network
 from lightning_spectral.models.families import Hint
 from lightning_spectral.models.feed_forward import FeedForward
-from lightning_spectral.models.linears import FusedExperts, fused_experts, widths_of
+from lightning_spectral.models.linears import widths_of
 from lightning_spectral.models.names import clean_name
 from lightning_spectral.models.series import Block, Series
 from lightning_spectral.models.sites import Site, Stack, entrances, network_sites
@@ -59,7 +60,7 @@ def _matching(named: dict[str, nn.Module], globs: Sequence[str]) -> list[str]:
     outer = [name for name in matched if not any(parent in matches for parent in _parents(name))]
     for name in outer:
         module = named.get(name)
-        if module is not None and _inner_linear(module) is None and fused_experts(module) is None:
+        if module is not None and _inner_linear(module) is None and bare_network(module) is None:
             examples = [name_ for name_, child in named.items() if widths_of(child)][:6]
             raise ValueError(
                 f"`modules`: `{name}` is a {type(module).__name__}, not a projection, so its input is not what a down "
@@ -99,7 +100,7 @@ def _known_networks(series: Sequence[Series]) -> dict[str, tuple[FeedForward, Bl
                 down = network.down
                 path = clean_name(f"{block.path}.{down.path}" if down.path else block.path)
                 known[path] = (network, block, row.path)
-                if isinstance(down, FusedExperts):
+                if isinstance(down, BareNetwork):
                     known[f"{path}.{down.down}"] = known[path]
     return known
 

@@ -51,6 +51,7 @@ class Switch:
         notes: One sentence a cause.
         first: Called once, when the first block or row that counts is seen in eager code.
         hooks: Every hook, in the order in which a forward would meet them.
+        has_traced: Whether a compiled region made events that are not among them yet.
     """
 
     def __init__(self, fraction: float = 1.0) -> None:
@@ -64,6 +65,7 @@ class Switch:
         self.notes: dict[str, str] = {}
         self.first: Callable[[], None] | None = None
         self.hooks: list[Hook] = []
+        self.has_traced = False
 
     def seed(self, seed: int, device: torch.device) -> None:
         """Draw the jitter for one micro-batch from a generator of its own."""
@@ -79,8 +81,20 @@ class Switch:
             return self.fraction
         return min(self.fraction, self.max_rows / max(math.prod(lead), 1))
 
+    def rows(self, tensor: Tensor, *, copy: bool = False) -> tuple[Tensor, tuple[int, ...]]:
+        """The kept rows and the leading shape that they were kept of."""
+        lead = tuple(tensor.shape[:-1])
+        if self.jitter is None:
+            return (tensor.clone() if copy else tensor), lead
+        if self.kept is None or self.kept[0] != lead:
+            self.kept = (lead, kept_rows(lead, self.share_of(lead), self.jitter))
+        return tensor.reshape(-1, tensor.shape[-1]).index_select(0, self.kept[1]), lead
+
     def drain(self) -> None:
         """Events of compiled regions, behind those seen so far: round by round in the order of the hooks."""
+        if not self.has_traced:
+            return
+        self.has_traced = False
         compiled = [hook for hook in self.hooks if hook.traced]
         for index in range(max((len(hook.traced) for hook in compiled), default=0)):
             self.events += [(hook, hook.traced[index], True) for hook in compiled if index < len(hook.traced)]
@@ -89,6 +103,7 @@ class Switch:
 
     def clear(self) -> None:
         """Forget every event."""
+        self.has_traced = False
         self.events.clear()
         for hook in self.hooks:
             hook.traced.clear()
@@ -182,6 +197,7 @@ class Hook:
             content = self.content(args, kwargs, output)
             if content is not None:
                 self.traced.append(content)
+                self.switch.has_traced = True
 
     def _record(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         switch = self.switch
@@ -191,8 +207,7 @@ class Hook:
             if switch.first is not None and not self.always:
                 first, switch.first = switch.first, None
                 first()
-            if self.kind in ("open", "close"):
-                switch.drain()
+            switch.drain()
             content = self.content(args, kwargs, output)
             if content is None:
                 switch.note("no_tensor", f"`{self.path}` was called without a tensor that could be recorded.")
@@ -237,23 +252,12 @@ class Hook:
         if tensor is None:
             return None
         if kind in ("rows", "output"):
-            return self.rows(tensor.detach(), copy=kind == "output")
+            return self.switch.rows(tensor.detach(), copy=kind == "output")
         return (tensor.detach(),)
 
     def _is_handling(self) -> bool:
         """Whether the caller is handling an exception: one that passes through later is then another one."""
         return not torch.compiler.is_compiling() and sys.exc_info()[1] is not None
-
-    def rows(self, tensor: Tensor, *, copy: bool) -> tuple[Tensor, tuple[int, ...]]:
-        """The kept rows and the leading shape that they were kept of."""
-        lead = tuple(tensor.shape[:-1])
-        jitter = self.switch.jitter
-        if jitter is None or self.always:
-            return (tensor.clone() if copy else tensor), lead
-        kept = self.switch.kept
-        if kept is None or kept[0] != lead:
-            kept = self.switch.kept = (lead, kept_rows(lead, self.switch.share_of(lead), jitter))
-        return tensor.reshape(-1, tensor.shape[-1]).index_select(0, kept[1]), lead
 
 
 def kept_rows(lead: tuple[int, ...], fraction: float, jitter: Tensor) -> Tensor:

@@ -12,8 +12,15 @@ from lightning_spectral.models.hooks import Hook
 from lightning_spectral.models.sites import Site, Stack
 
 COMPILED_EXPERTS = (
-    "experts whose matrices are one tensor are not seen inside a compiled region: leave their module out of it "
-    "(`torch.compiler.disable`), or measure an uncompiled run"
+    "in this compiled region nothing tells the experts' matrices apart, whose two widths are equal: leave their module "
+    "out of it (`block.experts = torch.compiler.disable(block.experts)`), or measure an uncompiled run"
+)
+HIDDEN_EXPERTS = (
+    "a kernel of its own multiplies packed experts, which shows no activations: load them dequantised "
+    "(`Mxfp4Config(dequantize=True)`)"
+)
+UNPAIRED_EXPERTS = (
+    "{} products with the up projections and {} with the down projections were seen: no pairs of one expert"
 )
 
 
@@ -116,15 +123,30 @@ class Reader:
     def _fused_out(self, hook: Hook, content: Any) -> None:
         """Rows and outputs of each product, paired in order: the k-th of up and of down projection."""
         sites: list[Site] = hook.target
-        arrivals = content[sites[0].up_parameter]
+        seen, is_packed = content
+        arrivals = seen[sites[0].up_parameter]
         for site in sites:
-            seen = content[site.parameter]
-            run = self._run_of(site)
-            if run is None or len(seen) != len(arrivals):
+            run, rows = self._run_of(site), seen[site.parameter]
+            call = self._open.get(site.stack)
+            if run is None or call is None:
                 continue
-            for (rows, output), (arrived, _) in zip(seen, arrivals, strict=True):
-                kept = rows if site.site == "post" else output
-                run.pieces.append(Piece(site, kept, tuple(kept.shape[:-1]), arrived, self._sent))
+            per_row = len(arrivals) // max(len(rows), 1)  # two where gate and up are known by their widths alone
+            why = self._why_unseen(len(arrivals), len(rows), per_row > 1 and site.site == "pre", is_packed)
+            call.unseen.pop(site.key, None)
+            if why:
+                call.unseen[site.key] = why
+                continue
+            for product, arrival in zip(rows, arrivals[:: max(per_row, 1)], strict=True):
+                kept = product.rows if site.site == "post" else product.output
+                run.pieces.append(Piece(site, kept, product.lead, arrival.rows, self._sent))
+
+    def _why_unseen(self, num_up: int, num_down: int, is_mixed: bool, is_packed: bool) -> str:
+        """Why products give no rows; empty where they do, or where no token came."""
+        if is_mixed or num_up % max(num_down, 1) or (num_up and not num_down) or (num_down and not num_up):
+            return UNPAIRED_EXPERTS.format(num_up, num_down)
+        if num_down or self._sent is None or not len(self._sent):
+            return ""
+        return HIDDEN_EXPERTS if is_packed else COMPILED_EXPERTS if self._traced else ""
 
 
 # Not of the object: bound methods would hold it, and with it every tensor of the micro-batch, until the garbage

@@ -174,8 +174,7 @@ class Recorder:
         for site in sites:
             fused.setdefault(id(site.module), []).append(site)
         for members in fused.values():
-            names = {*(site.parameter for site in members), members[0].up_parameter}
-            enter = EnterExperts(self._switch, members[0].name, members, sorted(names))
+            enter = EnterExperts(self._switch, members[0].name, members)
             self._before(members[0].module, enter)
             leave = LeaveExperts(self._switch, members[0].name, members, enter)
             self._after(members[0].module, leave, always=True)

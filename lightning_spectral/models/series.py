@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from lightning_spectral.models.bare_networks import bare_network, holds_hidden_experts, num_experts
 from lightning_spectral.models.feed_forward import Anatomy, anatomy
-from lightning_spectral.models.linears import fused_experts, widths_of
+from lightning_spectral.models.linears import widths_of
 from lightning_spectral.models.names import clean_name
 
 _NUMBER = re.compile(r"\d+$")
@@ -145,7 +146,8 @@ class _Search:
             return 1
         children = [child for child in module._modules.values() if child is not None]
         size = sum([self._size(child) for child in children])
-        size += 2 * (len(module._parameters) > 1 and fused_experts(module) is not None)
+        own = module._parameters or module._buffers or num_experts(module) is not None
+        size += 2 * bool(own and (bare_network(module) is not None or holds_hidden_experts(module)))
         self._sizes[id(module)] = size
         if any(id(child) in self._holds_lists for child in children) or (size > 1 and self._numbered(module)):
             self._holds_lists.add(id(module))

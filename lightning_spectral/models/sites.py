@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lightning_spectral.models.bare_networks import BareNetwork
 from lightning_spectral.models.feed_forward import FeedForward
-from lightning_spectral.models.linears import FusedExperts
 from lightning_spectral.models.names import clean_name
 from lightning_spectral.models.series import Block, Series
 
@@ -38,6 +38,7 @@ class Site:
         up: Module whose input rows are those of the tokens that were sent here (fused experts: they themselves).
         up_parameter: Name of the 3-D parameter that they meet, for fused experts.
         routed_by: Module whose input holds all tokens in order, where this site sees only some of them.
+        matrices: Of a bare network: parameter, input and output width, where widths tell its matrices apart.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Site:
     up: nn.Module | None = None
     up_parameter: str = ""
     routed_by: nn.Module | None = None
+    matrices: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def key(self) -> str:
@@ -124,11 +126,11 @@ def network_sites(network: FeedForward, block: Block, stack: str, sites: Sequenc
     down, up = network.down, network.ups[0] if network.ups else None
     path = _full(block.path, down.path)
     found: list[Site] = []
-    if isinstance(down, FusedExperts):
+    if isinstance(down, BareNetwork):
         first, unit = down.ups[0], f"{path}.{down.down}"
         for site, parameter, width in (("post", down.down, down.width), ("pre", first, None)):
             where = (f"{path}.{parameter}", layer, site, down.module, expert, stack, width, 0, unit)
-            found += [Site(*where, parameter, down.module, first, routed_by)] if site in sites else []
+            found += [Site(*where, parameter, down.module, first, routed_by, down.matrices)] if site in sites else []
         return found
     arrives = up.module if up is not None and routed_by is not None else None
     if "post" in sites:

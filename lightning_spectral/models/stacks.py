@@ -8,13 +8,17 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from lightning_spectral.models.bare_networks import holds_hidden_experts, packed_matrices
 from lightning_spectral.models.families import Hint, installed_hints, is_other_table
 from lightning_spectral.models.feed_forward import Anatomy
 from lightning_spectral.models.globs import by_glob, with_parameters
 from lightning_spectral.models.linears import widths_of
+from lightning_spectral.models.reader import HIDDEN_EXPERTS
 from lightning_spectral.models.series import Series, all_series
 from lightning_spectral.models.sites import SITES, Found, Site, Stack, entrances, network_sites
 from lightning_spectral.models.walk import modules_of, named_modules, uncollected
+
+_HIDDEN = "keeps its experts where torch cannot see them; load them dequantised (`Mxfp4Config(dequantize=True)`)"
 
 
 @uncollected()
@@ -120,6 +124,8 @@ def _stack(series: Series, sites: Sequence[str]) -> Stack:
 
 
 def _why_uncovered(parts: Anatomy) -> str:
+    if parts.opaque:
+        return f"{parts.opaque} {_HIDDEN}"
     if parts.has_attention:
         return "attention without a feed-forward network"
     return f"no feed-forward network recognised in it ({parts.num_other} linear modules)"
@@ -133,6 +139,12 @@ def _notes(stacks: Sequence[Stack]) -> list[str]:
             some = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
             notes.append(
                 f"{len(paths)} of {len(stack.blocks)} blocks of `{stack.name}` are not measured: {reason} ({some})."
+            )
+        packed = [site.name for site in stack.sites if site.parameter in packed_matrices(site.module)]
+        if packed:
+            notes.append(
+                f"{len(packed)} sites of `{stack.name}` keep their experts in packed numbers (`{packed[0]}`): they are "
+                f"seen where torch multiplies unpacked matrices, else `no_forward`: {HIDDEN_EXPERTS}."
             )
     return notes
 
@@ -153,7 +165,9 @@ def _maps_to(module: nn.Module, num_ids: int) -> bool:
 def _nothing_found(model: nn.Module, named: dict[str, nn.Module]) -> str:
     examples = [name for name, module in named.items() if widths_of(module)][:6]
     linears = f"Linear modules here: {examples}." if examples else "It has no linear module."
+    hidden = next((name for name, module in named.items() if holds_hidden_experts(module)), None)
+    experts = f" `{hidden}` ({type(named[hidden]).__name__}) {_HIDDEN}." if hidden else ""
     return (
-        f"No feed-forward network was found in a list of blocks in `{type(model).__name__}`. Name the down projections "
-        f"yourself: `modules=['*.ffn.down']`. {linears}"
+        f"No feed-forward network was found in a list of blocks in `{type(model).__name__}`.{experts} Name the down "
+        f"projections yourself: `modules=['*.ffn.down']`. {linears}"
     )

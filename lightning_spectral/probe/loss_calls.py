@@ -135,10 +135,15 @@ def _score(
     classes = 1 if input.ndim > 1 else 0
     if target.is_floating_point() or input.ndim < 1 or input.shape[classes] not in widths:
         return None
-    logits = input.detach()
-    logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
+    logits, target = whole(input.detach()), whole(target)
     rows_NV = logits.movedim(classes, -1).reshape(-1, logits.shape[classes])
     return _by_rows(func, lambda part: rows_NV[part].float(), target.detach(), weight, ignore_index, **smoothing)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor; of a DTensor all of it, for which every rank of its mesh must come by."""
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return found
 
 
 def _by_rows(

@@ -24,12 +24,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from lightning_spectral.models.hooks import in_function_forward
-from lightning_spectral.probe.loss_calls import SCORERS, Scored
+from lightning_spectral.probe.loss_calls import SCORERS, Scored, whole
 from lightning_spectral.probe.loss_gradient import NOT_PROVEN, read_gradient
 from lightning_spectral.probe.loss_masks import Followed
 
-NOT_SEEN = "no cross-entropy over the vocabulary came by: it runs in compiled code, in its own kernel, or not at all"
-NO_GRADIENT = "the loss is written by hand, and no gradient came back that shows its targets"
+NOT_SEEN = (
+    "no cross-entropy over the vocabulary came by: it runs in compiled code, in its own kernel, or not at all; compute "
+    "the loss outside of the compiled region (`torch.compiler.disable`)"
+)
+NO_GRADIENT = (
+    "the loss is written by hand, and no gradient came back that shows its targets; call `F.cross_entropy` instead, "
+    "which is seen without one"
+)
 # what normalises logits: their own gradient is that of the logits
 _NORMALISERS = {
     torch.log_softmax, torch.softmax, torch.logsumexp, F.log_softmax, F.softmax,
@@ -162,7 +168,7 @@ class LossTap(TorchFunctionMode):
 
     def _keep_logits(self, logits: Tensor, classes: int, *, normalised: bool) -> None:
         fits = isinstance(logits, Tensor) and logits.ndim > 0 and logits.shape[classes] in self.vocab_sizes
-        if not fits or not logits.is_floating_point() or is_fake(logits) or hasattr(logits, "full_tensor"):
+        if not fits or not logits.is_floating_point() or is_fake(logits):
             return
         node = None if logits.grad_fn is None else (logits.grad_fn, logits.output_nr)
         for known in self._logits:
@@ -195,7 +201,7 @@ class LossTap(TorchFunctionMode):
             return
         try:
             entry.came = True
-            entry.scored = read_gradient(values, gradient.movedim(classes, -1))
+            entry.scored = read_gradient(whole(values), whole(gradient.movedim(classes, -1)))
         except Exception as error:  # in the script's backward pass
             self.trouble = f"{type(error).__name__}: {error}"
 

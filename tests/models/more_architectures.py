@@ -123,9 +123,9 @@ MORE: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     ),
     "DBRX, experts as one flat matrix": (
         hf("DbrxForCausalLM", "DbrxConfig", vocab_size=V, d_model=D, n_heads=2, n_layers=2,
-           ffn_config={"ffn_hidden_size": F, "moe_num_experts": 4, "moe_top_k": 2},
+           ffn_config={"ffn_hidden_size": D, "hidden_size": F, "moe_num_experts": 4, "moe_top_k": 2},  # sic, in 5.3
            attn_config={"kv_n_heads": 2, "rope_theta": 1e4}),
-        [],
+        ["transformer.blocks 2 | ffn.experts.mlp.w2 48"],
     ),
     "WavLM": (hf("WavLMModel", "WavLMConfig", **WAV), ["encoder.layers 2 | feed_forward.output_dense 48"]),
     "Speech2Text": (

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_spectral.probe.loss_tap import NO_GRADIENT, NOT_PROVEN, NOT_SEEN, LossTap
+from tests.distributed.harness import run_ranks
 
 B, T, D, V = 4, 30, 8, 23
 
@@ -222,11 +223,68 @@ def test_torchs_fused_head(options: dict[str, float]) -> None:
     assert scored.mean == pytest.approx(loss.item(), rel=1e-6)
 
 
-def test_why_there_is_no_loss() -> None:
+def test_why_there_is_no_loss_and_what_to_do() -> None:
     _, tap, _ = run(lambda logits, y: nll(logits, y).mean(), backward=False)
     assert (tap.take(), tap.reason) == ([], NO_GRADIENT)
+    assert "`F.cross_entropy`" in NO_GRADIENT
+    expected, tap, _ = run(lambda logits, y: F.cross_entropy(logits.mT, y), backward=False)  # the remedy
+    assert tap.take()[0].mean == pytest.approx(expected, rel=1e-6)
     _, tap, _ = run(lambda logits, y: logits[..., :2].square().mean(), backward=False)
     assert (tap.take(), tap.reason) == ([], NOT_SEEN)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of dynamo
+def test_a_compiled_loss_and_its_remedy() -> None:
+    torch._dynamo.reset()
+    hidden, head, y = parts()
+
+    def loss_of(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits.mT, y)
+
+    compiled = torch.compile(lambda loss: loss(hidden @ head.T), backend="aot_eager")
+    tap = LossTap({V})
+    tap.start()
+    compiled(loss_of).backward()
+    assert (tap.take(), tap.reason) == ([], NOT_SEEN)
+    assert "`torch.compiler.disable`" in NOT_SEEN
+    tap.start()
+    expected = compiled(torch.compiler.disable(loss_of))
+    expected.backward()
+    assert tap.take()[0].mean == pytest.approx(expected.item(), rel=1e-6)
+
+
+def _sharded(rank: int, world_size: int, classes: int) -> tuple[float, float, int]:
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (world_size,))
+    hidden, head, y = parts()
+    rows = distribute_tensor(hidden.detach(), mesh, [Replicate() if classes else Shard(0)]).requires_grad_()
+    weights = distribute_tensor(head.detach(), mesh, [Shard(0) if classes else Replicate()]).requires_grad_()
+    targets = distribute_tensor(y, mesh, [Replicate() if classes else Shard(0)])
+    tap = LossTap({V})
+    tap.start()
+    logits = torch.matmul(rows, weights.mT)
+    assert isinstance(logits, DTensor)
+    assert logits.placements == (Shard(2 if classes else 0),)
+    loss = one_hot_of(logits.redistribute(placements=[Replicate()]) if classes else logits, targets)
+    loss.backward()
+    (scored,) = tap.take()
+    return scored.mean, float(loss.detach().full_tensor()), len(scored.losses_N)
+
+
+def one_hot_of(logits: Tensor, targets: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    expected = F.one_hot(targets.to_local(), V).float()
+    chosen = DTensor.from_local(expected, logits.device_mesh, logits.placements)
+    return -(chosen * torch.log_softmax(logits, -1)).sum(-1).mean()
+
+
+@pytest.mark.parametrize("classes", [0, 1])
+def test_a_loss_by_hand_on_sharded_logits(classes: int) -> None:
+    for mean, expected, number in run_ranks(_sharded, 2, classes):
+        assert number == B * T
+        assert mean == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

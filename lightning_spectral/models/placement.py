@@ -192,7 +192,7 @@ class Shards:
             ValueError: If a DTensor is cut in a way that is no box, such as a partial sum.
         """
         if is_dtensor(param):
-            return _dtensor_shard(param, name)
+            return dtensor_shard(param, name)
         if id(param) in self._flat:
             return self._flat[id(param)]
         return Shard(tuple(param.shape), _full(param.shape), group=self._replicated.get(id(param)))
@@ -248,7 +248,12 @@ def _ddp_groups(module: Any) -> dict[int, Any]:
     return {id(param): module.process_group for name, param in named if name not in ignored}
 
 
-def _dtensor_shard(param: Any, name: str) -> Shard:
+def dtensor_shard(param: Any, name: str = "a parameter") -> Shard:
+    """What this rank holds of a DTensor.
+
+    Raises:
+        ValueError: If it is a partial sum.
+    """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements, shape = param.device_mesh, param.placements, tuple(param.shape)

@@ -35,6 +35,7 @@ from lightning_spectral.models.views import Views
 from lightning_spectral.probe.agreement import Agreement, MissingRankError
 from lightning_spectral.probe.guard import DeliberateError, Guard
 from lightning_spectral.probe.host import Host, Scalars
+from lightning_spectral.probe.matrix_spectra import spectra
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.run_start import open_folder
 from lightning_spectral.probe.scalars import finite
@@ -138,11 +139,12 @@ class WeightObserver:
             return
         with self.guard("reading gradients"):
             self._views.update(_views_of(optimizer))
-            for name, parameter in mine:
-                if "gradient" in self.settings.what and parameter.grad is not None:
-                    self._gradients[name] = self._spectra_in(parameter, parameter.grad)
-                if "update" in self.settings.what:
-                    self._before[name] = _whole(parameter).clone()
+            if "gradient" in self.settings.what:
+                having = [(name, parameter) for name, parameter in mine if parameter.grad is not None]
+                found = self._spectra_in(having, [p.grad for _, p in having if p.grad is not None])
+                self._gradients |= {name: of_one for (name, _), of_one in zip(having, found, strict=True)}
+            if "update" in self.settings.what:
+                self._before |= {name: parameter.detach().clone() for name, parameter in mine}
 
     def end_step(self, optimizers: Sequence[Optimizer]) -> Scalars:
         """After the optimizer step: measure, write and log. Returns medians over parameters, for a monitor."""
@@ -155,8 +157,8 @@ class WeightObserver:
             with self.guard("measuring weights"):
                 records = [
                     self._record(step, name, parameter, what, i, sigma)
-                    for name, parameter, what, spectra in self._spectra(optimizers)
-                    for i, sigma in enumerate(spectra)
+                    for name, parameter, what, found in self._spectra(optimizers)
+                    for i, sigma in enumerate(found)
                 ]
                 scalars = self._publish(step, records)
         self._before, self._gradients = {}, {}
@@ -190,26 +192,32 @@ class WeightObserver:
             raise DeliberateError(f"{self.name}: {reason}")
 
     def _spectra(self, optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor, str, list[Tensor]]]:
+        """Name, parameter, what, and the singular values of each of its matrices."""
         momentum = _momentum(optimizers) if "momentum" in self.settings.what else {}
+        asked: list[tuple[str, Tensor, str, Tensor]] = []
         for name, parameter in self._matrices:
-            if "weight" in self.settings.what:
-                yield name, parameter, "weight", self._spectra_in(parameter, parameter)
-            if name in self._gradients:
-                yield name, parameter, "gradient", self._gradients[name]
+            own = parameter.detach()
+            asked += [(name, parameter, "weight", own)] if "weight" in self.settings.what else []
             buffer = momentum.get(id(parameter))
-            if buffer is not None:
-                yield name, parameter, "momentum", self._spectra_in(parameter, buffer)
-            if name in self._before:
-                change = _whole(parameter) - self._before[name]
-                yield name, parameter, "update", self._spectra_in(parameter, change)
+            asked += [] if buffer is None else [(name, parameter, "momentum", buffer)]
+            asked += [(name, parameter, "update", own - self._before.pop(name))] if name in self._before else []
+        of = [(name, parameter) for name, parameter, _, _ in asked]
+        found = {
+            (name, what): values
+            for (name, _, what, _), values in zip(asked, self._spectra_in(of, [t for *_, t in asked]), strict=True)
+        }
+        found |= {(name, "gradient"): values for name, values in self._gradients.items()}
+        for name, parameter in self._matrices:
+            for what in WHAT:
+                if (name, what) in found:
+                    yield name, parameter, what, found[name, what]
 
     def _views_for(self, parameter: Tensor) -> Views:
         return self._views.get(id(parameter)) or Views(tuple(parameter.shape))
 
-    def _spectra_in(self, parameter: Tensor, tensor: Tensor) -> list[Tensor]:
-        """Singular values of every matrix in a tensor that lies as the parameter does."""
-        whole = _whole(tensor)
-        return [_singular_values(view.of(whole)) for view in self._views_for(parameter)]
+    def _spectra_in(self, of: Sequence[tuple[str, Tensor]], tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Singular values of every matrix in tensors that lie as these parameters do."""
+        return spectra([tensor.detach() for tensor in tensors], [self._views_for(parameter) for _, parameter in of])
 
     def _record(self, step: int, name: str, parameter: Tensor, what: str, i: int, sigma_R: Tensor) -> WeightRecord:
         assert self.run_folder is not None
@@ -313,23 +321,6 @@ def _display(name: str, with_path: bool) -> str:
         return name
     path = name[: number.start()] + "." if with_path else ""
     return f"{path}layer_{int(number.group(1)):02d}." + name[number.end() :]
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, detached; shards of a DTensor are gathered (every rank takes this branch)."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _singular_values(tensor: Tensor) -> Tensor:
-    """Of a matrix, in fp64; one NaN where an entry is not finite, none where the solver gives up."""
-    matrix_MN = tensor.double()
-    if not bool(torch.isfinite(matrix_MN).all()):
-        return torch.full((1,), torch.nan, dtype=torch.float64)
-    try:
-        return torch.linalg.svdvals(matrix_MN).cpu()
-    except RuntimeError:  # of the solver, or out of memory in it
-        return torch.zeros(0, dtype=torch.float64)
 
 
 def _momentum(optimizers: Sequence[Any]) -> dict[int, Tensor]:

@@ -96,56 +96,61 @@ def _muon_batches(d: int) -> list[Row]:
 
 def plan(n_items: int, first_seed: int, machine: Row) -> list[Part]:
     """Parts and rungs of the claims."""
-    settings = RuleSettings()
-    cells = itertools.count()
+    rungs = _Rungs(n_items, first_seed, machine)
+    ladder = [d for d in CAPACITY_D if 3 * 0.22 * d ** (4 / 3) <= n_items or d <= 256]
+    both, muon = rungs.one_step(("muon", "newton")), rungs.batches(("muon",))
+    return [
+        Part("capacity of Muon and Newton", 0.32, 2.5, [rungs.of("capacity", [{"d": d}], both) for d in ladder]),
+        Part("capacity of SGD", 0.10, 1.2, [rungs.of("capacity", [{"d": d}], gram_rows, GRAM_SEEDS) for d in GRAM_D]),
+        Part("critical batch of Muon", 0.12, 1.8,
+             [rungs.of("batch", _muon_batches(d), muon) for d in (64, 96, 128, 192, 256)]),
+        Part("critical batch of SGD", 0.08, 1.2,
+             [rungs.of("batch", [{"d": d, "batch_size": b} for b in (*SMALL_BATCHES, None)],
+                       partial(gram_rows, kind="batch"), GRAM_SEEDS) for d in (256, 768, 2048, 6144, 16384)]),
+        Part("deflation", 0.16, 1.8,
+             [rungs.of("deflation", [{"d": d}], rungs.steps("deflation", 8)) for d in (64, 96, 128, 192, 256)]),
+        Part("exact steps", 0.12, 5.0,
+             [rungs.of("exact", [{"d": d, "n_items": d * d}], rungs.steps("exact", 20))
+              for d in (16, 24, 32, 48, 64, 96)]),
+        Part("amplification", 0.05, 2.0,
+             [rungs.of("amplification", [{"d": d}], amplification_rows) for d in (128, 192, 256, 384, 512, 768)]),
+        Part("anisotropy", 0.05, 3.0,
+             [rungs.of("anisotropy", [{"d": d, "anisotropy": beta} for beta in BETAS], both) for d in (128, 256)]),
+    ]  # fmt: skip
 
-    def problem(d: int, **fields: Any) -> MemoryProblem:
-        return MemoryProblem(**{"d": d, "n_items": n_items, "alpha": ALPHA, **fields})
 
-    def rung(
-        part: str, seeds: int, settings_of: Sequence[Row], make: Callable[[MemoryProblem], Iterator[Row]]
+class _Rungs:
+    """Makes rungs; every setting of each takes the next seeds."""
+
+    def __init__(self, n_items: int, first_seed: int, machine: Row) -> None:
+        self.n_items, self.first_seed, self.machine = n_items, first_seed, machine
+        self.settings, self.taken = RuleSettings(), itertools.count()
+
+    def of(
+        self, part: str, settings_of: Sequence[Row], make: Callable[[MemoryProblem], Iterator[Row]], seeds: int = SEEDS
     ) -> Callable[[], Iterator[Row]]:
         """One size: every setting with seeds of its own."""
-        firsts = [first_seed + GRAM_SEEDS * next(cells) for _ in settings_of]
+        firsts = [self.first_seed + GRAM_SEEDS * next(self.taken) for _ in settings_of]
 
         def rows() -> Iterator[Row]:
             for seed in range(seeds):
                 for first, fields in zip(firsts, settings_of, strict=True):
-                    for row in make(problem(**{**fields, "seed": first + seed})):
+                    whole = {"n_items": self.n_items, "alpha": ALPHA, **fields, "seed": first + seed}
+                    for row in make(MemoryProblem(**whole)):
                         yield {**row, "part": part}
 
         return rows
 
-    def one_step(rules: tuple[str, ...]) -> Callable[[MemoryProblem], Iterator[Row]]:
-        return lambda p: memory_runs.one_step_rows(p, rules, settings, machine)
+    def one_step(self, rules: tuple[str, ...]) -> Callable[[MemoryProblem], Iterator[Row]]:
+        """One step of each rule."""
+        return lambda problem: memory_runs.one_step_rows(problem, rules, self.settings, self.machine)
 
-    def batches(rules: tuple[str, ...]) -> Callable[[MemoryProblem], Iterator[Row]]:
-        return lambda p: memory_runs.batch_rows(p, rules, settings, machine)
+    def batches(self, rules: tuple[str, ...]) -> Callable[[MemoryProblem], Iterator[Row]]:
+        """One step of each rule from a sampled batch."""
+        return lambda problem: memory_runs.batch_rows(problem, rules, self.settings, self.machine)
 
-    def steps(mode: str, number: int) -> Callable[[MemoryProblem], Iterator[Row]]:
+    def steps(self, mode: str, number: int) -> Callable[[MemoryProblem], Iterator[Row]]:
+        """Several steps of SGD and Muon."""
         run = {"steps": number, "mode": mode, "step_scale": 2.0, "schedule": "linear"}
-        small = {**machine, "chunk_size": 1024}
-        return lambda p: memory_runs.step_rows(p, ("sgd", "muon"), settings, small, run)
-
-    ladder = [d for d in CAPACITY_D if 3 * 0.22 * d ** (4 / 3) <= n_items or d <= 256]
-    return [
-        Part("capacity of Muon and Newton", 0.32, 2.5,
-             [rung("capacity", SEEDS, [{"d": d}], one_step(("muon", "newton"))) for d in ladder]),
-        Part("capacity of SGD", 0.10, 1.2,
-             [rung("capacity", GRAM_SEEDS, [{"d": d}], gram_rows) for d in GRAM_D]),
-        Part("critical batch of Muon", 0.12, 1.8,
-             [rung("batch", SEEDS, _muon_batches(d), batches(("muon",))) for d in (64, 96, 128, 192, 256)]),
-        Part("critical batch of SGD", 0.08, 1.2,
-             [rung("batch", GRAM_SEEDS, [{"d": d, "batch_size": b} for b in (*SMALL_BATCHES, None)],
-                   partial(gram_rows, kind="batch")) for d in (256, 768, 2048, 6144, 16384)]),
-        Part("deflation", 0.16, 1.8,
-             [rung("deflation", SEEDS, [{"d": d}], steps("deflation", 8)) for d in (64, 96, 128, 192, 256)]),
-        Part("exact steps", 0.12, 5.0,
-             [rung("exact", SEEDS, [{"d": d, "n_items": d * d}], steps("exact", 20))
-              for d in (16, 24, 32, 48, 64, 96)]),
-        Part("amplification", 0.05, 2.0,
-             [rung("amplification", SEEDS, [{"d": d}], amplification_rows) for d in (128, 192, 256, 384, 512, 768)]),
-        Part("anisotropy", 0.05, 3.0,
-             [rung("anisotropy", SEEDS, [{"d": d, "anisotropy": beta} for beta in BETAS], one_step(("muon", "newton")))
-              for d in (128, 256)]),
-    ]  # fmt: skip
+        small = {**self.machine, "chunk_size": 1024}
+        return lambda problem: memory_runs.step_rows(problem, ("sgd", "muon"), self.settings, small, run)

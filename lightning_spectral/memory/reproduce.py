@@ -72,106 +72,126 @@ def reproduce_rows(
 
 def within_budget(parts: list[Part], budget: float, begun: float, say: Callable[[str], None] = print) -> Iterator[Row]:
     """Rows of all parts: two rungs of each first, then each as far as its share of the time goes."""
-    end = begun + budget - max(_RESERVE * budget, _RESERVE_AT_LEAST_S)
-    costs = [[0.0] for _ in parts]
-    cut: list[str] = []
-
-    def climb(position: int, number: int) -> Iterator[Row]:
-        start = time.perf_counter()
-        for row in parts[position].rungs[number]():
-            yield row
-            if time.perf_counter() > end:
-                cut.append(f"{parts[position].name} (size {number + 1})")
-                break
-        costs[position].append(time.perf_counter() - start)
-
+    climb = _Climb(parts, begun + budget - max(_RESERVE * budget, _RESERVE_AT_LEAST_S))
     for number in range(_RUNGS_OF_A_SLOPE):
-        for position, part in enumerate(parts):
-            if time.perf_counter() > end:
-                cut.append(f"{part.name} (size {number + 1})")
-            else:
-                yield from climb(position, number)
+        for part in parts:
+            yield from climb.rung(part, number)
     for position, part in enumerate(parts):
-        share = part.share / sum(other.share for other in parts[position:])
-        until = time.perf_counter() + share * (end - time.perf_counter())
-        for number in range(_RUNGS_OF_A_SLOPE, len(part.rungs)):
-            if time.perf_counter() + costs[position][-1] * part.growth > until:
-                break
-            yield from climb(position, number)
-    if cut:
-        missing = ", ".join(dict.fromkeys(cut))
+        yield from climb.further(part, part.share / sum(other.share for other in parts[position:]))
+    if climb.cut:
+        missing = ", ".join(dict.fromkeys(climb.cut))
         say(f"\nThe budget of {budget:g} s ended within: {missing}. Give it more time for the rest.")
+
+
+class _Climb:
+    """Ladders climbed until a time; knows what the last rung of each took, and what could not be done."""
+
+    def __init__(self, parts: list[Part], end: float) -> None:
+        self.end = end
+        self.cut: list[str] = []
+        self._last_cost = {part.name: 0.0 for part in parts}
+
+    def rung(self, part: Part, number: int) -> Iterator[Row]:
+        """One size of a part, or as many of its rows as there is time for."""
+        start = time.perf_counter()
+        for row in part.rungs[number]() if start <= self.end else ():
+            yield row
+            if time.perf_counter() > self.end:
+                break
+        else:
+            if start <= self.end:
+                self._last_cost[part.name] = time.perf_counter() - start
+                return
+        self.cut.append(f"{part.name} (size {number + 1})")
+
+    def further(self, part: Part, share: float) -> Iterator[Row]:
+        """Larger sizes, while the next one is expected to end within the share of what time is left."""
+        until = time.perf_counter() + share * (self.end - time.perf_counter())
+        for number in range(_RUNGS_OF_A_SLOPE, len(part.rungs)):
+            if time.perf_counter() + self._last_cost[part.name] * part.growth > until:
+                return
+            yield from self.rung(part, number)
 
 
 def plan(n_items: int, first_seed: int, machine: Row) -> list[Part]:
     """The ladder of each part; N is the same at every d, and every cell (d, alpha, batch size) has seeds of its own."""
-    settings = RuleSettings()
-    cells = itertools.count()
+    cells = _Cells(n_items, first_seed, machine)
+    # past it Muon would recover more than a third of the items
+    ladder = [d for d in (128, 256, 512, 1024, 2048, 4096) if 3 * _MUON_ITEMS * d ** (4 / 3) <= n_items or d <= 256]
+    exact = [(32, 2048), (64, 4096), (128, 16384), (256, 65536)]
+    return [
+        Part("one step", 0.45, 4.0, [cells.one_step(d) for d in ladder]),
+        Part("batch size", 0.15, 4.0, [cells.batch(d) for d in (64, 128, 256, 512)]),
+        Part("deflation steps", 0.15, 4.0, [cells.deflation(d) for d in (64, 128, 256, 512)]),
+        Part("exact steps", 0.15, 20.0, [cells.exact(d, items) for d, items in exact]),
+        Part("Newton-Schulz", 0.10, 4.0, [cells.newton_schulz(d) for d in (128, 256, 512, 1024)]),
+    ]
 
-    def seeds_of_a_cell() -> range:
-        first = first_seed + _SEEDS * next(cells)
+
+class _Cells:
+    """Rungs of the ladders; each takes the next seeds when it is made."""
+
+    def __init__(self, n_items: int, first_seed: int, machine: Row) -> None:
+        self.n_items, self.first_seed, self.machine = n_items, first_seed, machine
+        self.settings = RuleSettings()
+        self.taken = itertools.count()
+
+    def seeds(self) -> range:
+        """Of one more cell."""
+        first = self.first_seed + _SEEDS * next(self.taken)
         return range(first, first + _SEEDS)
 
-    def problem(d: int, alpha: float, seed: int, items: int = n_items) -> MemoryProblem:
-        return MemoryProblem(d=d, n_items=items, alpha=alpha, seed=seed)
+    def problem(self, d: int, alpha: float, seed: int, items: int | None = None) -> MemoryProblem:
+        """A memory of this size."""
+        return MemoryProblem(d=d, n_items=self.n_items if items is None else items, alpha=alpha, seed=seed)
 
-    def one_step(d: int) -> Callable[[], Iterator[Row]]:
-        cell = {alpha: seeds_of_a_cell() for alpha in (1.5, 1.2, 2.0)}
+    def one_step(self, d: int) -> Callable[[], Iterator[Row]]:
+        """One step of every rule at three exponents."""
+        cell = {alpha: self.seeds() for alpha in (1.5, 1.2, 2.0)}
 
         def rows() -> Iterator[Row]:
             for position in range(_SEEDS):
                 for alpha, seeds in cell.items():
-                    whole = problem(d, alpha, seeds[position])
-                    yield from memory_runs.one_step_rows(whole, _RULES, settings, machine)
+                    whole = self.problem(d, alpha, seeds[position])
+                    yield from memory_runs.one_step_rows(whole, _RULES, self.settings, self.machine)
 
         return rows
 
-    def batch(d: int) -> Callable[[], Iterator[Row]]:
+    def batch(self, d: int) -> Callable[[], Iterator[Row]]:
+        """One step from batches of many sizes."""
         sizes = (1, 2, 4, 8, *(4**k for k in range(2, 12)), None)
-        cell = {size: seeds_of_a_cell() for size in sizes}
+        cell = {size: self.seeds() for size in sizes}
 
         def rows() -> Iterator[Row]:
             for position in range(_SEEDS):
                 for size, seeds in cell.items():
-                    sampled = problem(d, 1.5, seeds[position]).with_(batch_size=size)
-                    yield from memory_runs.batch_rows(sampled, ("sgd", "muon"), settings, machine)
+                    sampled = self.problem(d, 1.5, seeds[position]).with_(batch_size=size)
+                    yield from memory_runs.batch_rows(sampled, ("sgd", "muon"), self.settings, self.machine)
 
         return rows
 
-    def several(
-        seeds: range, of: Callable[[int], MemoryProblem], machine: Row, run: Row
-    ) -> Callable[[], Iterator[Row]]:
+    def deflation(self, d: int) -> Callable[[], Iterator[Row]]:
+        """Several steps by the theory's deflation."""
+        run = {"steps": 5, "mode": "deflation", "step_scale": 1.0, "schedule": "constant"}
+        return self._several(d, None, self.machine, run)
+
+    def exact(self, d: int, items: int) -> Callable[[], Iterator[Row]]:
+        """Several steps as they are."""
+        run = {"steps": 8, "mode": "exact", "step_scale": 2.0, "schedule": "linear"}
+        return self._several(d, items, {**self.machine, "chunk_size": 1024}, run)
+
+    def newton_schulz(self, d: int) -> Callable[[], Iterator[Row]]:
+        """What few steps of each iteration leave of a step of Muon."""
+        problem = self.problem(d, 1.5, self.seeds()[0])
+        sets, steps, dtypes = ("muon", "polar_express", "cubic"), (3, 5, 7, 9, 11, 14), ("float32", "bfloat16")
+        return lambda: memory_runs.newton_schulz_rows(problem, sets, steps, dtypes, self.machine)
+
+    def _several(self, d: int, items: int | None, machine: Row, run: Row) -> Callable[[], Iterator[Row]]:
+        seeds = self.seeds()
+
         def rows() -> Iterator[Row]:
             for seed in seeds:
-                yield from memory_runs.step_rows(of(seed), ("sgd", "muon"), settings, machine, run)
+                whole = self.problem(d, 1.5, seed, items)
+                yield from memory_runs.step_rows(whole, ("sgd", "muon"), self.settings, machine, run)
 
         return rows
-
-    def deflation(d: int) -> Callable[[], Iterator[Row]]:
-        run = {"steps": 5, "mode": "deflation", "step_scale": 1.0, "schedule": "constant"}
-        return several(seeds_of_a_cell(), lambda seed: problem(d, 1.5, seed), machine, run)
-
-    def exact(d: int, items: int) -> Callable[[], Iterator[Row]]:
-        run = {"steps": 8, "mode": "exact", "step_scale": 2.0, "schedule": "linear"}
-        small = {**machine, "chunk_size": 1024}
-        return several(seeds_of_a_cell(), lambda seed: problem(d, 1.5, seed, items), small, run)
-
-    def newton_schulz(d: int) -> Callable[[], Iterator[Row]]:
-        seed = seeds_of_a_cell()[0]
-        return lambda: memory_runs.newton_schulz_rows(
-            problem(d, 1.5, seed),
-            ("muon", "polar_express", "cubic"),
-            (3, 5, 7, 9, 11, 14),
-            ("float32", "bfloat16"),
-            machine,
-        )
-
-    # past it Muon would recover more than a third of the items
-    ladder = [d for d in (128, 256, 512, 1024, 2048, 4096) if 3 * _MUON_ITEMS * d ** (4 / 3) <= n_items or d <= 256]
-    return [
-        Part("one step", 0.45, 4.0, [one_step(d) for d in ladder]),
-        Part("batch size", 0.15, 4.0, [batch(d) for d in (64, 128, 256, 512)]),
-        Part("deflation steps", 0.15, 4.0, [deflation(d) for d in (64, 128, 256, 512)]),
-        Part("exact steps", 0.15, 20.0, [exact(32, 2048), exact(64, 4096), exact(128, 16384), exact(256, 65536)]),
-        Part("Newton-Schulz", 0.10, 4.0, [newton_schulz(d) for d in (128, 256, 512, 1024)]),
-    ]

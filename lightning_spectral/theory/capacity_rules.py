@@ -10,6 +10,8 @@ Shapes are (outputs M, inputs D), the features of u and of v.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
@@ -78,61 +80,23 @@ def coarsen(value: Array, multiplicity: Array, groups: int) -> tuple[Array, Arra
 def sgd(weights: Array, shape: tuple[int, int], scales: Array, shared_mean: bool = False) -> Array:
     """Recovery of every item, shape (N,): an average over v_i's overlaps with the heads and its own noise.
 
-    A Sobol sequence, scrambled with a fixed seed.
-
     Args:
         weights: Shape (N,).
         shape: Of W.
         scales: Eigenvalues of the inputs' second moment, mean 1, shape (D,).
         shared_mean: The first of them is the inputs' common mean.
     """
-    outputs, inputs = shape
     order = np.argsort(-weights, kind="stable")
     sorted_weights = weights[order]
-    heads = sorted_weights[:_SGD_HEADS]
-    tail_energy = float(np.sum(sorted_weights[_SGD_HEADS:] ** 2))
-    common = float(scales[0]) / inputs if shared_mean else 0.0  # of every overlap v_k . v_i
-    length, overlap = _sampled_inputs(scales, shared_mean)
-    from scipy.stats import qmc  # takes most of a second, which every import of the package would wait
-
-    normal = ndtri(qmc.Sobol(2 + len(heads), rng=np.random.default_rng(0)).random(_SGD_SAMPLES))
-    own_z, length_z, head_z = _OWN_SPREAD * normal[:, 0], normal[:, 1], normal[:, 2:]
-    # a tail item needs rare own noise: it is drawn too wide, and each draw weighed by what that overdoes
-    draw_weight = _OWN_SPREAD * np.exp((normal[:, 0] ** 2 - own_z**2) / 2) / _SGD_SAMPLES
-    head_overlap = common + head_z * np.sqrt(overlap / inputs)[:, None]
-    own_length = length * (1 + np.sqrt(2 / outputs) * length_z)
-    energy = (heads * head_overlap) ** 2
-    noise = np.sqrt(
-        (energy.sum(1) + tail_energy * (overlap / inputs + common**2)) / outputs
-    )  # of u_j . W v_i for j no head
-    own_noise = noise * own_z
-    coarse, coarse_count = (
-        coarsen(sorted_weights[_SGD_HEADS:], np.ones(len(weights) - len(heads)), 24)
-        if len(weights) > len(heads)
-        else (np.empty(0), np.empty(0))
-    )
-    # a rival outside the heads has its own share of the gradient as well
-    coarse_sd = np.sqrt(noise[:, None] ** 2 + coarse**2 * (overlap / inputs)[:, None])
+    drawn = _Drawn.of(sorted_weights, shape, scales, shared_mean)
     # An item without a signal still wins once in N times, if no head towers over the noise.
-    highest = noise * np.sqrt(2 * np.log(len(weights)))
-    lucky = np.exp(log_ndtr((highest[:, None] - heads * head_overlap) / noise[:, None]).sum(1)).mean() / len(weights)
+    highest = drawn.noise * np.sqrt(2 * np.log(len(weights)))
+    lucky = np.exp(drawn.log_above_heads(highest, drawn.noise).sum(1)).mean() / len(weights)
     distinct, first_rank = np.unique(-sorted_weights, return_index=True)
     probe = np.unique(np.round(np.geomspace(1, len(distinct), _SGD_PROBES)).astype(int)) - 1
     found: list[float] = []
     for rank in first_rank[probe]:
-        weight = sorted_weights[rank]
-        own = weight * own_length + own_noise
-        # the item itself adds u_j . u_i times its signal to every rival
-        itself = (weight * length) ** 2 / outputs
-        rival_noise = np.sqrt(noise**2 + itself)
-        log_win = log_ndtr((own[:, None] - heads * head_overlap) / rival_noise[:, None])
-        if rank < len(heads):
-            log_win[:, rank] = 0.0
-        total = (
-            log_win.sum(1)
-            + log_ndtr((own[:, None] - coarse * common) / np.sqrt(coarse_sd**2 + itself[:, None])) @ coarse_count
-        )
-        found.append(float(np.exp(total) @ draw_weight))
+        found.append(drawn.recovery(int(rank), sorted_weights[rank]))
         if found[-1] < lucky:
             break
     known = np.interp(np.log(first_rank + 1.0), np.log(first_rank[probe][: len(found)] + 1.0), found, right=lucky)
@@ -140,6 +104,79 @@ def sgd(weights: Array, shape: tuple[int, int], scales: Array, shared_mean: bool
     result = np.empty(len(weights))
     result[order] = np.maximum(probability, lucky)
     return result
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Inputs v_i of an item and what a step of SGD answers to them, S draws.
+
+    Attributes:
+        outputs: Of W.
+        heads: Weights of the most frequent items, (H,).
+        common: Part that all inputs share of every overlap v_k . v_i.
+        length: |v_i|^2, (S,); ``own_length`` that of u_i . u_i times it.
+        head_overlap: v_k . v_i of the heads, (S, H).
+        noise: Standard deviation of u_j . W v_i for j no head, (S,); ``own_noise`` the item's own.
+        draw_weight: Of each draw in the average, (S,).
+        coarse: Weights of all other items in groups, (G,), of ``coarse_count`` items and deviations ``coarse_sd``.
+    """
+
+    outputs: int
+    heads: Array
+    common: float
+    length: Array
+    own_length: Array
+    head_overlap: Array
+    noise: Array
+    own_noise: Array
+    draw_weight: Array
+    coarse: Array
+    coarse_count: Array
+    coarse_sd: Array
+
+    @classmethod
+    def of(cls, sorted_weights: Array, shape: tuple[int, int], scales: Array, shared_mean: bool) -> _Drawn:
+        """A Sobol sequence, scrambled with a fixed seed."""
+        from scipy.stats import qmc  # takes most of a second, which every import of the package would wait
+
+        outputs, inputs = shape
+        heads, rest = sorted_weights[:_SGD_HEADS], sorted_weights[_SGD_HEADS:]
+        common = float(scales[0]) / inputs if shared_mean else 0.0
+        length, overlap = _sampled_inputs(scales, shared_mean)
+        normal = ndtri(qmc.Sobol(2 + len(heads), rng=np.random.default_rng(0)).random(_SGD_SAMPLES))
+        own_z, length_z, head_z = _OWN_SPREAD * normal[:, 0], normal[:, 1], normal[:, 2:]
+        head_overlap = common + head_z * np.sqrt(overlap / inputs)[:, None]
+        energy = (heads * head_overlap) ** 2
+        noise = np.sqrt((energy.sum(1) + float(np.sum(rest**2)) * (overlap / inputs + common**2)) / outputs)
+        coarse, coarse_count = coarsen(rest, np.ones(len(rest)), 24) if len(rest) else (np.empty(0), np.empty(0))
+        return cls(
+            outputs, heads, common, length,
+            own_length=length * (1 + np.sqrt(2 / outputs) * length_z),
+            head_overlap=head_overlap,
+            noise=noise,
+            own_noise=noise * own_z,
+            # a tail item needs rare own noise: it is drawn too wide, and each draw weighed by what that overdoes
+            draw_weight=_OWN_SPREAD * np.exp((normal[:, 0] ** 2 - own_z**2) / 2) / _SGD_SAMPLES,
+            coarse=coarse,
+            coarse_count=coarse_count,
+            # a rival outside the heads has its own share of the gradient as well
+            coarse_sd=np.sqrt(noise[:, None] ** 2 + coarse**2 * (overlap / inputs)[:, None]),
+        )  # fmt: skip
+
+    def log_above_heads(self, score: Array, noise: Array) -> Array:
+        """Log probability, (S, H), that a score (S,) is above each head's, whose noise is given, (S,)."""
+        return np.asarray(log_ndtr((score[:, None] - self.heads * self.head_overlap) / noise[:, None]))
+
+    def recovery(self, rank: int, weight: float) -> float:
+        """Probability that the item of this rank and weight is above all others."""
+        own = weight * self.own_length + self.own_noise
+        itself = (weight * self.length) ** 2 / self.outputs  # it adds u_j . u_i times its signal to every rival
+        above_heads = self.log_above_heads(own, np.sqrt(self.noise**2 + itself))
+        if rank < len(self.heads):
+            above_heads[:, rank] = 0.0
+        rivals = np.sqrt(self.coarse_sd**2 + itself[:, None])
+        above_rest = log_ndtr((own[:, None] - self.coarse * self.common) / rivals) @ self.coarse_count
+        return float(np.exp(above_heads.sum(1) + above_rest) @ self.draw_weight)
 
 
 def _sampled_inputs(scales: Array, shared_mean: bool) -> tuple[Array, Array]:

@@ -22,7 +22,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_spectral.analysis.reading import read_run_folder
 from lightning_spectral.analysis.scan import scan_spectral
 from lightning_spectral.analysis.tidy import read_points_csv
-from lightning_spectral.callbacks.injected import load_callbacks
+from lightning_spectral.callbacks.probe_file import load_callbacks
 from lightning_spectral.callbacks.update_audience import read_audience
 from lightning_spectral.memory.advise import read_counts
 from lightning_spectral.memory.fit import read_results

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from lightning_spectral.analysis.tidy import csv_text
-from lightning_spectral.callbacks.injected import load_callbacks
+from lightning_spectral.callbacks.probe_file import load_callbacks
 from lightning_spectral.data.corpus import Corpus
 from lightning_spectral.data.tokens import prepare_tokens
 from lightning_spectral.gpt.export import load_final

@@ -11,7 +11,8 @@ from typing_extensions import override
 from lightning_spectral.callbacks.progress import Progress
 from lightning_spectral.callbacks.saved_state import SavedState
 from lightning_spectral.callbacks.tensorboard import Pictures
-from lightning_spectral.callbacks.trainer_host import LastStep, come_first, host_of, tell_listeners
+from lightning_spectral.callbacks.trainer_host import host_of, tell_listeners
+from lightning_spectral.callbacks.turns import LastStep, come_first
 from lightning_spectral.probe.observer import Observer
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.settings import BucketSettings, Measurement, ProbeSettings

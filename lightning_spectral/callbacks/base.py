@@ -18,7 +18,8 @@ from lightning_spectral.callbacks.attached import AttachedToTrainer
 from lightning_spectral.callbacks.counting import count_ahead
 from lightning_spectral.callbacks.evaluation import EvaluationHooks
 from lightning_spectral.callbacks.fit_start import BeginsFit
-from lightning_spectral.callbacks.trainer_host import leave, publish_medians
+from lightning_spectral.callbacks.trainer_host import publish_medians
+from lightning_spectral.callbacks.turns import leave
 from lightning_spectral.probe.settings import ProbeSettings, SharedArguments, Unpack
 
 

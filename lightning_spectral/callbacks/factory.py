@@ -48,7 +48,8 @@ def _made(make: Callable[[str], list[Any]]) -> list[Any]:
 
 
 def _for_trainer(path: str) -> list[Any]:
-    from lightning_spectral.callbacks.injected import injected, load_callbacks
+    from lightning_spectral.callbacks.injected import injected
+    from lightning_spectral.callbacks.probe_file import load_callbacks
 
     return [injected(callback) for callback in load_callbacks(path)]
 
@@ -64,6 +65,7 @@ def _for_pytorch_lightning(path: str) -> list[Any]:
 
 
 def _for_fabric(path: str) -> list[Any]:
-    from lightning_spectral.callbacks.injected import fabric_probes, load_callbacks
+    from lightning_spectral.callbacks.injected import fabric_probes
+    from lightning_spectral.callbacks.probe_file import load_callbacks
 
     return fabric_probes(load_callbacks(path))

@@ -1,4 +1,4 @@
-"""A Trainer in the plain values that an observer knows: folder, ranks, loggers, and which step is the last."""
+"""A Trainer in the plain values that an observer knows: folder, ranks, loggers."""
 
 from __future__ import annotations
 
@@ -76,64 +76,12 @@ def folder_of(trainer: pl.Trainer) -> str:
     return os.path.join(str(logger.save_dir or trainer.default_root_dir), str(logger.name), version)
 
 
-class LastStep:
-    """Says before a batch whether it belongs to the last optimizer step, as far as that can be known."""
-
-    def __init__(self) -> None:
-        self._steps_per_batch = 1  # of the latest batch that stepped: several optimizers count a step each
-        self._before = 0
-
-    def is_next(self, trainer: pl.Trainer, batch_idx: int, step: int) -> bool:
-        """Whether the step about to be taken, ``step`` being done, is the last one of the run."""
-        self._before = step
-        if trainer.max_steps is not None and 0 <= trainer.max_steps <= step + self._steps_per_batch:
-            return True
-        if trainer.max_epochs is None or trainer.max_epochs < 0 or trainer.current_epoch != trainer.max_epochs - 1:
-            return False
-        accumulate, num_batches = trainer.accumulate_grad_batches, trainer.num_training_batches
-        if num_batches == float("inf"):
-            return accumulate == 1 and trainer.is_last_batch
-        return batch_idx // accumulate == (int(num_batches) - 1) // accumulate
-
-    def learn(self, step: int) -> None:
-        """After a batch, ``step`` being done: how many steps it was."""
-        if step > self._before:
-            self._steps_per_batch = step - self._before
-
-
 def tell_listeners(trainer: pl.Trainer, records: Sequence[SpectralRecord]) -> None:
     """Callbacks with ``on_spectral_window(trainer, records)`` hear of every window."""
     for callback in [*trainer.callbacks]:  # type: ignore[attr-defined]
         listen = getattr(callback, "on_spectral_window", None)
         if listen is not None:
             listen(trainer, records)
-
-
-class First(pl.Callback):
-    """Told of an exception before anybody else's callback, which may raise in its own ``on_exception``.
-
-    Lightning then calls none of those after it and no teardown: hooks and threads of ours would stay.
-    """
-
-    def __init__(self, callback: Any) -> None:
-        self.callback = callback
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Pass it on."""
-        self.callback.on_exception(trainer, pl_module, exception)
-        leave(trainer, self.callback)
-
-
-def come_first(trainer: pl.Trainer, callback: Any) -> None:
-    """From now on ``callback`` hears of an exception first. The list is a new one: the old is being gone through."""
-    leave(trainer, callback)
-    trainer.callbacks = [First(callback), *trainer.callbacks]  # type: ignore[attr-defined]
-
-
-def leave(trainer: pl.Trainer, callback: Any) -> None:
-    """Undo :func:`come_first`."""
-    others = [one for one in trainer.callbacks if not (isinstance(one, First) and one.callback is callback)]  # type: ignore[attr-defined]
-    trainer.callbacks = others  # type: ignore[attr-defined]
 
 
 def publish_medians(pl_module: pl.LightningModule, scalars: dict[str, float], *, at_epoch_end: bool = False) -> None:

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_spectral.callbacks.fit_start import BeginsFit
-from lightning_spectral.callbacks.trainer_host import LastStep, come_first, host_of, leave, publish_medians
+from lightning_spectral.callbacks.trainer_host import host_of, publish_medians
+from lightning_spectral.callbacks.turns import LastStep, come_first, leave
 from lightning_spectral.lightning_private import state_key
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.weight_spectra import WHAT, WeightObserver, WeightSettings
@@ -57,14 +58,9 @@ class WeightSpectrumCallback(BeginsFit):
         run_id: str | None = None,
         strict: bool = False,
     ) -> None:
-        self.settings = WeightSettings(
-            every_n_steps,
-            tuple(what) if not isinstance(what, str) else what,
-            None if parameters is None else tuple(parameters),
-            coefficients,
-            ns_steps,
-            strict,
-        )
+        kinds = what if isinstance(what, str) else tuple(what)
+        named = None if parameters is None else tuple(parameters)
+        self.settings = WeightSettings(every_n_steps, kinds, named, coefficients, ns_steps, strict)
         self.dirpath, self.run_id = dirpath, run_id
         self.observer = WeightObserver(self.settings, name=type(self).__name__, key=self.state_key)
         self.home: pl.Trainer | None = None

@@ -18,7 +18,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_spectral import SpectralRankCallback, TailTokenProbe, read_spectral
 from lightning_spectral.callbacks import factory
 from lightning_spectral.callbacks.fabric import FabricSpectralProbe
-from lightning_spectral.callbacks.injected import Injected, StoodDown, injected, load_callbacks
+from lightning_spectral.callbacks.injected import Injected, StoodDown, injected
+from lightning_spectral.callbacks.probe_file import load_callbacks
 from lightning_spectral.records import read_losses, read_run, read_weights
 from tests.callbacks import tiny
 from tests.callbacks.test_fabric import ROWS, model, train

@@ -171,6 +171,36 @@ def gated(up: str, down: str, gate: str, width: int = F) -> nn.Module:
     return module(**{up: linear(D, width), down: linear(width, D), gate: linear(D, width)})
 
 
+class SpeedrunMLP(nn.Module):
+    """Two bare parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_fc, self.c_proj = nn.Parameter(torch.zeros(F, D)), nn.Parameter(torch.zeros(D, F))
+
+
+class NormHead(nn.Module):
+    """Baichuan 2's head: a bare parameter, whose rows are normalised in the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.first_flag = nn.Parameter(torch.zeros(V, D)), True
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden, nn.functional.normalize(self.weight))
+
+
+def baichuan() -> nn.Module:
+    def block() -> nn.Module:
+        attention = module(W_pack=linear(D, 3 * D), o_proj=linear(D, D))
+        return module(self_attn=attention, mlp=gated("up_proj", "down_proj", "gate_proj"))
+
+    model = stack("model.layers", block)
+    del model.head
+    model.lm_head = NormHead()
+    return model
+
+
 def torchtitan_experts(num_experts: int = 4) -> nn.Module:
     made = nn.Module()
     made.w1 = nn.Parameter(torch.zeros(num_experts, F, D))
@@ -363,6 +393,11 @@ QUICK: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         ["layers 2 | moe.experts.w2 48, moe.shared_experts.w2 24"],
     ),
     "torchtune": (lambda: stack("layers", torchtune_block), ["layers 2 | mlp.w2 48"]),
+    "modded-nanogpt, matrices as parameters": (
+        lambda: stack("blocks", lambda: module(attn=Fused(), mlp=SpeedrunMLP()), norm=False),
+        ["blocks 2 | mlp.c_proj 48"],
+    ),
+    "Baichuan 2, NormHead": (baichuan, [LLAMA]),
     "modded-nanogpt": (lambda: stack("blocks", nanogpt_block, norm=False), ["blocks 2 | mlp.c_proj 48"]),
     "nanoGPT in a ModuleDict": (nanogpt, ["transformer.h 3 | mlp.c_proj 64"]),
     "OLMo, flat blocks": (

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.models.architectures import NormHead
 from tests.scripts import toys
 from tests.scripts.harness import Script
 from tests.scripts.models import EVALUATED, MASK, batches, with_validation
@@ -104,6 +105,16 @@ class LinearCrossEntropy(Lit):
         return F.linear_cross_entropy(hidden, head.weight, ids[:, 1:].flatten(), linear_bias=head.bias)
 
 
+class NormalisedHead(Lit):
+    """Baichuan 2's NormHead: the head's weight is normalised in the forward pass."""
+
+    def make(self) -> nn.Module:
+        model = toys.LM()
+        model.lm_head = NormHead()
+        nn.init.normal_(model.lm_head.weight)
+        return model
+
+
 class Focal(Lit):
     """No mean of cross-entropies: the losses are ``not_matched``, the ranks as ever."""
 
@@ -192,6 +203,7 @@ SCRIPTS = {
     "capped logits": Script(Capped),
     "head and loss fused": Script(FusedHead),
     "logs another loss": Script(LogsAnother),
+    "normalised head": Script(NormalisedHead),
     "focal": Script(Focal, losses=False, unscored=True),
     "preference pairs": Script(Preference, losses=False, unscored=True),
     "policy gradient": Script(PolicyGradient, losses=False, unscored=True),

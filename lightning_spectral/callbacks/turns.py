@@ -1,4 +1,4 @@
-"""When our callbacks have their turn: at the last step of a Trainer, and before all others where an exception ends it."""
+"""When our callbacks have their turn: at the last step, and before all others where an exception ends it."""
 
 from __future__ import annotations
 

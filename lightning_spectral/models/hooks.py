@@ -11,10 +11,12 @@ would be guarded by its length and recompile): :meth:`Switch.drain` puts them in
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import sys
 from collections.abc import Callable
 from functools import lru_cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -34,7 +36,6 @@ KINDS = (
 )
 # Numbers that jitter the kept rows; more rows than this reuse them cyclically.
 _NUM_JITTERS = 1 << 16
-_APPLY_CODE = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
 
 
 class Switch:
@@ -119,6 +120,12 @@ def _eager_record(kind: type) -> Callable[..., None]:
     return torch.compiler.disable(getattr(kind, "_record"))  # noqa: B009  # type: ignore[no-any-return]
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_exporting() -> bool:
+    """``torch.compiler.is_exporting`` as it is: traced, up to torch 2.11, it is ``True`` in every compiled region."""
+    return torch.compiler.is_exporting()
+
+
 def _nothing() -> Callable[..., Any]:
     """Takes anything and returns ``None``; needs only the standard library where it is unpickled."""
     exit_: Callable[..., Any] = getattr(contextlib.nullcontext(), "__exit__")  # noqa: B009  # as pickle spells it
@@ -176,7 +183,7 @@ class Hook:
         """Record, if the switch is on."""
         if self.switch.on:
             if torch.compiler.is_compiling():
-                if not torch.compiler.is_exporting():
+                if not _is_exporting():
                     self._trace(module, args, kwargs, output)
             elif "torch._dynamo" in sys.modules:
                 _eager_record(type(self))(self, module, args, kwargs, output)  # type: ignore[arg-type]
@@ -305,10 +312,19 @@ def in_function_forward() -> bool:
     """Whether a ``torch.autograd.Function`` runs its forward (re-entrant checkpointing), which turns gradients off."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _APPLY_CODE:
+        if _is_forward(frame.f_code):
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+@lru_cache(maxsize=4096)
+def _is_forward(code: CodeType) -> bool:
+    """Whether this is the forward of a ``torch.autograd.Function``: its ``apply`` has no frame from torch 2.14 on."""
+    kinds = [torch.autograd.Function]
+    for kind in kinds:  # grows
+        kinds += kind.__subclasses__()
+    return any(getattr(inspect.unwrap(kind.forward), "__code__", None) is code for kind in kinds)
 
 
 def _is_real(content: Any) -> bool:

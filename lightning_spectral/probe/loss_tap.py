@@ -121,6 +121,8 @@ class LossTap(TorchFunctionMode):
         """Answers as ``func`` would."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return out
         if self._followed or func in SCORERS or func in _NORMALISERS or func in _PRODUCTS:
             try:
                 if self._counts():
@@ -130,7 +132,7 @@ class LossTap(TorchFunctionMode):
         return out
 
     def _counts(self) -> bool:
-        if torch.compiler.is_compiling() or inside_functorch() or inside_backward():
+        if inside_functorch() or inside_backward():
             return False
         return not self.training or torch.is_grad_enabled() or in_function_forward()
 

@@ -163,7 +163,7 @@ def label_right(ax: Axes, entries: Sequence[tuple[float, str, str]], size: float
     to_axes = ax.transData + ax.transAxes.inverted()
     x = ax.get_xlim()[1]
     wanted = [float(to_axes.transform((x, y))[1]) for y, _, _ in entries]
-    height = ax.get_window_extent().height * 72 / ax.get_figure(root=True).dpi  # type: ignore[union-attr]
+    height = ax.get_window_extent().height * 72 / ax.figure.dpi
     placed = spread_labels(wanted, size * 1.25 / height, 0.0, 1.0)
     for (_, text, color), at in zip(entries, placed, strict=True):
         ax.text(1.015, at, text, transform=ax.transAxes, color=color, fontsize=size, va="center", clip_on=False)

@@ -51,7 +51,7 @@ def test_band_is_the_textbook_interval_of_the_mean() -> None:
     fit = fit_series(points)
     x, y = np.log([p.x for p in points]), np.log([p.value for p in points])
     design = np.stack([np.ones_like(x), x], axis=1)
-    coefficients, rss, *_ = np.linalg.lstsq(design, y)
+    coefficients, rss, *_ = np.linalg.lstsq(design, y, rcond=None)
     covariance = rss[0] / 4 * np.linalg.inv(design.T @ design)
     at = np.array([1.0, math.log(200.0)])
     half = stats.t.ppf(0.975, 4) * math.sqrt(at @ covariance @ at)

@@ -8,8 +8,10 @@ names blocks that have no feed-forward network.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 V, D, F = 64, 16, 48
@@ -34,6 +36,16 @@ SERIES |= {"encoder_ffn_dim": F, "decoder_ffn_dim": F}
 
 LLAMA = "model.layers 2 | mlp.down_proj 48"
 BERT_LAYER = "encoder.layer 2 | output.dense 48"
+
+
+def release(package: str) -> tuple[int, ...]:
+    """The installed release of a package, as numbers."""
+    return Version(version(package)).release
+
+
+def experts(stacked: str, apart: str) -> str:
+    """Where four experts are: in one tensor, or, before transformers 5, in a module each."""
+    return stacked if release("transformers") >= (5,) else ", ".join(apart.format(expert) for expert in range(4))
 
 
 def hf(name: str, config: str, **arguments: object) -> Callable[[], nn.Module]:
@@ -351,14 +363,21 @@ QUICK: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         hf("SwinModel", "SwinConfig", image_size=32, patch_size=4, embed_dim=16, depths=[2, 3], num_heads=[2, 4]),
         ["encoder.layers.0.blocks 2 | output.dense 64", "encoder.layers.1.blocks 3 | output.dense 128"],
     ),
-    "Mixtral": (hf("MixtralForCausalLM", "MixtralConfig", **MIXTRAL), ["model.layers 2 | mlp.experts.down_proj 48"]),
+    "Mixtral": (
+        hf("MixtralForCausalLM", "MixtralConfig", **MIXTRAL),
+        ["model.layers 2 | " + experts("mlp.experts.down_proj 48", "block_sparse_moe.experts.{}.w2 48")],
+    ),
     "Mixtral, f = d": (
         hf("MixtralForCausalLM", "MixtralConfig", **{**MIXTRAL, "intermediate_size": D}),
-        ["model.layers 2 | mlp.experts.down_proj 16"],
+        ["model.layers 2 | " + experts("mlp.experts.down_proj 16", "block_sparse_moe.experts.{}.w2 16")],
     ),
     "DeepSeek-V3, first layer dense": (
         hf("DeepseekV3ForCausalLM", "DeepseekV3Config", **KV, **GROUPS, **MLA, first_k_dense_replace=1),
-        ["model.layers 2 | 0:mlp.down_proj 48, 1:mlp.experts.down_proj 24, 1:mlp.shared_experts.down_proj 24"],
+        [
+            "model.layers 2 | 0:mlp.down_proj 48, "
+            + experts("1:mlp.experts.down_proj 24", "1:mlp.experts.{}.down_proj 24")
+            + ", 1:mlp.shared_experts.down_proj 24"
+        ],
     ),
     "CLIP": (clip, ["text_model.encoder.layers 2 | mlp.fc2 48", "vision_model.encoder.layers 2 | mlp.fc2 48"]),
     "LLaMA with LoRA as peft wraps it": (lambda: lora("down_proj", "up_proj", "q_proj"), [LLAMA]),
@@ -591,7 +610,11 @@ SLOW: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "GLM-4-MoE": (
         hf("Glm4MoeForCausalLM", "Glm4MoeConfig", **KV, **{**GROUPS, "n_group": 1}, first_k_dense_replace=1,
            head_dim=8),
-        ["model.layers 2 | 0:mlp.down_proj 48, 1:mlp.experts.down_proj 24, 1:mlp.shared_experts.down_proj 24"],
+        [
+            "model.layers 2 | 0:mlp.down_proj 48, "
+            + experts("1:mlp.experts.down_proj 24", "1:mlp.experts.{}.down_proj 24")
+            + ", 1:mlp.shared_experts.down_proj 24"
+        ],
     ),
     "Llama 4, every second layer MoE": (
         hf("Llama4ForCausalLM", "Llama4TextConfig", **KV, intermediate_size_mlp=40, num_local_experts=4,

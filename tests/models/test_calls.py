@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import math
 
@@ -11,11 +12,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_spectral.models.hooks import in_function_forward
 from lightning_spectral.models.layout import Ids, prove
 from lightning_spectral.models.recorder import Recorder
 from lightning_spectral.models.stacks import find_stacks
 from tests.models import tiny
-from tests.models.architectures import QUICK, D
+from tests.models.architectures import QUICK, D, release
 
 V, T = 64, 16
 
@@ -154,7 +156,7 @@ def test_copies_and_files_made_in_the_middle_hold_nothing_of_ours():
     torch.save(model, file)
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
-    exported = torch.export.export(model, (ids(),)).module()
+    exported = torch.export.export(model, (ids(),), strict=False).module()
     torch.testing.assert_close(exported(ids()), model(ids()))
     for other in (twin, loaded, exported):
         other(ids())
@@ -166,6 +168,19 @@ def test_copies_and_files_made_in_the_middle_hold_nothing_of_ours():
         assert not hooks or other is loaded  # in a file an empty callable stands for each
 
 
+@pytest.mark.skipif(release("torch") < (2, 10), reason="exports no module strictly that has a hook, whosever it is")
+def test_a_strict_export_in_the_middle_holds_nothing_of_ours():
+    model, plain = Decoder(), torch.export.export(Decoder(), (ids(),), strict=True)
+    recorder = Recorder(model, find_stacks(model))
+    recorder.start()
+    exported = torch.export.export(model, (ids(),), strict=True)
+    assert len(exported.graph.nodes) == len(plain.graph.nodes)
+    exported.module()(ids())
+    assert recorder.collect() == []
+    recorder.remove()
+
+
+@pytest.mark.skipif(release("transformers") < (5,), reason="experts of one tensor")
 def test_fused_experts_show_the_rows_that_meet_the_down_projection():
     torch.manual_seed(0)
     model = QUICK["Mixtral"][0]()
@@ -189,6 +204,39 @@ def test_fused_experts_show_the_rows_that_meet_the_down_projection():
     chosen = torch.stack([(of_expert - rows).abs().amax(-1) < 1e-5 for of_expert in of_experts], 1)
     assert bool((chosen.sum(1) == 1).all())  # fp32 products in another order; no two experts are alike
     assert bool((index[places] == chosen.long().argmax(1)[:, None]).any(1).all())
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def call(*args):
+        return function(*args)
+
+    return call
+
+
+class Doubled(torch.autograd.Function):
+    """The style that takes no context, behind a decorator."""
+
+    @staticmethod
+    @decorated
+    def forward(x):
+        Doubled.inside = not torch.is_grad_enabled(), in_function_forward()
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+def test_the_forward_of_a_function_is_told_from_no_grad():
+    Doubled.apply(torch.ones(1, requires_grad=True)).backward()
+    assert Doubled.inside == (True, True)
+    with torch.no_grad():
+        assert not decorated(in_function_forward)()
 
 
 class Vision(nn.Module):

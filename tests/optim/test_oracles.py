@@ -83,6 +83,7 @@ DION = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", DION)
 def test_microsoft_dion(dion, kind, shape):
+    """They round directions to bf16."""
     ours, theirs = DION[kind]
     compare(
         ours, lambda m: theirs(dion, list(m.parameters())), shape, cosine=0.9999, ratio=0.01

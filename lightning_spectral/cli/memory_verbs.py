@@ -36,7 +36,9 @@ def steps(options: argparse.Namespace) -> int:
     """``steps``."""
     from lightning_spectral.memory.runs import step_rows
     from lightning_spectral.theory.dynamics import check_run
+    from lightning_spectral.theory.problem import require_integer
 
+    require_integer("steps", options.steps, 1, "take at least one step")
     run = {key: getattr(options, key) for key in ("steps", "mode", "step_scale", "schedule")}
     for rule in options.rules:
         check_run(rule, **run)
@@ -49,6 +51,7 @@ def theory(options: argparse.Namespace) -> int:
     from lightning_spectral.theory.problem import require_integer
 
     require_integer("steps", options.steps, 0, "leave it out to predict one step only")
+    require_integer("seeds", options.seeds, 1, "a prediction needs one, and is the same for all")
     options.seeds, options.no_figures = 1, True
 
     def rows(problem: Any, rules: Sequence[str], settings: Any, machine: Row) -> Iterator[Row]:

@@ -155,6 +155,8 @@ def saturating_batch(
 ) -> float | None:
     """Smallest batch whose count reaches ``share`` of the population's; between powers of two on log scales.
 
+    ``None`` if there is no prediction, or if none up to 2^40 does: a steep law has items that no batch ever holds.
+
     Args:
         count: Of a batch size, ``None`` being the population; may return ``None`` where there is no prediction.
         frequencies: Of the items, sum 1: batches that hold too few distinct ones are not asked about.
@@ -176,7 +178,7 @@ def saturating_batch(
             fraction = math.log(share * whole / below) / math.log(reached / below)
             return float(before * (batch / before) ** fraction)
         previous = (float(batch), reached)
-    raise RuntimeError(f"No batch up to 2^40 reaches {share:.0%} of {whole:.0f}; please report the problem.")
+    return None
 
 
 def predict_deflation(

@@ -26,6 +26,8 @@ _MANY = 1e4  # draws of one item from which their number is Gaussian; far beyond
 _GOLDEN = (5**0.5 - 1) / 2
 _BATCH_STREAM = 0x6261746368  # keeps the draw of batches apart from the draw of embeddings
 
+_FP32_DECADES = 30  # between the longest and the shortest direction of an input that fp32 can still multiply
+
 
 @dataclass(frozen=True)
 class MemoryProblem:
@@ -74,6 +76,12 @@ class MemoryProblem:
         require_real("anisotropy", self.anisotropy)
         if self.anisotropy < 0:
             raise ValueError(f"`anisotropy` must be >= 0, got {self.anisotropy}; 0 is isotropic.")
+        most = 2 * _FP32_DECADES / math.log10(self.d)
+        if self.anisotropy > most:
+            raise ValueError(
+                f"`anisotropy` must be at most {most:.3g} at d={self.d}, got {self.anisotropy:g}: beyond it "
+                "the inputs' last direction is too short for fp32."
+            )
         if self.batch_size is not None:
             require_integer("batch_size", self.batch_size, 1, "leave it out for the population gradient")
         if self.dtype not in DTYPES:

@@ -101,6 +101,7 @@ def test_options_reach_the_run(tmp_path):
         (["--device", "abacus"], "--device"),
         (["--chunk-size", "0"], "chunk_size"),
         (["--anisotropy", "-1"], "anisotropy"),
+        (["--anisotropy", "60"], "anisotropy"),
         (["--rules", "newton", "--batch-size", "4"], "ridge"),
         (["--config", "/nowhere.yaml"], "--config"),
         (["--d", "16", "16"], "--d"),
@@ -281,3 +282,17 @@ def test_tables_come_in_every_format_and_sentences_elsewhere(style, tmp_path, ca
         assert captured.out.splitlines()[0] == "rule_label,d,predicted,asymptotic,crit. batch"
     else:
         assert "muon" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "said"),
+    [
+        ("steps", ["--steps", "0"], "`--steps` must be >= 1, got 0"),
+        ("theory", ["--seeds", "0"], "`--seeds` must be >= 1, got 0"),
+        ("theory", ["--anisotropy", "40", "--d", "512"], "`--anisotropy` must be at most 22.1 at d=512, got 40"),
+    ],
+)
+def test_what_a_verb_cannot_do_is_said(verb, arguments, said, tmp_path, capsys):
+    assert main(["memory", verb, *arguments, "--out", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -311,3 +311,11 @@ def test_distinct_items_of_a_flat_law_are_counted():
 
 def test_information_limit():
     assert exponents.information_limit(64, 4096) == pytest.approx(4096 / (2 * math.log(4096)))
+
+
+def test_a_law_so_steep_that_no_batch_holds_its_items_has_no_critical_batch():
+    frequencies = np.arange(1, 101.0) ** -50
+    assert (
+        exponents.saturating_batch(lambda batch: 50.0 if batch is None else 1.0, frequencies / frequencies.sum())
+        is None
+    )

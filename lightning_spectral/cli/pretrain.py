@@ -8,6 +8,8 @@ import os
 import sys
 import warnings
 
+import yaml
+
 from lightning_spectral.analysis.last_window import summary
 from lightning_spectral.cli.parser import nearest_option
 from lightning_spectral.text import CommandError
@@ -24,7 +26,8 @@ Train a litgpt GPT with Lightning, as a recipe says: litgpt's own `pretrain` sch
   --data PATH           train on your own .txt, .jsonl or .parquet file, glob or folder
   --resume auto         continue an interrupted run; refused if the recipe or this package has changed since
   --accept-changes      continue it all the same, under the new recipe
-  --print_recipe        show the complete, checked recipe and stop (also: --print_config)
+  --print_config        show the recipe with overrides and defaults and stop; names are checked (no import of litgpt)
+  --print_recipe        the same with every argument of every class, and every value checked (some seconds)
   --format FORMAT       of the last window's table: table, json, csv, markdown or latex
   --help_keys           every key with its type, default and meaning (imports litgpt: some seconds)
 
@@ -46,7 +49,7 @@ _CHATTER = ("Tip:", "`weights_only` was not set", "TPU available", "Restored all
 def main(argv: list[str]) -> int:
     """Run the verb; 0 done, 2 bad input, 143 stopped by SIGTERM."""
     from lightning_spectral.training.document import RecipeError, names
-    from lightning_spectral.training.names import check_names, keys, refuse_wrong_places
+    from lightning_spectral.training.names import check_names, keys, refuse_wrong_places, with_defaults
 
     if not argv or argv[0] in ("-h", "--help"):
         print(_HELP.format(names=", ".join(names())))
@@ -65,6 +68,9 @@ def main(argv: list[str]) -> int:
         raise CommandError("no recipe: give `--config FILE` or a shipped name, e.g. `--config quickstart`.")
     try:
         tree = check_names(config, words)  # a misspelled name is said before litgpt and Lightning are imported
+        if show == "--print_config":
+            print(yaml.safe_dump(with_defaults(tree), sort_keys=False), end="")
+            return 0
         if show:
             return _show(config, words)
         refuse_wrong_places(tree)

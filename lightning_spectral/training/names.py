@@ -27,6 +27,7 @@ from lightning_spectral.training.sources import (
     arguments_of,
     assigned_strings,
     choices,
+    defaults_of,
     fields_of,
     is_missing,
     public_names,
@@ -98,6 +99,16 @@ def check_names(source: str | Path, words: Sequence[str]) -> dict[str, Any]:
     tree = with_class_paths(overridden(read_tree(find(source)), words))
     refuse_unknown_names(tree)
     return tree
+
+
+def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree with every key of the schema and of its groups; arguments of classes as they were given."""
+    starts = {**defaults_of(SETUP), **defaults_of(OUR_KEYS)}
+    filled = {**starts, **tree}
+    for group in GROUPS.keys() - {"model_config"}:
+        filled[group] = {**starts[group], **(tree.get(group) or {})}
+    filled["model_name"] = tree.get("model_name") or (tree.get("model_config") or {}).get("name") or "custom"
+    return filled
 
 
 def refuse_wrong_places(tree: Mapping[str, Any]) -> None:

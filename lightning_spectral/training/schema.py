@@ -134,7 +134,18 @@ def _callback(spec: dict[str, Any], *, only_check: bool = False) -> Callback | N
         values = one.parse_object({name: spec.get("init_args") or {}})
         return None if only_check else getattr(one.instantiate_classes(values), name)
     except Exception as error:  # jsonargparse's own, or whatever the constructor raises
-        raise RecipeError(f"`callbacks`: {name}: {one_line(error)}") from error
+        raise RecipeError(f"`callbacks`: {name}: {one_line(_own_words(kind, spec) or error)}") from error
+
+
+def _own_words(kind: type[Callback], spec: dict[str, Any]) -> Exception | None:
+    """What a callback of ours says of its arguments; jsonargparse may fail to say what a choice takes."""
+    if not kind.__module__.startswith("lightning_spectral."):
+        return None
+    try:
+        kind(**(spec.get("init_args") or {}))
+    except Exception as error:  # whatever a constructor raises
+        return error
+    return None
 
 
 def _with_folder(callback: dict[str, Any], run_folder: Path) -> dict[str, Any]:

@@ -7,11 +7,15 @@ A function here that cannot tell returns ``None``; the full check after the impo
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 _HOPS = 6  # imports followed from a package's front page to the module that defines a class
+
+_READ: dict[str, Callable[[Any], Any]] = {"int": int, "float": float, "Path": str}  # calls whose value is known
 
 Definition = ast.ClassDef | ast.FunctionDef
 
@@ -129,6 +133,42 @@ def _arguments(module: str, args: ast.arguments) -> list[str] | None:
         shared = fields_of(_path_in(module, hint.slice))
         return [*known, *shared] if shared else None
     return None
+
+
+def defaults_of(path: str) -> dict[str, Any]:
+    """Defaults of a dataclass's fields or a function's arguments, as plain values; ``None`` for one that has none.
+
+    What is no literal, no dataclass and no path is left out.
+    """
+    found = _definition(path)
+    if found is None:
+        return {}
+    module, node = found
+    pairs: list[tuple[str, ast.expr]] = []
+    if isinstance(node, ast.FunctionDef):
+        names = [arg.arg for arg in node.args.args]
+        missing: list[ast.expr] = [ast.Constant(None)] * (len(names) - len(node.args.defaults))
+        pairs = list(zip(names, [*missing, *node.args.defaults], strict=True))
+    else:
+        fields = [item for item in node.body if isinstance(item, ast.AnnAssign) and item.value is not None]
+        pairs = [(item.target.id, item.value) for item in fields if isinstance(item.target, ast.Name) and item.value]
+    plain = {name: _plain(module, value) for name, value in pairs}
+    return {name: value for name, value in plain.items() if value is not ...}
+
+
+def _plain(module: str, node: ast.expr) -> Any:
+    """The value of an expression; ``...`` if it would have to be run."""
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        pass
+    if not isinstance(node, ast.Call):
+        return ...
+    name, arguments = _last_name(node.func), [_plain(module, argument) for argument in node.args]
+    if name in _READ and len(arguments) == 1 and arguments[0] is not ...:
+        return _READ[name](arguments[0])
+    made = defaults_of(_path_in(module, node.func))
+    return {**made, **{word.arg: _plain(module, word.value) for word in node.keywords if word.arg}} if made else ...
 
 
 @lru_cache(maxsize=512)

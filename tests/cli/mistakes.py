@@ -79,6 +79,14 @@ PRETRAIN: Final = [
     ),
     ("pretrain --config RECIPE --lr_schedule cosine", ["`lr_schedule`", "cosine", "kind"]),
     ("pretrain --config RECIPE --format tabel", ["`--format`", "tabel", "table"]),
+    (
+        "pretrain --config debug --callbacks.SpectralRankCallback.init_args.soft aprox",
+        ["SpectralRankCallback", "`soft`", "aprox", "'approx'"],
+    ),
+    (
+        "pretrain --config debug --callbacks.SpectralRankCallback.init_args.on_nonfinite ignore",
+        ["SpectralRankCallback", "`on_nonfinite`", "ignore", "'record'"],
+    ),
     ("pretrain --config RECIPE --print_confg", ["`--print_confg`", "`--print_config`"]),
     ("pretrain --config RECIPE --out_dir FILE", ["`out_dir`", "FILE", "folder"]),
     ("pretrain --config memory/one_step", ["`command: one-step`", "memory one-step"]),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from lightning_spectral import cli
 from lightning_spectral.cli.pretrain import summary
@@ -171,3 +172,16 @@ def test_the_probe_reads_the_counted_file(tmp_path: Path) -> None:
     tree["callbacks"] = [{"class_path": "TailTokenProbe", "init_args": probe}]
     assert cli.main(["pretrain", "--config", str(write_recipe(tmp_path, tree))]) == 0
     assert (tmp_path / "run" / "losses.jsonl").is_file()
+
+
+@pytest.mark.parametrize("recipe", ["debug", "quickstart", "optimizers/muon", "paper/160m"])
+def test_print_config_is_print_recipe_without_the_arguments_of_classes(recipe, capsys):
+    """The one reads sources, the other imports litgpt and checks every value."""
+    assert cli.main(["pretrain", "--config", recipe, "--print_config", "--train.max_norm", "2.0"]) == 0
+    quick = yaml.safe_load(capsys.readouterr().out)
+    assert cli.main(["pretrain", "--config", recipe, "--print_recipe", "--train.max_norm", "2.0"]) == 0
+    whole = yaml.safe_load(capsys.readouterr().out)
+    classes = ("data", "callbacks", "optimizer")
+    assert {k: v for k, v in quick.items() if k not in classes} == {k: v for k, v in whole.items() if k not in classes}
+    assert [one["class_path"] for one in quick["callbacks"]] == [one["class_path"] for one in whole["callbacks"]]
+    assert quick["train"]["max_norm"] == 2.0

@@ -107,7 +107,8 @@ def test_losses_by_bucket(tmp_path):
     )
 
 
-# Dynamo of torch 2.11 and 2.12 does itself what torch advises against
+# Dynamo up to torch 2.12 does itself what torch advises against
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_compiled(tmp_path, when):

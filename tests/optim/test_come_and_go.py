@@ -32,7 +32,6 @@ def test_adamw_goes_on_from_torch_adamw_bit_for_bit(named):
 
 
 @pytest.mark.parametrize("named", [False, True])
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9")
 def test_muon_takes_momenta_from_torch_muon(named):
     theirs = TinyLM()
     hidden = [(name, theirs.get_parameter(name)) for name in TinyLM.MATRICES]

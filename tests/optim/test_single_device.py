@@ -34,7 +34,6 @@ def set_grad(model: nn.Module, seed: int = 1) -> torch.Tensor:
 
 @pytest.mark.parametrize("lr_scale", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9")
 def test_muon_equals_torch_bit_for_bit(lr_scale, nesterov):
     theirs, ours = TinyLM(), TinyLM()
     hidden = [theirs.get_parameter(name) for name in TinyLM.MATRICES]

@@ -51,6 +51,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--memory_limit_mib", type=float, help="of the rows (default: a quarter of what is free)")
+    parser.add_argument(
+        "--stream_weights", action="store_true", default=None, help="one block in memory (default: of large models)"
+    )
     parser.add_argument("--workers", type=int, default=1, help="models measured side by side (default: 1)")
     add_format_option(parser)
     options = parser.parse_args(argv)
@@ -114,6 +117,7 @@ def _arguments(options: argparse.Namespace) -> dict[str, Any]:
         "num_jackknife_groups": options.shards,
         "device": options.device,
         "memory_limit_mib": options.memory_limit_mib,
+        "stream_weights": options.stream_weights,
     }
 
 

@@ -147,10 +147,11 @@ def default_limit_mib(device: torch.device, num_local_processes: int = 1) -> flo
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return DEFAULT_SHARE * free / 2**20
-    return DEFAULT_SHARE * _available_bytes() / max(num_local_processes, 1) / 2**20
+    return DEFAULT_SHARE * available_bytes() / max(num_local_processes, 1) / 2**20
 
 
-def _available_bytes() -> float:
+def available_bytes() -> float:
+    """Memory of this machine that is free."""
     try:
         with open("/proc/meminfo") as file:
             found = next(line for line in file if line.startswith("MemAvailable:"))

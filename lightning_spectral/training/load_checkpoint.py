@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from litgpt.config import Config
 from torch import Tensor, nn
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 from lightning_spectral.gpt.architecture import Architecture, adapt_config, build_gpt
 from lightning_spectral.gpt.export import load_final
 from lightning_spectral.models.checkpoint_file import read_checkpoint
+from lightning_spectral.models.meta import without_memory
+from lightning_spectral.models.stacks import find_stacks
+from lightning_spectral.models.streamed import SafetensorsFiles, stream
+from lightning_spectral.probe.memory_plan import available_bytes
 from lightning_spectral.text import one_line
 from lightning_spectral.training.checkpoint_names import progress_of
 from lightning_spectral.training.checkpoints import step_of
@@ -27,11 +32,12 @@ class LoadedModel:
     """A checkpoint, ready to run.
 
     Attributes:
-        model: In fp32, in eval mode; token ids in.
+        model: In fp32; token ids in.
         kind: ``litgpt``, ``lightning`` or ``huggingface``.
         max_length: Longest sequence that it takes.
         step: Optimizer steps behind it; ``None`` if neither the checkpoint nor its name says.
         tokens: Training tokens behind it; ``None`` likewise.
+        weights: Where they are read from, of a model that does not hold them.
         optimizer: Class name, or ``unknown``.
         tokenizer_dir: Folder of its tokenizer, or ``None``.
     """
@@ -43,10 +49,23 @@ class LoadedModel:
     optimizer: str = "unknown"
     tokenizer_dir: Path | None = None
     tokens: int | None = None
+    weights: SafetensorsFiles | None = None
+
+    def on(self, device: torch.device) -> nn.Module:
+        """The model on a device, in eval mode; without weights of its own it reads each block's when that runs."""
+        if self.weights is None:
+            return self.model.eval().to(device)
+        stream(self.model.eval(), _blocks(self.model), self.weights, torch.float32, device)
+        return self.model
 
 
-def load_checkpoint(path: Path) -> LoadedModel:
+def load_checkpoint(path: Path, *, stream_weights: bool | None = None) -> LoadedModel:
     """The model of a checkpoint of any of the three kinds.
+
+    Args:
+        path: File or folder.
+        stream_weights: Read the weights of a Hugging Face model block by block in every forward pass, so that one
+            block is in memory; default: where all of them would take more than half of what is free.
 
     Raises:
         FileNotFoundError: If nothing is there.
@@ -58,7 +77,7 @@ def load_checkpoint(path: Path) -> LoadedModel:
         path = path.parent
     for is_kind, load in _KINDS:
         if is_kind(path):
-            loaded, named = load(path), progress_of(path)
+            loaded, named = load(path, stream_weights), progress_of(path)
             step = named.step if loaded.step is None else loaded.step
             return replace(loaded, step=step, tokens=named.tokens if loaded.tokens is None else loaded.tokens)
     raise ValueError(
@@ -68,7 +87,8 @@ def load_checkpoint(path: Path) -> LoadedModel:
     )
 
 
-def _load_litgpt(folder: Path) -> LoadedModel:
+def _load_litgpt(folder: Path, stream_weights: bool | None) -> LoadedModel:
+    _refuse_streaming(folder, stream_weights)
     if not (folder / "model_config.yaml").is_file():
         raise FileNotFoundError(f"`{folder}` has `lit_model.pth` but no `model_config.yaml`: copy it from the run.")
     try:
@@ -80,7 +100,8 @@ def _load_litgpt(folder: Path) -> LoadedModel:
     return LoadedModel(model, "litgpt", model.config.block_size, tokenizer_dir=with_tokenizer(folder))
 
 
-def _load_lightning(file: Path) -> LoadedModel:
+def _load_lightning(file: Path, stream_weights: bool | None) -> LoadedModel:
+    _refuse_streaming(file, stream_weights)
     content = read_checkpoint(file)
     try:
         weights: dict[str, Tensor] = content["state_dict"]
@@ -127,7 +148,7 @@ def _load_lightning(file: Path) -> LoadedModel:
     )
 
 
-def _load_hugging_face(folder: Path) -> LoadedModel:
+def _load_hugging_face(folder: Path, stream_weights: bool | None) -> LoadedModel:
     try:
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
@@ -135,6 +156,15 @@ def _load_hugging_face(folder: Path) -> LoadedModel:
         raise ValueError(f"`{folder}` is a Hugging Face folder: `pip install transformers` to read it.") from error
     if not list(folder.glob("*.safetensors")):
         raise ValueError(f"`{folder}` holds no `*.safetensors`: save it with `model.save_pretrained(folder)`.")
+    if stream_weights or (stream_weights is None and _is_large(folder)):
+        streamed = _streamed_hugging_face(folder)
+        if streamed is not None:
+            return streamed
+        if stream_weights:
+            raise ValueError(
+                f"`{folder}` cannot be read block by block: its files do not hold every weight of a block under its "
+                "own name and shape. Leave `stream_weights` out."
+            )
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
@@ -149,7 +179,43 @@ def _load_hugging_face(folder: Path) -> LoadedModel:
     return LoadedModel(model.float(), "huggingface", int(max_length), tokenizer_dir=with_tokenizer(folder))
 
 
-_KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], LoadedModel]], ...] = (
+def _is_large(folder: Path) -> bool:
+    """Whether the weights, in fp32, take more than half of the memory that is free."""
+    in_fp32 = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return in_fp32 > available_bytes() / 2
+
+
+def _streamed_hugging_face(folder: Path) -> LoadedModel | None:
+    """A model that reads its blocks when they run; ``None`` if the files are laid out in another way."""
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config, files = AutoConfig.from_pretrained(folder, local_files_only=True), SafetensorsFiles(folder)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"`{folder}` cannot be read ({one_line(error)}): is every file whole?") from error
+    with without_memory():
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    model.config.use_cache = False
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if not _blocks(model) or not all(name in files.names and files.shape(name) == shapes[name] for name in shapes):
+        return None
+    max_length = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
+    return LoadedModel(model, "huggingface", int(max_length), tokenizer_dir=with_tokenizer(folder), weights=files)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of every stack."""
+    return [block for stack in find_stacks(model).stacks for _, block in stack.blocks]
+
+
+def _refuse_streaming(path: Path, stream_weights: bool | None) -> None:
+    if stream_weights:
+        raise ValueError(f"`stream_weights` is for Hugging Face folders with safetensors, and `{path}` is none.")
+
+
+_KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path, bool | None], LoadedModel]], ...] = (
     (lambda path: (path / "lit_model.pth").is_file(), _load_litgpt),
     (lambda path: path.is_file() and path.suffix == ".ckpt", _load_lightning),
     (lambda path: (path / "config.json").is_file(), _load_hugging_face),

@@ -64,6 +64,7 @@ def measure_checkpoint(
     num_jackknife_groups: int = 2,
     device: str = "auto",
     memory_limit_mib: float | None = None,
+    stream_weights: bool | None = None,
     resume: bool = False,
 ) -> Measured:
     """Run a checkpoint over text and write its records to ``folder``.
@@ -83,6 +84,7 @@ def measure_checkpoint(
         num_jackknife_groups: As in ``SpectralRankCallback``: at least 2 for unbiased ranks, 8 for useful intervals.
         device: ``auto``, ``cpu`` or ``cuda``.
         memory_limit_mib: As in ``SpectralRankCallback``: where all rows do not fit, an even sample of them is kept.
+        stream_weights: Hold one block's weights at a time (Hugging Face folders); default: where all are too many.
         resume: Add to the records that are in ``folder``: another step of the same model on the same text.
 
     Raises:
@@ -91,7 +93,7 @@ def measure_checkpoint(
     """
     _refuse_below_one(num_tokens=num_tokens, batch_size=batch_size, seq_length=seq_length)
     checkpoint = Path(checkpoint).expanduser()
-    loaded = load_checkpoint(checkpoint)
+    loaded = load_checkpoint(checkpoint, stream_weights=stream_weights)
     length = _length(seq_length, loaded, checkpoint)
     encoder = _encoder(checkpoint, tokenizer_dir or loaded.tokenizer_dir)
     tokens = _sequences(_tokens(corpus, encoder, max(num_tokens // length, 1) * length + 1), length)
@@ -240,7 +242,7 @@ def _run(
     device: torch.device,
 ) -> list[SpectralRecord]:
     """One evaluation over the tokens, by the observer that every loop has."""
-    model = loaded.model.eval().to(device)
+    model = loaded.on(device)
     ids_SL = torch.from_numpy(tokens[:-1]).view(-1, length)
     targets_SL = torch.from_numpy(tokens[1:]).view(-1, length)
     records: list[SpectralRecord] = []

@@ -18,6 +18,7 @@ from lightning_spectral.report.style import label_right
 
 RECIPE_FILE: Final = "hyperparameters.yaml"
 _MULTIPLIERS: Final = (1.0, 2.0, 4.0, 8.0)
+_FEW_WINDOWS: Final = 12
 
 
 def one_run(scene: ReportData) -> ReportFigure:
@@ -60,16 +61,24 @@ def _ranks(run: Run, ax: Axes, site: str, metrics: list[str]) -> str:
             if not shown.any():
                 continue
             label = f"{bucket_name(bucket)} {metric_name(metric)}"
-            ax.plot(run.steps[shown], ranks[shown], line, color=colors[bucket], label=label)
+            ax.plot(
+                run.steps[shown], ranks[shown], line, marker=_marker(shown.sum()), color=colors[bucket], label=label
+            )
             if line == "-":
                 ends.append((float(ranks[shown][-1]), bucket_name(bucket), colors[bucket]))
                 first, last = ranks[shown][0], ranks[shown][-1]
-                head.append(f"{bucket_name(bucket)} from {first:.3g} to {last:.3g}")
+                way = f"from {first:.3g} to {last:.3g}" if shown.sum() > 1 else f"{last:.3g}"
+                head.append(f"{bucket_name(bucket)} {way}")
     ax.set_xlabel("optimizer step")
     ax.set_title(f"rank at {site}, D = {run.width}")
     ax.set_ylim(bottom=0)
     label_right(ax, ends)
     return f"{metric_name(metrics[0])} of {run.run_id}: {', '.join(head)} of D = {run.width}." if head else "No ranks."
+
+
+def _marker(count: int) -> str:
+    """A dot at each of a few windows: a line through one is not seen."""
+    return "." if count <= _FEW_WINDOWS else ""
 
 
 def _losses(run: Run, ax: Axes) -> None:
@@ -79,7 +88,7 @@ def _losses(run: Run, ax: Axes) -> None:
             steps, losses = loss_curve(run, bucket, (stage,))
             if len(steps):
                 label = f"{bucket_name(bucket)} {stage} loss"
-                ax.plot(steps, losses, line, color=colors[bucket], label=label)
+                ax.plot(steps, losses, line, marker=_marker(len(steps)), color=colors[bucket], label=label)
                 drawn = True
     ax.set_title("loss, nats (dotted: training)")
     ax.set_xlabel("optimizer step")

@@ -146,7 +146,7 @@ def warnings_of(scene: ReportData) -> list[str]:
     for flag, count in flags.items():
         if flag in FLAG_TEXT:
             out.append(f"{flag} ({count} of {len(medians)} fits): {FLAG_TEXT[flag]}.")
-        elif flag.startswith("refused:"):
+        elif flag.startswith("refused:") and len(scene.widths) > 1:  # one width: the headline says it
             out.append(f"{count} of {len(medians)} fits refused: {flag.removeprefix('refused:').replace('_', ' ')}.")
     out += caveats_of(scene.fitted, scene.runs if scene.runs.runs else None, listed=False)
     out += _level_warnings(scene)
@@ -261,12 +261,17 @@ def _subtitle(scene: ReportData) -> str:
     points = scene.fitted.table.points
     seeds = {point.seed for point in points if point.seed}
     steps = sorted({step for point in points for step in point.steps})
-    what = f"{len(scene.runs.runs)} runs" if scene.runs.runs else f"a table of {len(points)} points"
-    parts = [what] if points or scene.runs.runs else ["a table of exponents"]
-    parts += [f"{len(scene.widths)} FFN widths, {scene.widths[0]} to {scene.widths[-1]}"] if scene.widths else []
-    parts += [f"{len(seeds) or 'unknown'} seed(s)", f"site: {scene.site}"]
+    runs = len(scene.runs.runs)
+    what = f"{runs} run{'s' * (runs > 1)}" if runs else f"a table of {len(points)} points"
+    parts = [what] if points or runs else ["a table of exponents"]
+    if len(scene.widths) > 1:
+        parts.append(f"{len(scene.widths)} FFN widths, {scene.widths[0]} to {scene.widths[-1]}")
+    elif scene.widths:
+        parts.append(f"FFN width {scene.widths[0]}")
+    parts += [f"{len(seeds) or 'unknown'} seed{'s' * (len(seeds) != 1)}", f"site: {scene.site}"]
     if steps:
-        parts.append(f"windows at steps {steps[0]} to {steps[-1]}, median per layer, then over layers")
+        when = f"window at step {steps[0]}" if len(steps) == 1 else f"windows at steps {steps[0]} to {steps[-1]}"
+        parts.append(f"{when}, median per layer, then over layers")
     return " | ".join(parts)
 
 

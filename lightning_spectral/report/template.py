@@ -52,7 +52,8 @@ code { font: 12px "DejaVu Sans Mono", Menlo, monospace; background: #f5f5f5; pad
 details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 @media (prefers-color-scheme: dark) { :root { color-scheme: dark; } body { background: #16181c; color: #ddd; }
   h2, .sub, .note, th { color: #aaa; } figure { background: #fff; } .warnings { background: #33291b; }
-  code { background: #2a2d33; } td, th { border-color: #3a3d43; } nav a, details summary { color: #6db3e8; } }
+  code { background: #2a2d33; } td, th { border-color: #3a3d43; } nav a, details summary { color: #6db3e8; }
+  td b, .warnings b { filter: brightness(1.9); } }
 @media print { nav, .views input, .views label { display: none; } h2, figure { break-inside: avoid; } }
 </style>
 </head>

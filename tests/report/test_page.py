@@ -288,3 +288,13 @@ def test_labels_are_cut_and_cannot_turn_the_text_round() -> None:
     (look,) = looks_of([("\u202eevil" + "x" * 300,)]).values()
     assert look.name.startswith("evilx")
     assert len(look.name) == 40
+
+
+def test_one_run_with_one_window_is_dots_and_plain_words(tmp_path: Path) -> None:
+    write_one(tmp_path, "muon", 0.9, 64, hparams=recipe(), steps=(40,))
+    write_report(scene_of(tmp_path), tmp_path / "out")
+    page = unescape((tmp_path / "out" / "report.html").read_text())
+    assert "1 run | FFN width 64 | 1 seed" in page
+    assert "window at step 40" in page
+    assert "refused" not in page
+    assert " from " not in re.search(r"hard rank of [^<]*", page)[0]

@@ -238,6 +238,45 @@ def traffic(rank: int, world_size: int, placement: str, orthogonal: bool, power_
     return left, expected
 
 
+def ordinary_traffic(rank: int, world_size: int, placement: str) -> tuple[int, int, int]:
+    """(bytes that leave this rank for another in one step of Muon; of all ranks by the formula; room to align them)."""
+    model = Net()
+    placed = PLACEMENTS[placement][0](model)
+    optimizer = Muon(placed, lr=1e-2, precision="fp32", norm_eps=0.0)  # no extra state: directions and updates alone
+    train(placed, optimizer, 1)
+    left, original = 0, dist.all_to_all_single
+
+    def counted(output: Any, entering: Any, arrives: Any, leaves: Any, group: Any = None, **options: Any) -> Any:
+        nonlocal left
+        here = dist.get_rank(group)
+        left += entering.element_size() * sum(count for peer, count in enumerate(leaves) if peer != here)
+        return original(output, entering, arrives, leaves, group=group, **options)
+
+    dist.all_to_all_single = counted
+    optimizer.step()
+    dist.all_to_all_single = original
+    expected = messages = 0
+    for exchange in optimizer._matrix_step[1]._exchanges:
+        for i, owner in enumerate(exchange.owners):
+            held = {r: sum(part.numel for part in of_rank[i]) for r, of_rank in enumerate(exchange.holdings)}
+            copies = {r for r, here in held.items() if here == exchange.matrices[i].numel}
+            inward = {} if owner in copies else {r: n for r, n in held.items() if r != owner}
+            outward = {r: n for r, n in held.items() if r != owner}
+            expected += 4 * (sum(inward.values()) + sum(outward.values()))  # fp32: there, and back
+            messages += sum(map(bool, inward.values())) + sum(map(bool, outward.values()))
+    return left, expected, 16 * messages
+
+
+@pytest.mark.parametrize("placement", ["ddp", "fsdp1", "fsdp2", "columns"])
+def test_bytes_of_muon_are_those_of_the_formula(placement):
+    """Each matrix goes to its owner once, if it is cut, and its update once to every rank that holds some of it."""
+    counted = run_ranks(ordinary_traffic, PLACEMENTS[placement][1], placement)
+    left, (_, expected, room) = sum(one for one, _, _ in counted), counted[0]
+    assert len({(formula, align) for _, formula, align in counted}) == 1
+    assert expected > 0
+    assert expected <= left <= expected + room
+
+
 @pytest.mark.parametrize(("orthogonal", "power_iterations"), [(False, 1), (True, 2)])
 @pytest.mark.parametrize("placement", ["fsdp2", "columns", "fsdp1", pytest.param("hsdp", marks=pytest.mark.slow)])
 def test_bytes_of_factors_are_those_of_the_formula(placement, orthogonal, power_iterations):

@@ -190,11 +190,15 @@ def _one_rank(rank: int, world_size: int, folder: Path) -> None:
 
 
 def recorded(folder: Path) -> Facts:
-    """Every whole record below a folder, wherever it was moved: file's kind and key -> content."""
+    """Every whole record below a folder, wherever it was moved: file's kind, key and digest -> content.
+
+    Of two runs in one place (one was begun again before its first checkpoint) both have a record of a key.
+    """
     found: Facts = {}
     for name in (*_READERS, "eigenvalues"):
         for path in sorted(folder.rglob(name)):
-            found |= {f"{_run_of(path, folder)}:{key}": value for key, value in _content(path).items()}
+            for key, value in _content(path).items():
+                found[f"{_run_of(path, folder)}:{key}:{hashlib.sha256(value.encode()).hexdigest()[:12]}"] = value
     return found
 
 
@@ -280,9 +284,9 @@ def _sweep_result(folder: Path) -> Facts:
 
 
 def _measure_result(folder: Path) -> Facts:
-    return _main_records(
-        folder, "out", *(str(p.parent.relative_to(folder)) for p in (folder / "out").rglob("run.json"))
-    )
+    """Of the newest run: an interrupted one is measured again, and what it had is in ``previous/``."""
+    runs = [path.parent.relative_to(folder) for path in (folder / "out").rglob("run.json")]
+    return _main_records(folder, *(str(run) for run in runs if "previous" not in run.parts))
 
 
 def _memory_result(folder: Path) -> Facts:

@@ -9,6 +9,7 @@ import torch
 
 from lightning_spectral.optim.owners import find_owners
 from lightning_spectral.optim.routing import route, share_under_rule
+from tests.models.architectures import release
 
 transformers = pytest.importorskip("transformers")
 
@@ -126,7 +127,12 @@ FAMILIES: dict[str, tuple[dict[str, object], str, str, str]] = {
         LM,
         TOKENS,
     ),
-    "MixtralForCausalLM": (EXPERTS, f"{QKVO} {STACKED} mlp.gate", LM, TOKENS),
+    "MixtralForCausalLM": (
+        EXPERTS,
+        f"{QKVO} {STACKED} mlp.gate" if release("transformers") >= (5,) else f"{QKVO} w1 w2 w3 block_sparse_moe.gate",
+        LM,
+        TOKENS,
+    ),
     "Qwen2MoeForCausalLM": (EXPERTS, f"{LLAMA} {STACKED} mlp.gate", LM, TOKENS),
     "Qwen3MoeForCausalLM": (EXPERTS, f"{QKVO} {STACKED} mlp.gate", LM, TOKENS),
     "OlmoeForCausalLM": (EXPERTS, f"{QKVO} {STACKED} mlp.gate", LM, TOKENS),

@@ -18,10 +18,12 @@ from lightning_spectral.models.bare_networks import BareNetwork, bare_network, h
 from lightning_spectral.models.families import is_not_measured, kind_of
 from lightning_spectral.models.linears import Linear, is_stacked, widths_of
 from lightning_spectral.models.pairs import Shape, networks_of
-from lightning_spectral.models.walk import modules_of
+from lightning_spectral.models.walk import is_program, modules_of
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _MIXERS = (nn.MultiheadAttention, nn.RNNBase, nn.modules.conv._ConvNd)
+HIDDEN = "keeps its experts where torch cannot see them; load them dequantised (`Mxfp4Config(dequantize=True)`)"
+PROGRAM = "is a program of `torch.jit`, in which no hook runs; measure the module that it was made from"
 _NUMBER = re.compile(r"(\d+)$")
 
 
@@ -52,7 +54,7 @@ class Anatomy:
         has_attention: Whether something in it mixes positions, by name or type.
         num_other: Linear modules that belong to no feed-forward network.
         has_norm: Whether it normalises anything.
-        opaque: Path and class of a module that says it holds experts, and in which no matrix can be seen.
+        opaque: Why a part of it cannot be looked into; empty where all can.
     """
 
     networks: list[FeedForward]
@@ -88,6 +90,9 @@ class _Search:
         """Linear modules below ``module`` that no network has claimed; networks found on the way are kept."""
         found_before = len(self.networks)
         left: list[Linear] = []
+        if is_program(module):
+            self.opaque = f"{f'`{path}`' if path else 'it'} {PROGRAM}"
+            return left
         if kind != "attention":
             self._bare(module, path, kind)
         saved = "modules_to_save" in module._modules  # peft: a trained copy beside the original, which is not called
@@ -123,7 +128,7 @@ class _Search:
         if found is not None:
             self.networks.append(FeedForward(path, found, routed_by=_parent(path) if found.is_routed else None))
         elif holds_hidden_experts(module):
-            self.opaque = f"`{path}` ({type(module).__name__})"
+            self.opaque = f"`{path}` ({type(module).__name__}) {HIDDEN}"
 
     def _pair(self, left: list[Linear], below: str, kind: str) -> set[str]:
         """Claim the networks among these linear modules; the paths of what they use."""
@@ -193,7 +198,7 @@ def _residual_width(block: nn.Module, norms: Counter[int]) -> int | None:
 
 
 def _count_norms(module: nn.Module, norms: Counter[int]) -> None:
-    for name, child in module._modules.items():
+    for name, child in () if is_program(module) else module._modules.items():
         if child is None or kind_of(name, type(child).__name__) == "attention":
             continue
         width = _norm_width(child)

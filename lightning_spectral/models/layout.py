@@ -24,6 +24,7 @@ ENOUGH = 0.7  # share of rows that must agree
 _MARGIN = 0.3  # by which a layout must beat another one on the rows where they differ
 _NO_TOKEN = -1
 _BY_CHANCE = 0.15  # share of an id's rows below which its agreement is chance
+_FAR = 0.25  # of the typical length of what is embedded: what stands in the place of a token is as far from it
 _MAX_REPLACED = 3  # ids whose rows hold something else (image features at place holders)
 
 
@@ -116,7 +117,8 @@ def _decode(scored: Sequence[_Scored], ids: Ids, rows_ND: Tensor, looked_S: Tens
             decoded_S = _by_means(rows_SD, candidate.labels_S) if table is None else table.nearest(rows_SD)
             candidate.look(decoded_S, _says_nothing(candidate.tokens_N[looked_S], ids))
     for candidate in scored:
-        candidate.judge(same_width)
+        misfit_S = _misfit(rows_ND, looked_S, candidate.tokens_N, ids) if same_width else None
+        candidate.judge(misfit_S)
 
 
 class _Scored:
@@ -141,11 +143,15 @@ class _Scored:
         if int(agrees_S.sum()) > int(self.agrees_S.sum()):
             self.agrees_S, self._silent_S = agrees_S, silent_S
 
-    def judge(self, same_width: bool) -> None:
-        """After the last look: which rows count, and how many of them agree."""
-        self._replaced = self._replaced_ids()
-        counted_S = self.real_S & ~self._silent_S & ~torch.isin(self.labels_S, self._replaced)
-        self.counted_S = counted_S if same_width else counted_S & _repeated(self.labels_S)
+    def judge(self, misfit_S: Tensor | None) -> None:
+        """After the last look: which rows count, and how many of them agree.
+
+        Args:
+            misfit_S: How far each row is from what was embedded, in typical lengths of that; ``None`` for other widths.
+        """
+        self._replaced, faint = self._odd_ids(misfit_S)
+        counted_S = self.real_S & ~self._silent_S & ~torch.isin(self.labels_S, torch.cat([self._replaced, faint]))
+        self.counted_S = counted_S if misfit_S is not None else counted_S & _repeated(self.labels_S)
         num_counted = int(self.counted_S.sum())
         self.agreement = float((self.agrees_S & self.counted_S).sum()) / num_counted if num_counted else 0.0
         self.num_ids = len(torch.unique(self.labels_S[self.counted_S]))
@@ -165,16 +171,25 @@ class _Scored:
         labels_N = self._flat_M[self.tokens_N.clamp(min=0)]
         return torch.where(torch.isin(labels_N, self._replaced), _NO_TOKEN, self.tokens_N)
 
-    def _replaced_ids(self) -> Tensor:
-        """Ids of at least four rows of which hardly one agrees, while others do: place holders.
+    def _odd_ids(self, misfit_S: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Ids of at least four rows of which hardly one agrees, while others do: place holders, and faint ones.
 
-        What stands in their place looks like one id or another, now and then like the place holder itself.
+        What stands in a place holder's rows looks like one id or another, now and then like the place holder itself,
+        and is far from what was embedded. An id that is embedded as next to nothing (``padding_idx``) agrees as rarely,
+        but is near: it says nothing.
         """
         values, inverse = torch.unique(self.labels_S, return_inverse=True)
         totals = occurrences(inverse[~self._silent_S], len(values)).double()
         hits = occurrences(inverse[self.agrees_S], len(values)).double()
-        bad = (totals >= 4) & (hits < _BY_CHANCE * totals) & (values >= 0)
-        return values[bad] if int(bad.sum()) <= _MAX_REPLACED and bool(hits.any()) else values[:0]
+        odd = (totals >= 4) & (hits < _BY_CHANCE * totals) & (values >= 0)
+        if int(odd.sum()) > _MAX_REPLACED or not bool(hits.any()):
+            return values[:0], values[:0]
+        if misfit_S is None:
+            return values[odd], values[:0]
+        usual = float(misfit_S[self.agrees_S].median())
+        sums = torch.zeros(len(values), dtype=misfit_S.dtype, device=misfit_S.device).index_add_(0, inverse, misfit_S)
+        far = sums / occurrences(inverse, len(values)) > 2 * usual + _FAR
+        return values[odd & far], values[odd & ~far]
 
 
 def _rows_to_look_at(lead: torch.Size, device: torch.device) -> Tensor:
@@ -194,6 +209,14 @@ def _centred(rows_ND: Tensor, looked_S: Tensor, tokens_N: Tensor, ids: Ids) -> T
     Where ``x = s e + p``, rows minus their mean at each position are ``s`` times the same of what was embedded: with
     ``s`` by least squares this gives back ``e``.
     """
+    centred_SD, mean_embedded_SD, scale = _about_positions(rows_ND, looked_S, tokens_N, ids)
+    return centred_SD if mean_embedded_SD is None else centred_SD + scale * mean_embedded_SD
+
+
+def _about_positions(
+    rows_ND: Tensor, looked_S: Tensor, tokens_N: Tensor, ids: Ids
+) -> tuple[Tensor, Tensor | None, Tensor | float]:
+    """Rows without the mean of their position, that of what was embedded, and the scale between both."""
     length = ids.ids.shape[-1]
     real_N = tokens_N >= 0
     tokens_M = tokens_N[real_N]
@@ -201,12 +224,22 @@ def _centred(rows_ND: Tensor, looked_S: Tensor, tokens_N: Tensor, ids: Ids) -> T
     tokens_S = tokens_N[looked_S].clamp(min=0)
     centred_SD = rows_ND[looked_S].float() - means_TD[tokens_S % length]
     if ids.embedded.shape[-1] != rows_ND.shape[-1]:
-        return centred_SD
+        return centred_SD, None, 1.0
     embedded_MD = ids.embedded.reshape(-1, rows_ND.shape[-1])
     mean_embedded_SD = _means_by_position(embedded_MD[tokens_M], tokens_M % length, length)[tokens_S % length]
     expected_SD = embedded_MD[tokens_S].float() - mean_embedded_SD
     scale = (centred_SD * expected_SD).sum() / expected_SD.square().sum().clamp(min=1e-30)
-    return centred_SD + scale * mean_embedded_SD
+    return centred_SD, mean_embedded_SD, scale
+
+
+def _misfit(rows_ND: Tensor, looked_S: Tensor, tokens_N: Tensor, ids: Ids) -> Tensor:
+    """Length of what each row looked at holds beyond its token and its position, in typical lengths of a token's."""
+    centred_SD, mean_embedded_SD, scale = _about_positions(rows_ND, looked_S, tokens_N, ids)
+    assert mean_embedded_SD is not None  # of one width
+    embedded_MD = ids.embedded.reshape(-1, rows_ND.shape[-1]).float()
+    expected_SD = scale * (embedded_MD[tokens_N[looked_S].clamp(min=0)] - mean_embedded_SD)
+    typical = expected_SD.norm(dim=-1).median().clamp(min=1e-30)
+    return (centred_SD - expected_SD).norm(dim=-1) / typical
 
 
 def _means_by_position(rows_ND: Tensor, position_N: Tensor, length: int) -> Tensor:

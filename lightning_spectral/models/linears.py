@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 # How libraries spell the two widths: torch and bitsandbytes, Conv1D, GPTQ, Megatron, torchtune's LoRA.
@@ -40,6 +41,8 @@ def widths_of(module: nn.Module) -> tuple[int, int] | None:
     """``(in, out)`` of a module that multiplies by a matrix, or ``None``."""
     if type(module) is nn.Linear:
         return module.in_features, module.out_features
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     for name in _WRAPPED:
         if name in module._modules:
             return widths_of(module._modules[name])  # type: ignore[arg-type]

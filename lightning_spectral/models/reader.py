@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_spectral.models.calls import Frame, Piece, RawCall, Run
 from lightning_spectral.models.hooks import Hook
+from lightning_spectral.models.layout import looks_like_positions
 from lightning_spectral.models.sites import Site, Stack
 
 COMPILED_EXPERTS = (
@@ -82,12 +83,25 @@ class Reader:
             self._open.pop(stack.name, None)
             return None
         call = self._open.get(stack.name)
-        if call is None or not call.continues(layer, self._frame, len(self.ids)):
+        if call is None or not call.continues(layer, self._frame, len(self.ids)) or self._embeds_others(call, layer):
             call = RawCall(stack, self._frame, len(self.ids))
             self._open[stack.name] = call
             self.calls.append(call)
         call.runs.append(Run(layer, entered))
         return call.runs[-1]
+
+    def _embeds_others(self, call: RawCall, layer: int) -> bool:
+        """Whether the first block comes again after its table has looked other ids up: a part of the batch, no loop."""
+        if layer != call.runs[0].layer:
+            return False
+        before = [seen for seen in self.ids[: call.num_ids] if not looks_like_positions(seen[1])]
+        if not before:
+            return False
+        path, ids, _ = before[-1]
+        return any(
+            other == path and (new.data_ptr(), new.shape) != (ids.data_ptr(), ids.shape)
+            for other, new, _ in self.ids[call.num_ids :]
+        )
 
     def _run_of(self, site: Site) -> Run | None:
         """The run of a site's block that is going on: the latest one, which must have begun in this call."""

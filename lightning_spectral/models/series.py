@@ -16,6 +16,7 @@ from lightning_spectral.models.bare_networks import bare_network, holds_hidden_e
 from lightning_spectral.models.feed_forward import Anatomy, anatomy
 from lightning_spectral.models.linears import widths_of
 from lightning_spectral.models.names import clean_name
+from lightning_spectral.models.walk import is_program
 
 _NUMBER = re.compile(r"\d+$")
 _NOT_TAKEN_APART = Anatomy([], False, 0)
@@ -90,7 +91,7 @@ class _Search:
 
     def lists(self, module: nn.Module, path: str) -> Iterator[Series]:
         """The outermost lists below a module, or those inside their members where these are stages."""
-        if id(module) in self._seen:
+        if id(module) in self._seen or is_program(module):
             return
         self._seen.add(id(module))
         series, others = self._split(module, path)
@@ -141,9 +142,9 @@ class _Search:
         known = self._sizes.get(id(module))
         if known is not None:
             return known
-        if widths_of(module) is not None:
-            self._sizes[id(module)] = 1
-            return 1
+        if is_program(module) or widths_of(module) is not None:
+            self._sizes[id(module)] = 1 + is_program(module)  # of a program it is not seen what it holds
+            return self._sizes[id(module)]
         children = [child for child in module._modules.values() if child is not None]
         size = sum([self._size(child) for child in children])
         own = module._parameters or module._buffers or num_experts(module) is not None
@@ -164,7 +165,7 @@ def _alike(members: list[tuple[str, nn.Module]]) -> bool:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    inner = next((module._modules[name] for name in _WRAPPED if module._modules.get(name) is not None), None)
+    inner = next((module._modules[name] for name in _WRAPPED if name in module._modules), None)
     return module if inner is None else _unwrapped(inner)
 
 

@@ -10,15 +10,13 @@ from torch import nn
 
 from lightning_spectral.models.bare_networks import holds_hidden_experts, packed_matrices
 from lightning_spectral.models.families import Hint, installed_hints, is_other_table
-from lightning_spectral.models.feed_forward import Anatomy
+from lightning_spectral.models.feed_forward import HIDDEN, PROGRAM, Anatomy
 from lightning_spectral.models.globs import by_glob, with_parameters
 from lightning_spectral.models.linears import widths_of
 from lightning_spectral.models.reader import HIDDEN_EXPERTS
 from lightning_spectral.models.series import Series, all_series
 from lightning_spectral.models.sites import SITES, Found, Site, Stack, entrances, network_sites
-from lightning_spectral.models.walk import modules_of, named_modules, uncollected
-
-_HIDDEN = "keeps its experts where torch cannot see them; load them dequantised (`Mxfp4Config(dequantize=True)`)"
+from lightning_spectral.models.walk import is_program, modules_of, named_modules, uncollected
 
 
 @uncollected()
@@ -79,7 +77,8 @@ def is_embedding(module: nn.Module) -> bool:
 
 def _wrapped_table(module: nn.Module) -> nn.Module | None:
     """The table inside an adapter of peft, which may use its weight without calling it."""
-    inner = module._modules.get("base_layer") or module._modules.get("original_module")
+    inside = module._modules
+    inner = next((inside[name] for name in ("base_layer", "original_module") if name in inside), None)
     return inner if inner is not None and is_embedding(inner) else None
 
 
@@ -125,7 +124,7 @@ def _stack(series: Series, sites: Sequence[str]) -> Stack:
 
 def _why_uncovered(parts: Anatomy) -> str:
     if parts.opaque:
-        return f"{parts.opaque} {_HIDDEN}"
+        return parts.opaque
     if parts.has_attention:
         return "attention without a feed-forward network"
     return f"no feed-forward network recognised in it ({parts.num_other} linear modules)"
@@ -166,7 +165,10 @@ def _nothing_found(model: nn.Module, named: dict[str, nn.Module]) -> str:
     examples = [name for name, module in named.items() if widths_of(module)][:6]
     linears = f"Linear modules here: {examples}." if examples else "It has no linear module."
     hidden = next((name for name, module in named.items() if holds_hidden_experts(module)), None)
-    experts = f" `{hidden}` ({type(named[hidden]).__name__}) {_HIDDEN}." if hidden else ""
+    experts = f" `{hidden}` ({type(named[hidden]).__name__}) {HIDDEN}." if hidden else ""
+    program = next((f"`{name}`" for name, module in named.items() if is_program(module)), "")
+    program = "it" if is_program(model) else program
+    experts += f" {program[0].upper()}{program[1:]} {PROGRAM}." if program else ""
     return (
         f"No feed-forward network was found in a list of blocks in `{type(model).__name__}`.{experts} Name the down "
         f"projections yourself: `modules=['*.ffn.down']`. {linears}"

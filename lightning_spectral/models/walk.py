@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from lightning_spectral.models.names import clean_name
@@ -37,10 +38,17 @@ def _walk(module: nn.Module, path: str, found: dict[str, nn.Module], seen: set[i
         return
     seen.add(id(module))
     found[path] = module
+    if is_program(module):
+        return
     prefix = f"{path}." if path else ""
     for name, child in module._modules.items():
         if child is not None:
             _walk(child, prefix + name, found, seen)
+
+
+def is_program(module: nn.Module) -> bool:
+    """Whether it is a program of ``torch.jit``: the modules in it are never called, so that no hook of theirs runs."""
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 @contextmanager

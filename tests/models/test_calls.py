@@ -93,6 +93,34 @@ def test_a_looped_layer_is_a_site_at_each_depth():
     recorder.remove()
 
 
+def test_a_loop_that_embeds_the_same_ids_again_is_one_call():
+    def step(model):
+        tokens = ids()
+
+        def twice(tokens):
+            x = model.embed(tokens)
+            for _ in range(2):
+                x = model.layers[0](x + model.embed(tokens))
+            return x
+
+        model.forward = twice
+        model(tokens)
+
+    (call,), _ = calls_of(Decoder(1), step)
+    assert set(call.rows) == {"layers.0.mlp.down.post", "layers.0.mlp.down@1.post"}
+
+
+def test_parts_of_a_batch_inside_one_forward_are_calls_of_their_own():
+    def step(model):
+        whole = model.forward
+        model.forward = lambda tokens: torch.cat([whole(part) for part in tokens.chunk(2)])
+        model(ids())
+
+    calls, _ = calls_of(Decoder(), step)
+    assert [torch.equal(call.ids, part) for call, part in zip(calls, ids().chunk(2), strict=True)] == [True, True]
+    assert [layers_of(call) for call in calls] == [{f"layers.{n}.mlp.down.post": (64, 48) for n in (0, 1, 2)}] * 2
+
+
 def test_two_forwards_are_two_calls_each_with_its_own_ids():
     first, second = ids(), ids().flip(0)
 
@@ -319,3 +347,19 @@ def test_two_networks_of_one_block_have_records_of_their_own():
     assert (
         replace(first, module="mlp.experts.down_proj").key != replace(first, module="mlp.shared_expert.down_proj").key
     )
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_program_of_torch_jit_is_named_and_the_rest_is_measured():
+    model = Decoder()
+    model.layers[1] = torch.jit.trace(model.layers[1], torch.randn(2, T, D))
+    found = find_stacks(model)
+    assert [site.name for site in found.sites] == ["layers.0.mlp.down", "layers.2.mlp.down"]
+    (note,) = found.notes
+    assert note.startswith("1 of 3 blocks of `layers` are not measured: it is a program of `torch.jit`")
+    (call,), _ = calls_of(model, lambda model: model(ids()))
+    assert layers_of(call) == {f"layers.{n}.mlp.down.post": (128, 48) for n in (0, 2)}
+    model.layers[0].mlp = torch.jit.trace(Network(), torch.randn(2, T, D))
+    assert any("`mlp` is a program of `torch.jit`" in note for note in find_stacks(model).notes)
+    with pytest.raises(ValueError, match="It is a program of `torch.jit`"):
+        find_stacks(torch.jit.trace(Decoder(), ids()))

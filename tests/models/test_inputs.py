@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_spectral.models.layout import Ids, prove
 from lightning_spectral.models.recorder import Recorder
 from lightning_spectral.models.stacks import find_stacks
 from tests.models import tiny
@@ -227,3 +228,22 @@ def test_packed_sequences_begin_where_positions_begin_again():
         call = call_of(CASES[name].arrange, CASES[name].inputs)
         expected = torch.repeat_interleave(torch.arange(4), STARTS.diff())
         assert torch.equal(call.sequences_P, expected)
+
+
+@pytest.mark.parametrize(("faint", "dropout"), [(0.0, 0.1), (0.15, 0.3)])
+def test_an_id_that_is_embedded_as_next_to_nothing_is_a_token_all_the_same(faint, dropout):
+    """As `padding_idx` makes it, under dropout and positions: its rows cannot agree, and yet hold nothing else."""
+    proven = 0
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        zipf = 1 / torch.arange(1.0, tiny.VOCAB + 1)
+        tokens = torch.multinomial(zipf, 8 * 16, replacement=True, generator=g).view(8, 16)
+        table = torch.randn(tiny.VOCAB, D, generator=g)
+        table[0] *= faint
+        rows = table[tokens] + torch.randn(16, D, generator=g)
+        kept = torch.rand(rows.shape, generator=g) > dropout
+        layout = prove(Ids(tokens, table[tokens]), rows * kept / (1 - dropout))
+        if layout is not None:
+            assert layout.tokens_N.tolist() == list(range(8 * 16)), seed
+            proven += 1
+    assert proven >= 19

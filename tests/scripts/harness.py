@@ -18,13 +18,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_spectral import SpectralRankCallback, TailTokenProbe, read_spectral
+from lightning_spectral.models.names import clean_name
 from lightning_spectral.records import SpectralRecord, read_losses
 from tests.scripts import toys
 
-WATCHED = "net.model.layers.0.mlp.down_proj"
 LOST = {"no_forward", "not_matched", "solve_failed"}
 WAYS = ("without", "rank", "tail", "variable")
 
@@ -44,7 +44,9 @@ class Script:
         refuses: The model cannot be measured: an explicit callback says so before step 1, the variable warns.
         evaluated_rows: Rows that a validation must have.
         unscored: The losses must have the status ``not_matched``, with a reason.
-        prepare: Called with the trainer and the module before ``fit``; returns further arguments of ``fit``.
+        prepare: Called with the folder before ``fit``; returns further arguments of ``fit``.
+        settings: Further arguments of our callbacks.
+        run: What the script does with its Trainer, module, data and further arguments.
     """
 
     module: Callable[[], pl.LightningModule]
@@ -58,6 +60,8 @@ class Script:
     evaluated_rows: int | None = None
     unscored: bool = False
     prepare: Callable[[Path], dict[str, Any]] = lambda path: {}
+    settings: dict[str, Any] = field(default_factory=dict)
+    run: Callable[..., Any] = lambda trainer, module, *data, **options: trainer.fit(module, *data, **options)
 
 
 @dataclass
@@ -71,6 +75,8 @@ class Outcome:
     rng: Tensor
     rows: dict[int, list[Tensor]]
     warnings: list[str]
+    watched: str = ""
+    row_ids: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
 class Notes(pl.Callback):
@@ -79,19 +85,26 @@ class Notes(pl.Callback):
     def __init__(self) -> None:
         self.rows: dict[int, list[Tensor]] = {}
         self.losses: list[Tensor] = []
+        self.row_ids: dict[int, list[Tensor]] = {}
+        self.watched = ""
         self._trains = False
         self._handle: Any = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = pl_module.watched() if isinstance(pl_module, toys.Lit) else None
         if module is not None:
+            self.watched = clean_name(next(name for name, found in pl_module.named_modules() if found is module))
 
-            def keep(_: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            def keep(called: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
                 rows = args[0] if args else kwargs["input"]
                 backward = torch._C._current_graph_task_id() != -1
                 functorch = torch._C._functorch.peek_interpreter_stack() is not None
-                if self._trains and torch.is_grad_enabled() and not backward and not functorch:
-                    self.rows.setdefault(trainer.global_step, []).append(rows.detach().flatten(0, -2).clone())
+                of_a_copy = called is not module
+                if self._trains and not of_a_copy and torch.is_grad_enabled() and not backward and not functorch:
+                    kept = pl_module.counted(rows.detach())
+                    self.rows.setdefault(trainer.global_step, []).append(kept.reshape(-1, kept.shape[-1]).clone())
+                    if pl_module.row_ids is not None:
+                        self.row_ids.setdefault(trainer.global_step, []).append(pl_module.row_ids.flatten().clone())
 
             self._handle = module.register_forward_pre_hook(keep, with_kwargs=True)
 
@@ -122,6 +135,7 @@ def run(script: Script, way: str, path: Path) -> Outcome:
     torch.manual_seed(1)
     notes = Notes()
     settings: dict[str, Any] = {"on": list(script.on), "dirpath": str(path / "records"), "background": False}
+    settings |= script.settings
     ours: dict[str, Callable[[], list[Any]]] = {
         "rank": lambda: [SpectralRankCallback(2, **settings)],
         "tail": lambda: [TailTokenProbe(2, counts=toys.counts(), **settings)],
@@ -140,7 +154,7 @@ def run(script: Script, way: str, path: Path) -> Outcome:
             **{**defaults, **script.options},
         )
         try:
-            trainer.fit(module, *script.data(), **script.prepare(path))
+            script.run(trainer, module, *script.data(), **script.prepare(path))
         except BaseException as error:
             if isinstance(error, (pytest.fail.Exception, MemoryError)):
                 raise
@@ -148,7 +162,9 @@ def run(script: Script, way: str, path: Path) -> Outcome:
         step = trainer.global_step
     weights = [tensor.detach().clone() for tensor in module.state_dict().values()]
     told = [str(warning.message) for warning in caught]
-    return Outcome(ended, step, weights, notes.losses, torch.get_rng_state(), notes.rows, told)
+    found = Outcome(ended, step, weights, notes.losses, torch.get_rng_state(), notes.rows, told)
+    found.watched, found.row_ids = notes.watched, notes.row_ids
+    return found
 
 
 def compare(script: Script, ways: tuple[str, ...], path: Path) -> None:
@@ -172,9 +188,8 @@ def compare(script: Script, ways: tuple[str, ...], path: Path) -> None:
 def check_records(script: Script, outcome: Outcome, folder: Path, *, with_losses: bool) -> None:
     """Every record of training has the oracle's rows and rank, or says why not."""
     records = read_spectral(folder).records if (folder / "spectral.jsonl").exists() else []
-    pooled = [r for r in records if r.stage == "train" and r.bucket == "pooled" and r.layer == 0]
-    if outcome.rows:
-        pooled = [r for r in pooled if r.module == WATCHED]
+    pooled = [r for r in records if r.stage == "train" and r.bucket == "pooled"]
+    pooled = [r for r in pooled if (r.module == outcome.watched if outcome.watched else r.layer == 0)]
     if script.exact and not script.refuses and outcome.step > 0:
         assert pooled, f"no record; told: {outcome.warnings}"
     for record in records:
@@ -186,6 +201,8 @@ def check_records(script: Script, outcome: Outcome, folder: Path, *, with_losses
             assert not script.exact or not outcome.rows.get(record.step or 0), f"{record.status}: {record.reason}"
         elif outcome.rows:
             _check_rows(record, torch.cat(outcome.rows.get(record.step or 0, [torch.zeros(0, toys.WIDTH)])))
+    if outcome.row_ids:
+        _check_buckets(outcome, records)
     _check_evaluation(script, records)
     _check_losses(script, outcome, folder, with_losses=with_losses)
 
@@ -204,6 +221,22 @@ def _check_losses(script: Script, outcome: Outcome, folder: Path, *, with_losses
     if with_losses and script.exact and outcome.losses:
         losses = {r.step: r for r in read_losses(folder).records if r.bucket == "pooled" and r.stage == "train"}
         assert losses[0].loss == pytest.approx(float(outcome.losses[0]), rel=1e-5)
+
+
+def _check_buckets(outcome: Outcome, records: list[SpectralRecord]) -> None:
+    """Rows and rank of each bucket, by the rule of the paper, written once more."""
+    counts = toys.counts()
+    ordered = counts.sort(descending=True).values
+    share = ordered.cumsum(0) / counts.sum()
+    last_head, last_mid = int((share <= 0.33).sum()) - 1, int((share <= 0.67).sum()) - 1
+    bucket = torch.full_like(counts, 2).masked_fill(counts >= ordered[last_mid], 1)
+    bucket = bucket.masked_fill(counts >= ordered[last_head], 0)
+    for record in records:
+        step = record.step or 0
+        fits = record.stage == "train" and record.module == outcome.watched and record.bucket in toys.BUCKETS
+        if fits and record.status not in LOST and step in outcome.row_ids:
+            mine = bucket[torch.cat(outcome.row_ids[step])] == toys.BUCKETS.index(record.bucket)
+            _check_rows(record, torch.cat(outcome.rows[step])[mine])
 
 
 def _check_rows(record: SpectralRecord, rows: Tensor) -> None:

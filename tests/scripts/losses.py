@@ -167,7 +167,10 @@ class TwoHeads(Lit):
 
 
 class InstructionTuning(Lit):
-    """Labels of the prompt are left out, as Hugging Face shifts them."""
+    """Labels of the prompt are left out, as Hugging Face shifts them; no mask says that its rows are no padding."""
+
+    def counted(self, rows: Tensor) -> Tensor:
+        return rows[:, 5:]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         logits, labels = self.net(batch["input_ids"]), batch["labels"]

@@ -20,6 +20,7 @@ from lightning_spectral.probe.probe import SpectralProbe
 from lightning_spectral.records import SpectralRecord
 from tests.distributed.harness import run_ranks
 from tests.scripts import models, steps, toys
+from tests.scripts.late import BareMatrices
 from tests.scripts.steps import Retries
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("default")]
@@ -107,6 +108,22 @@ def test_one_rank_without_a_forward_adds_nothing(tmp_path: Path) -> None:
         3: 2 * ROWS,
     }
     assert {record.hard_rank is None for record in found.values()} == {False}
+
+
+class BareNoForward(NoForward, BareMatrices):
+    """Matrices that are parameters: nothing declares their up projection's width."""
+
+
+def pre_and_post(rank: int, path: str) -> list[Any]:
+    return [SpectralRankCallback(1, sites=["pre", "post"], dirpath=path, background=False)]
+
+
+def test_one_rank_without_a_forward_of_bare_matrices(tmp_path: Path) -> None:
+    compare(tmp_path, BareNoForward, pre_and_post)
+    records = read_spectral(tmp_path / "ours").records
+    found = {(r.step, r.site): (r.num_tokens, r.width) for r in records if r.bucket == "pooled" and r.layer == 0}
+    wanted = {0: 2 * ROWS, 1: 2 * ROWS, 2: ROWS, 3: 2 * ROWS}
+    assert found == {(step, site): (rows, 32) for step, rows in wanted.items() for site in ("pre", "post")}
 
 
 def test_one_rank_that_retries_after_a_failure(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 V, T, D, WIDTH = 64, 16, 16, 32
+BUCKETS = ("head", "mid", "tail")
 
 
 class MLP(nn.Module):
@@ -80,10 +81,24 @@ class Lit(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
+    row_ids: Tensor | None = None  # of the rows of the forward under way, where a script says so
+
+    def counted(self, rows: Tensor) -> Tensor:
+        """The rows that are tokens, for scripts with padding."""
+        return rows
+
     def watched(self) -> nn.Module | None:
-        """The down projection whose inputs the harness compares with the records of layer 0."""
+        """The down projection whose inputs the harness compares with the records."""
         model = getattr(getattr(self, "net", None), "model", None)
         return model.layers[0].mlp.down_proj if isinstance(model, Decoder) else None
+
+
+class Tokens(Lit):
+    """The plain language model, with the tokens of its rows."""
+
+    def loss(self, ids: Tensor) -> Tensor:
+        self.row_ids = ids[:, :-1]
+        return cross_entropy(self.net(ids[:, :-1]), ids[:, 1:])
 
 
 def ids(n: int = 64, t: int = T + 1, seed: int = 0) -> Tensor:

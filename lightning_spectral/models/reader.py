@@ -21,7 +21,8 @@ HIDDEN_EXPERTS = (
     "(`Mxfp4Config(dequantize=True)`)"
 )
 UNPAIRED_EXPERTS = (
-    "{} products with the up projections and {} with the down projections were seen: no pairs of one expert"
+    "{} products with up projections and {} with down projections were seen, which are no pairs: measure `post` alone, or "
+    "leave the module out of the compiled region"
 )
 
 
@@ -139,18 +140,19 @@ class Reader:
         sites: list[Site] = hook.target
         seen, is_packed = content
         arrivals = seen[sites[0].up_parameter]
+        down = sites[0].matrices[0][0] if sites[0].matrices else sites[0].parameter
+        per_row = max(len(arrivals) // max(len(seen[down]), 1), 1)  # two where only widths tell: gate and up are alike
         for site in sites:
             run, rows = self._run_of(site), seen[site.parameter]
             call = self._open.get(site.stack)
             if run is None or call is None:
                 continue
-            per_row = len(arrivals) // max(len(rows), 1)  # two where gate and up are known by their widths alone
-            why = self._why_unseen(len(arrivals), len(rows), per_row > 1 and site.site == "pre", is_packed)
+            why = self._why_unseen(len(arrivals), len(seen[down]), per_row > 1 and site.site == "pre", is_packed)
             call.unseen.pop(site.key, None)
             if why:
                 call.unseen[site.key] = why
                 continue
-            for product, arrival in zip(rows, arrivals[:: max(per_row, 1)], strict=True):
+            for product, arrival in zip(rows, arrivals[::per_row], strict=True):
                 kept = product.rows if site.site == "post" else product.output
                 run.pieces.append(Piece(site, kept, product.lead, arrival.rows, self._sent))
 

@@ -129,6 +129,41 @@ def test_a_window_of_compiled_experts_compiles_once_and_changes_nothing():
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+class GatedExperts(Experts):
+    """Gate and up projection have the same two widths."""
+
+    def __init__(self, width) -> None:
+        super().__init__(width)
+        self.gate_proj = nn.Parameter(0.1 * torch.randn(2, 16, width))
+
+    def forward(self, x):
+        hidden = torch.matmul(x, self.gate_proj).sigmoid() * torch.matmul(x, self.up_proj)
+        return torch.matmul(hidden, self.down_proj).mean(0)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_compiled_gate_and_up_projection_are_not_told_apart():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = Net()
+    for layer in model.layers:
+        layer.experts = GatedExperts(24)
+    calls = []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        recorder = Recorder(model, find_stacks(model, sites=["pre", "post"]))
+        recorder.start()
+        run(tiny.ids()).square().mean().backward()
+        calls += recorder.collect()
+        recorder.remove()
+    eager, compiled = calls
+    for n in (0, 1):
+        down, gate = f"layers.{n}.experts.down_proj.post", f"layers.{n}.experts.gate_proj.pre"
+        assert len(eager.rows[gate]) == len(eager.rows[down]) == 48
+        assert torch.allclose(eager.rows[down], compiled.rows[down], atol=1e-6)  # fp32 in another order
+        assert torch.equal(eager.places[down], compiled.places[down])
+        assert compiled.unseen[gate].startswith("2 products with up projections and 1 with down projections")
+
+
 def _family(model):
     torch._dynamo.reset()
     calls = []

@@ -21,8 +21,8 @@ HIDDEN_EXPERTS = (
     "(`Mxfp4Config(dequantize=True)`)"
 )
 UNPAIRED_EXPERTS = (
-    "{} products with up projections and {} with down projections were seen, which are no pairs: measure `post` alone, or "
-    "leave the module out of the compiled region"
+    "{} products with up projections and {} with down projections were seen, which are no pairs: measure `post` "
+    "alone, or leave the module out of the compiled region"
 )
 
 

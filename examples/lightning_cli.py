@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 
 class Bytes(LightningDataModule):
-    """A text, a token a byte.
+    """A text, a token per byte.
 
     Args:
         path: The text.

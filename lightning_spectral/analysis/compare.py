@@ -181,7 +181,7 @@ class Ratio:
 
     Attributes:
         fit: The values ln a - ln b at their widths and seeds.
-        method: ``mixed_of_ln_ratio`` (pairs of one width and seed) or ``ols_of_ln_ratio`` (one pair a width).
+        method: ``mixed_of_ln_ratio`` (pairs of one width and seed) or ``ols_of_ln_ratio`` (one pair per width).
     """
 
     fit: SeedFit

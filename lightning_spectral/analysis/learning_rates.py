@@ -110,7 +110,7 @@ def _common_name(names: Sequence[str]) -> str:
 
 
 def ladder_table(ladders: Sequence[LearningRateSweep], table: PointTable) -> tuple[list[str], list[list[Any]]]:
-    """Header and rows of ``learning_rates.csv``: one row a rung and measurement of the layer median."""
+    """Header and rows of ``learning_rates.csv``: one row per learning rate and measurement, layer median."""
     header = ["ladder", "series", "learning_rate", "site", "bucket", "metric", "beta", "ci_low", "ci_high", "n"]
     header += ["widths", "seeds", "value_narrowest", "value_widest", "loss_narrowest", "loss_widest", "status"]
     labels = len(ladders[0].rungs[0].series) if ladders else 0

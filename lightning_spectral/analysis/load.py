@@ -34,7 +34,7 @@ KINDS: Final = {
 def load(paths: str | Path | Iterable[str | Path], kind: str = "spectral") -> Any:
     """Records of all run folders as a data frame: polars if it is installed, else pandas.
 
-    One row a record: the run's optimizer, seed and labels (``label_NAME``), then the record's fields; ``renyi`` and
+    One row per record: the run's optimizer, seed and labels (``label_NAME``), then the record's fields; ``renyi`` and
     the like as ``renyi_0.5``. Runs moved to ``previous/`` are left out.
 
     Args:

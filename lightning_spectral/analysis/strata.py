@@ -95,7 +95,7 @@ class SeedDesign:
         x_mean: Where the level is taken.
         slope: (n,) coefficients of the slope.
         level: (n,) coefficients of the level at ``x_mean``.
-        by_seed: (n, seeds) which point is whose; ``None`` with one value a width.
+        by_seed: (n, seeds) which point is whose; ``None`` with one value per width.
         complete: Whether every seed has every width once.
         widths: Mean square and effect of the widths; ``None`` where they cannot be told from the seeds' lines.
         residual: Mean square of what is left; ``None`` without degrees of freedom.
@@ -219,7 +219,7 @@ def _design(x_values: tuple[float, ...], seeds: tuple[str, ...]) -> SeedDesign |
     # the mean over seeds of each seed's own height at x_mean, along the common slope
     per_seed = (by_seed / by_seed.sum(0)).mean(1)
     level = per_seed + (x_mean - float(per_seed @ x)) * slope
-    lines = np.column_stack([by_seed, by_seed * (x - x_mean)[:, None]])  # a line a seed
+    lines = np.column_stack([by_seed, by_seed * (x - x_mean)[:, None]])  # a line per seed
     whole, bare = _projection(np.column_stack([lines, by_width])), _projection(lines)
     square, residual = _mean_square(whole - bare), _mean_square(np.eye(len(x)) - whole)
     widths = None
@@ -231,7 +231,7 @@ def _design(x_values: tuple[float, ...], seeds: tuple[str, ...]) -> SeedDesign |
 
 
 def width_design(x: FloatArray) -> SeedDesign:
-    """The design of one value a width: ordinary least squares, the residual the only mean square."""
+    """The design of one value per width: ordinary least squares, the residual the only mean square."""
     center = x - x.mean()
     s_xx = float(center @ center)
     left = np.eye(len(x)) - _projection(np.column_stack([np.ones_like(x), x]))

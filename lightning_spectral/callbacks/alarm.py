@@ -26,6 +26,7 @@ from lightning_spectral.records import (
     read_alarms,
 )
 from lightning_spectral.text import did_you_mean
+from lightning_spectral.text.arguments import require_count
 
 RELATIVE_TO = ("width", "untrained", "past")
 
@@ -82,8 +83,7 @@ class SpectralAlarm(Callback):
             raise ValueError(f"`{'below' if above is None else 'above'}` must be a share > 0, got {threshold!r}.")
         if relative_to not in RELATIVE_TO:
             raise ValueError(f"unknown `relative_to` {relative_to!r}: {did_you_mean(relative_to, RELATIVE_TO)}")
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-            raise ValueError(f"`patience` must be a number of windows >= 1, got {patience!r}.")
+        require_count("patience", patience)
         known = (*RANK_METRICS, "hard_rank_debiased", "soft_rank_debiased", "asymmetry")
         if metric not in known:
             raise ValueError(f"unknown `metric` {metric!r}: {did_you_mean(metric, known)}")
@@ -199,7 +199,7 @@ class SpectralAlarm(Callback):
                 trainer,
                 "unjudged",
                 f"{self._unjudged} windows in a row have no {self.metric} of bucket {self.bucket} to judge (status "
-                f"`{record.status}`, N/D = {record.tokens_per_dim:.2g}): measure more tokens a window.",
+                f"`{record.status}`, N/D = {record.tokens_per_dim:.2g}): measure more tokens per window.",
             )
 
     def _say_once(self, trainer: pl.Trainer, cause: str, text: str) -> None:

@@ -53,6 +53,7 @@ def _build(spec: Any, where: str) -> Callback:
     if (
         not isinstance(spec, dict)
         or not isinstance(spec.get("class_path"), str)
+        or not isinstance(spec.get("init_args") or {}, dict)
         or set(spec) - {"class_path", "init_args"}
     ):
         raise MisconfigurationException(

@@ -16,6 +16,7 @@ from lightning_spectral.callbacks.trainer_host import log_scalars
 from lightning_spectral.models.placement import Shards, blocks_of, local
 from lightning_spectral.models.query_key import Attention, HeadRows, LargestLogits, find_attentions
 from lightning_spectral.probe.guard import warn
+from lightning_spectral.text.arguments import require_count
 
 # H query heads, G key heads
 
@@ -46,8 +47,7 @@ class QKClipCallback(Callback):
     def __init__(self, threshold: float = 100.0, *, every_n_steps: int = 1) -> None:
         if not threshold > 0:
             raise ValueError(f"`threshold` must be > 0, got {threshold!r}.")
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be a number of steps >= 1, got {every_n_steps!r}.")
+        require_count("every_n_steps", every_n_steps)
         self.threshold, self.every_n_steps = threshold, every_n_steps
         self._attentions: list[Attention] = []
         self._modes: list[LargestLogits] = []

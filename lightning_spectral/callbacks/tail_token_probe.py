@@ -18,7 +18,7 @@ class TailTokenProbe(SpectralCallback):
 
     Args:
         every_n_steps: Optimizer steps between windows.
-        counts: Occurrences of each token id in the training corpus: a file (``.npy``, ``.pt``, one number a line), an
+        counts: Occurrences of each token id in the training corpus: a file (``.npy``, ``.pt``, one number per line), an
             array, or ``"stream"`` to count the tokens of the training batches as they come; then buckets have the
             status ``not_matched`` until ten tokens per id were seen (data that lies in memory is counted at fit start).
             Default: the datamodule's ``token_counts``.

@@ -37,6 +37,7 @@ from lightning_spectral.probe.run_folder import new_run_id
 from lightning_spectral.probe.schedule import Schedule
 from lightning_spectral.records import append_lines
 from lightning_spectral.text import one_line
+from lightning_spectral.text.arguments import require_count
 
 AUDIENCE_FILE = "audience.jsonl"
 _HEAD = re.compile(r"(^|\.)(lm_head|head|embed_out|unembed|output_layer)\.")
@@ -113,8 +114,7 @@ class UpdateAudience(BeginsFit):
         dirpath: str | None = None,
         run_id: str | None = None,
     ) -> None:
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be an integer >= 1, got {every_n_steps!r}.")
+        require_count("every_n_steps", every_n_steps)
         if group_by not in ("frequency", "octave"):
             raise ValueError(f"`group_by` must be `frequency` or `octave`, got {group_by!r}.")
         self.rules = audience.check_rules(rules, coefficients, ns_steps)

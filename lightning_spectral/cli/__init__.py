@@ -1,6 +1,6 @@
 """The front door: ``lightning-spectral VERB ...``.
 
-One row a verb; its module is imported only when the verb is called, so that ``fit`` and ``report`` need no torch.
+One row per verb; its module is imported only when the verb is called, so that ``fit`` and ``report`` need no torch.
 """
 
 from __future__ import annotations

@@ -23,9 +23,9 @@ examples:
   lightning-spectral fit points.csv --x ffn_hidden_dim --y value --by optimizer,bucket,metric --out out/fits
   lightning-spectral fit losses.csv --x params,tokens --y loss --model floor      # E + A N^-a + B D^-b
 
-With one run a width the interval is Student's t over WIDTHS and says nothing about seeds; with several seeds it is over
-widths AND seeds (a mixed model: level and slope a seed, an effect a width). What else must be read with a slope stands
-below the table: the state before the learning-rate decay, learning rates, the null."""
+With one run per width the interval is Student's t over WIDTHS and says nothing about seeds; with several seeds it is
+over widths AND seeds (a mixed model: level and slope per seed, an effect per width). What else must be read with
+a slope is printed below the table: the state before the learning-rate decay, learning rates, the null."""
 
 
 def main(argv: list[str]) -> int:

@@ -24,7 +24,7 @@ examples:
   lightning-spectral import export.csv --width 3072 --tag "ranks/(?P<metric>hard_rank)/(?P<layer>\\d+)" --out out/wandb
 
 Known without --tag: the tags that our callbacks log, `loss`, `train_loss`, `val/loss` and the like. A manifest is a CSV
-with a row a run: run_id, name or log_dir, ffn_hidden_dim (or width), optimizer, seed; other columns become labels
+with a row per run: run_id, name or log_dir, ffn_hidden_dim (or width), optimizer, seed; other columns become labels
 where they differ."""
 
 _WIDTHS = ("width", "ffn_hidden_dim", "ffn_width", "intermediate_size", "d_ff")

@@ -103,7 +103,7 @@ _HEADS = ("stack", "site", "module", "blocks", "sites", "width", Column("MiB in 
 
 
 def rows_of(stacks: Sequence[Stack], groups: int, layouts: Mapping[str, Rehearsed]) -> list[tuple[Any, ...]]:
-    """One row a kind of site of each stack."""
+    """One row per kind of site of each stack."""
     rows: list[tuple[Any, ...]] = []
     for stack in stacks:
         kinds: dict[tuple[str, str, int | None], list[Site]] = {}

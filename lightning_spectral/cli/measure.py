@@ -122,7 +122,7 @@ def _arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _series(checkpoints: list[Path], options: argparse.Namespace) -> int:
-    """More than two: run folders that `fit` and `report` read, and one line a checkpoint."""
+    """More than two: run folders that `fit` and `report` read, and one line per checkpoint."""
     from lightning_spectral.records import read_spectral
     from lightning_spectral.training.measure_series import measure_series
 

@@ -22,7 +22,7 @@ says which), with all inputs (``d``, ``d_out``, ``n_items``, ``alpha``, ``batch_
 * ``theory``: predictions only, with ``predicted_d_t``, ``asymptotic_e_t``, ``predicted_critical_batch``;
 * ``claims``: the same kinds with ``part``, SGD with ``method`` gram, and kind ``amplification``, whose ``count`` is
   Muon's signal over noise divided by SGD's at the ``ranks`` just beyond Muon's reach;
-* ``recall``: one row a step: ``optimizer``, ``lr``, ``network``, ``loss``, ``count``, ``mass``, ``tail``, recall by
+* ``recall``: one row per step: ``optimizer``, ``lr``, ``network``, ``loss``, ``count``, ``mass``, ``tail``, recall by
   octave of rank (``00``, ``01``, ...), ``tail_soft_rank``, ``tail_hard_rank`` measured at ``rank_step``;
 * ``advise`` (kind ``advice``): ``layer``, ``outputs``, ``inputs``, ``rule``, ``stored``, ``stored_population``,
   ``rank``, ``tail_share``, ``critical_batch``, ``gains``, ``binds``, ``ns_steps_needed``.
@@ -35,12 +35,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from lightning_spectral.cli import memory_verbs
 from lightning_spectral.cli.parser import VerbParser
 from lightning_spectral.memory import verb_options
 from lightning_spectral.memory.options import Parser
-from lightning_spectral.text import CommandError
+from lightning_spectral.text import CommandError, read_yaml
 from lightning_spectral.text.tables import add_format_option
 
 _WITHOUT_RECIPE = ("report", "fields", "audience")
@@ -86,8 +87,7 @@ def _with_config(argv: list[str]) -> list[str]:
         raise CommandError("`--config` needs a file.")
     path = argv[position + 1]
     try:
-        with open(path) as file:
-            content = yaml.safe_load(file)
+        content = read_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise CommandError(f"`--config` {path} cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("command", argv[0]) != argv[0] or "train" in content:
@@ -96,7 +96,7 @@ def _with_config(argv: list[str]) -> list[str]:
     for key, value in content.items():
         if key == "command" or value is None or value is False:
             continue
-        arguments.append("--" + key.replace("_", "-"))
+        arguments.append("--" + str(key).replace("_", "-"))
         if value is not True:
             arguments += [str(item) for item in value] if isinstance(value, list) else [str(value)]
     return [argv[0], *arguments, *argv[1:position], *argv[position + 2 :]]

@@ -1,6 +1,6 @@
 """Which block of tokens goes to which rank in which micro-batch: a pure function of the seed and the position.
 
-# B blocks a micro-batch, T tokens a sequence, G blocks an optimizer step (over all ranks)
+# B blocks per micro-batch, T tokens per sequence, G blocks per optimizer step (over all ranks)
 
 One endless stream of blocks, a new permutation per epoch, is cut into optimizer steps of G blocks; each rank takes its
 G / world part of every step. So the blocks of a step do not depend on the world size or on the micro-batch size, no
@@ -134,8 +134,8 @@ class ResumableLoader(DataLoader[Tensor]):
         """
         if state["accumulation"] != self._batches.accumulation:
             raise ValueError(
-                f"the checkpoint was made with {state['accumulation']} micro-batches a step on each rank, this run has "
-                f"{self._batches.accumulation}: scale `train.micro_batch_size` so that global_batch_size / "
+                f"the checkpoint was made with {state['accumulation']} micro-batches per step on each rank, this run "
+                f"has {self._batches.accumulation}: scale `train.micro_batch_size` so that global_batch_size / "
                 "(devices * micro_batch_size) stays the same."
             )
         self._batches.start = state["position"]

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from lightning_spectral.data.corpus import Block
 from lightning_spectral.text import whole_file, write_text
+from lightning_spectral.text.arguments import require_count
 
 END_OF_TEXT = "<|endoftext|>"
 UNIT_BLOCKS = 2_048  # blocks (40 MB of text) that an interrupted build need not encode again
@@ -33,6 +34,11 @@ _TOKENIZER_CHARS = 200_000_000  # a tokenizer is trained on no more text than th
 _REPORT_S = 10.0
 
 _Tokens = dict[str, NDArray[Any]]
+
+
+def check_num_proc(num_proc: object) -> None:
+    """Raise a ``ValueError`` unless ``num_proc`` is a number of processes that can tokenise: an integer >= 1."""
+    require_count("num_proc", num_proc, "1 tokenises in one process, more are useful up to the number of CPU cores")
 
 
 def encoded_units(
@@ -69,7 +75,7 @@ def _in_order(
         texts = [[block.text for block in unit if block.held_out == held_out] for held_out in (False, True)]
         waiting.append((size, file, None if file.exists() else submit(file, *texts)))
         number += 1
-        if len(waiting) >= max(num_proc, 1):
+        if len(waiting) >= num_proc:
             yield _finished(*waiting.popleft())
     while waiting:
         yield _finished(*waiting.popleft())
@@ -85,7 +91,7 @@ def _finished(size: int, file: Path, under_way: Future[None] | None) -> tuple[in
 @contextmanager
 def _workers(folder: Path, encode: Encoder, num_proc: int) -> Iterator[Callable[..., Future[None]]]:
     """A function that encodes a unit into its file: here, or in processes that have loaded the tokenizer once."""
-    if num_proc <= 1:
+    if num_proc == 1:
 
         def here(file: Path, *texts: list[str]) -> Future[None]:
             done: Future[None] = Future()

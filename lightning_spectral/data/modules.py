@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from lightning_spectral.data.batches import ResumableLoader, StepBatches, TokenBlocks
 from lightning_spectral.data.corpus import Corpus, state_of_the_union_files
+from lightning_spectral.data.encode import check_num_proc
 from lightning_spectral.data.files import FoundFiles, find_files
 from lightning_spectral.data.hub import HubCorpus
 from lightning_spectral.data.shards import TokenShards, find_shards
@@ -36,6 +37,10 @@ class TextBlocks(DataModule):  # type: ignore[misc]
         num_workers: Worker processes of each loader; blocks are memory-mapped, so 0 is usually fastest.
         cache_dir: Where tokenizer, tokens and counts are kept. Default: ``$LIGHTNING_SPECTRAL_CACHE``, else
             ``~/.cache/lightning_spectral``.
+        num_proc: Processes that tokenise the text, once.
+
+    Raises:
+        ValueError: If ``num_proc`` is no integer >= 1.
     """
 
     def __init__(
@@ -44,9 +49,11 @@ class TextBlocks(DataModule):  # type: ignore[misc]
         seed: int | None = None,
         num_workers: int = 0,
         cache_dir: Path | None = None,
+        num_proc: int = 1,
     ) -> None:
         super().__init__()
-        self.num_proc = 1  # processes that tokenise
+        check_num_proc(num_proc)
+        self.num_proc = num_proc
         self._vocab_size = vocab_size
         self._seed = seed
         self._num_workers = num_workers
@@ -78,10 +85,10 @@ class TextBlocks(DataModule):  # type: ignore[misc]
 
         Args:
             tokenizer: Not used: a loaded tokenizer does not say from which files; give ``tokenizer_dir``.
-            batch_size: Blocks a micro-batch and rank.
-            max_seq_length: Input tokens a block, T.
+            batch_size: Blocks per micro-batch on each rank.
+            max_seq_length: Input tokens per block, T.
             tokenizer_dir: Tokenizer to use instead of training one.
-            global_batch_size: Blocks an optimizer step over all ranks. Default: one micro-batch on each rank.
+            global_batch_size: Blocks per optimizer step over all ranks. Default: one micro-batch on each rank.
             num_steps: Optimizer steps of the run. Default: one pass over the text.
             seed: Order of the blocks, if the data module's own ``seed`` is ``None``.
             **kwargs: None are known.
@@ -202,6 +209,7 @@ class StateOfTheUnion(TextBlocks):
         seed: Order of the training blocks; ``None`` takes the run's seed.
         num_workers: Worker processes of each loader.
         cache_dir: Where tokenizer, tokens and counts are kept.
+        num_proc: Processes that tokenise the text, once.
     """
 
     def corpus(self) -> Corpus:
@@ -234,11 +242,8 @@ class TextFiles(TextBlocks):
         cache_dir: Path | None = None,
         num_proc: int = 1,
     ) -> None:
-        super().__init__(vocab_size, seed, num_workers, cache_dir)
-        if num_proc < 1:
-            raise ValueError(f"`num_proc` must be >= 1, got {num_proc}.")
-        self.path, self.num_proc = path, num_proc
-        self.text_column = text_column
+        super().__init__(vocab_size, seed, num_workers, cache_dir, num_proc)
+        self.path, self.text_column = path, text_column
 
     def corpus(self) -> Corpus:
         """The files behind ``path``; names that say ``train``, ``validation`` or ``test`` are honoured."""
@@ -287,8 +292,7 @@ class HubText(TextBlocks):
         cache_dir: Path | None = None,
         num_proc: int = 1,
     ) -> None:
-        super().__init__(vocab_size, seed, num_workers, cache_dir)
-        self.num_proc = num_proc
+        super().__init__(vocab_size, seed, num_workers, cache_dir, num_proc)
         self._corpus = HubCorpus(
             text_column=text_column, dataset=dataset, config=config, split=split, held_out_split=held_out_split,
             revision=revision,

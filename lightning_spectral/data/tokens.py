@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from lightning_spectral.data.corpus import Block, Corpus, blocks, joined
-from lightning_spectral.data.encode import Encoder, encoded_units, train_tokenizer
+from lightning_spectral.data.encode import Encoder, check_num_proc, encoded_units, train_tokenizer
 from lightning_spectral.data.files import digest_of
 from lightning_spectral.text import one_line, write_text
 
@@ -109,10 +109,11 @@ def prepare_tokens(
         num_proc: Processes that encode; the cache is the same with any number of them.
 
     Raises:
-        ValueError: If the text is empty or unreadable, ``vocab_size`` is too small for a byte-level tokenizer, or the
-            cache cannot be written.
+        ValueError: If the text is empty or unreadable, ``vocab_size`` is too small for a byte-level tokenizer,
+            ``num_proc`` is no integer >= 1, or the cache cannot be written.
         FileNotFoundError: If ``tokenizer_dir`` holds no tokenizer.
     """
+    check_num_proc(num_proc)
     if tokenizer_dir is None and vocab_size < SMALLEST_VOCAB:
         raise ValueError(f"`vocab_size` must be >= {SMALLEST_VOCAB} (256 bytes, one end of text), got {vocab_size}.")
     key = _key(corpus, vocab_size, tokenizer_dir)

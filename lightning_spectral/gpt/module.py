@@ -218,7 +218,7 @@ def load_weights(model: GPT, checkpoint: Path) -> None:
 
 
 def shard(model: GPT, mesh: Any, num_replicas: int = 1) -> None:
-    """Feed-forward networks in slices over ``tensor_parallel``; FSDP2 over ``data_parallel``, a group a block.
+    """Feed-forward networks in slices over ``tensor_parallel``; FSDP2 over ``data_parallel``, a group per block.
 
     Args:
         model: The model, whole.

@@ -83,7 +83,7 @@ class Advice:
 
 
 def read_counts(path: str) -> Array:
-    """Counts by frequency rank, descending, shape (V,), of a ``.npy`` file or of text with a number a line.
+    """Counts by frequency rank, descending, shape (V,), of a ``.npy`` file or of text with a number per line.
 
     Raises:
         CommandError: No such file, or not a list of counts.
@@ -95,7 +95,7 @@ def read_counts(path: str) -> Array:
         counts = np.asarray(counts, dtype=np.float64)
     except Exception as error:  # whatever numpy says of a file that is none of its own
         raise CommandError(
-            f"`--counts` {path} holds no list of counts: give a .npy file or a number a line."
+            f"`--counts` {path} holds no list of counts: give a .npy file or a number per line."
         ) from error
     if counts.ndim != 1 or not np.isfinite(counts).all() or (counts < 0).any() or (counts > 0).sum() < 2:
         raise CommandError(
@@ -120,7 +120,7 @@ class Advisor:
         counts: By rank, descending, shape (V,).
         d: Width of the residual stream.
         ffn: Width of the hidden layer.
-        batch_tokens: Tokens a step.
+        batch_tokens: Tokens per step.
         settings: Of the rules; Newton-Schulz set and steps.
     """
 
@@ -241,7 +241,7 @@ def closing(found: Sequence[Advice]) -> list[str]:
     return [
         f"What binds {best.rule} in {best.layer} is {what[best.binds]}: "
         + ("enough of them store" if best.binds == "steps" else "twice as much stores")
-        + f" {gain:.2f} times as many tokens a step."
+        + f" {gain:.2f} times as many tokens per step."
     ]
 
 

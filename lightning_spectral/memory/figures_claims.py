@@ -1,4 +1,4 @@
-"""The picture of ``memory claims``: a panel a sentence; points measured, lines predicted, dotted the asymptote."""
+"""The picture of ``memory claims``: a panel per sentence; points measured, lines predicted, dotted the asymptote."""
 
 from __future__ import annotations
 

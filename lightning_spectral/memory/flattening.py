@@ -85,7 +85,7 @@ def checkpoint_rows(
 
 
 def tables(rows: Sequence[Row]) -> tuple[list[Table], list[str]]:
-    """A table a setting, the worst matrix first, and one sentence a setting."""
+    """A table per setting, the worst matrix first, and one sentence per setting."""
     made, closing = [], []
     settings = dict.fromkeys((row["coefficients"], row["ns_steps"]) for row in rows)
     for coefficients, steps in settings:

@@ -89,7 +89,7 @@ class FactRecall(pl.LightningModule):
         hidden: Features of the hidden layer; ``None`` is 4 d.
         num_facts: N.
         alpha: Power of the frequencies, > 0.
-        network: ``mlp``: one token a question. ``attention``: a subject and one of ``num_relations`` relations.
+        network: ``mlp``: one token per question. ``attention``: a subject and one of ``num_relations`` relations.
         num_relations: Relations; every subject has all of them.
         seed: Of keys, values and the network's first weights.
         optimizer: Builds the optimizer from the module; default: our Muon at learning rate 0.02.
@@ -262,7 +262,7 @@ class FactRecallDataModule(pl.LightningDataModule):
 
 
 class _Draws(Dataset[Tensor]):
-    """One batch a step, each a function of its number alone: ranks and resumed runs draw what they should."""
+    """One batch per step, each a function of its number alone: ranks and resumed runs draw what they should."""
 
     def __init__(self, problem: MemoryProblem, num_batches: int) -> None:
         self._problem, self._num_batches = problem, num_batches

@@ -13,7 +13,7 @@ _SUMMARY = ("rule_label", "alpha", "d", "d_out", "n_items", "batch_size", "aniso
 
 
 def summary_tables(rows: Sequence[Row]) -> list[Table]:
-    """One table a kind of row."""
+    """One table per kind of row."""
     tables: list[Table] = []
     for (kind,), members in group(rows, "kind").items():
         fields = [f for f in _SUMMARY if any(f in row for row in members) and _varies_or_names(members, f)]

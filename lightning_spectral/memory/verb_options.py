@@ -75,11 +75,11 @@ def add_advise(parser: Parser) -> None:
     """``advise``."""
     number = memory_options.whole_number
     parser.add_argument(
-        "--counts", required=True, metavar="FILE", help="counts of the tokens: .npy, or a number a line"
+        "--counts", required=True, metavar="FILE", help="counts of the tokens: .npy, or a number per line"
     )
     parser.add_argument("--d", type=number, required=True, help="width of the residual stream")
     parser.add_argument("--ffn", type=number, help="width of the hidden layer (default: 4 d)")
-    parser.add_argument("--batch-tokens", type=number, default=524288, help="tokens a step (default: 524288)")
+    parser.add_argument("--batch-tokens", type=number, default=524288, help="tokens per step (default: 524288)")
     parser.add_argument("--rules", nargs="+", default=["sgd", "ns", "muon"], help="(default: sgd ns muon)")
     parser.add_argument("--coefficients", default="polar_express", help="of ns (default: polar_express)")
     parser.add_argument("--ns-steps", type=number, default=5, help="of ns (default: 5)")

@@ -131,7 +131,7 @@ def _other_side(shape: tuple[int, int], back: int) -> int | None:
 def packed_matrices(module: nn.Module) -> dict[str, tuple[int, int, int]]:
     """``(E, in, out)`` of the matrices that parameters or buffers of fewer bits hold, by name; scales do not count.
 
-    Blocks are ``(E, out, G, B)``, two numbers a byte; numbers of 8 bits ``(E, out, in)``.
+    Blocks are ``(E, out, G, B)``, two numbers per byte; numbers of 8 bits ``(E, out, in)``.
     """
     tensors = {**module._parameters, **module._buffers}
     shapes = {name: _unpacked_shape(name, tensor) for name, tensor in tensors.items() if tensor is not None}

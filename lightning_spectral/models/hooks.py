@@ -49,7 +49,7 @@ class Switch:
         jitter: Numbers in [0, 1) that place the kept rows, or ``None`` for all rows.
         kept: Indices of the kept rows, and the leading shape that they were drawn for last.
         events: ``(hook, content, whether a compiled region made it)`` in order.
-        notes: One sentence a cause.
+        notes: One sentence per cause.
         first: Called once, when the first block or row that counts is seen in eager code.
         hooks: Every hook, in the order in which a forward would meet them.
         has_traced: Whether a compiled region made events that are not among them yet.

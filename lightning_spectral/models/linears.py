@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from lightning_spectral.models.names import unwrapped
+
 # How libraries spell the two widths: torch and bitsandbytes, Conv1D, GPTQ, Megatron, torchtune's LoRA.
 _SPELLINGS = (
     ("in_features", "out_features"),
@@ -16,7 +18,6 @@ _SPELLINGS = (
     ("input_size", "output_size"),
     ("in_dim", "out_dim"),
 )
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class Linear(NamedTuple):
@@ -43,9 +44,9 @@ def widths_of(module: nn.Module) -> tuple[int, int] | None:
         return module.in_features, module.out_features
     if isinstance(module, torch.jit.ScriptModule):
         return None
-    for name in _WRAPPED:
-        if name in module._modules:
-            return widths_of(module._modules[name])  # type: ignore[arg-type]
+    inner = unwrapped(module)
+    if inner is not module:
+        return widths_of(inner)
     if isinstance(module, (nn.modules.conv._ConvNd, nn.RNNBase, nn.Bilinear, nn.Embedding)):
         return None
     own, of_class = module.__dict__, _declared(type(module))  # type: ignore[arg-type]

@@ -6,9 +6,17 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-_WRAPPERS = re.compile(
-    r"(?:_forward_module|_original_module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?:\.|$)"
+from torch import nn
+
+# the child under which Fabric, torch.compile, FSDP1 and activation checkpointing keep the module that they wrap
+WRAPPERS = (
+    "_forward_module",
+    "_original_module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
 )
+_WRAPPERS = re.compile(rf"(?:{'|'.join(WRAPPERS)})(?:\.|$)")
 _DDP_ROOT = re.compile(r"^module(?:\.|$)")
 
 
@@ -24,3 +32,10 @@ def clean_names(names: Iterable[str]) -> dict[str, str]:
     cleaned = {name: clean_name(name) for name in names}
     shared = {name for name, times in Counter(cleaned.values()).items() if times > 1}
     return {raw: raw if name in shared else name for raw, name in cleaned.items()}
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside the wrappers of Fabric, compile, FSDP1 and checkpointing; itself if there is none."""
+    children = module._modules  # of a TorchScript module no dict
+    inner = next((children[name] for name in WRAPPERS if name in children and children[name] is not None), None)
+    return module if inner is None else unwrapped(inner)

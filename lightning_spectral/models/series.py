@@ -15,12 +15,11 @@ from torch import nn
 from lightning_spectral.models.bare_networks import bare_network, holds_hidden_experts, num_experts
 from lightning_spectral.models.feed_forward import Anatomy, anatomy
 from lightning_spectral.models.linears import widths_of
-from lightning_spectral.models.names import clean_name
+from lightning_spectral.models.names import clean_name, unwrapped
 from lightning_spectral.models.walk import is_program
 
 _NUMBER = re.compile(r"\d+$")
 _NOT_TAKEN_APART = Anatomy([], False, 0)
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +160,7 @@ class _Search:
 
 
 def _alike(members: list[tuple[str, nn.Module]]) -> bool:
-    return len(members) > 1 and len({type(_unwrapped(child)) for _, child in members}) == 1
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    inner = next((module._modules[name] for name in _WRAPPED if name in module._modules), None)
-    return module if inner is None else _unwrapped(inner)
+    return len(members) > 1 and len({type(unwrapped(child)) for _, child in members}) == 1
 
 
 def _series(path: str, parent: str, members: list[tuple[str, nn.Module]]) -> Series:

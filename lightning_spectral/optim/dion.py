@@ -14,6 +14,7 @@ from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.factors import next_right_factor, orthonormal_columns
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule, faded, fading
 from lightning_spectral.optim.settings import MATRIX_PAPER, MatrixArguments, MatrixSettings, Unpack
+from lightning_spectral.text.arguments import require_count
 
 # B matrices of one shape, M rows, N columns, R rank of the update
 
@@ -126,8 +127,7 @@ class Dion(SpectralOptimizer):
     ) -> None:
         if not 0 < rank_fraction <= 1:
             raise ValueError(f"`rank_fraction` must be in (0, 1], got {rank_fraction!r}.")
-        if power_iterations < 1:
-            raise ValueError(f"`power_iterations` must be >= 1, got {power_iterations!r}.")
+        require_count("power_iterations", power_iterations)
         own = {
             "rank_fraction": rank_fraction,
             "power_iterations": power_iterations,

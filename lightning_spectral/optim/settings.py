@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -20,6 +20,7 @@ from lightning_spectral.models.layouts import SPLITS
 from lightning_spectral.optim.matrix_rule import EPS_STYLES, LR_SCALES, MOMENTUM_STYLES, PRECISIONS
 from lightning_spectral.optim.vector_rules import VECTOR_RULES
 from lightning_spectral.optim.weights import BF16_WEIGHTS
+from lightning_spectral.text.arguments import require_choice
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack as Unpack
@@ -123,9 +124,9 @@ class CommonSettings:
             raise ValueError(f"`fallback_weight_decay` must be >= 0, got {self.fallback_weight_decay!r}.")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"`max_grad_norm` must be > 0 or None, got {self.max_grad_norm!r}.")
-        _require_choice("nonfinite", self.nonfinite, NONFINITE)
-        _require_choice("head_lr_scale", self.head_lr_scale, HEAD_LR_SCALES)
-        _require_choice("bf16_weights", self.bf16_weights, BF16_WEIGHTS)
+        require_choice("nonfinite", self.nonfinite, NONFINITE)
+        require_choice("head_lr_scale", self.head_lr_scale, HEAD_LR_SCALES)
+        require_choice("bf16_weights", self.bf16_weights, BF16_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -166,11 +167,11 @@ class MatrixSettings(CommonSettings):
             raise ValueError(f"`norm_eps` must be finite and >= 0, got {self.norm_eps!r}.")
         if not self.bucket_mib > 0:
             raise ValueError(f"`bucket_mib` must be > 0, got {self.bucket_mib!r}.")
-        _require_choice("norm_eps_style", self.norm_eps_style, EPS_STYLES)
-        _require_choice("precision", self.precision, PRECISIONS)
-        _require_choice("lr_scale", self.lr_scale, LR_SCALES)
-        _require_choice("fallback", self.fallback, VECTOR_RULES)
-        _require_choice("split", self.split, SPLITS)
+        require_choice("norm_eps_style", self.norm_eps_style, EPS_STYLES)
+        require_choice("precision", self.precision, PRECISIONS)
+        require_choice("lr_scale", self.lr_scale, LR_SCALES)
+        require_choice("fallback", self.fallback, VECTOR_RULES)
+        require_choice("split", self.split, SPLITS)
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class OrthogonalSettings(MatrixSettings):
     def __post_init__(self) -> None:
         """Raise ValueError with the name, the value and what is allowed."""
         super().__post_init__()
-        _require_choice("momentum_style", self.momentum_style, MOMENTUM_STYLES)
+        require_choice("momentum_style", self.momentum_style, MOMENTUM_STYLES)
         check_method(self.orthogonalize)
         if self.steps is not None and self.steps < 0:
             raise ValueError(f"`steps` must be >= 0 or None, got {self.steps!r}.")
@@ -265,11 +266,6 @@ def full_signature(own: Callable[..., Any], settings: type[CommonSettings]) -> i
         if f.name not in known
     ]
     return inspect.Signature([*named, *shared])
-
-
-def _require_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.")
 
 
 def _require_numbers(settings: CommonSettings) -> None:

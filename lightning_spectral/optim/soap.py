@@ -12,6 +12,7 @@ from lightning_spectral.functional.orthogonalize import unit_scale
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule, faded, fading
 from lightning_spectral.optim.settings import MatrixArguments, MatrixSettings, Unpack
+from lightning_spectral.text.arguments import require_count
 
 # B matrices of one shape, S short side, L long side
 
@@ -108,7 +109,6 @@ class SOAP(SpectralOptimizer):
     ) -> None:
         if not 0 <= moment_beta < 1:
             raise ValueError(f"`moment_beta` in [0, 1) needed, got {moment_beta!r}.")
-        if basis_every < 1:
-            raise ValueError(f"`basis_every` must be >= 1, got {basis_every!r}.")
+        require_count("basis_every", basis_every)
         own = {"moment_beta": moment_beta, "basis_every": basis_every}
         super().__init__(params, lr, "soap", MatrixSettings(**shared), own)

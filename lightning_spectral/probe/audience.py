@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.functional.orthogonalize import coefficient_set, newton_schulz, polar_svd
+from lightning_spectral.text.arguments import require_count
 
 RULES = ("applied", "momentum", "sign", "adam", "newton_schulz", "polar")
 _EPS = 1e-8  # of the counterfactual Adam
@@ -106,8 +107,7 @@ def check_rules(rules: Iterable[str], coefficients: str, ns_steps: int) -> tuple
     if isinstance(rules, str) or not chosen or set(chosen) - set(RULES):
         raise ValueError(f"`rules` must be a list from {list(RULES)}, got {rules!r}.")
     coefficient_set(coefficients)
-    if isinstance(ns_steps, bool) or not isinstance(ns_steps, int) or ns_steps < 1:
-        raise ValueError(f"`ns_steps` must be an integer >= 1, got {ns_steps!r}.")
+    require_count("ns_steps", ns_steps)
     return chosen
 
 

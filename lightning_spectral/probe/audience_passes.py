@@ -28,7 +28,7 @@ class GroupGradients:
     """Gradients of each group's mean loss.
 
     Attributes:
-        of_group: By group, one tensor a matrix (a shard of it under FSDP2); ``None`` for a group without tokens.
+        of_group: By group, one tensor per matrix (a shard of it under FSDP2); ``None`` for a group without tokens.
         tokens_G: Tokens of each group in this process, fp64.
         losses_G: Their summed loss, fp64.
         of_all: Whether the gradients are those of all processes together, not of this one's tokens.

@@ -18,6 +18,7 @@ from lightning_spectral.models.hooks import leave_copy
 from lightning_spectral.probe.host import Host, Scalars
 from lightning_spectral.probe.observer import Observer
 from lightning_spectral.probe.settings import Measurement
+from lightning_spectral.text.arguments import require_count
 
 
 class LoopObserver:
@@ -37,8 +38,8 @@ class LoopObserver:
     """
 
     def __init__(self, measurement: Measurement, *, name: str, num_steps: int | None = None) -> None:
-        if num_steps is not None and num_steps < 1:
-            raise ValueError(f"`num_steps` must be >= 1, got {num_steps}.")
+        if num_steps is not None:
+            require_count("num_steps", num_steps)
         self.observer = Observer(measurement, name=name)
         self.observer.schedule.last_step = None if num_steps is None else num_steps - 1
         self.step = 0

@@ -1,6 +1,6 @@
 """Whether a window fits into the memory it is allowed, and what is done where it does not.
 
-All rows as moments is exact and takes ``9/16 D^2`` numbers a site and group on every rank. Where that is too much, an
+All rows as moments is exact and takes ``9/16 D^2`` numbers per site and group on every rank. Where that is too much, an
 even sample of the rows is kept instead, each layer's owner computes ranks from it
 (:mod:`~lightning_spectral.functional.row_ranks`), and every record states its error.
 
@@ -50,7 +50,7 @@ class MemoryPlan:
         if self.num_rows is None:
             return f"all rows, {self.needed_mib:,.0f} of {self.limit_mib:,.0f} MiB"
         return (
-            f"an even sample of {self.num_rows:,} rows a window, {self.needed_mib:,.0f} of {self.limit_mib:,.0f} MiB "
+            f"an even sample of {self.num_rows:,} rows per window, {self.needed_mib:,.0f} of {self.limit_mib:,.0f} MiB "
             "on each rank (all rows do not fit): hard ranks unbiased, soft ranks estimated, the error of both in each "
             "record (`extra`); no Renyi ranks, spectra or reinjection. For exact numbers raise `memory_limit_mib`"
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lightning_spectral.functional.rank import DEFAULT_RENYI_ORDERS
 from lightning_spectral.models.families import Hint
+from lightning_spectral.text.arguments import require_choice, require_count
 
 # The paper's code adds this to `sum l^2`, whatever the scale of the activations.
 PAPER_EPSILON = 1e-12
@@ -41,14 +42,8 @@ class ProbeOptions:
             raise ValueError(f"`sites` must list `post`, `pre` or both, got {list(self.sites)}.")
         if not 0 < self.token_fraction <= 1:
             raise ValueError(f"`token_fraction` must be in (0, 1], got {self.token_fraction}.")
-        if (
-            isinstance(self.num_jackknife_groups, bool)
-            or not isinstance(self.num_jackknife_groups, int)
-            or self.num_jackknife_groups < 1
-        ):
-            raise ValueError(f"`num_jackknife_groups` must be an integer >= 1, got {self.num_jackknife_groups!r}.")
-        if self.soft not in SOFT_METHODS:
-            raise ValueError(f"`soft` must be one of {list(SOFT_METHODS)}, got {self.soft!r}.")
+        require_count("num_jackknife_groups", self.num_jackknife_groups)
+        require_choice("soft", self.soft, SOFT_METHODS)
         bad = [order for order in self.renyi_orders if not order > 0 or math.isnan(order)]
         if bad:
             raise ValueError(f"`renyi_orders` must be > 0, got {bad}.")

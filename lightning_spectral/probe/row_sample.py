@@ -2,8 +2,8 @@
 
 Every place (token) of the window draws a number, and those with the smallest are kept, as many as fit: one choice for
 all sites, whatever the number of micro-batches. Ranks agree on the largest number kept by all of them, so that their
-rows together are an even sample, too. At the end each layer's rows travel to its owner, in two gathers a layer, however
-many experts it has.
+rows together are an even sample, too. At the end each layer's rows travel to its owner, in two gathers per layer,
+however many experts it has.
 
 Axes: P places of a call, N rows, D features, S sites, G groups, R ranks.
 """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_spectral.text.arguments import require_count
+
 
 @dataclass
 class Schedule:
@@ -21,8 +23,7 @@ class Schedule:
     previous: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.every_n_steps, bool) or not isinstance(self.every_n_steps, int) or self.every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be an integer >= 1, got {self.every_n_steps!r}.")
+        require_count("every_n_steps", self.every_n_steps)
 
     def is_due(self, step: int) -> bool:
         """Whether the step about to be taken (``step`` are done) is to be measured."""

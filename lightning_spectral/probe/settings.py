@@ -22,6 +22,7 @@ from lightning_spectral.functional.rank import DEFAULT_RENYI_ORDERS
 from lightning_spectral.models.families import Hint, as_hints
 from lightning_spectral.probe.grouping import Grouping, by_frequency, by_position, load_counts, pooled_only
 from lightning_spectral.probe.options import CONVENTIONS, PAPER_EPSILON, ProbeOptions, conventions_of
+from lightning_spectral.text.arguments import require_choice, require_count
 
 STAGES = ("train", "validation", "test", "predict")
 MEASURE = "measure"  # the stage of a pass over a finished model, outside of any loop
@@ -302,26 +303,6 @@ def _spelled(value: Any) -> str:
     if callable(value):
         return str(getattr(value, "__qualname__", type(value).__qualname__))
     return str(list(value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def require_choice(name: str, value: object, known: Sequence[str]) -> None:
-    """Refuse what is not one of ``known``.
-
-    Raises:
-        ValueError: With the name, the value and what is known.
-    """
-    if value not in known:
-        raise ValueError(f"`{name}` must be one of {list(known)}, got {value!r}.")
-
-
-def require_count(name: str, value: object) -> None:
-    """Refuse what is not an integer >= 1.
-
-    Raises:
-        ValueError: With the name and the value.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be an integer >= 1, got {value!r}.")
 
 
 def known_arguments(kind: type) -> list[str]:

@@ -1,4 +1,4 @@
-"""Moments of all ranks together: three reductions a layer, however many experts it has, and no gather.
+"""Moments of all ranks together: three reductions per layer, however many experts it has, and no gather.
 
 The peak memory does not grow with the number of ranks: sums are moved to one common shift in place and added in place,
 several small states in one buffer.

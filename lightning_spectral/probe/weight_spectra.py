@@ -40,9 +40,9 @@ from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.run_start import open_folder
 from lightning_spectral.probe.scalars import finite
 from lightning_spectral.probe.schedule import Schedule
-from lightning_spectral.probe.settings import require_count
 from lightning_spectral.records import WeightRecord
 from lightning_spectral.text import one_line
+from lightning_spectral.text.arguments import require_count
 
 WHAT = ("weight", "gradient", "momentum", "update")
 _MOMENTUM_KEYS = ("momentum_buffer", "momentum", "exp_avg")  # torch's SGD and Muon, ours, Adam

@@ -1,4 +1,4 @@
-"""The table of figures: one row a figure. To add one, write a function of a :class:`ReportData` and give it a row."""
+"""The table of figures: one row per figure. To add one, write a function of a :class:`ReportData` and give it a row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When each group of tokens is learned: the recall front as a heat map, one panel an optimizer."""
+"""When each group of tokens is learned: the recall front as a heat map, one panel per optimizer."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def _decay_headline(scene: ReportData, metric: str) -> str:
 
 
 def estimates(scene: ReportData) -> ReportFigure:
-    """Exponents of a table that has no points: a row a series, a marker a level of what else was varied."""
+    """Exponents of a table that has no points: a row per series, a marker per level of what else was varied."""
     own = [e for e in scene.estimates if e.series[-3] == scene.site]
     buckets = [bucket for bucket in scene.buckets if any(e.series[-2] == bucket for e in own)]
     metrics = [metric for metric in scene.metrics if any(e.series[-1] == metric for e in own)]
@@ -254,7 +254,7 @@ def _effect(scene: ReportData, own: list[Estimate], metric: str) -> str:
 
 
 def _rows(scene: ReportData, ax: Axes, keys: list[tuple[str, ...]]) -> None:
-    """One row a series, the first on top."""
+    """One row per series, the first on top."""
     ax.set_yticks(range(len(keys)), [scene.looks[key].name for key in reversed(keys)])
     ax.set_ylim(-0.6, len(keys) - 0.4)
     ax.grid(axis="y", visible=False)

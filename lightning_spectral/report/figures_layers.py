@@ -85,8 +85,6 @@ def _ranks_by_layer(scene: ReportData, ax: Axes, metric: str) -> None:
         )
         ends.append((float(mean[-1]), look.name, look.text_color))
     if ends:
-        low, high = ax.get_ylim()
-        log2_axis(ax, "y", max(low, 0.5) if low > 0 else 1.0, high * 1.1)
         values = [v for line in ax.lines for v in np.asarray(line.get_ydata(), dtype=float)]
         log2_axis(ax, "y", min(values) / 1.2, max(values) * 1.2)
         ax.set_xticks(range(len(scene.layers)), [str(k) for k in range(len(scene.layers))])

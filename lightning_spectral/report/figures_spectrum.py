@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import Normalize
@@ -13,7 +11,7 @@ from numpy.typing import NDArray
 from lightning_spectral.analysis.health import ROWS_PER_RANK
 from lightning_spectral.analysis.points import nanmedian
 from lightning_spectral.analysis.runs import Run
-from lightning_spectral.records import EIGENVALUES_FOLDER, find_eigenvalues
+from lightning_spectral.analysis.spectra import read_spectrum, spectrum_files
 from lightning_spectral.records.looks import bucket_colors, bucket_name
 from lightning_spectral.report.scene import ReportData, ReportFigure, Series
 from lightning_spectral.report.style import label_right, log2_axis, tall
@@ -139,28 +137,13 @@ def _middle_layer(run: Run) -> str:
 
 
 def read_spectra(run: Run, site: str, bucket: str) -> dict[int, NDArray[np.float64]]:
-    """Step -> eigenvalues, descending, of the run's middle layer; empty if none were saved."""
-    files = sorted((run.folder / EIGENVALUES_FOLDER).glob("*.safetensors"))
-    if not files:
-        return {}
-    from safetensors import SafetensorError, safe_open
-
+    """Step -> eigenvalues, descending, shape (D,), of the run's middle layer; empty if none were saved."""
     stage, stack = (run.columns.texts[name][0].decode() for name in ("stage", "stack"))
-    out = {}
-    for file in files:
-        step = re.search(r"(\d+)$", file.stem)
-        if step is None or (not file.stem.startswith(stage) and not file.stem[0].isdigit()):
-            continue
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                key = find_eigenvalues(tensors.keys(), _middle_layer(run), site, bucket, stack=stack)
-                if key is not None:
-                    values = np.asarray(tensors.get_tensor(key), dtype=np.float64)
-                    if np.isfinite(values).all() and values.sum() > 0:
-                        out[int(step[1])] = values
-        except (SafetensorError, OSError):
-            continue  # an incomplete spectrum file costs its picture only
-    return out
+    read = {
+        step: read_spectrum(file, _middle_layer(run), site, bucket, stack=stack)
+        for step, file in spectrum_files(run.folder, stage).items()
+    }
+    return {step: eigs for step, eigs in read.items() if eigs is not None}
 
 
 def phase_map(scene: ReportData) -> ReportFigure:

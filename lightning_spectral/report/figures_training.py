@@ -87,7 +87,7 @@ def _decay_line(scene: ReportData, ax: Axes) -> None:
 
 
 def rank_curves(scene: ReportData) -> ReportFigure:
-    """Rank over training, one panel a series, one line a width."""
+    """Rank over training, one panel per series, one line per width."""
     metric = "hard_rank" if "hard_rank" in scene.metrics else scene.metrics[0]
     columns = min(len(scene.series), 5)
     rows = math.ceil(len(scene.series) / columns)

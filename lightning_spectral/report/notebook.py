@@ -32,7 +32,7 @@ class RunView:
 
     Attributes:
         figure: Median over layers by bucket; the untrained network is dotted, nothing is smoothed.
-        table: One row a bucket of the last training window; ``None`` for several runs.
+        table: One row per bucket of the last training window; ``None`` for several runs.
     """
 
     figure: Figure

@@ -109,7 +109,7 @@ def views_over_steps(figure: Figure, key: str, tokens_per_step: float | None) ->
     Args:
         figure: It is changed, and drawn for the last time here.
         key: Its name.
-        tokens_per_step: Training tokens a step, if all runs have the same number.
+        tokens_per_step: Training tokens per step, if all runs have the same number.
     """
     last = [ax for ax in figure.axes if ax.get_xlabel() == STEP_LABEL]
     axes = [ax for ax in figure.axes if any(ax is one or one.get_shared_x_axes().joined(one, ax) for one in last)]

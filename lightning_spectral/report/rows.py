@@ -65,7 +65,7 @@ def comparison_headline(scene: ReportData) -> str:
 
 
 def headline_rows(scene: ReportData) -> list[dict[str, Any]]:
-    """One row a series: its headline exponent, and everything it must be read with.
+    """One row per series: its headline exponent, and everything it must be read with.
 
     Differences are against the first series (AdamW, if there is one): no choice among pairs, nothing is the best of
     many.

@@ -23,7 +23,7 @@ def with_cost(old: Mapping[str, Any]) -> dict[str, Any]:
         old: What the file holds: earlier starts of the same run keep their entries.
 
     Returns:
-        ``starts`` (one entry a process), ``cpu_s`` and ``wall_s`` (their sums). CPU is that of the process and of its
+        ``starts`` (one entry per process), ``cpu_s`` and ``wall_s`` (their sums). CPU is that of the process and of its
         ended children; other ranks of a run on several devices are not in it.
     """
     process = f"{os.getpid()}@{started():.3f}"

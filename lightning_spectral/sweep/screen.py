@@ -18,7 +18,7 @@ _SHOWN_FAILURES: Final = 5
 
 
 class ProgressDisplay:
-    """Redraws the table in place on a terminal; elsewhere a line a finished run, and one every half a minute.
+    """Redraws the table in place on a terminal; elsewhere prints a line per finished run, and one every half a minute.
 
     Args:
         stream: Where to write; standard output by default.

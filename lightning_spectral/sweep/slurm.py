@@ -19,7 +19,7 @@ _ENDED_BADLY: Final = 1
 
 
 class SlurmLauncher:
-    """A job a run.
+    """One SLURM job per run.
 
     Args:
         workers: Jobs at a time.

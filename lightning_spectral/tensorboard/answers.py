@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_spectral.analysis.points import nanmedian
-from lightning_spectral.records import EIGENVALUES_FOLDER, STACKS_KEY, STATUSES, find_eigenvalues
+from lightning_spectral.analysis.spectra import read_spectrum, spectrum_files
+from lightning_spectral.records import STATUSES
 from lightning_spectral.records.looks import METRIC_NAMES, bucket_colors, bucket_name, optimizer_colors, ordered_buckets
 from lightning_spectral.tensorboard.reader import LOSS_METRICS, LOSS_SITE, METRICS, Columns, RunReader
 
@@ -111,17 +111,14 @@ def spectra(folder: Path, stage: str, site: str, bucket: str, layer: str) -> Ans
     Returns:
         ``steps`` (T), ``modes`` (T, M) counted from 1, ``shares`` (T, M) of the variance, ``soft``, ``hard`` rank (T).
     """
-    files = {}
-    for file in (folder / EIGENVALUES_FOLDER).glob("*.safetensors"):
-        found = re.fullmatch(re.escape(stage) + r"_(\d+)", file.stem)
-        if found:
-            files[int(found[1])] = file
-    steps = sorted(files)
+    files = spectrum_files(folder, stage)
+    steps = list(files)
     if len(steps) > MAX_SPECTRA:
         steps = [steps[place] for place in np.unique(np.linspace(0, len(steps) - 1, MAX_SPECTRA).astype(int))]
     out: Answer = {"steps": [], "modes": [], "shares": [], "soft": [], "hard": []}
+    stack, _, place = layer.rpartition(" ")  # a model's second and further stacks are named
     for step in steps:
-        eigs = _eigenvalues(files[step], layer, site, bucket)
+        eigs = read_spectrum(files[step], place, site, bucket, stack=stack)
         if eigs is None:
             continue
         p = eigs / eigs.sum()
@@ -135,22 +132,6 @@ def spectra(folder: Path, stage: str, site: str, bucket: str, layer: str) -> Ans
         out["soft"].append(float(np.exp(-(positive * np.log(positive)).sum())))
         out["hard"].append(float(1 / (p**2).sum()))
     return out
-
-
-def _eigenvalues(file: Path, layer: str, site: str, bucket: str) -> NDArray[np.float64] | None:
-    from safetensors import SafetensorError, safe_open
-
-    stack, _, place = layer.rpartition(" ")  # a model's second and further stacks are named
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            stacks = (tensors.metadata() or {}).get(STACKS_KEY)
-            key = find_eigenvalues(tensors.keys(), place, site, bucket, stack=stack, stacks=stacks)
-            if key is None:
-                return None
-            eigs = np.asarray(tensors.get_tensor(key), dtype=np.float64)
-    except (SafetensorError, OSError):
-        return None  # incomplete or corrupted: costs this window only
-    return np.maximum(eigs, 0.0) if np.isfinite(eigs).all() and eigs.sum() > 0 else None
 
 
 def exponents(folders: Sequence[Path], stage: str, site: str, metric: str) -> Answer:

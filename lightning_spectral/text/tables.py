@@ -42,7 +42,7 @@ class Table:
 
     Attributes:
         columns: A :class:`Column`, or a heading alone, for each value of a row.
-        rows: One sequence of values a row; ``None`` and NaN are missing.
+        rows: One sequence of values per row; ``None`` and NaN are missing.
         title: One line above the table; in JSON, CSV and LaTeX left out.
     """
 

@@ -30,6 +30,7 @@ from lightning_spectral.probe.run_folder import new_run_id
 from lightning_spectral.probe.settings import MEASURE, BucketSettings, Measurement, ProbeSettings
 from lightning_spectral.records import LossRecord, SpectralRecord, read_losses
 from lightning_spectral.text import one_line
+from lightning_spectral.text.arguments import require_count
 from lightning_spectral.training.load_checkpoint import LoadedModel, load_checkpoint, with_tokenizer
 
 DEFAULT_NUM_TOKENS = 65_536
@@ -101,8 +102,7 @@ def measure_checkpoint(
     table, notes = _counts(counts, tokens, vocab, encoder.vocab_size)
     measurement = _measurement(
         table, _facts(counts, corpus, loaded), sites=tuple(sites), hints=hints, labels={"checkpoint": checkpoint.name},
-        modules=modules, num_jackknife_groups=num_jackknife_groups, memory_limit_mib=memory_limit_mib,
-    )  # fmt: skip
+        modules=modules, num_jackknife_groups=num_jackknife_groups, memory_limit_mib=memory_limit_mib)  # fmt: skip
     options = {"counts": counts, "num_tokens": num_tokens, "seq_length": seq_length, "sites": sites}
     same = asked(corpus, **options, num_jackknife_groups=num_jackknife_groups)
     hparams = {"data": corpus.names, "num_tokens": len(tokens) - 1, "seq_length": length, "asked": same}
@@ -143,8 +143,8 @@ def asked(corpus: Corpus, **options: Any) -> dict[str, str]:
 
 def _refuse_below_one(**counts: int | None) -> None:
     for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"`{name}` must be >= 1, got {count}.")
+        if count is not None:
+            require_count(name, count)
 
 
 def _length(wanted: int | None, loaded: LoadedModel, checkpoint: Path) -> int:

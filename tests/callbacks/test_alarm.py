@@ -104,7 +104,7 @@ def test_a_resumed_run_knows_its_reference_and_its_patience() -> None:
         ({"below": -1}, "`below` must be a share > 0, got -1"),
         ({"above": "much"}, "`above` must be a share > 0, got 'much'"),
         ({"below": 0.5, "relative_to": "widht"}, "unknown `relative_to` 'widht': did you mean `width`"),
-        ({"below": 0.5, "patience": 0}, "`patience` must be a number of windows >= 1, got 0"),
+        ({"below": 0.5, "patience": 0}, "`patience` must be an integer >= 1, got 0"),
         ({"below": 0.5, "metric": "hard_rnk"}, "unknown `metric` 'hard_rnk': did you mean `hard_rank`"),
     ],
 )

@@ -257,7 +257,7 @@ def test_remove_and_second_module_and_second_optimizer(tmp_path):
 def test_misuse(tmp_path):
     with pytest.raises(ValueError, match="not WeightSpectrumCallback: that one needs a Trainer"):
         FabricSpectralProbe(WeightSpectrumCallback())
-    with pytest.raises(ValueError, match="`num_steps` must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="`num_steps` must be an integer >= 1, got 0"):
         FabricSpectralProbe(SpectralRankCallback(), num_steps=0)
     fabric = Fabric(accelerator="cpu", devices=1, callbacks=[FabricSpectralProbe(SpectralRankCallback())])
     with pytest.raises(MisconfigurationException, match="No feed-forward network was found.*`Linear`"):

@@ -205,6 +205,7 @@ def test_two_schedules_share_a_folder_in_fabric(tmp_path, monkeypatch):
         ("[1]", "must hold one key `callbacks` .* got list"),
         ("{callbacks: [], more: 1}", r"got the keys \['callbacks', 'more'\]"),
         ("callbacks: [{init_args: {}}]", r"callbacks\[0\]: must be a class name or have `class_path`"),
+        ("callbacks: [{class_path: TailTokenProbe, init_args: 3}]", r"callbacks\[0\]: must be a class name or have"),
         ("callbacks: [{class_path: TailProbe}]", r"callbacks\[0\]: no class `TailProbe` .* or one of .*TailTokenProbe"),
         ("callbacks: [{class_path: no.such.Thing}]", "no class `no.such.Thing` \\(No module named 'no'\\)"),
         ("callbacks: [{class_path: torch.nn.Linear}]", "`torch.nn.Linear` is no Lightning callback"),

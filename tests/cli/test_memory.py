@@ -146,6 +146,18 @@ def test_batch_steps_theory_and_newton_schulz(tmp_path):
     assert (tmp_path / "ns" / "newton_schulz.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("line", "named"), [("on: 3", "--on"), ("1: 2", "--1"), ("yes: [4]", "--yes"), ("day: 2020-99-99", "mine.yaml")]
+)
+def test_a_recipe_is_read_as_every_yaml_file_is(line, named, tmp_path, capsys):
+    """A word such as `on` is a key and no truth value; a number as a key or a date that is none is one sentence."""
+    (tmp_path / "mine.yaml").write_text(f"command: one-step\n{line}\n")
+    assert main(["memory", "one-step", "--config", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert named in message
+    assert "Traceback" not in message
+
+
 def test_recipes_run_with_the_command_line_on_top(tmp_path):
     rows = run(
         "steps",

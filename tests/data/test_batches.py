@@ -68,7 +68,7 @@ def test_a_loader_goes_on_where_its_state_says() -> None:
 def test_a_changed_accumulation_is_refused() -> None:
     blocks = TokenBlocks(np.arange(200, dtype=np.uint16), 10)
     loader = ResumableLoader(blocks, StepBatches(len(blocks), **SETTINGS, micro_batch=4))
-    with pytest.raises(ValueError, match=r"made with 4 micro-batches a step on each rank, this run has 2"):
+    with pytest.raises(ValueError, match=r"made with 4 micro-batches per step on each rank, this run has 2"):
         loader.load_state_dict({"position": 3, "accumulation": 4})
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from litgpt.data import DataModule
 
-from lightning_spectral.data.modules import StateOfTheUnion, TextBlocks, TextFiles
+from lightning_spectral.data.modules import HubText, StateOfTheUnion, TextBlocks, TextFiles
 from lightning_spectral.data.tokens import prepare_tokens
 from tests.tiny import LIGHTNING_WARNINGS, write_text
 
@@ -90,3 +90,22 @@ def test_the_pocket_studys_split_of_the_addresses(tmp_path: Path) -> None:
     # 3.19 M and 188 k tokens in the study, whose documents were joined in another way
     assert len(data.cache.train) == pytest.approx(3.19e6, rel=0.01)
     assert len(data.cache.validation) == pytest.approx(188e3, rel=0.05)
+
+
+@pytest.mark.parametrize("num_proc", [0, -2, 1.5, True, "2"])
+@pytest.mark.parametrize("kind", ["StateOfTheUnion", "TextFiles", "HubText"])
+def test_a_number_of_processes_that_is_none_is_refused_before_any_text_is_read(kind: str, num_proc: object) -> None:
+    makers = {
+        "StateOfTheUnion": StateOfTheUnion,
+        "TextFiles": lambda **more: TextFiles("nowhere.txt", **more),
+        "HubText": lambda **more: HubText("nowhere", **more),
+    }
+    with pytest.raises(ValueError, match=rf"`num_proc` must be an integer >= 1, got {num_proc!r}: 1 tokenises"):
+        makers[kind](num_proc=num_proc)
+    assert makers[kind](num_proc=2).num_proc == 2
+
+
+def test_a_cache_is_not_begun_with_a_number_of_processes_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`num_proc`"):
+        prepare_tokens(_module(tmp_path).corpus(), vocab_size=300, cache_dir=tmp_path / "cache", num_proc=0)
+    assert not (tmp_path / "cache").exists()

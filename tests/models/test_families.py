@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from lightning_spectral.models.families import Hint
-from lightning_spectral.models.names import clean_name
+from lightning_spectral.models.linears import widths_of
+from lightning_spectral.models.names import WRAPPERS, clean_name, unwrapped
 from lightning_spectral.models.recorder import Recorder
 from lightning_spectral.models.stacks import find_stacks
 from tests.models import tiny
@@ -129,6 +130,18 @@ def test_names_lose_their_wrappers():
     assert clean_name("module.transformer.h.0") == "transformer.h.0"
     assert clean_name("gpt._fsdp_wrapped_module.h.0._checkpoint_wrapped_module.mlp") == "gpt.h.0.mlp"
     assert clean_name("_orig_mod") == ""
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_every_wrapper_is_taken_off_names_and_modules_alike(wrapper: str) -> None:
+    """One list serves names, widths of linears and the comparison of blocks."""
+    holder = nn.Module()
+    holder.add_module(wrapper, nn.Linear(3, 7))
+    twice = nn.Module()
+    twice.add_module("_orig_mod", holder)
+    assert clean_name(f"blocks.0.{wrapper}.fc") == "blocks.0.fc"
+    assert unwrapped(twice) is holder._modules[wrapper]
+    assert widths_of(twice) == (3, 7)
 
 
 def test_compiled_models_have_the_same_names():

@@ -414,7 +414,7 @@ def test_grad_scaler_and_several_dtypes():
         (Muon, {"bf16_weights": "round"}, "`bf16_weights` must be one of"),
         (NorMuon, {"moment_beta": 1.0}, "`moment_beta` in"),
         (Dion, {"rank_fraction": 0.0}, "`rank_fraction` must be in"),
-        (Dion, {"power_iterations": 0}, "`power_iterations` must be >= 1"),
+        (Dion, {"power_iterations": 0}, "`power_iterations` must be an integer >= 1, got 0"),
         (AdamW, {"fallback_weight_decay": -1.0}, "`fallback_weight_decay` must be >= 0"),
     ],
 )

@@ -152,7 +152,7 @@ def test_scion_moves_every_layer_by_the_steepest_direction_of_its_norm():
         (lambda m: NorDion2(m, moment_beta=-0.1), "`moment_beta` in"),
         (lambda m: NorDion2(m, fraction=2), r"`fraction` must be in \(0, 1\]"),
         (lambda m: SOAP(m, moment_beta=1.0), "`moment_beta` in"),
-        (lambda m: SOAP(m, basis_every=0), "`basis_every` must be >= 1"),
+        (lambda m: SOAP(m, basis_every=0), "`basis_every` must be an integer >= 1, got 0"),
     ],
 )
 def test_misuse_is_refused(make, message):

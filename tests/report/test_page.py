@@ -114,6 +114,8 @@ def test_the_spectra_are_those_of_the_files(study: Path) -> None:
     assert list(spectra) == [20, 60, 100]
     np.testing.assert_allclose(spectra[60], np.arange(1, 513) ** -1.1, rtol=1e-6)  # fp32 in the file
     (run.folder / "eigenvalues" / "train_00000070.safetensors").write_bytes(b"torn")
+    loader = (run.folder / "eigenvalues" / "train_00000060.safetensors").read_bytes()
+    (run.folder / "eigenvalues" / "train_00000060_loader_1.safetensors").write_bytes(loader)  # no spectrum of step 1
     assert list(read_spectra(run, "post", "tail")) == [20, 60, 100]
     assert read_spectra(run, "pre", "tail") == {}
 

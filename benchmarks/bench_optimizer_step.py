@@ -283,7 +283,7 @@ def overlap_lines(options: Any) -> list[str]:
 
 
 def _overlap_child(rank: int, ranks: int, options: Any) -> list[str]:
-    """Three ways to step in turn: as it is, waiting for every letter at once, and with letters that never leave."""
+    """Three ways to step in turn: as it is, waiting for every transfer at once, and without sending anything."""
     from torch.distributed.fsdp import fully_shard
 
     quiet()
@@ -330,7 +330,7 @@ def _overlap_child(rank: int, ranks: int, options: Any) -> list[str]:
     buckets = len(optimizer._matrix_step[1]._exchanges[0].buckets)  # type: ignore[index]
     return [
         f"Overlap, FSDP2 x{ranks}, d = {width}, {buckets} buckets: {hidden:.0%} of the communication is hidden "
-        f"({wall['as it is']:.1f} ms a step, {wall['waiting']:.1f} if every letter is waited for, "
+        f"({wall['as it is']:.1f} ms a step, {wall['waiting']:.1f} if every transfer is waited for, "
         f"{wall['silent']:.1f} if none is sent; medians in wall time)"
     ]
 

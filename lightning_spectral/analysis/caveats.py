@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from lightning_spectral.analysis.fits import PowerLawFit
-from lightning_spectral.analysis.learning_rates import ladders_of
+from lightning_spectral.analysis.learning_rates import learning_rate_sweeps
 from lightning_spectral.analysis.points import LAYER_MEDIAN
 from lightning_spectral.analysis.recipe_facts import decay_step, is_whole, num_steps, seed_meaning
 from lightning_spectral.analysis.runs import RunSet
@@ -137,11 +137,11 @@ def _rate_caveats(fitted: Fitted, runs: RunSet) -> list[str]:
     rest = tuple(_FOCUS[name] for name in by[place[0] :])
     groups = fitted.table.groups()
     out = []
-    for ladder in ladders_of(runs):
-        fits = [(rung.rate, rung.fit(groups, rest)) for rung in ladder.rungs]
+    for sweep in learning_rate_sweeps(runs):
+        fits = [(point.rate, point.fit(groups, rest)) for point in sweep.points]
         shown = [f"{rate:g}: {fit.beta:.2f}" for rate, fit in fits if fit is not None and not fit.refused]
         if len(shown) > 1:
-            text = f"The learning rate alone moves {ladder.name}'s beta of TAIL hard rank ({ladder.where})"
+            text = f"The learning rate alone moves {sweep.name}'s beta of TAIL hard rank ({sweep.where})"
             out.append(f"{text}: {', '.join(shown)}.")
     return out
 

@@ -105,7 +105,7 @@ def pair_of(by: Sequence[str], one: Sequence[str], two: Sequence[str]) -> list[s
 def with_holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """Give each comparison its p corrected for all pairs of the same kind, site, bucket, metric and layer.
 
-    Pairs with a variation of another series (``AdamW lr/3`` beside ``AdamW``: a rung of a ladder, an ablation) are
+    Pairs with a variation of another series (``AdamW lr/3`` beside ``AdamW``: another learning rate, an ablation) are
     corrected among themselves: they do not make a claim about the optimizers less certain, nor the other way round.
     """
     families: dict[tuple[Any, ...], list[int]] = {}

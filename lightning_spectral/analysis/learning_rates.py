@@ -1,7 +1,7 @@
 """How much of an exponent is its learning rate: runs whose recipes differ in nothing else.
 
-A ladder is one configuration (optimizer, architecture, data) at several learning rates. Its rungs are compared on the
-widths and seeds that ALL of them have, so that a rung with three widths is not set against one with six.
+A sweep is one configuration (optimizer, architecture, data) at several learning rates. Its points are compared on the
+widths and seeds that ALL of them have, so that a point with three widths is not set against one with six.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Groups = Mapping[tuple[str, ...], list[Point]]  # series -> points
 
 @dataclass(frozen=True)
 class LearningRatePoint:
-    """One learning rate of a ladder.
+    """One learning rate of a sweep.
 
     Attributes:
         rate: The learning rate.
@@ -60,25 +60,25 @@ class LearningRateSweep:
 
     Attributes:
         name: What the labels of its series have in common.
-        rungs: By learning rate, at least two.
-        widths: Widths that every rung has.
-        seeds: Seeds that every rung has there.
+        points: By learning rate, at least two.
+        widths: Widths that every learning rate has.
+        seeds: Seeds that every learning rate has there.
     """
 
     name: str
-    rungs: tuple[LearningRatePoint, ...]
+    points: tuple[LearningRatePoint, ...]
     widths: tuple[int, ...]
     seeds: tuple[str, ...]
 
     @property
     def where(self) -> str:
-        """What the rungs have in common, for people."""
+        """What the points have in common, for people."""
         widths = ", ".join(map(str, self.widths))
         seeds = ", ".join(seed for seed in self.seeds if seed)
         return f"D = {widths}" + (f", seed {seeds}" if seeds else "")
 
 
-def ladders_of(runs: RunSet) -> list[LearningRateSweep]:
+def learning_rate_sweeps(runs: RunSet) -> list[LearningRateSweep]:
     """All configurations that were run at two or more learning rates with a width and seed in common."""
     families: dict[str, dict[tuple[float, tuple[str, ...]], list[Run]]] = {}
     for series, group in group_runs(runs).items():
@@ -92,14 +92,14 @@ def ladders_of(runs: RunSet) -> list[LearningRateSweep]:
         cells = set.intersection(*({(run.width, run.seed) for run in group} for group in family.values()))
         if len({rate for rate, _ in family}) < 2 or not cells:
             continue
-        rungs = tuple(
+        points = tuple(
             LearningRatePoint(rate, series, tuple(run for run in group if (run.width, run.seed) in cells))
             for (rate, series), group in sorted(family.items(), key=lambda item: item[0])
         )
         largest = max(family, key=lambda key: (len(family[key]), -len(" ".join(key[1]))))
         name = _common_name([" ".join(filter(None, series)) for _, series in family]) or " ".join(largest[1]).strip()
         out.append(
-            LearningRateSweep(name, rungs, tuple(sorted({w for w, _ in cells})), tuple(sorted({s for _, s in cells})))
+            LearningRateSweep(name, points, tuple(sorted({w for w, _ in cells})), tuple(sorted({s for _, s in cells})))
         )
     return out
 
@@ -109,27 +109,27 @@ def _common_name(names: Sequence[str]) -> str:
     return min((re.sub(r"\s*\b(?:lr|learning.?rate)\b.*$", "", name).strip() for name in names), key=len)
 
 
-def ladder_table(ladders: Sequence[LearningRateSweep], table: PointTable) -> tuple[list[str], list[list[Any]]]:
+def learning_rate_table(sweeps: Sequence[LearningRateSweep], table: PointTable) -> tuple[list[str], list[list[Any]]]:
     """Header and rows of ``learning_rates.csv``: one row per learning rate and measurement, layer median."""
-    header = ["ladder", "series", "learning_rate", "site", "bucket", "metric", "beta", "ci_low", "ci_high", "n"]
+    header = ["sweep", "series", "learning_rate", "site", "bucket", "metric", "beta", "ci_low", "ci_high", "n"]
     header += ["widths", "seeds", "value_narrowest", "value_widest", "loss_narrowest", "loss_widest", "status"]
-    labels = len(ladders[0].rungs[0].series) if ladders else 0
+    labels = len(sweeps[0].points[0].series) if sweeps else 0
     groups = table.groups()
     rests = list(dict.fromkeys(series[labels:] for series in groups if series[-1] == LAYER_MEDIAN))
     rows = []
-    for ladder in ladders:
-        for rung in ladder.rungs:
+    for sweep in sweeps:
+        for point in sweep.points:
             for rest in rests:
-                fit = rung.fit(groups, rest)
+                fit = point.fit(groups, rest)
                 if fit is None:
                     continue
-                ends = [level(rung.points(groups, rest), width) for width in (ladder.widths[0], ladder.widths[-1])]
-                losses = [rung.loss(width) for width in (ladder.widths[0], ladder.widths[-1])]
-                widths, seeds = ";".join(map(str, ladder.widths)), ";".join(ladder.seeds)
-                name = " ".join(filter(None, rung.series))
+                ends = [level(point.points(groups, rest), width) for width in (sweep.widths[0], sweep.widths[-1])]
+                losses = [point.loss(width) for width in (sweep.widths[0], sweep.widths[-1])]
+                widths, seeds = ";".join(map(str, sweep.widths)), ";".join(sweep.seeds)
+                name = " ".join(filter(None, point.series))
                 numbers = [fit.beta, fit.ci_low, fit.ci_high, fit.n]
                 rows.append(
-                    [ladder.name, name, rung.rate, *rest[:3], *numbers, widths, seeds, *ends, *losses, fit.status]
+                    [sweep.name, name, point.rate, *rest[:3], *numbers, widths, seeds, *ends, *losses, fit.status]
                 )
     return header, rows
 

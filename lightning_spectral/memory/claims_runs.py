@@ -95,32 +95,32 @@ def _muon_batches(d: int) -> list[Row]:
 
 
 def plan(n_items: int, first_seed: int, machine: Row) -> list[Part]:
-    """Parts and rungs of the claims."""
-    rungs = _Rungs(n_items, first_seed, machine)
-    ladder = [d for d in CAPACITY_D if 3 * 0.22 * d ** (4 / 3) <= n_items or d <= 256]
-    both, muon = rungs.one_step(("muon", "newton")), rungs.batches(("muon",))
+    """Parts of the claims and their sizes."""
+    make = _Sizes(n_items, first_seed, machine)
+    dimensions = [d for d in CAPACITY_D if 3 * 0.22 * d ** (4 / 3) <= n_items or d <= 256]
+    both, muon = make.one_step(("muon", "newton")), make.batches(("muon",))
     return [
-        Part("capacity of Muon and Newton", 0.32, 2.5, [rungs.of("capacity", [{"d": d}], both) for d in ladder]),
-        Part("capacity of SGD", 0.10, 1.2, [rungs.of("capacity", [{"d": d}], gram_rows, GRAM_SEEDS) for d in GRAM_D]),
+        Part("capacity of Muon and Newton", 0.32, 2.5, [make.of("capacity", [{"d": d}], both) for d in dimensions]),
+        Part("capacity of SGD", 0.10, 1.2, [make.of("capacity", [{"d": d}], gram_rows, GRAM_SEEDS) for d in GRAM_D]),
         Part("critical batch of Muon", 0.12, 1.8,
-             [rungs.of("batch", _muon_batches(d), muon) for d in (64, 96, 128, 192, 256)]),
+             [make.of("batch", _muon_batches(d), muon) for d in (64, 96, 128, 192, 256)]),
         Part("critical batch of SGD", 0.08, 1.2,
-             [rungs.of("batch", [{"d": d, "batch_size": b} for b in (*SMALL_BATCHES, None)],
+             [make.of("batch", [{"d": d, "batch_size": b} for b in (*SMALL_BATCHES, None)],
                        partial(gram_rows, kind="batch"), GRAM_SEEDS) for d in (256, 768, 2048, 6144, 16384)]),
         Part("deflation", 0.16, 1.8,
-             [rungs.of("deflation", [{"d": d}], rungs.steps("deflation", 8)) for d in (64, 96, 128, 192, 256)]),
+             [make.of("deflation", [{"d": d}], make.steps("deflation", 8)) for d in (64, 96, 128, 192, 256)]),
         Part("exact steps", 0.12, 5.0,
-             [rungs.of("exact", [{"d": d, "n_items": d * d}], rungs.steps("exact", 20))
+             [make.of("exact", [{"d": d, "n_items": d * d}], make.steps("exact", 20))
               for d in (16, 24, 32, 48, 64, 96)]),
         Part("amplification", 0.05, 2.0,
-             [rungs.of("amplification", [{"d": d}], amplification_rows) for d in (128, 192, 256, 384, 512, 768)]),
+             [make.of("amplification", [{"d": d}], amplification_rows) for d in (128, 192, 256, 384, 512, 768)]),
         Part("anisotropy", 0.05, 3.0,
-             [rungs.of("anisotropy", [{"d": d, "anisotropy": beta} for beta in BETAS], both) for d in (128, 256)]),
+             [make.of("anisotropy", [{"d": d, "anisotropy": beta} for beta in BETAS], both) for d in (128, 256)]),
     ]  # fmt: skip
 
 
-class _Rungs:
-    """Makes rungs; every setting of each takes the next seeds."""
+class _Sizes:
+    """Makes the runs of each size; every setting takes the next seeds."""
 
     def __init__(self, n_items: int, first_seed: int, machine: Row) -> None:
         self.n_items, self.first_seed, self.machine = n_items, first_seed, machine

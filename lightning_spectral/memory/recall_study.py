@@ -85,7 +85,7 @@ def study_rows(options: Any, say: Callable[[str], None]) -> Iterator[Row]:
             if options.lr:
                 rates[name, d] = options.lr
                 continue
-            search = climb(start)
+            search = rate_search(start)
             try:
                 lr = next(search)
                 while True:
@@ -105,7 +105,7 @@ def study_rows(options: Any, say: Callable[[str], None]) -> Iterator[Row]:
                 yield from run("study", d, name, lr, seed)
 
 
-def climb(start: float, factor: float = FACTOR, at_most: int = _RATES_AT_MOST) -> Generator[float, float, float]:
+def rate_search(start: float, factor: float = FACTOR, at_most: int = _RATES_AT_MOST) -> Generator[float, float, float]:
     """Search a geometric grid: yields a rate, is sent its score, returns the rate that beats both its neighbours.
 
     Args:

@@ -1,8 +1,8 @@
 """The plan behind ``memory reproduce``: every law, as far as the time goes.
 
-Each part has a share of the budget and a ladder of sizes. First every part takes the two rungs that a slope needs; then
-each climbs until its next rung, whose cost is extrapolated from the last one, would not fit: a longer budget therefore
-reaches larger d by itself. Past the budget nothing new begins, whatever is still missing is named.
+Each part has a share of the budget and a list of sizes. First every part runs the two sizes that a slope needs; then
+each goes on until its next size, whose cost is extrapolated from the last one, would not fit: a longer budget therefore
+reaches larger d. No run starts after the budget; what is missing is listed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 _RULES = ("sgd", "sign", "muon", "ns5", "newton")
 _RESERVE = 0.1  # of the budget, for fits and figures
 _RESERVE_AT_LEAST_S = 10.0
-_RUNGS_OF_A_SLOPE = 2
+_SIZES_OF_A_SLOPE = 2
 _SEEDS = 3  # the fewest that a verdict is given on
 _MUON_ITEMS = 0.22  # count over d^(4/3) at alpha = 1.5 and d >= 512
 
@@ -44,14 +44,14 @@ class Part:
     Attributes:
         name: What it measures.
         share: Of the budget.
-        growth: Cost of a rung over the cost of the one before.
-        rungs: Calls that make the rows of each rung.
+        growth: Cost of a size over the cost of the one before.
+        sizes: Functions that make the rows, by size, smallest first.
     """
 
     name: str
     share: float
     growth: float
-    rungs: list[Callable[[], Iterator[Row]]]
+    sizes: list[Callable[[], Iterator[Row]]]
 
 
 def reproduce_rows(
@@ -71,30 +71,30 @@ def reproduce_rows(
 
 
 def within_budget(parts: list[Part], budget: float, begun: float, say: Callable[[str], None] = print) -> Iterator[Row]:
-    """Rows of all parts: two rungs of each first, then each as far as its share of the time goes."""
-    climb = _Climb(parts, begun + budget - max(_RESERVE * budget, _RESERVE_AT_LEAST_S))
-    for number in range(_RUNGS_OF_A_SLOPE):
+    """Rows of all parts: two sizes of each first, then each as far as its share of the time goes."""
+    runs = _BudgetedRuns(parts, begun + budget - max(_RESERVE * budget, _RESERVE_AT_LEAST_S))
+    for number in range(_SIZES_OF_A_SLOPE):
         for part in parts:
-            yield from climb.rung(part, number)
+            yield from runs.size(part, number)
     for position, part in enumerate(parts):
-        yield from climb.further(part, part.share / sum(other.share for other in parts[position:]))
-    if climb.cut:
-        missing = ", ".join(dict.fromkeys(climb.cut))
+        yield from runs.further(part, part.share / sum(other.share for other in parts[position:]))
+    if runs.cut:
+        missing = ", ".join(dict.fromkeys(runs.cut))
         say(f"\nThe budget of {budget:g} s ended within: {missing}. Give it more time for the rest.")
 
 
-class _Climb:
-    """Ladders climbed until a time; knows what the last rung of each took, and what could not be done."""
+class _BudgetedRuns:
+    """Runs sizes until a time; knows what the last size of each part took, and what was left out."""
 
     def __init__(self, parts: list[Part], end: float) -> None:
         self.end = end
         self.cut: list[str] = []
         self._last_cost = {part.name: 0.0 for part in parts}
 
-    def rung(self, part: Part, number: int) -> Iterator[Row]:
+    def size(self, part: Part, number: int) -> Iterator[Row]:
         """One size of a part, or as many of its rows as there is time for."""
         start = time.perf_counter()
-        for row in part.rungs[number]() if start <= self.end else ():
+        for row in part.sizes[number]() if start <= self.end else ():
             yield row
             if time.perf_counter() > self.end:
                 break
@@ -107,20 +107,20 @@ class _Climb:
     def further(self, part: Part, share: float) -> Iterator[Row]:
         """Larger sizes, while the next one is expected to end within the share of what time is left."""
         until = time.perf_counter() + share * (self.end - time.perf_counter())
-        for number in range(_RUNGS_OF_A_SLOPE, len(part.rungs)):
+        for number in range(_SIZES_OF_A_SLOPE, len(part.sizes)):
             if time.perf_counter() + self._last_cost[part.name] * part.growth > until:
                 return
-            yield from self.rung(part, number)
+            yield from self.size(part, number)
 
 
 def plan(n_items: int, first_seed: int, machine: Row) -> list[Part]:
-    """The ladder of each part; N is the same at every d, and every cell (d, alpha, batch size) has seeds of its own."""
+    """The sizes of each part; N is the same at every d, and every cell (d, alpha, batch size) has seeds of its own."""
     cells = _Cells(n_items, first_seed, machine)
     # past it Muon would recover more than a third of the items
-    ladder = [d for d in (128, 256, 512, 1024, 2048, 4096) if 3 * _MUON_ITEMS * d ** (4 / 3) <= n_items or d <= 256]
+    dimensions = [d for d in (128, 256, 512, 1024, 2048, 4096) if 3 * _MUON_ITEMS * d ** (4 / 3) <= n_items or d <= 256]
     exact = [(32, 2048), (64, 4096), (128, 16384), (256, 65536)]
     return [
-        Part("one step", 0.45, 4.0, [cells.one_step(d) for d in ladder]),
+        Part("one step", 0.45, 4.0, [cells.one_step(d) for d in dimensions]),
         Part("batch size", 0.15, 4.0, [cells.batch(d) for d in (64, 128, 256, 512)]),
         Part("deflation steps", 0.15, 4.0, [cells.deflation(d) for d in (64, 128, 256, 512)]),
         Part("exact steps", 0.15, 20.0, [cells.exact(d, items) for d, items in exact]),
@@ -129,7 +129,7 @@ def plan(n_items: int, first_seed: int, machine: Row) -> list[Part]:
 
 
 class _Cells:
-    """Rungs of the ladders; each takes the next seeds when it is made."""
+    """The runs of each size; each takes the next seeds when it is made."""
 
     def __init__(self, n_items: int, first_seed: int, machine: Row) -> None:
         self.n_items, self.first_seed, self.machine = n_items, first_seed, machine

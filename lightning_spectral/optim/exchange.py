@@ -21,11 +21,11 @@ from lightning_spectral.optim.matrices import Matrix, spans_of
 
 _ALIGN = 16  # bytes; every dtype may start here
 Holding = tuple[Rectangle, ...]  # the entries of one matrix that one rank holds
-Letters = tuple[list["Letter"], list["Letter"]]  # to every rank, and from every rank
+Messages = tuple[list["Message"], list["Message"]]  # to every rank, and from every rank
 
 
 @dataclass(frozen=True)
-class Message:
+class Segment:
     """One array, or a part of it, inside what one rank sends another.
 
     Attributes:
@@ -48,29 +48,29 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Letter:
-    """All messages from one rank to another in one bucket, and their length in bytes."""
+class Message:
+    """All segments from one rank to another in one bucket, and their length in bytes."""
 
-    messages: tuple[Message, ...] = ()
+    segments: tuple[Segment, ...] = ()
     size: int = 0
 
 
 @dataclass
 class Bucket:
-    """Some matrices that travel together, and this rank's letters from and to every rank.
+    """Some matrices that travel together, and this rank's messages from and to every rank.
 
     Attributes:
         matrices: Indices.
         owned: Those that this rank makes whole.
-        inward: Letters (to every rank, from every rank) on the way in; None when no rank sends any.
+        inward: Messages (to every rank, from every rank) on the way in; None when no rank sends any.
         outward: The same for the way out.
         runs: Owned matrices that go through the rule together; found at the first step.
     """
 
     matrices: list[int]
     owned: list[int]
-    inward: Letters | None
-    outward: Letters | None
+    inward: Messages | None
+    outward: Messages | None
     runs: list[list[Matrix]] | None = None
 
 
@@ -116,9 +116,9 @@ class Exchange:
         """Whether a rank holds a part of each matrix, ``holds[rank][matrix]``."""
         return [[bool(held) for held in of_rank] for of_rank in self.holdings]
 
-    def send(self, letters: Letters, outgoing: Tensor) -> tuple[Tensor, Any]:
-        """Begin to swap letters; returns the buffer that is being filled and what to wait for."""
-        to, arriving = ([letter.size for letter in side] for side in letters)
+    def send(self, messages: Messages, outgoing: Tensor) -> tuple[Tensor, Any]:
+        """Begin to swap messages; returns the buffer that is being filled and what to wait for."""
+        to, arriving = ([message.size for message in side] for side in messages)
         incoming = torch.empty(sum(arriving), dtype=torch.uint8, device=outgoing.device)
         work = dist.all_to_all_single(incoming, outgoing, arriving, to, group=self.group, async_op=True)
         return incoming, work
@@ -130,29 +130,29 @@ class Exchange:
             (i, rank) for i in indices for rank in range(self.size) if rank != self.owners[i] and self.holdings[rank][i]
         }
         owned = [i for i in indices if self.owners[i] == self.rank]
-        return Bucket(indices, owned, self._letters(inward, True), self._letters(outward, False))
+        return Bucket(indices, owned, self._messages(inward, True), self._messages(outward, False))
 
-    def _letters(self, pairs: set[tuple[int, int]], to_owner: bool) -> Letters | None:
-        """Letters between this rank and every other for (matrix, holder) pairs; None if nobody sends any."""
+    def _messages(self, pairs: set[tuple[int, int]], to_owner: bool) -> Messages | None:
+        """Messages between this rank and every other for (matrix, holder) pairs; None if nobody sends any."""
         if not pairs:
             return None
         between: dict[tuple[int, int], list[int]] = {}
         for i, holder in sorted(pairs):
             between.setdefault((holder, self.owners[i]), []).append(i)
         peers, rank = range(self.size), self.rank
-        as_holder = [self._letter(rank, between.get((rank, peer), []), to_owner) for peer in peers]
-        as_owner = [self._letter(peer, between.get((peer, rank), []), to_owner) for peer in peers]
+        as_holder = [self._pack(rank, between.get((rank, peer), []), to_owner) for peer in peers]
+        as_owner = [self._pack(peer, between.get((peer, rank), []), to_owner) for peer in peers]
         return (as_holder, as_owner) if to_owner else (as_owner, as_holder)
 
-    def _letter(self, holder: int, indices: list[int], to_owner: bool) -> Letter:
-        messages, offset = [], 0
+    def _pack(self, holder: int, indices: list[int], to_owner: bool) -> Message:
+        segments, offset = [], 0
         for i in indices:
-            for message in self._messages(holder, i, to_owner, offset):
-                messages.append(message)
-                offset += padded(message.count * message.dtype.itemsize)
-        return Letter(tuple(messages), offset)
+            for segment in self._segments(holder, i, to_owner, offset):
+                segments.append(segment)
+                offset += padded(segment.count * segment.dtype.itemsize)
+        return Message(tuple(segments), offset)
 
-    def _messages(self, holder: int, i: int, to_owner: bool, offset: int) -> Iterator[Message]:
+    def _segments(self, holder: int, i: int, to_owner: bool, offset: int) -> Iterator[Segment]:
         matrix, held = self.matrices[i], self.holdings[holder][i]
         names = ["input", *matrix.rule.also_sees] if to_owner else ["update"]
         if matrix.rule.rewrites_momentum and not to_owner:
@@ -160,24 +160,24 @@ class Exchange:
         count = sum(rectangle.numel for rectangle in held)
         for name in names:
             dtype = matrix.dtype_of(name)
-            yield Message(i, name, held, (), offset, count, dtype)
+            yield Segment(i, name, held, (), offset, count, dtype)
             offset += padded(count * dtype.itemsize)
         for name, extra in matrix.extra.items():
             spans = spans_of(held, matrix.shape[1], extra.length)
             count = sum(high - low for low, high in spans)
             if count:
-                yield Message(i, name, (), spans, offset, count, torch.float32)
+                yield Segment(i, name, (), spans, offset, count, torch.float32)
                 offset += padded(count * 4)
 
 
-def views_into(buffer: Tensor, letters: Sequence[Letter]) -> Iterator[tuple[Message, Tensor]]:
-    """Every message of letters that lie one after the other in a byte buffer, with its values."""
+def views_into(buffer: Tensor, messages: Sequence[Message]) -> Iterator[tuple[Segment, Tensor]]:
+    """Every segment of messages that lie one after the other in a byte buffer, with its values."""
     base = 0
-    for letter in letters:
-        for message in letter.messages:
-            begin = base + message.offset
-            yield message, buffer[begin : begin + message.count * message.dtype.itemsize].view(message.dtype)
-        base += letter.size
+    for message in messages:
+        for segment in message.segments:
+            begin = base + segment.offset
+            yield segment, buffer[begin : begin + segment.count * segment.dtype.itemsize].view(segment.dtype)
+        base += message.size
 
 
 def padded(size: int) -> int:

@@ -12,8 +12,8 @@ from lightning_spectral.models.placement import local
 from lightning_spectral.optim.exchange import (
     Bucket,
     Exchange,
-    Letter,
     Message,
+    Segment,
     views_into,
 )
 from lightning_spectral.optim.matrices import (
@@ -75,14 +75,14 @@ class Trip:
         if bucket.inward is None:
             return None
         outgoing = _buffer(bucket.inward[0], self.device)
-        for message, values in views_into(outgoing, bucket.inward[0]):
-            matrix = self.exchange.matrices[message.matrix]
-            if not self.present[message.matrix]:
+        for segment, values in views_into(outgoing, bucket.inward[0]):
+            matrix = self.exchange.matrices[segment.matrix]
+            if not self.present[segment.matrix]:
                 values.zero_()
-            elif message.rectangles:
-                self._write_inputs(matrix, message.name, values)
+            elif segment.rectangles:
+                self._write_inputs(matrix, segment.name, values)
             else:
-                values.copy_(extra_here(matrix, message.name, self.states))
+                values.copy_(extra_here(matrix, segment.name, self.states))
         return (*self.exchange.send(bucket.inward, outgoing), outgoing)  # type: ignore[return-value]
 
     def _write_inputs(self, matrix: Matrix, name: str, values: Tensor) -> None:
@@ -111,8 +111,8 @@ class Trip:
             incoming, work, _ = arriving
             work.wait()
             assert bucket.inward is not None
-            for message, values in views_into(incoming, bucket.inward[1]):
-                _fill(whole[message.matrix, message.name], message, values)
+            for segment, values in views_into(incoming, bucket.inward[1]):
+                _fill(whole[segment.matrix, segment.name], segment, values)
         for run, stacked in zip(runs, stacks, strict=True):
             indices = [index_of[id(matrix)] for matrix in run]
             extra = {name: [whole[i, name] for i in indices] for name in run[0].extra}
@@ -146,16 +146,16 @@ class Trip:
         if bucket.outward is None:
             return None
         outgoing = _buffer(bucket.outward[0], self.device)
-        for message, values in views_into(outgoing, bucket.outward[0]):
-            result = self.results[message.matrix][message.name]
-            if message.rectangles:
+        for segment, values in views_into(outgoing, bucket.outward[0]):
+            result = self.results[segment.matrix][segment.name]
+            if segment.rectangles:
                 position = 0
-                for rectangle in message.rectangles:
+                for rectangle in segment.rectangles:
                     part = entries(result, rectangle)
                     values[position : position + part.numel()].view(part.shape).copy_(part)
                     position += part.numel()
             else:
-                _gather(result, message.spans, values)
+                _gather(result, segment.spans, values)
         return (*self.exchange.send(bucket.outward, outgoing), outgoing)
 
     def _deliver(self, bucket: Bucket, leaving: Any) -> None:
@@ -167,9 +167,9 @@ class Trip:
             incoming, work, _ = leaving
             work.wait()
             assert bucket.outward is not None
-            for message, values in views_into(incoming, bucket.outward[1]):
-                if self.present[message.matrix]:
-                    self._deliver_message(self.exchange.matrices[message.matrix], message, values)
+            for segment, values in views_into(incoming, bucket.outward[1]):
+                if self.present[segment.matrix]:
+                    self._deliver_segment(self.exchange.matrices[segment.matrix], segment, values)
         self.update.store()
 
     def _deliver_own(self, matrix: Matrix, result: dict[str, Tensor]) -> None:
@@ -181,9 +181,9 @@ class Trip:
             if extra.held:
                 _gather(result[name], extra.spans, extra_here(matrix, name, self.states))
 
-    def _deliver_message(self, matrix: Matrix, message: Message, values: Tensor) -> None:
-        if not message.rectangles:
-            extra_here(matrix, message.name, self.states).copy_(values)
+    def _deliver_segment(self, matrix: Matrix, segment: Segment, values: Tensor) -> None:
+        if not segment.rectangles:
+            extra_here(matrix, segment.name, self.states).copy_(values)
             return
         position = 0
         momentum = flat(local(self.states[matrix.param]["momentum_buffer"]))
@@ -191,22 +191,22 @@ class Trip:
             shape = block.target.rows[1] - block.target.rows[0], block.target.columns[1] - block.target.columns[0]
             part = values[position : position + block.target.numel].view(shape)
             position += block.target.numel
-            if message.name == "update":
+            if segment.name == "update":
                 self.update.apply(matrix, block, part.to(local(matrix.param).device))
             else:
                 block.of(momentum).copy_(part)
 
 
-def _buffer(letters: Sequence[Letter], device: torch.device) -> Tensor:
-    return torch.empty(sum(letter.size for letter in letters), dtype=torch.uint8, device=device)
+def _buffer(messages: Sequence[Message], device: torch.device) -> Tensor:
+    return torch.empty(sum(message.size for message in messages), dtype=torch.uint8, device=device)
 
 
-def _fill(target: Tensor, message: Message, values: Tensor) -> None:
-    if not message.rectangles:
-        _scatter(target, message.spans, values)
+def _fill(target: Tensor, segment: Segment, values: Tensor) -> None:
+    if not segment.rectangles:
+        _scatter(target, segment.spans, values)
         return
     position = 0
-    for rectangle in message.rectangles:
+    for rectangle in segment.rectangles:
         part = entries(target, rectangle)
         part.copy_(values[position : position + part.numel()].view(part.shape))
         position += part.numel()

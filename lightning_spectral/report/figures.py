@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from lightning_spectral.report import (
     figures_audience,
     figures_exponents,
-    figures_ladders,
     figures_layers,
+    figures_learning_rates,
     figures_run,
     figures_scaling,
     figures_spectrum,
@@ -53,7 +53,7 @@ FIGURES: Final[dict[str, FigureRow]] = {
     "beta_over_training": FigureRow("Exponents over training", figures_training.exponent_over_training, "paths"),
     "rank_curves": FigureRow("Rank curves by width", figures_training.rank_curves, "curves"),
     "layers": FigureRow("Layers", figures_layers.layer_map, "points"),
-    "learning_rates": FigureRow("Learning-rate sensitivity", figures_ladders.learning_rates),
+    "learning_rates": FigureRow("Learning-rate sensitivity", figures_learning_rates.learning_rates),
     "matched_loss": FigureRow("Matched loss", figures_training.matched, "law"),
     "bucket_losses": FigureRow("Loss by token frequency", figures_training.bucket_losses, "law"),
     "recall_front": FigureRow("Recall front: when each group of tokens is learned", figures_audience.recall_front),

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from lightning_spectral.analysis.caveats import caveats_of, median_fits, missing_runs
 from lightning_spectral.analysis.compare import comparison_table
 from lightning_spectral.analysis.health import FLAG_TEXT
-from lightning_spectral.analysis.learning_rates import ladder_table
+from lightning_spectral.analysis.learning_rates import learning_rate_table
 from lightning_spectral.analysis.matched import matched_table
 from lightning_spectral.analysis.tidy import fit_table, points_table, write_atomic, write_csv
 from lightning_spectral.report.figures import FIGURES, draw_all, inline, png_of, svg_of
@@ -122,7 +122,7 @@ def write_tables(scene: ReportData, folder: Path) -> list[Path]:
         return of_points
     return [
         *of_points,
-        write_csv(folder / "learning_rates.csv", *ladder_table(scene.ladders, scene.fitted.table)),
+        write_csv(folder / "learning_rates.csv", *learning_rate_table(scene.learning_rate_sweeps, scene.fitted.table)),
         write_csv(folder / "matched_loss.csv", *matched_table(scene.pairs)),
         write_csv(folder / "runs.csv", list(summaries[0]), [list(row.values()) for row in summaries]),
     ]

@@ -46,7 +46,7 @@ def summary_sentences(scene: ReportData) -> list[str]:
 def comparison_headline(scene: ReportData) -> str:
     """Which slopes are separated, with interval and p."""
     metric = "hard_rank" if "hard_rank" in scene.metrics else scene.metrics[0]
-    # rungs of a learning-rate ladder are no claims: they have a section of their own
+    # learning rates beside the main one are no claims: a section of their own shows them
     plain = {" ".join(filter(None, key)) for key in scene.plain}
     compared = [c for c in scene.compared("slope_difference", scene.focus, metric) if {c.a, c.b} <= plain]
     found = with_holm([c for c in compared if math.isfinite(c.p)])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lightning_spectral.analysis.compare import Comparison
 from lightning_spectral.analysis.fits import PowerLawFit
-from lightning_spectral.analysis.learning_rates import LearningRateSweep, ladders_of
+from lightning_spectral.analysis.learning_rates import LearningRateSweep, learning_rate_sweeps
 from lightning_spectral.analysis.matched import MatchedPair
 from lightning_spectral.analysis.points import LAST_WINDOWS, LAYER_MEDIAN, Point, nanmedian
 from lightning_spectral.analysis.published import Estimate, RankCurve
@@ -89,14 +89,15 @@ class ReportData:
 
     @cached_property
     def series(self) -> list[Series]:
-        """Series that the figures show: of a learning-rate ladder one rung, for the ladder has its own section."""
-        out = {rung.series for ladder in self.ladders for rung in ladder.rungs}
-        out -= {self.main_rung(ladder) for ladder in self.ladders}
+        """Series that the figures show; of a learning-rate sweep only the main rate: its section shows the others."""
+        out = {point.series for sweep in self.learning_rate_sweeps for point in sweep.points}
+        out -= {self.main_rate(sweep) for sweep in self.learning_rate_sweeps}
         return [key for key in self.all_series if key not in out]
 
-    def main_rung(self, ladder: LearningRateSweep) -> Series:
-        """The rung with the most runs; of several the one that comes first, which has the shortest name."""
-        return max(ladder.rungs, key=lambda rung: (len(self.groups[rung.series]), -len(" ".join(rung.series)))).series
+    def main_rate(self, sweep: LearningRateSweep) -> Series:
+        """The learning rate with the most runs; of several the one that comes first, which has the shortest name."""
+        best = max(sweep.points, key=lambda point: (len(self.groups[point.series]), -len(" ".join(point.series))))
+        return best.series
 
     @cached_property
     def all_series(self) -> list[Series]:
@@ -191,9 +192,9 @@ class ReportData:
         return sorted(names - {LAYER_MEDIAN})
 
     @cached_property
-    def ladders(self) -> list[LearningRateSweep]:
+    def learning_rate_sweeps(self) -> list[LearningRateSweep]:
         """Configurations at several learning rates."""
-        return ladders_of(self.runs)
+        return learning_rate_sweeps(self.runs)
 
     @cached_property
     def decay_steps(self) -> list[int]:

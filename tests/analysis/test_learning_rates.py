@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_spectral.analysis.learning_rates import ladder_table, ladders_of
+from lightning_spectral.analysis.learning_rates import learning_rate_sweeps, learning_rate_table
 from lightning_spectral.analysis.points import points_of_runs
 from lightning_spectral.analysis.reading import load_runs
 from tests.analysis.synthetic import recipe, write_one
 
 
-def write_ladder(root: Path) -> None:
+def write_sweep(root: Path) -> None:
     for width in (128, 256, 512, 1024):
         for seed in (0, 1):
             write_one(root, "AdamW", 0.3, width, seed, hparams=recipe(3e-3))
@@ -22,14 +22,14 @@ def write_ladder(root: Path) -> None:
         write_one(root, "AdamW lr x3", -0.2, width, hparams=recipe(9e-3))
 
 
-def test_rungs_are_compared_where_all_of_them_were_run(tmp_path: Path) -> None:
-    write_ladder(tmp_path)
+def test_learning_rates_are_compared_where_all_of_them_were_run(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
     runs = load_runs([tmp_path])
-    (ladder,) = ladders_of(runs)
-    assert (ladder.name, ladder.widths, ladder.seeds) == ("AdamW", (128, 256, 1024), ("0",))
-    assert [(rung.rate, rung.series) for rung in ladder.rungs] == [(3e-3, ("AdamW",)), (9e-3, ("AdamW lr x3",))]
+    (sweep,) = learning_rate_sweeps(runs)
+    assert (sweep.name, sweep.widths, sweep.seeds) == ("AdamW", (128, 256, 1024), ("0",))
+    assert [(point.rate, point.series) for point in sweep.points] == [(3e-3, ("AdamW",)), (9e-3, ("AdamW lr x3",))]
     table = points_of_runs(runs, last=1)
-    fits = [rung.fit(table.groups(), ("post", "tail", "hard_rank", "median")) for rung in ladder.rungs]
+    fits = [point.fit(table.groups(), ("post", "tail", "hard_rank", "median")) for point in sweep.points]
     # seed 0 at 3 widths only, by hand
     values = {
         point.x: point.value
@@ -40,19 +40,19 @@ def test_rungs_are_compared_where_all_of_them_were_run(tmp_path: Path) -> None:
     assert fits[0] is not None
     assert fits[0].beta == pytest.approx(slope, rel=1e-9)
     assert fits[0].n == 3
-    header, rows = ladder_table([ladder], table)
+    header, rows = learning_rate_table([sweep], table)
     assert len(rows) == 2 * 4 * 2
     assert all(len(row) == len(header) for row in rows)
-    losses = ladder.rungs[0].loss(128)
+    losses = sweep.points[0].loss(128)
     assert losses == pytest.approx(next(run for run in runs.runs if run.run_id == "AdamW_128_0").losses[-4].loss)
 
 
 @pytest.mark.parametrize("change", ["other architecture", "no recipe", "no common width"])
-def test_what_is_no_ladder(tmp_path: Path, change: str) -> None:
+def test_what_is_no_learning_rate_sweep(tmp_path: Path, change: str) -> None:
     other = {"other architecture": {**recipe(9e-3), "architecture": {"activation": "gelu"}}, "no recipe": {}}
     for width in (128, 256):
         write_one(tmp_path, "AdamW", 0.3, width, hparams=recipe(3e-3))
         wide = width * 4 if change == "no common width" else width
         write_one(tmp_path, "AdamW lr x3", 0.3, wide, hparams=other.get(change, recipe(9e-3)))
-    assert ladders_of(load_runs([tmp_path])) == []
-    assert ladder_table([], points_of_runs(load_runs([tmp_path])))[1] == []
+    assert learning_rate_sweeps(load_runs([tmp_path])) == []
+    assert learning_rate_table([], points_of_runs(load_runs([tmp_path])))[1] == []

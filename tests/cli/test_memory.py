@@ -186,7 +186,7 @@ def clock_of(monkeypatch, plan):
     said = []
     monkeypatch.setattr(memory_reproduce.time, "perf_counter", lambda: now[0])
 
-    def rung(name, cost, rows):
+    def size(name, cost, rows):
         def made():
             for _ in range(rows):
                 now[0] += cost / rows
@@ -194,7 +194,7 @@ def clock_of(monkeypatch, plan):
 
         return made
 
-    parts = [memory_reproduce.Part(n, share, growth, [rung(n, *r) for r in rungs]) for n, share, growth, rungs in plan]
+    parts = [memory_reproduce.Part(n, share, growth, [size(n, *r) for r in sizes]) for n, share, growth, sizes in plan]
     monkeypatch.setattr(memory_reproduce, "plan", lambda *_: parts)
 
     def run(budget):
@@ -211,9 +211,9 @@ LADDERS = [("a", 0.7, 4.0, [(c, 4) for c in (1, 4, 16, 64, 256)]), ("b", 0.3, 4.
 @pytest.mark.parametrize("budget", [14, 32, 60, 180, 600])
 def test_reproduce_keeps_its_budget_and_uses_it(budget, monkeypatch):
     rows, spent, _ = clock_of(monkeypatch, LADDERS)(budget)
-    # nothing begins past the budget less its reserve: one row of the rung that was cut may run over
+    # nothing begins past the budget less its reserve: one row of the size that was cut may run over
     assert spent <= budget - max(0.1 * budget, 10) + max(row["cost"] for row in rows) / 4
-    assert spent > 0.3 * budget  # each rung costs four times the last, so a good part may stay unused
+    assert spent > 0.3 * budget  # each size costs four times the last, so a good part may stay unused
     if budget >= 30:
         assert {name: sum(row["part"] == name for row in rows) >= 8 for name in "ab"} == {"a": True, "b": True}
 
@@ -227,7 +227,7 @@ def test_reproduce_names_what_it_had_no_time_for(monkeypatch):
 def test_the_plan_of_reproduce_is_a_whole():
     parts = memory_reproduce.plan(30000, 0, {"device": "cpu", "chunk_size": 4096, "cache_bytes": 2**30})
     assert sum(part.share for part in parts) == pytest.approx(1)
-    assert all(len(part.rungs) > 2 for part in parts)
+    assert all(len(part.sizes) > 2 for part in parts)
 
 
 def test_fit_exponent_is_exact_on_a_power_law_and_covers():

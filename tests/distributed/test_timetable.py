@@ -54,7 +54,7 @@ def second_step(rank: int, world_size: int, kind: str) -> tuple[dict[str, int], 
         setattr(owner, name, counted)
 
     for owner, name in (
-        (exchange.Exchange, "_letter"),
+        (exchange.Exchange, "_pack"),
         (low_rank.LowRankExchange, "_leg"),
         (exchange, "spans_of"),
         (low_rank, "spans_of"),
@@ -72,7 +72,7 @@ def second_step(rank: int, world_size: int, kind: str) -> tuple[dict[str, int], 
             timetable.leg(bucket, True, timetable.left_size)
     for timetable in plan._exchanges:
         for bucket in timetable.buckets:
-            [letter.size for side in (bucket.inward, bucket.outward) for letters in side for letter in letters]
+            [message.size for side in (bucket.inward, bucket.outward) for messages in side for message in messages]
     assert sum(len(timetable.matrices) for timetable in (*plan._low_rank, *plan._exchanges)) == MATRICES
     assert bool(plan._low_rank) == (kind == "factors")
     ended = 1e3 * (time.process_time() - begin)

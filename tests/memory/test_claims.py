@@ -132,7 +132,7 @@ def test_every_part_of_the_plan_has_sizes_for_a_line():
     parts = plan(30000, 0, {"device": "cpu", "chunk_size": 4096, "cache_bytes": 2**30})
     assert sum(part.share for part in parts) == pytest.approx(1)
     for part in parts:
-        assert len(part.rungs) >= (2 if part.name == "anisotropy" else 4), part.name
+        assert len(part.sizes) >= (2 if part.name == "anisotropy" else 4), part.name
 
 
 def test_the_command_says_what_a_tiny_budget_cannot_decide(tmp_path, capsys):

@@ -12,7 +12,7 @@ from lightning_spectral.callbacks import TailTokenProbe
 from lightning_spectral.cli import main
 from lightning_spectral.memory.fit import read_results
 from lightning_spectral.memory.recall import FactRecall, FactRecallDataModule
-from lightning_spectral.memory.recall_study import climb, tail_ranks
+from lightning_spectral.memory.recall_study import rate_search, tail_ranks
 from lightning_spectral.memory.recall_tables import best_rates, log_ratio, tables
 from lightning_spectral.optim import Muon
 from lightning_spectral.theory.capacity import predict_weights, relu_features
@@ -160,10 +160,10 @@ def drive(search, score):
 
 @pytest.mark.parametrize("start", [0.001, 0.1, 0.8, 6.4])
 def test_the_search_climbs_to_a_rate_that_beats_its_neighbours(start):
-    tried, chosen = drive(climb(start, at_most=12), lambda rate: -abs(np.log(rate / 0.11)))
+    tried, chosen = drive(rate_search(start, at_most=12), lambda rate: -abs(np.log(rate / 0.11)))
     assert 0.11 / 2**0.5 <= chosen <= 0.11 * 2**0.5
     assert len(tried) == len(set(tried)) <= abs(np.log2(start / 0.11)) + 4
-    assert drive(climb(1.0, at_most=5), lambda rate: rate)[1] == 16.0  # better and better: ends all the same
+    assert drive(rate_search(1.0, at_most=5), lambda rate: rate)[1] == 16.0  # better and better: ends all the same
 
 
 def test_the_command_searches_runs_and_reports(tmp_path, capsys):

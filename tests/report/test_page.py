@@ -148,7 +148,7 @@ def test_warnings_that_cannot_be_missed(study: Path, tmp_path: Path) -> None:
     assert "seeds = initial weights; the data order is shared by all runs" in found
     assert "The state before the learning-rate decay is another state" in found
     assert "The learning rate alone moves adamw's beta of TAIL hard rank (D = 128, 256, 512, seed 0)" in found
-    assert "has no run at" not in found  # a rung of a ladder need not cover what the law does
+    assert "has no run at" not in found  # a run at another learning rate need not cover what the law does
     assert "across_decay" in found
     write_study(
         tmp_path, {"muon": 0.9, "adamw": 0.3}, widths=(128, 256, 512), steps=(20, 40), noise=0.6, num_tokens=900
@@ -232,11 +232,11 @@ def test_steps_can_be_read_as_logarithms_and_as_tokens(written: Path) -> None:
     assert 'name="scaling_laws-x"' not in page
 
 
-def test_rungs_of_a_ladder_stretch_no_axis(study: Path) -> None:
+def test_further_learning_rates_stretch_no_axis(study: Path) -> None:
     scene = scene_of(study)
     assert scene.series == [("adamw",), ("muon",)]
     assert ("adamw lr x3",) in scene.all_series
-    assert any(rung.series == ("adamw lr x3",) for rung in scene.ladders[0].rungs)
+    assert any(point.series == ("adamw lr x3",) for point in scene.learning_rate_sweeps[0].points)
 
 
 @pytest.mark.usefixtures("one_figure")

@@ -1,4 +1,4 @@
-"""The learning rate alone: ladders of runs that differ in nothing else, in a section of their own."""
+"""The learning rate alone: sweeps of runs that differ in nothing else, in a section of their own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_spectral.report.style import label_right, log2_axis, tall
 def learning_rates(scene: ReportData) -> ReportFigure:
     """Exponent, rank and loss against the learning rate, for runs that differ in nothing else."""
     metric = "hard_rank" if "hard_rank" in scene.metrics else scene.metrics[0]
-    if not scene.ladders:
+    if not scene.learning_rate_sweeps:
         return ReportFigure(
             None,
             "No learning-rate sensitivity: no two series differ in nothing but the learning rate.",
@@ -27,33 +27,35 @@ def learning_rates(scene: ReportData) -> ReportFigure:
     groups = scene.fitted.table.groups()
     rest = (scene.site, scene.focus, metric, "median")
     fits = {
-        ladder.name: [(rung.rate, fit) for rung in ladder.rungs if (fit := rung.fit(groups, rest)) and not fit.refused]
-        for ladder in scene.ladders
+        sweep.name: [
+            (point.rate, fit) for point in sweep.points if (fit := point.fit(groups, rest)) and not fit.refused
+        ]
+        for sweep in scene.learning_rate_sweeps
     }
     panels = ["slopes", "levels", "losses"] if any(fits.values()) else ["levels", "losses"]
-    figure = Figure(figsize=(11.5, tall(3.6, 2 * len(scene.ladders))))
+    figure = Figure(figsize=(11.5, tall(3.6, 2 * len(scene.learning_rate_sweeps))))
     axes = dict(zip(panels, figure.subplots(1, len(panels)), strict=True))
     figure.subplots_adjust(left=0.06, right=0.88, top=0.9, bottom=0.14, wspace=0.55)
     ends: dict[str, list[tuple[float, str, str]]] = {name: [] for name in panels}
     sentences = []
-    for ladder in scene.ladders:
-        look = scene.looks[scene.main_rung(ladder)]
-        rates = [rung.rate for rung in ladder.rungs]
-        if fits[ladder.name]:
-            for rate, fit in fits[ladder.name]:
+    for sweep in scene.learning_rate_sweeps:
+        look = scene.looks[scene.main_rate(sweep)]
+        rates = [point.rate for point in sweep.points]
+        if fits[sweep.name]:
+            for rate, fit in fits[sweep.name]:
                 axes["slopes"].plot([rate] * 2, [fit.ci_low, fit.ci_high], color=look.color, lw=1, alpha=0.4)
-            betas = [fit.beta for _, fit in fits[ladder.name]]
-            at = [rate for rate, _ in fits[ladder.name]]
-            axes["slopes"].plot(at, betas, "-", color=look.color, marker=look.marker, ms=5, label=ladder.name)
-            ends["slopes"].append((betas[-1], ladder.name, look.text_color))
-            sentences.append(f"{ladder.name} {min(betas):.2f} to {max(betas):.2f} ({ladder.where})")
-        for name, style, curves in _curves(ladder, groups, rest):
+            betas = [fit.beta for _, fit in fits[sweep.name]]
+            at = [rate for rate, _ in fits[sweep.name]]
+            axes["slopes"].plot(at, betas, "-", color=look.color, marker=look.marker, ms=5, label=sweep.name)
+            ends["slopes"].append((betas[-1], sweep.name, look.text_color))
+            sentences.append(f"{sweep.name} {min(betas):.2f} to {max(betas):.2f} ({sweep.where})")
+        for name, style, curves in _curves(sweep, groups, rest):
             for panel, values in curves.items():
                 axes[panel].plot(rates, values, style, color=look.color, marker=look.marker, ms=5, label=name)
                 ends[panel].append((values[-1], name, look.text_color))
     where = f"{bucket_name(scene.focus)} {metric_name(metric)}"
     titles = {"slopes": f"beta, {where}", "levels": where, "losses": "last loss, nats"}
-    every = [rung.rate for ladder in scene.ladders for rung in ladder.rungs]
+    every = [point.rate for sweep in scene.learning_rate_sweeps for point in sweep.points]
     for panel, ax in axes.items():
         _rate_axis(ax, every)
         ax.set_title(titles[panel])
@@ -64,7 +66,7 @@ def learning_rates(scene: ReportData) -> ReportFigure:
     head = (
         f"With the learning rate alone, beta of {where} runs over {joined(sentences)}."
         if sentences
-        else f"{where} and loss at each learning rate ({scene.ladders[0].where}); no slope below 3 widths."
+        else f"{where} and loss at each learning rate ({scene.learning_rate_sweeps[0].where}); no slope below 3 widths."
     )
     return ReportFigure(
         figure,
@@ -75,14 +77,14 @@ def learning_rates(scene: ReportData) -> ReportFigure:
 
 
 def _curves(
-    ladder: LearningRateSweep, groups: Groups, rest: tuple[str, ...]
+    sweep: LearningRateSweep, groups: Groups, rest: tuple[str, ...]
 ) -> Iterator[tuple[str, str, dict[str, list[float]]]]:
     """(label, line, ranks and losses by learning rate) at the widest and the narrowest FFN."""
-    for width in {ladder.widths[0], ladder.widths[-1]}:
-        name = f"{ladder.name}, {width}" if len(ladder.widths) > 1 else ladder.name
-        levels = [level(rung.points(groups, rest), width) for rung in ladder.rungs]
-        losses = [rung.loss(width) for rung in ladder.rungs]
-        yield name, "-" if width == ladder.widths[-1] else ":", {"levels": levels, "losses": losses}
+    for width in {sweep.widths[0], sweep.widths[-1]}:
+        name = f"{sweep.name}, {width}" if len(sweep.widths) > 1 else sweep.name
+        levels = [level(point.points(groups, rest), width) for point in sweep.points]
+        losses = [point.loss(width) for point in sweep.points]
+        yield name, "-" if width == sweep.widths[-1] else ":", {"levels": levels, "losses": losses}
 
 
 def _rate_axis(ax: Axes, rates: list[float]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pkgutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from lightning_spectral import cli
+import lightning_spectral
+from lightning_spectral import TailTokenProbe, cli, optim
 from lightning_spectral.analysis.points import points_of_runs
 from lightning_spectral.analysis.reading import load_runs
 from lightning_spectral.functional import rank
@@ -19,7 +22,10 @@ from lightning_spectral.models import families, stacks
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.matrix_rule import MatrixRule
 from lightning_spectral.optim.settings import OrthogonalSettings
+from lightning_spectral.probe import settings
 from lightning_spectral.probe.grouping import Grouping
+from lightning_spectral.probe.loop import LoopObserver
+from lightning_spectral.probe.observe import Observation, plain_host
 from lightning_spectral.probe.options import ProbeOptions
 from lightning_spectral.probe.probe import SpectralProbe
 from lightning_spectral.probe.ranks_of import measure
@@ -27,7 +33,7 @@ from lightning_spectral.probe.records_of import WindowId, spectral_records
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.scalars import detail
 from lightning_spectral.probe.window import SiteResult, WindowResult
-from lightning_spectral.records import RunInfo
+from lightning_spectral.records import RunInfo, read_spectral
 from lightning_spectral.report import figures
 from lightning_spectral.report.scene import ReportFigure
 from lightning_spectral.training import document
@@ -145,6 +151,26 @@ def test_a_grouping_is_a_bucket_rule():
     }
 
 
+def test_a_row_of_bucket_rules_is_a_choice_of_every_callback_and_loop(monkeypatch, tmp_path):
+    rule = settings.BucketRule(lambda chosen, counts: Grouping(("even", "odd"), lambda ids: ids % 2))
+    monkeypatch.setitem(settings.BUCKET_RULES, "parity", rule)
+    TailTokenProbe(group_by="parity")
+    ids = torch.randint(10, (2, 30), generator=torch.Generator().manual_seed(0))
+    model = Decoder()
+    chosen = settings.ProbeSettings(every_n_steps=1, dirpath=str(tmp_path))
+    buckets = settings.BucketSettings(group_by="parity", losses=False)
+    loop = LoopObserver(settings.Measurement(chosen, buckets), name="test")
+    loop.attach(model, plain_host(chosen))
+    with Observation(loop) as observation:
+        model(ids).sum().backward()
+        observation.step()
+    found = {record.bucket: record.num_tokens for record in read_spectral(tmp_path).records}
+    num_odd = int((ids % 2).sum())
+    assert found == {"pooled": 60, "even": 60 - num_odd, "odd": num_odd}
+    with pytest.raises(ValueError, match=r"`group_by` must be one of \['frequency', 'position', 'parity'\], got 'odd'"):
+        TailTokenProbe(group_by="odd")
+
+
 def test_a_row_of_figures_is_drawn_on_the_page(monkeypatch, tmp_path):
     row = figures.FigureRow("A new figure", lambda scene: ReportFigure(Figure(), "New lead.", "New note."))
     monkeypatch.setitem(figures.FIGURES, "brand_new", row)
@@ -173,14 +199,30 @@ class SignOptimizer(SpectralOptimizer):
 def test_a_matrix_rule_is_an_optimizer():
     model = Decoder()
     before = model.floors[0].wide.weight.detach().clone()
-    settings = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "lr_scale": "spectral", "norm_eps": 0.0}
-    optimizer = SignOptimizer(model, lr=0.1, **settings)
+    arguments = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "lr_scale": "spectral", "norm_eps": 0.0}
+    optimizer = SignOptimizer(model, lr=0.1, **arguments)
     model(torch.arange(10)).square().sum().backward()
     gradient = model.floors[0].wide.weight.grad.clone()
     optimizer.step()
     step = before - model.floors[0].wide.weight.detach()
     # lr * sqrt(m / n) = 0.1 * sqrt(2) for an 8 x 4 matrix
     torch.testing.assert_close(step, 0.1 * 2**0.5 * gradient.sign())
+
+
+def test_every_optimizer_has_its_public_names():
+    """What ARCHITECTURE asks for beside the file: `optim`, and the package itself."""
+    found = set()
+    for module in pkgutil.iter_modules(optim.__path__):
+        content = vars(import_module(f"lightning_spectral.optim.{module.name}"))
+        found |= {
+            name
+            for name, kind in content.items()
+            if isinstance(kind, type) and issubclass(kind, SpectralOptimizer) and not name.startswith("_")
+        }
+    assert found == set(optim.__all__)
+    assert found - {"SpectralOptimizer"} <= set(lightning_spectral.__all__)
+    for name in found - {"SpectralOptimizer"}:
+        assert getattr(lightning_spectral, name) is getattr(optim, name)
 
 
 def test_a_file_among_the_recipes_is_a_recipe(monkeypatch, tmp_path, capsys):

@@ -3,7 +3,7 @@
 Which interval is right depends on what repeats:
 
 * ``ols``: every point counts as independent; t interval with n - 2 degrees of freedom. Right when there is one run a
-  width. Over widths, NOT over seeds: with one seed nobody can see that another seed would have another slope.
+  width. Over widths, NOT over seeds: with one seed the variation between seeds is unknown.
 * ``mixed``: a random level and slope a seed, a random effect a width, a residual (``strata``). The interval is over
   widths AND seeds, for complete and for half-finished designs. The slope equals ``ols`` when every width has the same
   seeds.

@@ -1,4 +1,4 @@
-"""How a measuring callback comes to a Trainer's model: its host, its run folder, who hears of its windows."""
+"""How a measuring callback is attached to a Trainer's model: its host, its run folder, the listeners of its windows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Zero edit where a library asks nobody for callbacks: ``transformers.Trainer`` and ``accelerate.Accelerator``.
+"""Probes in ``transformers.Trainer`` and ``accelerate.Accelerator`` without an edit of the script.
 
 ``import torch`` calls every installed entry point ``torch.backends`` (``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` turns that
 off). Ours does nothing unless ``LIGHTNING_SPECTRAL`` is set; then, when one of the two modules is imported, its class

@@ -34,7 +34,7 @@ def fabric_callbacks() -> list[Any]:
 
 
 def _made(make: Callable[[str], list[Any]]) -> list[Any]:
-    """The callbacks, or none: a script that never asked for us is told what is wrong, and runs."""
+    """The callbacks, or none: in a script that did not ask for them, errors are warnings and training goes on."""
     path = os.environ.get(VARIABLE)
     if not path:
         return []

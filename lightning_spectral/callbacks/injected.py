@@ -30,7 +30,7 @@ class Injected(Callback):
     base: type[Callback]
 
     def refuse(self, reason: str) -> None:
-        """What cannot be measured is told once; a script that never asked for us runs on."""
+        """Warn once of what cannot be measured; the script, which did not ask for this callback, goes on."""
         warn(f"{VARIABLE}: {self.base.__name__}: {reason} Nothing is measured here.")
         self.__class__ = StoodDown  # type: ignore[assignment]  # from here on a callback without any hook
 
@@ -55,7 +55,7 @@ class StoodDown(Callback):
 
 
 class InjectedFabricProbe(FabricSpectralProbe):
-    """A Fabric probe that the environment adds: what cannot be measured is told once."""
+    """A Fabric probe that the environment adds: it warns once of what cannot be measured."""
 
     def refuse(self, reason: str) -> None:
         """Tell it, and hook nothing."""
@@ -87,7 +87,7 @@ def add_to_trainer(trainer: Any, path: str | Path) -> None:
     from lightning_spectral.callbacks.huggingface import HuggingFaceProbe
 
     class InjectedHuggingFaceProbe(HuggingFaceProbe):
-        """What cannot be measured is told once."""
+        """Warn once of what cannot be measured."""
 
         def refuse(self, reason: str) -> None:
             warn(f"{VARIABLE}: {reason} Nothing is measured here.")

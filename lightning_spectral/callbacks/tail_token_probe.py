@@ -49,7 +49,7 @@ class TailTokenProbe(SpectralCallback):
         head_share: float = 0.33,
         mid_share: float = 0.67,
         attribute_to: Literal["input", "target"] = "input",
-        group_by: Literal["frequency", "position"] = "frequency",
+        group_by: str = "frequency",
         num_position_groups: int = 4,
         losses: bool = True,
         **shared: Unpack[SharedArguments],

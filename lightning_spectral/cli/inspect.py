@@ -56,7 +56,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--sites", nargs="+", choices=["pre", "post"], help="default: post")
     parser.add_argument("--modules", nargs="+", help="globs of down projections to measure instead of all")
     parser.add_argument("--hints", nargs="+", metavar="DOWN[,UP]", help=HINTS)
-    parser.add_argument("--embedding", metavar="GLOB", help="the token embedding, where it is not found by itself")
+    parser.add_argument("--embedding", metavar="GLOB", help="the token embedding, where it is not found automatically")
     parser.add_argument("--buckets", type=int, default=3, help="1: pooled only; 3: head, mid, tail (default: 3)")
     parser.add_argument("--shards", type=int, default=1, help="groups of sequences for intervals (default: 1)")
     add_format_option(parser)

@@ -23,7 +23,7 @@ _SAY_EVERY_S = 30.0
 
 
 def identity(row: Row) -> str:
-    """The inputs that make a row the result of one run; rows of several steps share theirs."""
+    """The inputs that identify a run, as JSON; rows of several steps of a run share them."""
     known = {name: row.get(name) for name in _IDENTITY}
     known["d_out"] = known["d_out"] or known["d"]  # rows of the first versions are of square maps
     return json.dumps(known, sort_keys=True)
@@ -95,7 +95,7 @@ def _operations(problem: MemoryProblem, rules: int, steps: int, exact: bool) -> 
 
 @dataclass
 class Progress:
-    """One line that says which run is on and how long the others take; lines of their own where no terminal is.
+    """A progress line: the current run and the time left; without a terminal, a new line every half a minute.
 
     Attributes:
         tasks: All runs to be made.

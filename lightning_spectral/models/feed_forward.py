@@ -106,7 +106,7 @@ class _Search:
         used = self._pair(left, path, kind)
         if used or len(self.networks) > found_before:
             self._mark_experts(module, path, found_before)
-            if kind == "feed_forward":  # routers and output gates are nobody else's
+            if kind == "feed_forward":  # routers and output gates belong to no other kind
                 return []
         return [linear for linear in left if linear.path not in used]
 

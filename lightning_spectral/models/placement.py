@@ -171,7 +171,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether this is a DTensor, without importing DTensor where nobody uses it."""
+    """Whether this is a DTensor, without importing DTensor where it is not in use."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

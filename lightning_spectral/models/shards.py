@@ -12,10 +12,10 @@ from lightning_spectral.models.sites import Site
 
 
 def whole_rows(rows_ND: Tensor, site: Site) -> Tensor:
-    """All features of each row: shards of tensor parallelism are gathered, a bare slice is refused.
+    """All features of each row: shards under tensor parallelism are gathered; a plain slice is an error.
 
     Raises:
-        ValueError: If only some of the features are there.
+        ValueError: If only some of the D features are present.
     """
     width = site.width or rows_ND.shape[-1]
     if not hasattr(rows_ND, "full_tensor") and rows_ND.shape[-1] != width:

@@ -74,7 +74,7 @@ class Stack:
     Attributes:
         name: Its path, wrapper prefixes removed.
         blocks: Depth and entrance of each distinct block: the block itself, or, where it is a mere container that
-            nobody calls, the first projection of its network.
+            is never called, the first projection of its network.
         num_blocks: Depth, shared blocks counted as often as they occur.
         sites: What is measured in it, by depth.
         uncovered: Paths of blocks in which nothing is measured, each with the reason.
@@ -94,7 +94,7 @@ class Found:
     Attributes:
         stacks: Every stack, in the order of definition.
         embedding: The token embedding that was named, else the largest table of the model, or ``None``.
-        embeddings: Tables whose ids are looked at: the one that was named, else all.
+        embeddings: Embeddings whose input ids are recorded: the one that was named, else all.
         head: Projection to the vocabulary outside the stacks, or ``None``.
         notes: What was seen and is not measured, one sentence each.
     """

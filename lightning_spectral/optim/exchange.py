@@ -1,4 +1,4 @@
-"""Matrices that several ranks hold parts or copies of: bucket by bucket to an owner, and its result back.
+"""Matrices that several ranks hold parts or copies of: sent to one owner, bucket by bucket, and the result back.
 
 Who holds which entries is asked once. A copy and a part are the same thing here: the owner of a matrix gathers what it
 lacks (nothing, under DDP), and every holder gets the entries of the result that it holds. While a bucket is
@@ -76,7 +76,7 @@ class Bucket:
 
 @dataclass
 class Exchange:
-    """The fixed timetable of one process group.
+    """The communication plan of one process group.
 
     Attributes:
         group: Process group.
@@ -94,12 +94,12 @@ class Exchange:
     size: int = field(init=False)
 
     def __post_init__(self) -> None:
-        """Know one's own place."""
+        """This rank and the number of ranks in the group."""
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
 
     @classmethod
     def plan(cls, matrices: list[Matrix], group: Any, bucket_bytes: float) -> Exchange:
-        """Ask every rank once what it holds, choose owners and write the timetable; a collective over ``group``.
+        """Ask every rank once what it holds, choose owners and plan the buckets; a collective over ``group``.
 
         Raises:
             RuntimeError: If the ranks of the group do not have the same matrices in their optimizers.
@@ -117,7 +117,7 @@ class Exchange:
         return [[bool(held) for held in of_rank] for of_rank in self.holdings]
 
     def send(self, messages: Messages, outgoing: Tensor) -> tuple[Tensor, Any]:
-        """Begin to swap messages; returns the buffer that is being filled and what to wait for."""
+        """Start exchanging messages; returns the buffer that is being filled and what to wait for."""
         to, arriving = ([message.size for message in side] for side in messages)
         incoming = torch.empty(sum(arriving), dtype=torch.uint8, device=outgoing.device)
         work = dist.all_to_all_single(incoming, outgoing, arriving, to, group=self.group, async_op=True)
@@ -133,7 +133,7 @@ class Exchange:
         return Bucket(indices, owned, self._messages(inward, True), self._messages(outward, False))
 
     def _messages(self, pairs: set[tuple[int, int]], to_owner: bool) -> Messages | None:
-        """Messages between this rank and every other for (matrix, holder) pairs; None if nobody sends any."""
+        """Messages between this rank and every other for (matrix, holder) pairs; None if no rank sends any."""
         if not pairs:
             return None
         between: dict[tuple[int, int], list[int]] = {}

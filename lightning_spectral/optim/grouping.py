@@ -12,7 +12,7 @@ from lightning_spectral.optim.routing import ROLES, Route
 
 
 def group_entries(entry: dict[str, Any]) -> Any:
-    """What ``find_owners`` is to be asked about one group dict."""
+    """The argument of ``find_owners`` for one group dict."""
     return [entry["params"]] if isinstance(entry["params"], Tensor) else entry["params"]
 
 

@@ -108,8 +108,9 @@ class MatrixRule:
 def fading(inputs_BMN: Tensor, extra: dict[str, list[Tensor]], group: Group) -> Tensor | None:
     """Factors (B, 1, 1) on the updates of matrices whose direction has all but vanished; None where that cannot be.
 
-    A matrix without gradient (an expert that nobody asks) would otherwise go on at full size in the direction that is
-    left of its momentum. Relative to the largest entry of the last ``1 / (1 - PEAK_DECAY)`` steps, which moves here.
+    A matrix without gradient (an expert that no token was routed to) would otherwise move at full size in the direction
+    of its remaining momentum. Relative to the largest entry of the last ``1 / (1 - PEAK_DECAY)`` steps, which is
+    updated here.
     """
     if "peak" not in extra:
         return None

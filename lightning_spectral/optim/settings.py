@@ -145,7 +145,7 @@ class MatrixSettings(CommonSettings):
         split: Matrices of fused projections: ``none``, ``projections`` (q, k, v, gate and up each) or ``heads``
             (every head of q, k and v).
         share_over_ranks: Divide the orthogonalisation among the ranks that hold the same weights.
-        bucket_mib: Size of the buckets in which matrices travel between ranks; two are on their way at a time.
+        bucket_mib: Size of the buckets in which matrices are exchanged between ranks; two are in flight at a time.
     """
 
     momentum: float = 0.95

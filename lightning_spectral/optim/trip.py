@@ -53,7 +53,7 @@ class Trip:
         self.results: dict[int, dict[str, Tensor]] = {}
 
     def run(self) -> None:
-        """Every bucket: in, through the rule, out; two of them on their way while one is computed."""
+        """Every bucket: receive, apply the rule, send back; two are in flight while one is computed."""
         buckets = self.exchange.buckets
         arriving = self._begin_in(buckets[0])
         leaving: tuple[Bucket, Any] | None = None

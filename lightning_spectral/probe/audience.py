@@ -1,4 +1,4 @@
-"""Whom does an update serve? How much each group of tokens gains from a step, and would have gained from other rules.
+"""Which tokens does an update help? What each group of tokens gains from a step, and would gain from other rules.
 
 For tokens of group b and a direction D of descent, ``gain_b = <grad L_b, D> / (|D|_F / sqrt(numel))``: the fall of
 their mean loss, to first order, for a step of root-mean-square size one. D is the update that was applied, or what

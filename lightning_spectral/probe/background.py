@@ -60,7 +60,7 @@ class BackgroundSolver:
         return True
 
     def abandon(self) -> None:
-        """Forget the window under way: nobody is there to publish it with."""
+        """Drop the pending window: the other ranks are gone."""
         self._pending = None
         self.close()
 

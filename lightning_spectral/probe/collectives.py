@@ -1,7 +1,7 @@
 """Collectives that give up: a rank that dies inside one must not keep the others for the group's timeout.
 
 Ranks agree before each of these (``agreement``), so that one which does not finish has lost a member. Nothing more can
-be exchanged in that group then: the error is raised on every rank that is left, and the observer stands down.
+be exchanged in that group then: the error is raised on every rank that is left, and the observer is disabled.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def _score(
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor; of a DTensor all of it, for which every rank of its mesh must come by."""
+    """The tensor; of a DTensor all of it, a collective over its mesh."""
     found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return found
 

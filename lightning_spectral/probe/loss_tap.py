@@ -8,7 +8,7 @@ gradient reaches while others are reached is no part of the loss; in an evaluati
 logits shows targets and weights (``loss_gradient``).
 
 Active in windows only, it answers every function with that function's own result, and hooks nodes of the graph, which
-only read and go with it. Code inside a compiled region does not come by.
+only read and go with it. Calls inside a compiled region are not seen.
 """
 
 from __future__ import annotations

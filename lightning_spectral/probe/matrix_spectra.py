@@ -26,7 +26,7 @@ def spectra(tensors: Sequence[Tensor], views: Sequence[Views]) -> list[list[Tens
 
     Args:
         tensors: Each lies as its parameter does; DTensors are solved at owners, all others here. Every rank of their
-            meshes must come by, with the same tensors in the same order.
+            meshes must call it, with the same tensors in the same order.
         views: Which matrices each holds.
 
     Returns:

@@ -2,7 +2,7 @@
 
 ``attach`` finds the sites, agrees with the other ranks and opens the run folder: what is wrong by configuration is an
 error there. From then on nothing is raised (but for ``on_nonfinite="raise"`` and ``strict``): what goes wrong becomes a
-record with a status and one warning per kind, and where the ranks can no longer agree the observer stands down on all
+record with a status and one warning per kind, and where the ranks can no longer agree the observer is disabled on all
 of them.
 
 A window is one optimizer step with all its micro-batches, or one evaluation::
@@ -70,7 +70,7 @@ class Observer:
         self._trains = True
 
     def attach(self, model: nn.Module, host: Host, *, fallback_counts: Any = None, trains: bool = True) -> None:
-        """Find what is to be measured and open the run folder. Every rank must come, or nobody measures.
+        """Find what is to be measured and open the run folder; a collective: every rank must call it.
 
         Args:
             model: Module that holds the blocks, wrapped or not.

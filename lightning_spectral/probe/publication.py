@@ -1,6 +1,7 @@
 """From an open window to its records, alike on all ranks: agree, close, solve (now or in a thread), share, write.
 
-Ranks agree before anything moves. Where one does not come, nothing more can be measured: ``stand_down`` is told why.
+Ranks agree before anything moves. Where one does not answer, nothing more can be measured:
+``stand_down`` is called with the reason.
 """
 
 from __future__ import annotations

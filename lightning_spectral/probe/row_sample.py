@@ -260,7 +260,7 @@ class RowSample:
 def _gather_padded(
     own: Tensor, sizes: Sequence[int], owner: int, process_group: dist.ProcessGroup | None
 ) -> list[Tensor]:
-    """What every rank has, at the owner; nothing travels where nobody has anything."""
+    """The rows of all ranks, at the owner; nothing is sent where no rank has any."""
     largest = max(sizes)
     if not largest:
         return [own.new_zeros(0) for _ in sizes] if dist.get_rank(process_group) == owner else []
@@ -277,7 +277,7 @@ def _assembled(
     for index, site in enumerate(members):
         width = int(table_RMC[:, index, 1].max())
         if not width:
-            continue  # nobody saw a row of it
+            continue  # no rank has a row of it
         rows, known = [], []
         for rank, (flat, facts) in enumerate(parts):
             num = int(table_RMC[rank, index, 0])

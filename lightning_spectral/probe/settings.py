@@ -27,7 +27,6 @@ from lightning_spectral.text.arguments import require_choice, require_count
 STAGES = ("train", "validation", "test", "predict")
 MEASURE = "measure"  # the stage of a pass over a finished model, outside of any loop
 NONFINITE_POLICIES = ("warn", "record", "raise")
-GROUP_BY = ("frequency", "position")
 STREAM = "stream"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -71,8 +70,8 @@ class ProbeSettings:
         every_n_steps: Optimizer steps between windows; the first and the last step are measured too.
         sites: ``post`` (input of the down projection), ``pre`` (output of the up projection), or both, which adds
             the reinjection ratio and the divergence of the two spectra.
-        modules: Globs of the down projections, for a model whose feed-forward networks are not found by themselves.
-        embedding: Glob of the token embedding, where it is not found by itself.
+        modules: Globs of the down projections, for a model whose feed-forward networks are not found automatically.
+        embedding: Glob of the token embedding, where it is not found automatically.
         hints: Down projections, and perhaps up projections, by glob in blocks of which the structure is not understood:
             ``{down: "*.contract", up: "*.expand"}`` or ``"*.contract,*.expand"``. All other blocks are measured as
             without hints, unlike with ``modules``.
@@ -156,7 +155,7 @@ class BucketSettings:
     head_share: float = 0.33
     mid_share: float = 0.67
     attribute_to: Literal["input", "target"] = "input"
-    group_by: Literal["frequency", "position"] = "frequency"
+    group_by: str = "frequency"
     num_position_groups: int = 4
     losses: bool = True
 
@@ -164,7 +163,7 @@ class BucketSettings:
         if not 0 < self.head_share < self.mid_share < 1:
             raise ValueError(f"Need 0 < `head_share` < `mid_share` < 1, got {self.head_share} and {self.mid_share}.")
         require_choice("attribute_to", self.attribute_to, ("input", "target"))
-        require_choice("group_by", self.group_by, GROUP_BY)
+        require_choice("group_by", self.group_by, BUCKET_RULES)
         require_count("num_position_groups", self.num_position_groups)
         if self.count_batches is not None:
             require_count("count_batches", self.count_batches)
@@ -172,7 +171,12 @@ class BucketSettings:
     @property
     def is_stream(self) -> bool:
         """Whether the counts are to be taken from the training data."""
-        return self.group_by == "frequency" and isinstance(self.counts, str) and self.counts == STREAM
+        return self.needs_counts and isinstance(self.counts, str) and self.counts == STREAM
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether the rule needs to know how often each token id occurs."""
+        return BUCKET_RULES[self.group_by].needs_counts
 
     def grouping(self, counts: Any) -> Grouping:
         """The rule, by these counts.
@@ -180,11 +184,33 @@ class BucketSettings:
         Raises:
             ValueError: If they are no counts.
         """
-        if self.group_by == "position":
-            return by_position(self.num_position_groups)
-        return by_frequency(
-            load_counts(counts), head_share=self.head_share, mid_share=self.mid_share, attribute_to=self.attribute_to
-        )
+        rule = BUCKET_RULES[self.group_by]
+        return rule.make(self, load_counts(counts) if rule.needs_counts else None)
+
+
+@dataclass(frozen=True)
+class BucketRule:
+    """One way to group tokens. A row of :data:`BUCKET_RULES` is all that a new one needs.
+
+    Attributes:
+        make: From the settings and the token counts, shape (V,), or ``None`` where they are not needed.
+        needs_counts: Whether it needs the counts.
+    """
+
+    make: Callable[[BucketSettings, Any], Grouping]
+    needs_counts: bool = False
+
+
+def _by_frequency(settings: BucketSettings, counts_V: Tensor) -> Grouping:
+    shares = {"head_share": settings.head_share, "mid_share": settings.mid_share}
+    return by_frequency(counts_V, **shares, attribute_to=settings.attribute_to)
+
+
+# values of `group_by`
+BUCKET_RULES: dict[str, BucketRule] = {
+    "frequency": BucketRule(_by_frequency, needs_counts=True),
+    "position": BucketRule(lambda settings, _: by_position(settings.num_position_groups)),
+}
 
 
 @dataclass(frozen=True)
@@ -203,14 +229,14 @@ class Measurement:
 
     def __post_init__(self) -> None:
         _ = self.options  # an argument out of range is an error now
-        if self.buckets is not None and self.buckets.group_by == "frequency":
+        if self.buckets is not None and self.buckets.needs_counts:
             counts = self.buckets.counts
             if counts is not None and not self.buckets.is_stream:  # a wrong path fails before any training
                 object.__setattr__(self, "buckets", replace(self.buckets, counts=load_counts(counts)))
 
     @cached_property
     def options(self) -> ProbeOptions:
-        """What a probe is told."""
+        """Options of the probe."""
         s = self.settings
         return ProbeOptions(
             sites=(s.sites,) if isinstance(s.sites, str) else tuple(s.sites),
@@ -253,7 +279,7 @@ class Measurement:
         if self.buckets is None:
             return pooled_only()
         counts = fallback_counts if self.buckets.counts is None else self.buckets.counts
-        if counts is None and self.buckets.group_by == "frequency":
+        if counts is None and self.buckets.needs_counts:
             raise ValueError(
                 "no token counts: pass `counts='counts.npy'` (make it with `lightning-spectral count-tokens --data "
                 "TEXT --out counts.npy`), an array with one count per id, `counts='stream'` to count the training "

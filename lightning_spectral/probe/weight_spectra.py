@@ -94,7 +94,7 @@ class WeightObserver:
         self._gradients: dict[str, list[Tensor]] = {}
 
     def attach(self, model: nn.Module, host: Host) -> None:
-        """Choose the matrices and open the run folder. Every rank must come, or nobody measures.
+        """Choose the matrices and open the run folder; a collective: every rank must call it.
 
         Raises:
             ValueError: If there is no matrix to measure.

@@ -55,10 +55,11 @@ class RunFolder:
     ) -> None:
         self.wanted = self.path = Path(path)
         self.writes, self.info = writes, info
-        self._known: dict[str, set[tuple[Any, ...]]] = {name: set() for name in _READERS}
+        # of each file: key of a record -> its fields that hold something; empty for what was on disk before
+        self._known: dict[str, dict[tuple[Any, ...], frozenset[str]]] = {name: {} for name in _READERS}
+        self._field_sets: dict[frozenset[str], frozenset[str]] = {}  # each once: a run has a few, and many records
         self._waiting: dict[str, list[Any]] = {name: [] for name in _READERS}
         self._num_dropped = 0
-        self._filled: dict[tuple[Any, ...], frozenset[str]] = {}  # of the spectra written here
         self._told = False
         self._lock: RunLock | None = None
         if writes:
@@ -164,10 +165,13 @@ class RunFolder:
         warn(f"records go to `{self.path}`, not to `{wanted}`: {why}.")
 
     def _append(self, name: str, records: Sequence[SpectralRecord | LossRecord | WeightRecord]) -> None:
-        new = [record for record in records if record.key not in self._known[name]]
-        self._known[name] |= rec.known_keys(new)
-        self._say_what_is_lost(record for record in records if record.key in self._filled)
-        self._filled |= {record.key: _filled(record) for record in new if isinstance(record, SpectralRecord)}
+        known = self._known[name]
+        if name == rec.SPECTRAL_FILE:
+            self._say_what_is_lost((record, known[record.key]) for record in records if record.key in known)
+        new = [record for record in records if record.key not in known]
+        for record in new:
+            filled = _filled(record)
+            known[record.key] = self._field_sets.setdefault(filled, filled)
         if self.writes and new:
             kept = new[: _WAITING_AT_MOST - len(self._waiting[name])]
             self._waiting[name] += kept
@@ -182,9 +186,9 @@ class RunFolder:
             rec.append_records(self.path / name, waiting)
             waiting.clear()
 
-    def _say_what_is_lost(self, dropped: Iterable[Any]) -> None:
+    def _say_what_is_lost(self, dropped: Iterable[tuple[Any, frozenset[str]]]) -> None:
         """Two callbacks measure the same: the first one's record is kept, and may be the poorer one."""
-        missing = sorted({name for record in dropped for name in _filled(record) - self._filled[record.key]})
+        missing = sorted({name for record, kept in dropped if kept for name in _filled(record) - kept})
         if missing and not self._told:
             self._told = True
             warn(
@@ -197,7 +201,8 @@ class RunFolder:
             warnings.simplefilter("ignore")  # the incomplete last line of a killed run is expected here
             for name, read in _READERS.items():
                 if (self.path / name).exists():
-                    self._known[name] = rec.known_keys(read(self.path / name).records)
+                    keys = rec.known_keys(read(self.path / name).records)
+                    self._known[name] = dict.fromkeys(keys, frozenset())
 
 
 def _filled(record: Any) -> frozenset[str]:

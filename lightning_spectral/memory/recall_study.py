@@ -29,7 +29,8 @@ from lightning_spectral.text import CommandError
 # learning rate at which the search begins; it goes on by this factor
 OPTIMIZERS: dict[str, float] = {"muon": 0.2, "adamw": 0.03, "sgd": 10.0}
 FACTOR = 2.0
-_RATES_AT_MOST = 9
+_RATES_AT_MOST = 12
+_RANGE = (0, -2, -4, 2)  # powers of the factor
 _SCAN_SEED = 100_000  # first of the seeds that only the search sees
 _LEAST = {"steps": 1, "every": 1, "seeds": 1, "scan_seeds": 1, "batch_size": 1, "num_facts": 2, "relations": 1,
           "first_seed": 0}  # fmt: skip
@@ -80,12 +81,11 @@ def study_rows(options: Any, say: Callable[[str], None]) -> Iterator[Row]:
 
     rates: dict[tuple[str, int], Sequence[float]] = {}
     for name in options.optimizers:
-        start = OPTIMIZERS[name]
         for d in sorted(options.d):
             if options.lr:
                 rates[name, d] = options.lr
                 continue
-            search = rate_search(start)
+            search = rate_search(OPTIMIZERS[name])
             try:
                 lr = next(search)
                 while True:
@@ -97,8 +97,7 @@ def study_rows(options: Any, say: Callable[[str], None]) -> Iterator[Row]:
                     yield from rows
                     lr = search.send(float(np.mean([row["count"] for row in rows if row["step"] == options.steps])))
             except StopIteration as done:
-                start = float(done.value)
-            rates[name, d] = (start,)
+                rates[name, d] = (float(done.value),)
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for (name, d), several in rates.items():
             for lr in several:
@@ -108,13 +107,18 @@ def study_rows(options: Any, say: Callable[[str], None]) -> Iterator[Row]:
 def rate_search(start: float, factor: float = FACTOR, at_most: int = _RATES_AT_MOST) -> Generator[float, float, float]:
     """Search a geometric grid: yields a rate, is sent its score, returns the rate that beats both its neighbours.
 
+    Every other rate of a wide range comes first, so that the climb begins on the right slope: too high a rate recalls
+    a few facts at any rate around it.
+
     Args:
-        start: The first rate.
+        start: In the range's upper half.
         factor: Between neighbours.
         at_most: Rates tried; then the best so far is returned, whatever its neighbours.
     """
-    scores = {0: (yield start)}
-    best = 0
+    scores: dict[int, float] = {}
+    for place in _RANGE[:at_most]:
+        scores[place] = yield start * factor**place
+    best = max(scores, key=lambda place: (scores[place], -abs(place)))
     while len(scores) < at_most:
         missing = [place for place in (best + 1, best - 1) if place not in scores]
         if not missing:

@@ -162,8 +162,14 @@ def drive(search, score):
 def test_the_search_climbs_to_a_rate_that_beats_its_neighbours(start):
     tried, chosen = drive(rate_search(start, at_most=12), lambda rate: -abs(np.log(rate / 0.11)))
     assert 0.11 / 2**0.5 <= chosen <= 0.11 * 2**0.5
-    assert len(tried) == len(set(tried)) <= abs(np.log2(start / 0.11)) + 4
-    assert drive(rate_search(1.0, at_most=5), lambda rate: rate)[1] == 16.0  # better and better: ends all the same
+    assert len(tried) == len(set(tried)) <= 4 + abs(np.log2(start / 0.11)) + 4
+    assert drive(rate_search(1.0, at_most=6), lambda rate: rate)[1] == 16.0  # better and better: ends all the same
+
+
+def test_the_search_is_not_held_by_a_small_hill():
+    """As SGD's was: 3 facts at a rate of 10, 1 and 0 around it, and dozens at a tenth of it."""
+    facts = {10.0: 3.0, 5.0: 1.0, 20.0: 0.0, 2.5: 20.0, 1.25: 60.0, 0.625: 40.0, 40.0: 0.0}
+    assert drive(rate_search(10.0), facts.__getitem__)[1] == 1.25
 
 
 def test_the_command_searches_runs_and_reports(tmp_path, capsys):

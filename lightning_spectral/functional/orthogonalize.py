@@ -6,7 +6,6 @@ matrices of mixed shapes. The named iterations and their bands are in ``coeffici
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +24,7 @@ from lightning_spectral.functional.coefficients import (
     steps_to_flatten,
     turbo_rows,
 )
+from lightning_spectral.functional.same_shape import same_shape_runs
 
 __all__ = [
     "COEFFICIENTS",
@@ -42,7 +42,6 @@ __all__ = [
     "polar_express",
     "polar_express_rows",
     "polar_svd",
-    "same_shape_runs",
     "smoothed_sign",
     "steps_to_flatten",
     "turbo",
@@ -53,11 +52,6 @@ __all__ = [
 # M rows, N columns, B matrices of one shape
 
 METHODS = (*COEFFICIENTS, "turbo", "svd", "identity")
-# Of the stack; a larger batch is cut. On a CPU all buffers of a batch should stay in one core's cache (2 MiB here):
-# measured at d=256, 1 MiB is 1.25 times as fast as 16 MiB, and above a short side of 256 one product fills the core. A
-# GPU wants few launches: on an H200 one matrix of 768 x 3,072 takes as long to launch as a dozen of them to multiply.
-_CPU_BATCH_BYTES, _CPU_SHORT_SIDE = 1 << 20, 256
-_BATCH_BYTES = 64 << 20
 _TINY = 1e-30  # keeps 0 / 0 out of zero matrices; every other norm is scaled to 1e-7 or more first
 _SAFE_NORMS = (1e-15, 1e15)  # Frobenius norms whose square is far from both ends of fp32 and bf16
 
@@ -284,34 +278,6 @@ def check_method(method: str) -> None:
     """Raise ValueError unless ``method`` is one of ``METHODS``."""
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {list(METHODS)}, got {method!r}.")
-
-
-def same_shape_runs(
-    matrices: Sequence[Tensor], batch: bool = True, device: torch.device | None = None
-) -> list[list[int]]:
-    """Indices of matrices that share shape, dtype and device, in runs worth one batched product.
-
-    Args:
-        matrices: Each (M, N).
-        batch: False makes every matrix a run of its own.
-        device: Where the products will run, if ``matrices`` are only shells; that of each matrix when None.
-
-    Raises:
-        ValueError: If an entry does not have two dimensions.
-    """
-    alike: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
-    for i, matrix in enumerate(matrices):
-        if matrix.ndim != 2:
-            raise ValueError(f"`matrices[{i}]` must have two dimensions, got shape {tuple(matrix.shape)}.")
-        alike[(matrix.shape, matrix.dtype, matrix.device)].append(i)
-    runs: list[list[int]] = []
-    for members in alike.values():
-        first = matrices[members[0]]
-        on_cpu = (device or first.device).type == "cpu"
-        most = (_CPU_BATCH_BYTES if min(first.shape) <= _CPU_SHORT_SIDE else 0) if on_cpu else _BATCH_BYTES
-        size = max(1, most // max(1, first.nbytes)) if batch else 1
-        runs.extend(members[i : i + size] for i in range(0, len(members), size))
-    return runs
 
 
 def _iterate(iterate: Tensor, rows: Sequence[Row], normalizer: str, overwrite: bool) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
+from lightning_spectral.memory.critical_batch import critical_batches
 from lightning_spectral.memory.fit import Row, by_size, fit_exponent, group
-from lightning_spectral.memory.verdicts import critical_batches
 from lightning_spectral.theory.exponents import critical_batch_exponent
 
 SIZES_AT_LEAST = 3

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from lightning_spectral.memory.claims import Claim
+from lightning_spectral.memory.critical_batch import critical_batches
 from lightning_spectral.memory.estimates import of
 from lightning_spectral.memory.fit import Row, by_size, group, of_kind
 from lightning_spectral.memory.scene import (
@@ -24,7 +25,6 @@ from lightning_spectral.memory.scene import (
     name_ends,
     ticks,
 )
-from lightning_spectral.memory.verdicts import critical_batches
 from lightning_spectral.report.style import RC
 
 End = tuple[float, float, str, str]

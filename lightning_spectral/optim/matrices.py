@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.functional.orthogonalize import same_shape_runs
+from lightning_spectral.functional.same_shape import same_shape_runs
 from lightning_spectral.models.placement import Block, blocks_of, local
 from lightning_spectral.models.views import MatrixView, Range, Rectangle
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule

@@ -5,13 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lightning_spectral.memory.critical_batch import critical_batches, measured_critical_batch
 from lightning_spectral.memory.fit import cases
 from lightning_spectral.memory.verdicts import (
     LAWS,
     Verdict,
-    critical_batches,
     judge,
-    measured_critical_batch,
     untested,
     verdict_note,
     verdict_table,

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_spectral.functional.coefficients import coefficient_rows
-from lightning_spectral.functional.orthogonalize import same_shape_runs
+from lightning_spectral.functional.same_shape import same_shape_runs
 from lightning_spectral.optim import AdaMuon, AdamW, Dion, Dion2, Muon, MuonH, NorDion2, NorMuon, matrix_rule
 
 

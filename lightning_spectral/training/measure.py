@@ -100,9 +100,9 @@ def measure_checkpoint(
     tokens = _sequences(_tokens(corpus, encoder, max(num_tokens // length, 1) * length + 1), length)
     vocab = _vocabulary(loaded.model, modules, as_hints(hints), tokens, checkpoint)
     table, notes = _counts(counts, tokens, vocab, encoder.vocab_size)
-    chosen = {"sites": tuple(sites), "hints": hints, "modules": modules, "memory_limit_mib": memory_limit_mib}
-    chosen |= {"num_jackknife_groups": num_jackknife_groups, "labels": {"checkpoint": checkpoint.name}}
-    measurement = _measurement(table, _facts(counts, corpus, loaded), **chosen)
+    chosen: dict[str, Any] = {"sites": tuple(sites), "hints": hints, "modules": modules}
+    chosen |= {"memory_limit_mib": memory_limit_mib, "num_jackknife_groups": num_jackknife_groups}
+    measurement = _measurement(table, _facts(counts, corpus, loaded), labels={"checkpoint": checkpoint.name}, **chosen)
     options = {"counts": counts, "num_tokens": num_tokens, "seq_length": seq_length, "sites": sites}
     same = asked(corpus, **options, num_jackknife_groups=num_jackknife_groups)
     hparams = {"data": corpus.names, "num_tokens": len(tokens) - 1, "seq_length": length, "asked": same}

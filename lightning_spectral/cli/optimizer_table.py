@@ -6,6 +6,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning_spectral.cli.model_source import KINDS, model_of, settings_of
@@ -22,7 +23,10 @@ def main(argv: list[str]) -> int:
         "rule and learning rate each gets. The model is built without memory (on the meta device), nothing is trained.",
     )
     parser.add_argument("--model", required=True, help=one_line(KINDS))
-    parser.add_argument("--optimizer", default="Muon", help="a name in lightning_spectral, or a class path")
+    parser.add_argument(
+        "--optimizer",
+        help="a name in lightning_spectral, or a class path (default: that of a recipe, if ours; else Muon)",
+    )
     parser.add_argument(
         "--model-args", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the model or its config"
     )
@@ -32,8 +36,9 @@ def main(argv: list[str]) -> int:
     add_format_option(parser)
     options = parser.parse_args(argv)
     refuse_model(options.model)
-    optimizer_class = _optimizer_class(options.optimizer)
-    settings = settings_of("--set", options.set)
+    name, settings = (options.optimizer, {}) if options.optimizer else _of_recipe(Path(options.model))
+    optimizer_class = _optimizer_class(name)
+    settings |= settings_of("--set", options.set)
     _require_known("--set", settings, [n for n in inspect.signature(optimizer_class).parameters if n != "params"])
     source = model_of(options.model, settings_of("--model-args", options.model_args))
     log = logging.getLogger("lightning_spectral.optim")
@@ -53,6 +58,16 @@ def main(argv: list[str]) -> int:
     for warning in caught:
         print(f"\nWarning: {str(warning.message).splitlines()[0]}", file=aside(options.format))
     return 0
+
+
+def _of_recipe(model: Path) -> tuple[str, dict[str, Any]]:
+    """Name and settings of the optimizer of a recipe, where the model is one."""
+    from lightning_spectral.training.document import read_tree
+
+    spec = read_tree(model).get("optimizer") if model.suffix in (".yaml", ".yml") and model.is_file() else None
+    if isinstance(spec, dict) and str(spec.get("class_path")).startswith("lightning_spectral."):
+        return spec["class_path"], dict(spec.get("init_args") or {})
+    return "Muon", {}  # others route nothing
 
 
 def _optimizer_class(name: str) -> Any:

@@ -2,12 +2,16 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_spectral.cli import main
+
+
+ROOT = Path(__file__).parents[2]
 
 
 class Net(nn.Module):
@@ -82,3 +86,12 @@ def test_an_optimizer_on_the_meta_device_allocates_nothing_and_trains_once_it_is
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert not torch.equal(before, real.hidden.weight)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rule"),
+    [("optimizers/dion_16", "dion, lr 0.003"), ("optimizers/adamw", "adamw"), ("quickstart", "muon")],
+)
+def test_a_recipe_shows_its_own_optimizer_if_that_routes(recipe, rule, capsys):
+    assert main(["optimizer-table", "--model", str(ROOT / "recipes" / f"{recipe}.yaml")]) == 0
+    assert rule in " ".join(rows(capsys)[0])

@@ -186,7 +186,8 @@ def build_gpt(config: Config, architecture: Architecture, *, seed: int) -> GPT:
         for block in model.transformer.h:
             if type(block.attn) is CausalSelfAttention:
                 block.attn.__class__ = CpuAttention
-        _INITS[architecture.init](model, config)
+        if not next(model.parameters()).is_meta:  # else there is nothing to fill
+            _INITS[architecture.init](model, config)
     return model
 
 

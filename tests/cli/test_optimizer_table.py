@@ -1,6 +1,8 @@
 """The routing of a model is printed without building it, in about a second after imports."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,7 +11,6 @@ import torch
 from torch import nn
 
 from lightning_spectral.cli import main
-
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,3 +96,13 @@ def test_an_optimizer_on_the_meta_device_allocates_nothing_and_trains_once_it_is
 def test_a_recipe_shows_its_own_optimizer_if_that_routes(recipe, rule, capsys):
     assert main(["optimizer-table", "--model", str(ROOT / "recipes" / f"{recipe}.yaml")]) == 0
     assert rule in " ".join(rows(capsys)[0])
+
+
+@pytest.mark.parametrize("verb", [["optimizer-table", "--model"], ["inspect"]])
+@pytest.mark.parametrize("model", ["pythia-14m", str(ROOT / "recipes" / "quickstart.yaml")])
+def test_in_a_process_that_has_not_imported_litgpt(verb, model):
+    """As it is called from a shell: litgpt's model is imported without the rest of litgpt."""
+    command = [sys.executable, "-m", "lightning_spectral", *verb, model]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "transformer.h" in done.stdout

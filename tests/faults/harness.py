@@ -168,10 +168,12 @@ def in_child(work: Callable[[], int], log: Path, report: Path, folder: Path) -> 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
         warnings.simplefilter("default")
-        code = _code_of(work)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        report.write_text(json.dumps(agents.left_behind(folder)))
+        try:
+            code = _code_of(work)
+        finally:  # also where a second Ctrl-C meets the end of the work
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            report.write_text(json.dumps(agents.left_behind(folder)))
     except BaseException:
         traceback.print_exc()
     finally:

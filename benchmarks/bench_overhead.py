@@ -257,12 +257,16 @@ def fit(name: str, callback: pl.Callback | None, baton: Baton, size: Size, threa
             baton.condition.notify_all()
 
 
-def unarmed_policies(folder: Path) -> dict[str, tuple[int, pl.Callback | None]]:
-    """Without us, and with each callback between windows."""
+def unarmed_policies(folder: Path, turn: int) -> dict[str, tuple[int, pl.Callback | None]]:
+    """Without us, and with each callback between windows, in turns of so many steps."""
     settings: dict[str, Any] = {"background": False}
     rank = SpectralRankCallback(FOREVER, dirpath=str(folder / "rank"), **settings)
     tail = TailTokenProbe(FOREVER, counts=counts(), dirpath=str(folder / "tail"), **settings)
-    return {BASE: (2, None), "SpectralRankCallback, unarmed": (2, rank), "TailTokenProbe, unarmed": (2, tail)}
+    return {
+        BASE: (turn, None),
+        "SpectralRankCallback, unarmed": (turn, rank),
+        "TailTokenProbe, unarmed": (turn, tail),
+    }
 
 
 def race(
@@ -319,10 +323,12 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if options.unarmed:
             small = Size(batch=4) if not options.quick else size  # many pairs of short turns
-            times = race(unarmed_policies(Path(folder)), small, options)
-            found, text = unarmed.report(
-                "Overhead between windows", times, BASE, *proof_of_layout(size, options, Path(folder))
-            )
+            times = race(unarmed_policies(Path(folder), 2), small, options)
+            many = type(options)(**{**vars(options), "rounds": 8 * options.rounds})
+            tiny = Size(width=32, ffn_width=64, length=16, batch=1)
+            fast = race(unarmed_policies(Path(folder) / "tiny", 20), tiny, many)
+            proof = proof_of_layout(size, options, Path(folder))
+            found, text = unarmed.report("Overhead between windows", times, (fast, 20), BASE, *proof, steps=2)
             harness.write(options, f"overhead_unarmed_{options.threads}t", about, found, text)
             return 0
         chosen = policies(Path(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from statistics import median
 from typing import Any, Literal
 
@@ -95,8 +96,8 @@ class SpectralAlarm(Callback):
         self._judged_step: int | None = None
         self._said: set[str] = set()
 
-    @property
-    def state_key(self) -> str:
+    @cached_property  # Lightning asks for it at every hook
+    def state_key(self) -> str:  # type: ignore[override]
         """Several alarms of one Trainer are told apart by what they watch."""
         side = "below" if self.is_floor else "above"
         watched = {"metric": self.metric, "bucket": self.bucket, "site": self.site, "stage": self.stage}

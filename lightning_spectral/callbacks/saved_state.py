@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
@@ -31,8 +32,8 @@ class SavedState(Callback):
         """A callback that is attached to nothing."""
         raise NotImplementedError
 
-    @property
-    def state_key(self) -> str:
+    @cached_property  # Lightning asks for it at every hook
+    def state_key(self) -> str:  # type: ignore[override]
         """All that tells two callbacks of a class apart; ``on_load_checkpoint`` finds earlier versions' keys."""
         return state_key(self, **self.measurement.identity)
 

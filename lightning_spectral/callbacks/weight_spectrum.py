@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
@@ -123,8 +124,8 @@ class WeightSpectrumCallback(BeginsFit):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.observer.detach()
 
-    @property
-    def state_key(self) -> str:
+    @cached_property  # Lightning asks for it at every hook
+    def state_key(self) -> str:  # type: ignore[override]
         """Two callbacks are told apart by what they measure, when, and where it goes."""
         names = ("every_n_steps", "what", "parameters", "coefficients", "ns_steps")
         return state_key(self, **{name: getattr(self.settings, name) for name in names}, dirpath=self.dirpath)

@@ -24,6 +24,7 @@ IDS = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(0))
 
 
 def litgpt(**changes) -> nn.Module:
+    torch.manual_seed(0)  # every rank, and the run of one process, begins with the same weights
     return GPT(Config(**{
         "n_layer": 1, "n_embd": 32, "n_head": 4, "n_query_groups": 2, "vocab_size": 50, "padded_vocab_size": 64,
         "block_size": 16, "intermediate_size": 64, "bias": True, **changes,

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 
 import numpy as np
 import pytest
 import torch
 
-from lightning_spectral import SpectralRankCallback, TailTokenProbe
+from lightning_spectral import SpectralAlarm, SpectralRankCallback, TailTokenProbe, WeightSpectrumCallback
 from tests.callbacks import tiny
+
+MODULES = {
+    "TailTokenProbe": "lightning_spectral.callbacks.saved_state",
+    "WeightSpectrumCallback": "lightning_spectral.callbacks.weight_spectrum",
+    "SpectralAlarm": "lightning_spectral.callbacks.alarm",
+}
 
 
 def run(path, callbacks, **options):
@@ -65,3 +72,19 @@ def test_an_error_in_the_training_step_removes_hooks_and_keeps_whole_records(tmp
         tiny.trainer(tmp_path, [SpectralRankCallback(1)]).fit(module, tiny.loader())
     assert hooks_of(module) == 0
     assert sorted({record.step for record in read_spectral(tmp_path).records}) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["TailTokenProbe", "WeightSpectrumCallback", "SpectralAlarm"])
+def test_the_key_of_the_state_is_made_once(tmp_path, monkeypatch, kind):
+    """Lightning asks for it at every hook; a digest of the token counts at each of them took longer than some steps."""
+    made = []
+    room = importlib.import_module(MODULES[kind])
+    known = room.state_key
+    monkeypatch.setattr(room, "state_key", lambda callback, **identity: made.append(1) or known(callback, **identity))
+    callbacks = {
+        "TailTokenProbe": lambda: [TailTokenProbe(100, counts=tiny.counts())],
+        "WeightSpectrumCallback": lambda: [WeightSpectrumCallback(100)],
+        "SpectralAlarm": lambda: [SpectralRankCallback(100), SpectralAlarm("hard_rank", bucket="pooled", below=0.1)],
+    }[kind]()
+    tiny.trainer(tmp_path, callbacks, max_steps=8).fit(tiny.Module(), tiny.loader())
+    assert len(made) <= 1

@@ -79,7 +79,7 @@ def report(
     step_ms = 1e3 * statistics.median(cpu for cpu, _ in times[base][1:]) / steps
     found = {}
     rows = [
-        "| what | CPU, of none, median [95 %] | added, CPU us a step | of this step | limit |",
+        "| what | CPU, of none, median [95 %] | added, CPU us per step | of this step | limit |",
         "|---|---:|---:|---:|---:|",
     ]
     for row in (row for row in times if row != base):

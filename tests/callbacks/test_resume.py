@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_spectral import SpectralRankCallback, TailTokenProbe, WeightSpectrumCallback, read_spectral
 from lightning_spectral.records import SPECTRAL_FILE, read_losses, read_run, read_weights
 from tests.callbacks import tiny
+from tests.distributed.harness import run_ranks
 
 
 class Killed(Exception):
@@ -115,9 +115,8 @@ class Sharded(tiny.Module):
             fully_shard(self.gpt, mesh=self.device_mesh["data_parallel"])
 
 
-@pytest.mark.parametrize("sanity_steps", [0, 1])
-def test_a_sharded_run_goes_on_in_its_folder(tmp_path, sanity_steps):
-    """FSDP2 reads its checkpoint after every callback's `on_fit_start`: the run looks new until then."""
+def sharded_fits(rank, world_size, folder, sanity_steps):
+    """A whole run, and one that is cut and resumed; in a process of its own, for threads of a checkpoint stay."""
     from lightning.pytorch.strategies import ModelParallelStrategy
 
     def fit(path, max_steps, ckpt_path=None):
@@ -128,12 +127,16 @@ def test_a_sharded_run_goes_on_in_its_folder(tmp_path, sanity_steps):
         trainer.fit(Sharded(), ResumableLoader(), tiny.loader(8), ckpt_path=ckpt_path)
         trainer.save_checkpoint(path / f"{max_steps}.ckpt")
 
-    try:
-        fit(tmp_path / "whole", 8)
-        fit(tmp_path / "cut", 4)
-        fit(tmp_path / "cut", 8, tmp_path / "cut" / "4.ckpt")
-    finally:
-        torch.distributed.destroy_process_group()
+    fit(folder / "whole", 8)
+    fit(folder / "cut", 4)
+    fit(folder / "cut", 8, folder / "cut" / "4.ckpt")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sanity_steps", [0, 1])
+def test_a_sharded_run_goes_on_in_its_folder(tmp_path, sanity_steps):
+    """FSDP2 reads its checkpoint after every callback's `on_fit_start`: the run looks new until then."""
+    run_ranks(sharded_fits, 1, tmp_path, sanity_steps, init=False)
     assert not (tmp_path / "cut" / "previous").exists()
     for read in (read_spectral, read_weights, read_losses):
         whole, cut = (read(tmp_path / name).records for name in ("whole", "cut"))

@@ -7,6 +7,7 @@ normal exit of a process that used gloo aborted in about one of five runs after 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
 import signal
@@ -102,6 +103,7 @@ def _child(
         TORCHELASTIC_RUN_ID="tests",
     )
     torch.set_num_threads(1)  # OpenMP's pool does not survive a fork
+    gc.freeze()  # optimizers look for wrappers on the heap: not among the millions of objects of the parent
     try:
         if init:
             dist.init_process_group("gloo", rank=rank, world_size=world_size)

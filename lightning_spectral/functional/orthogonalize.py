@@ -24,6 +24,8 @@ from lightning_spectral.functional.coefficients import (
     steps_to_flatten,
     turbo_rows,
 )
+from lightning_spectral.functional.iteration import TINY, iterate_rows
+from lightning_spectral.functional.magnitude import answers_at_once, unit_scale
 from lightning_spectral.functional.same_shape import same_shape_runs
 
 __all__ = [
@@ -46,13 +48,11 @@ __all__ = [
     "steps_to_flatten",
     "turbo",
     "turbo_rows",
-    "unit_scale",
 ]
 
 # M rows, N columns, B matrices of one shape
 
 METHODS = (*COEFFICIENTS, "turbo", "svd", "identity")
-_TINY = 1e-30  # keeps 0 / 0 out of zero matrices; every other norm is scaled to 1e-7 or more first
 _SAFE_NORMS = (1e-15, 1e15)  # Frobenius norms whose square is far from both ends of fp32 and bf16
 
 
@@ -121,7 +121,8 @@ def newton_schulz(
             four times as fast where the hardware has it.
         overwrite: Use ``matrix`` as workspace, which saves two copies of it.
         eps: Frobenius norm below which the result fades to zero with the input, >= 0. A positive one also multiplies
-            tall matrices as wide ones, and matrices one by one: together, torch.optim.Muon's digits (its eps is 1e-7).
+            tall matrices as wide ones, matrices one by one and steps one by one: together, torch.optim.Muon's digits
+            (its eps is 1e-7).
 
     Returns:
         (..., M, N) in ``dtype``.
@@ -162,33 +163,15 @@ def _newton_schulz(
         return torch.stack(alone).reshape(matrix.shape)
     iterate = _unit_norm(iterate, overwrite, eps)
     if eps > 0 and matrix.shape[-2] > matrix.shape[-1]:
-        return _iterate(iterate.mT, rows, normalizer, False).mT.reshape(matrix.shape)
-    return _iterate(iterate, rows, normalizer, overwrite).reshape(matrix.shape)
-
-
-def unit_scale(matrix: Tensor) -> Tensor:
-    """Power of two (..., 1, 1) that brings the largest magnitude of (..., M, N) near one; one for a zero matrix.
-
-    Multiplying by it is exact. It is limited to normal numbers, so that what is subnormal may stay as small as 2^-23.
-    """
-    largest = torch.linalg.vector_norm(matrix, float("inf"), dim=(-2, -1), keepdim=True)
-    wide = largest.to(torch.promote_types(largest.dtype, torch.float32))
-    exponent = torch.frexp(wide).exponent
-    limit = 1022 if wide.dtype == torch.float64 else 126
-    factor = torch.ldexp(torch.ones_like(wide), -exponent.clamp(-limit, limit))
-    return factor.to(matrix.dtype)
-
-
-def answers_at_once(tensor: Tensor) -> bool:
-    """Whether the host may ask for a value: on a GPU it would wait for all that was launched."""
-    return tensor.device.type == "cpu"
+        return iterate_rows(iterate.mT, rows, normalizer, overwrite=False, pair=False).mT.reshape(matrix.shape)
+    return iterate_rows(iterate, rows, normalizer, overwrite, pair=eps == 0).reshape(matrix.shape)
 
 
 def _unit_norm(iterate: Tensor, overwrite: bool, eps: float) -> Tensor:
     """Divide (..., M, N) by its Frobenius norm, or by ``eps`` if that is larger."""
     if eps == 0 and not answers_at_once(iterate) and iterate.device.type != "mps":
         norm = torch.linalg.vector_norm(iterate, dim=(-2, -1), keepdim=True, dtype=torch.float64)  # no square leaves it
-        norm = norm.clamp(min=_TINY**3)
+        norm = norm.clamp(min=TINY**3)
         return iterate.div_(norm) if overwrite else (iterate / norm).to(iterate.dtype)
     norm = torch.linalg.vector_norm(iterate, dim=(-2, -1), keepdim=True)
     low, high = _SAFE_NORMS
@@ -198,7 +181,7 @@ def _unit_norm(iterate: Tensor, overwrite: bool, eps: float) -> Tensor:
     scale = unit_scale(iterate)
     iterate = iterate.mul_(scale) if overwrite else iterate * scale
     norm = torch.linalg.vector_norm(iterate, dim=(-2, -1), keepdim=True)
-    norm = torch.maximum(norm, (scale * eps).clamp(min=_TINY))
+    norm = torch.maximum(norm, (scale * eps).clamp(min=TINY))
     return iterate.div_(norm)
 
 
@@ -278,44 +261,6 @@ def check_method(method: str) -> None:
     """Raise ValueError unless ``method`` is one of ``METHODS``."""
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {list(METHODS)}, got {method!r}.")
-
-
-def _iterate(iterate: Tensor, rows: Sequence[Row], normalizer: str, overwrite: bool) -> Tensor:
-    """Apply the rows to (M, N) or (B, M, N) of Frobenius norm at most one.
-
-    The Gram matrix is that of the short side, so a wide iterate is multiplied from the left and a tall one from the
-    right. With ``overwrite`` the steps go back and forth between the iterate and one more buffer of its size.
-    """
-    multiply, multiply_add = (torch.mm, torch.addmm) if iterate.ndim == 2 else (torch.bmm, torch.baddbmm)
-    tall = iterate.shape[-2] > iterate.shape[-1]
-    spare = gram_out = polynomial_out = None  # a fresh tensor for every result
-    if overwrite:
-        short = min(iterate.shape[-2:])
-        spare = torch.empty_like(iterate)
-        gram_out = iterate.new_empty((*iterate.shape[:-2], short, short))
-        polynomial_out = torch.empty_like(gram_out)
-    for step, (a, b, c) in enumerate(rows):
-        gram = multiply(*((iterate.mT, iterate) if tall else (iterate, iterate.mT)), out=gram_out)
-        if step == 0 and normalizer == "aol":
-            # At most one by Gershgorin: no row of the scaled Gram matrix sums to more.
-            scale = gram.abs().sum(dim=-1, keepdim=True).clamp(min=_TINY).rsqrt()
-            gram = gram.mul_(scale).mul_(scale.mT)
-            iterate = iterate * (scale.mT if tall else scale)
-        if step == 0 and normalizer == "schatten4":
-            # ||X X^T||_F = sum s^4: its root bounds s_max^2 far closer than ||X||_F^2 does, at the price of one pass.
-            square = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True).clamp(min=_TINY)
-            if overwrite:
-                gram, iterate = gram.div_(square), iterate.div_(square.sqrt())
-            else:
-                gram, iterate = gram / square, iterate / square.sqrt()
-        if c == 0:
-            polynomial = torch.mul(gram, b, out=polynomial_out)
-        else:
-            polynomial = multiply_add(gram, gram, gram, beta=b, alpha=c, out=polynomial_out)
-        factors = (iterate, polynomial) if tall else (polynomial, iterate)
-        result = multiply_add(iterate, *factors, beta=a, out=spare)
-        iterate, spare = result, iterate if overwrite else None
-    return iterate
 
 
 def _svd(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ checkpoints need to know.
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -177,7 +178,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 class Shards:
-    """Looks up what ``param`` is part of; asks the heap for FSDP1 and DDP modules once, so make one per plan."""
+    """Looks up what ``param`` is part of; walks over the heap for FSDP1 and DDP modules, so make one per plan."""
 
     def __init__(self) -> None:
         self._flat: dict[int, Shard] = {}
@@ -206,18 +207,23 @@ def _live_wrappers() -> tuple[dict[int, Shard], dict[int, Any]]:
     """One pass over the heap: shards of FSDP1 parameters and process groups of DDP parameters, by ``id``."""
     fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
     ddp = sys.modules.get("torch.nn.parallel.distributed")
+    sharding = set() if fsdp is None else _with_subclasses(fsdp.FullyShardedDataParallel)
+    replicating = set() if ddp is None else _with_subclasses(ddp.DistributedDataParallel)
+    wanted = sharding | replicating
     flat: dict[int, Shard] = {}
     replicated: dict[int, Any] = {}
-    if fsdp is None and ddp is None:
-        return flat, replicated
-    import gc
-
-    for candidate in gc.get_objects():
-        if fsdp is not None and issubclass(type(candidate), fsdp.FullyShardedDataParallel):
-            flat.update(_fsdp1_shards(candidate))
-        elif ddp is not None and issubclass(type(candidate), ddp.DistributedDataParallel):
-            replicated.update(_ddp_groups(candidate))
+    for wrapper in [thing for thing in gc.get_objects() if type(thing) in wanted] if wanted else []:
+        if type(wrapper) in sharding:
+            flat.update(_fsdp1_shards(wrapper))
+        else:
+            replicated.update(_ddp_groups(wrapper))
     return flat, replicated
+
+
+def _with_subclasses(kind: type) -> set[type]:
+    """A class and all that derive from it: a look into a set takes a quarter of the time of ``issubclass``."""
+    derived: list[type] = type.__subclasses__(kind)
+    return {kind}.union(*map(_with_subclasses, derived))
 
 
 def _fsdp1_shards(module: Any) -> dict[int, Shard]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_spectral.models.placement import local
+from lightning_spectral.models.placement import Shards, local
 from lightning_spectral.models.views import Views
 from lightning_spectral.optim.announcement import LOG, show_table, warn_of_few, warn_of_lost_updates
 from lightning_spectral.optim.checkpoint import make_uniform
@@ -85,8 +85,10 @@ class SpectralOptimizer(Optimizer):
         self._observed: dict[str, MatrixTelemetry] | None = None
         defaults = {"lr": lr, **group_settings(settings), **(own or {})}
         defaults.update(algorithm="", role="", lr_ratio=1.0, fallback_weight_decay=self._rest_decay)
-        groups, routes = self._groups_of(params)
+        shards = Shards()
+        groups, routes = self._groups_of(params, shards)
         super().__init__(groups, defaults)
+        self._members(shards)
         self._given = [id(one.named.param) for one in routes]
         self._announce(routes)
         for member in self._members():
@@ -217,13 +219,15 @@ class SpectralOptimizer(Optimizer):
         if all(key in param_group for key in PARALLEL):
             super().add_param_group(param_group)
             return
-        routes = self._routes([find_owners(group_entries(param_group))])[0]
+        shards = Shards()
+        routes = self._routes([find_owners(group_entries(param_group), shards)])[0]
         group = single_group(param_group, routes, self._ratio, self._algorithms, self._rest_decay)
         make_names_unique([*self.param_groups, group])
         super().add_param_group(group)
         self._given += [id(one.named.param) for one in routes]
+        members = self._members(shards)
         self._announce(routes)
-        for member in self._members():
+        for member in members:
             if member.group is self.param_groups[-1] and member.param.requires_grad:
                 self._init_state(member)
 
@@ -243,12 +247,12 @@ class SpectralOptimizer(Optimizer):
             params = [param for group in self.param_groups for param in group["params"]]
             self._given = [id(params[i]) for i in given]
 
-    def _members(self) -> list[Member]:
+    def _members(self, shards: Shards | None = None) -> list[Member]:
         """All parameters; looked up again when the groups, or the parameters in them, are no longer those known."""
         key = tuple(id(thing) for group in self.param_groups for thing in (group, *group["params"]))
         if self._known is None or self._known[0] != key:
             before = None if self._known is None else self._known[1]
-            members = members_of(self.param_groups, self._algorithm, self._fallback)
+            members = members_of(self.param_groups, self._algorithm, self._fallback, shards or Shards())
             self._known = (key, members)
             if before is not None:
                 self._carry_over(before, members)
@@ -280,15 +284,15 @@ class SpectralOptimizer(Optimizer):
         everything = iter(route([one for entry in owned for one in entry], self._settings.roles, split))
         return [[next(everything) for _ in entry] for entry in owned]
 
-    def _groups_of(self, params: Any) -> tuple[list[Group], list[Route]]:
+    def _groups_of(self, params: Any, shards: Shards) -> tuple[list[Group], list[Route]]:
         if isinstance(params, (list, tuple)) and params and all(isinstance(entry, dict) for entry in params):
-            routed = self._routes([find_owners(group_entries(entry)) for entry in params])
+            routed = self._routes([find_owners(group_entries(entry), shards) for entry in params])
             groups = [
                 single_group(entry, routes, self._ratio, self._algorithms, self._rest_decay)
                 for entry, routes in zip(params, routed, strict=True)
             ]
         else:
-            routed = self._routes([find_owners([params] if isinstance(params, Tensor) else params)])
+            routed = self._routes([find_owners([params] if isinstance(params, Tensor) else params, shards)])
             decays = (self._settings.weight_decay, self._rest_decay)
             groups = role_groups(routed[0], self._ratio, self._algorithms, *decays)
         make_names_unique(groups)

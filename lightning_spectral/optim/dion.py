@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.functional.orthogonalize import unit_scale
+from lightning_spectral.functional.magnitude import unit_scale
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.factors import next_right_factor, orthonormal_columns
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule, faded, fading

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_spectral.functional.magnitude import largest_magnitudes
 from lightning_spectral.models.placement import is_dtensor, local
 from lightning_spectral.optim.members import Member
 
@@ -144,7 +145,7 @@ def _nonfinite(members: Sequence[Member], grads: dict[int, Tensor]) -> Tensor:
     bad = torch.zeros((), device=local(members[0].param).device)
     # The largest magnitude is finite exactly when all entries are.
     held = [grad for grad in grads.values() if grad.numel()]
-    for largest in torch._foreach_norm(held, float("inf")) if held else []:
+    for largest in largest_magnitudes(held):
         bad += (~torch.isfinite(largest)).to(bad)
     for group in {id(m.shard.group): m.shard.group for m in members if m.shard.group is not None}.values():
         dist.all_reduce(bad, group=group)

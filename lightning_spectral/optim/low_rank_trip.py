@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_spectral.functional.orthogonalize import unit_scale
+from lightning_spectral.functional.magnitude import largest_magnitude, unit_scale
 from lightning_spectral.models.placement import Block, local
 from lightning_spectral.optim.factors import next_right_factor, orthonormal_columns
 from lightning_spectral.optim.low_rank import Leg, LowRankExchange, Size, inside, pick, rank_of, used_size
@@ -67,7 +67,7 @@ class LowRankTrip:
         for i in held:
             matrix = self.exchange.matrices[i]
             if self.present[i]:
-                largest = [torch.linalg.vector_norm(self._direction(i, b), float("inf")) for b in matrix.blocks]
+                largest = [largest_magnitude(self._direction(i, b)).view(()) for b in matrix.blocks]
                 state = [extra_here(matrix, name, self.states).to(self.dtype) for name in matrix.extra]
                 mine[i] = torch.cat([torch.stack(largest).amax().view(1).to(self.dtype), *state]).to(self.device)
         found: dict[int, dict[str, Tensor]] = {}

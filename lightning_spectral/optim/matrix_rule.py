@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.functional.orthogonalize import answers_at_once
+from lightning_spectral.functional.magnitude import answers_at_once, largest_magnitude
 
 # B matrices of one shape, M rows, N columns
 
@@ -114,7 +114,7 @@ def fading(inputs_BMN: Tensor, extra: dict[str, list[Tensor]], group: Group) -> 
     """
     if "peak" not in extra:
         return None
-    return fading_of(torch.linalg.vector_norm(inputs_BMN, float("inf"), dim=(-2, -1)), extra, group)
+    return fading_of(largest_magnitude(inputs_BMN).flatten(), extra, group)
 
 
 def fading_of(largest: Tensor, extra: dict[str, list[Tensor]], group: Group) -> Tensor:

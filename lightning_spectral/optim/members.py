@@ -71,13 +71,12 @@ def parallel_lists(routes: Sequence[Route], lr_ratios: Sequence[float]) -> dict[
     }
 
 
-def members_of(groups: Sequence[Group], algorithm: str, fallback: str) -> list[Member]:
+def members_of(groups: Sequence[Group], algorithm: str, fallback: str, shards: Shards) -> list[Member]:
     """All parameters, in the order of the groups.
 
     Raises:
         ValueError: If a group's parameters are no longer those that were routed: a flat partition, or a changed list.
     """
-    shards = Shards()
     members: list[Member] = []
     for group in groups:
         if len(group["params"]) != len(group["param_names"]):

@@ -45,24 +45,25 @@ class NamedParameter:
         return self.places[0].name
 
 
-def find_owners(params: Any) -> list[NamedParameter]:
+def find_owners(params: Any, shards: Shards | None = None) -> list[NamedParameter]:
     """Resolve whatever an optimizer can be handed to parameters with names and owning modules.
 
     Args:
         params: A module, ``named_parameters()``, ``parameters()``, or a list of parameters or ``(name, parameter)``.
+        shards: What this rank holds; looked up when None.
 
     Raises:
         ValueError: If nothing is given, or a parameter belongs to no live module.
     """
     if isinstance(params, nn.Module):
-        return _walk([params], None)
+        return _walk([params], None, (), shards)
     root = _module_behind(params)
     if root is not None:
-        return _walk([root], {id(p) for p in params_of(params)})
+        return _walk([root], {id(p) for p in params_of(params)}, (), shards)
     given = params_of(params)
     if not given:
         raise ValueError(f"`params` holds no parameter. {REMEDY}")
-    return _walk(_live_roots(), {id(p) for p in given}, given)
+    return _walk(_live_roots(), {id(p) for p in given}, given, shards)
 
 
 def params_of(params: Iterable[Any]) -> list[Tensor]:
@@ -86,7 +87,9 @@ def _live_roots() -> list[nn.Module]:
     return [m for m in modules if id(m) not in children and "_parameters" in m.__dict__]
 
 
-def _walk(roots: Iterable[nn.Module], wanted: set[int] | None, order: Sequence[Tensor] = ()) -> list[NamedParameter]:
+def _walk(
+    roots: Iterable[nn.Module], wanted: set[int] | None, order: Sequence[Tensor], shards: Shards | None
+) -> list[NamedParameter]:
     """All places of every wanted parameter, in the order given, else in the model's own."""
     places: dict[int, list[Place]] = {}
     found: dict[int, nn.Parameter] = {}
@@ -102,7 +105,7 @@ def _walk(roots: Iterable[nn.Module], wanted: set[int] | None, order: Sequence[T
     if orphans:
         raise ValueError(_orphan_message(orphans, len(order)))
     keys = dict.fromkeys([id(p) for p in order] if order else list(found))
-    shards = Shards()
+    shards = shards or Shards()
     result = [
         NamedParameter(found[key], tuple(places[key]), shards.of(found[key], places[key][0].name).shape) for key in keys
     ]

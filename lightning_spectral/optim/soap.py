@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.functional.orthogonalize import unit_scale
+from lightning_spectral.functional.magnitude import unit_scale
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule, faded, fading
 from lightning_spectral.optim.settings import MatrixArguments, MatrixSettings, Unpack

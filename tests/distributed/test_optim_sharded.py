@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -194,3 +195,32 @@ def test_owners_are_holders_and_balanced():
     whole = nn.Linear(3, 2).weight
     assert Shards().of(whole) == Shard((2, 3), ((0, 2), (0, 3)))
     assert Shards().of(whole).rectangles(Views((2, 3))) == [(Rectangle((0, 2), (0, 3)), 0)]
+
+
+class _Replicated(nn.parallel.DistributedDataParallel):
+    """What users derive must be found as well."""
+
+
+def looks_at_the_heap(rank: int, world_size: int) -> list[int]:
+    """Walks over the heap when an optimizer is built, and until three steps and a save later."""
+    looks = []
+    found = gc.get_objects
+
+    def counted(*args):
+        looks.append(args)
+        return found(*args)
+
+    gc.get_objects = counted
+    model = _Replicated(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)))
+    optimizer = Muon(model.module)
+    built = len(looks)
+    assert all(member.shard.group is not None for member in optimizer._members())
+    model(torch.ones(2, 8)).sum().backward()
+    for _ in range(3):
+        optimizer.step()
+    optimizer.state_dict()
+    return [built, len(looks)]
+
+
+def test_one_look_at_the_heap_when_an_optimizer_is_built_and_none_in_a_step():
+    assert run_ranks(looks_at_the_heap, 2) == [[1, 1], [1, 1]]

@@ -10,6 +10,7 @@ from lightning_spectral.functional.orthogonalize import (
     COEFFICIENTS,
     apply_to_singular_values,
     coefficient_rows,
+    coefficient_set,
     flattened_share,
     newton_schulz,
     normalize_singular_values,
@@ -147,16 +148,69 @@ def test_bf16_stays_near_the_band():
         assert sigma.min() > 0.94 - 0.02
 
 
-def test_muon_equals_torch_bit_for_bit():
-    from torch.optim._muon import _zeropower_via_newtonschulz
-
-    for shape in ((24, 24), (16, 48), (48, 16), (1, 9)):
-        matrix = matrix_with("gaussian", *shape).float()
-        theirs = _zeropower_via_newtonschulz(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
-        assert torch.equal(newton_schulz(matrix, "muon", 5, torch.bfloat16), theirs)
+PAIRED = [(24, 60), (60, 24), (3, 24, 60), (3, 60, 24)]  # one side at least twice the other
 
 
-@pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16), (96, 40), (256, 64), (300, 7)])
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("steps", range(7))
+@pytest.mark.parametrize("shape", PAIRED)
+@pytest.mark.parametrize("name", ["polar_express", "muon", "cans", "cubic"])
+def test_two_steps_on_one_gram_matrix_are_two_steps(name, shape, steps, overwrite):
+    """In fp64 the product form equals the definition, one row of coefficients after another."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape, generator=generator, dtype=torch.float64)
+    expected = newton_schulz(matrix, name, 0)
+    if coefficient_set(name).normalizer == "schatten4" and steps:
+        gram = expected @ expected.mT
+        expected = expected / gram.square().sum((-2, -1), keepdim=True) ** 0.25
+    for a, b, c in coefficient_rows(name, steps):
+        gram = expected @ expected.mT
+        expected = a * expected + (b * gram + c * gram @ gram) @ expected
+    found = newton_schulz(matrix.clone(), name, steps, overwrite=overwrite)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def hard_matrix(kind: str) -> torch.Tensor:
+    """128 x 512 matrices on which three steps on one Gram matrix in bf16 end far outside the band, or nearly so."""
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(128, 512, generator=generator, dtype=torch.float64)
+    left, _, right = torch.linalg.svd(noise, full_matrices=False)
+    order = torch.arange(1, 129, dtype=torch.float64)
+    return {
+        "slow decay": left * order**-1 @ right,
+        "fast decay": left * order**-2 @ right,
+        "half rank": noise[:, :64] @ right[:64],
+        "one direction": 30 * left[:, :1] @ right[:1] + 1e-3 * noise,
+        "two large rows": torch.cat([100 * noise[:2], noise[2:]]),
+        "dead rows": torch.cat([noise[:32], torch.zeros(96, 512)]),
+        "nearly constant": 1 + 0.01 * noise,
+        "orthogonal": left @ right,
+    }[kind]
+
+
+@pytest.mark.parametrize("steps", [5, 8])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "slow decay",
+        "fast decay",
+        "half rank",
+        "one direction",
+        "two large rows",
+        "dead rows",
+        "nearly constant",
+        "orthogonal",
+    ],
+)
+def test_pairs_in_bf16_stay_in_the_band_where_eigenvalues_turn_negative(kind, steps):
+    matrix = hard_matrix(kind)
+    paired, alone = (newton_schulz(matrix, "polar_express", steps, torch.bfloat16, eps=eps) for eps in (0.0, 1e-30))
+    assert float(torch.linalg.matrix_norm(paired.double(), 2)) < 1.06 + 0.03
+    exact = polar_svd(matrix)
+    assert distance(paired.double(), exact) < distance(alone.double(), exact) + 0.03
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16), (1, 9), (96, 40), (256, 64), (300, 7)])
 @pytest.mark.parametrize("scale", [1e-12, 1e-8, 1e-5, 1.0, 1e15])
 def test_muon_with_eps_equals_torch_bit_for_bit_at_every_scale_and_tall(shape, scale):
     from torch.optim._muon import _zeropower_via_newtonschulz

@@ -31,23 +31,26 @@ def test_the_ruler_sees_a_temporary():
 
 
 @pytest.mark.parametrize(
-    ("make", "itemsize"),
+    ("make", "batches"),
     [
-        (lambda m: Muon(m, precision="bf16"), 2),
-        (lambda m: Muon(m, precision="fp32"), 4),
-        (lambda m: NorMuon(m, precision="bf16"), 2),
-        (lambda m: NorMuon(m, precision="fp32"), 4),
-        (lambda m: Dion(m, rank_fraction=0.25), 4),
-        (lambda m: Dion(m, rank_fraction=1.0), 4),
+        # the directions, a buffer of their size, two Gram matrices of a quarter of it
+        (lambda m: Muon(m, precision="bf16"), 2.5),
+        (lambda m: Muon(m, precision="fp32"), 2.5),
+        (lambda m: NorMuon(m, precision="bf16"), 2.5),
+        (lambda m: NorMuon(m, precision="fp32"), 2.5),
+        (lambda m: Dion(m, rank_fraction=0.25), 2.0),
+        (lambda m: Dion(m, rank_fraction=1.0), 4.3),  # factors as large as the matrix
     ],
     ids=["muon-bf16", "muon-fp32", "normuon-bf16", "normuon-fp32", "dion-1/4", "dion-1"],
 )
-def test_peak_of_a_step_is_one_batch_and_one_buffer(make, itemsize):
+def test_peak_of_a_step_is_a_few_buffers_of_the_largest_batch(make, batches):
     shapes = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH)] * LAYERS
     model = nn.ModuleList(nn.Linear(n, m, bias=False) for m, n in shapes)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     optimizer = make(model)
     optimizer.step()  # plans are made once
-    batch = LAYERS * 4 * WIDTH * WIDTH * itemsize  # all matrices of the largest shape, in the dtype of the products
-    assert peak_bytes(optimizer) <= 2 * batch
+    largest = max(len(run) * run[0].numel * run[0].dtype.itemsize for run in optimizer._matrix_step[1]._runs_of[1])
+    assert largest <= 2 * 2**20
+    one = 4 * WIDTH * WIDTH * 4  # a direction in fp32 on its way into the batch
+    assert peak_bytes(optimizer) <= batches * largest + one

@@ -47,18 +47,18 @@ class SOAPRule(MatrixRule):
         """One step of SOAP; the basis follows every ``basis_every`` steps, after the update."""
         factors = fading(inputs_BMN, extra, group)
         wide = inputs_BMN.shape[-2] <= inputs_BMN.shape[-1]
-        names = ("gradient", "gram", "basis", "second_moment", "count", "unit")
-        for one_MN, *state in zip(inputs_BMN.unbind(0), *(extra[name] for name in names), strict=True):
-            self._update_one(one_MN if wide else one_MN.mT, wide, state, group)
+        torch._foreach_add_(extra["count"], 1)
+        steps = [int(count) for count in torch.cat(extra["count"]).tolist()]  # one wait for all matrices of a shape
+        names = ("gradient", "gram", "basis", "second_moment", "unit")
+        for one_MN, step, *state in zip(inputs_BMN.unbind(0), steps, *(extra[name] for name in names), strict=True):
+            self._update_one(one_MN if wide else one_MN.mT, wide, step, state, group)
         return faded(inputs_BMN, factors)
 
-    def _update_one(self, direction_SL: Tensor, wide: bool, state: list[Tensor], group: Group) -> None:
-        gradient, gram, basis, second, count, unit = state
+    def _update_one(self, direction_SL: Tensor, wide: bool, step: int, state: list[Tensor], group: Group) -> None:
+        gradient, gram, basis, second, unit = state
         short, beta = direction_SL.shape[0], group["moment_beta"]
         grad_SL = gradient if wide else gradient.mT
         gram_SS, basis_SS, second_SL = gram.view(short, short), basis.view(short, short), second.view_as(direction_SL)
-        step = int(count) + 1
-        count.fill_(step)
         # Squares of 1e-30 or 1e30 have no place in fp32: everything is kept in units of the first gradient.
         unit.copy_(torch.where((gram == 0).all(), unit_scale(grad_SL).view(1).to(unit.dtype), unit))
         grad_SL, direction = grad_SL * unit.to(grad_SL.dtype), direction_SL * unit.to(grad_SL.dtype)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_spectral.functional.coefficients import coefficient_rows
 from lightning_spectral.functional.same_shape import same_shape_runs
-from lightning_spectral.optim import AdaMuon, AdamW, Dion, Dion2, Muon, MuonH, NorDion2, NorMuon, matrix_rule
+from lightning_spectral.optim import SOAP, AdaMuon, AdamW, Dion, Dion2, Muon, MuonH, NorDion2, NorMuon, matrix_rule
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +93,21 @@ def test_a_look_at_nonfinite_gradients_waits_once(monkeypatch):
             p.grad = torch.empty_like(p)
         optimizer.step()
     assert len(waits) == 1
+
+
+def test_soap_waits_once_for_all_matrices_of_a_shape(monkeypatch):
+    waits = []
+    ask, ask_one = torch.Tensor.tolist, torch.Tensor.__int__
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: waits.append(tensor.shape) or ask(tensor))
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: waits.append(tensor.shape) or ask_one(tensor))
+    model = model_of(5)
+    optimizer = SOAP(model)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        waits.clear()
+        optimizer.step()
+        assert waits == [(5,), (5,)]  # up and down projections
 
 
 @pytest.mark.parametrize(("kind", "at_most"), [("muon", 40), ("dion", 60), ("muon, stochastic bf16", 130)])

@@ -5,6 +5,7 @@ pytest -m nightly tests/training/test_many_kills.py
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -37,6 +38,21 @@ def recipe(folder: Path) -> Path:
     return write_recipe(folder, tree)
 
 
+def family(pid: int) -> list[int]:
+    """A process and its descendants: torchrun gives each rank a session, so that a group is not enough."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [pid, *(one for child in children for one in family(int(child)))]
+
+
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def newest(folder: Path) -> str:
     return max((path.name for path in (folder / "run" / "checkpoints").glob("step-*.ckpt")), default="")
 
@@ -49,18 +65,18 @@ def test_twenty_kills_leave_no_trace(tmp_path: Path) -> None:
     again, rng, kills = recipe(killed), random.Random(0), 0
     while kills < KILLS:
         before, began = newest(killed), time.monotonic()
-        process = subprocess.Popen(
-            command(again), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        with (tmp_path / "output.txt").open("w") as output:
+            process = subprocess.Popen(command(again), start_new_session=True, stdout=output, stderr=output)
         # every other time while it starts or resumes, else once it has saved something new: any moment must do
         starting = kills % 2 == 1
         while process.poll() is None and newest(killed) == before and not (starting and time.monotonic() - began > 3):
             time.sleep(0.01)
         time.sleep(rng.random() * (5 if starting else 0.3))
         if process.poll() is not None:
-            assert process.returncode == 0
+            assert process.returncode == 0, (tmp_path / "output.txt").read_text()
             break
-        os.killpg(process.pid, signal.SIGKILL)
+        ranks = family(process.pid)
+        kill(rng.sample(ranks[1:], 1) if kills % 4 == 3 and ranks[1:] else ranks)  # now and then one rank alone
         process.wait()
         kills += 1
     subprocess.run(command(again), check=True, capture_output=True)

@@ -3,7 +3,7 @@
 Each size of text is built in a process of its own, whose peak of memory is its own. The loader reads a memory-mapped
 file of tokens in the order that training uses.
 
-    python benchmarks/bench_data.py --megabytes 20 100
+    python benchmarks/bench_data.py --megabytes 100 1000
 """
 
 from __future__ import annotations
@@ -22,47 +22,60 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness
 from lightning_spectral.data.batches import ResumableLoader, StepBatches, TokenBlocks
+from lightning_spectral.data.corpus import state_of_the_union_files
 
 BUILD = """
-import resource, sys, time
+import json, resource, sys, time
 from pathlib import Path
 from lightning_spectral.data.corpus import Corpus
 from lightning_spectral.data.tokens import prepare_tokens
 import litgpt.tokenizer, tokenizers
+
+def usage(who):
+    found = resource.getrusage(who)
+    return found.ru_utime + found.ru_stime, found.ru_maxrss / 1024
+
 if __name__ == "__main__":
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    began, cpu = time.perf_counter(), time.process_time()
+    began, (cpu, start) = time.perf_counter(), usage(resource.RUSAGE_SELF)
     corpus = Corpus((Path(sys.argv[1]),))
     cache = prepare_tokens(corpus, vocab_size=2048, cache_dir=Path(sys.argv[2]), num_proc=int(sys.argv[3]))
-    wall, cpu = time.perf_counter() - began, time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(len(cache.train) + len(cache.validation), wall, cpu, start, peak)
+    wall, (own_cpu, peak) = time.perf_counter() - began, usage(resource.RUSAGE_SELF)
+    workers_cpu, worker_peak = usage(resource.RUSAGE_CHILDREN)
+    print(json.dumps({
+        "M tokens": (len(cache.train) + len(cache.validation)) / 1e6, "wall s": wall,
+        "CPU s": own_cpu - cpu + workers_cpu, "MiB before": start, "MiB at most": peak,
+        "MiB at most, a worker": worker_peak,
+    }))
 """
 SHAPES = ((512, 64), (1024, 16), (2048, 8), (4096, 1))
 
 
 def write_text(path: Path, megabytes: int) -> None:
-    """Words of Zipf-like frequency."""
+    """The State of the Union addresses again and again: paragraphs shuffled, one word in ten another one."""
     rng = random.Random(0)
-    words = ["".join(rng.choices("etaoinshrdlucmfwyp", k=rng.randint(2, 9))) for _ in range(20_000)]
-    weights = [1 / (rank + 10) for rank in range(len(words))]
+    text = "\n".join(file.read_text(errors="replace") for file in state_of_the_union_files())
+    paragraphs = [paragraph.split(" ") for paragraph in text.splitlines() if paragraph]
+    words = [word for paragraph in paragraphs for word in paragraph]
+    written = 0
     with path.open("w") as out:
-        while out.tell() < megabytes * 1_000_000:
-            out.write(" ".join(rng.choices(words, weights, k=20_000)) + "\n")
+        while written < megabytes * 1_000_000:
+            copy = list(rng.choice(paragraphs))
+            for place in range(rng.randrange(10), len(copy), 10):
+                copy[place] = words[int(rng.random() * len(words))]
+            written += out.write(" ".join(copy) + "\n")
 
 
 def build(folder: Path, megabytes: int, num_proc: int) -> dict[str, float]:
     """Tokenise a text of this size in a process of its own."""
     text, script = folder / f"{megabytes}.txt", folder / "build.py"
-    write_text(text, megabytes)
+    if not text.exists():
+        write_text(text, megabytes)
     script.write_text(BUILD)
-    command = [sys.executable, str(script), str(text), str(folder / f"cache{megabytes}"), str(num_proc)]
+    command = [sys.executable, str(script), str(text), str(folder / f"cache{megabytes}-{num_proc}"), str(num_proc)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-    tokens, wall, cpu, start, peak = map(float, done.stdout.split())
-    return {
-        "text MB": megabytes, "M tokens": tokens / 1e6, "wall s": wall, "CPU s": cpu, "MB per CPU s": megabytes / cpu,
-        "MiB before": start, "MiB at most": peak,
-    }  # fmt: skip
+    found = json.loads(done.stdout)
+    rates = {"M tokens per CPU s": found["M tokens"] / found["CPU s"], "MB per wall s": megabytes / found["wall s"]}
+    return {"text MB": megabytes, "processes": num_proc, **found, **rates}
 
 
 def load(folder: Path, length: int, batch: int) -> float:
@@ -82,13 +95,13 @@ def load(folder: Path, length: int, batch: int) -> float:
 def main() -> None:
     """Build caches of growing texts, then read blocks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[20, 100], help="sizes of text (default: 20 100)")
-    parser.add_argument("--num_proc", type=int, default=1, help="processes that tokenise (default: 1)")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "data_1t_cpu", help="without suffix")
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 1000], help="sizes of text")
+    parser.add_argument("--num_proc", type=int, nargs="+", default=[1, 2], help="processes that tokenise")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "data_cpu", help="without suffix")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rates = {f"{length} x {batch}": load(Path(folder), length, batch) for length, batch in SHAPES}
-        rows = [build(Path(folder), size, options.num_proc) for size in options.megabytes]
+        rows = [build(Path(folder), size, num_proc) for size in options.megabytes for num_proc in options.num_proc]
     found = {"builds": rows, "loader, M tokens per core-second": rates, "machine": harness.machine()}
     options.out.with_suffix(".json").write_text(json.dumps(found, indent=1, default=str) + "\n")
     lines = ["# Data: from text to blocks", "", f"| {' | '.join(rows[0])} |", "|" + "---:|" * len(rows[0])]

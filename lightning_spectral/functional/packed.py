@@ -17,7 +17,7 @@ NUM_STRIPS = 8
 
 def strip_bounds(width: int) -> list[tuple[int, int]]:
     """Row ranges of the upper strips; strip ``(a, b)`` holds columns ``a`` to ``width``."""
-    height = -(-width // NUM_STRIPS)
+    height = max(-(-width // NUM_STRIPS), 1)
     return [(start, min(start + height, width)) for start in range(0, width, height)]
 
 

@@ -262,14 +262,25 @@ def _empty_strips(rows_ND: Tensor) -> list[Tensor]:
 
 
 def _best_time(product: Product, rows_ND: Tensor) -> float:
-    """Seconds of the best of a few runs; a library that takes more cores than torch was given pays for them."""
+    """Seconds of the best of a few runs."""
     uppers, best, began = _empty_strips(rows_ND), float("inf"), time.perf_counter()
     product(uppers, rows_ND)
     while best == float("inf") or time.perf_counter() - began < _TRIAL_S:
-        cpu, wall = time.process_time(), time.perf_counter()
-        product(uppers, rows_ND)
-        if rows_ND.device.type == "cuda":
-            torch.cuda.synchronize()
-        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        best = min(best, max(wall, cpu / torch.get_num_threads()) if rows_ND.device.type == "cpu" else wall)
+        best = min(best, seconds_of(lambda: product(uppers, rows_ND), rows_ND.device))
     return best
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """What a call costs: on a CPU a library that takes more cores than torch was given pays for them.
+
+    With one thread it is the CPU time, which a machine busy with other things does not change.
+    """
+    cpu, wall = time.process_time(), time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    if device.type != "cpu":
+        return wall
+    threads = torch.get_num_threads()
+    return cpu if threads == 1 else max(wall, cpu / threads)

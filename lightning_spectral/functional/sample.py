@@ -20,8 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_spectral.functional.covariance import Moments, covariance, first_shift, take_groups
-from lightning_spectral.functional.packed import sum_dtype, unpack
-from lightning_spectral.functional.products import full_precision
+from lightning_spectral.functional.packed import packed_size, strip_views, sum_dtype, unpack
+from lightning_spectral.functional.products import Product, full_precision, strips
 
 
 @dataclass(frozen=True)
@@ -66,21 +66,36 @@ class Gram:
     width: int
     product_dtype: torch.dtype
 
+    def among(self, index_N: Tensor) -> Tensor:
+        """Inner products of some rows with each other, ``(N, N)``; a view where they lie together."""
+        first, size = int(index_N[0]) if len(index_N) else 0, len(index_N)
+        if size and int(index_N[-1]) - first == size - 1 and bool((index_N.diff() == 1).all()):
+            return self.inner_NN[first : first + size, first : first + size]
+        return self.inner_NN[index_N[:, None], index_N]
+
     def take_groups(self, groups: Sequence[Sequence[int]]) -> Gram:
         """New groups, each the merge of the old ones listed."""
         index_G = tuple(torch.cat([self.index_G[group] for group in members]) for members in groups)
         return Gram(self.inner_NN, index_G, self.width, self.product_dtype)
 
 
-def gram(rows_ND: Float[Tensor, "N D"], sizes: Sequence[int], order_M: Int[Tensor, " M"] | None = None) -> Gram:
+def gram(
+    rows_ND: Float[Tensor, "N D"],
+    sizes: Sequence[int],
+    order_M: Int[Tensor, " M"] | None = None,
+    product: Product = strips,
+) -> Gram:
     """Inner products of rows by group; arguments as in :func:`~lightning_spectral.functional.covariance.update_`."""
     dtype = torch.float64 if rows_ND.dtype == torch.float64 else torch.float32
     with torch.no_grad(), full_precision(rows_ND.device):
         shift_D = first_shift(rows_ND, order_M).to(dtype)
         sorted_ND = rows_ND if order_M is None else rows_ND.index_select(0, order_M)
         shifted_ND = sorted_ND.to(dtype) - shift_D
-        inner_NN = (shifted_ND @ shifted_ND.mT).to(sum_dtype(rows_ND.device))
-    index_G = torch.arange(len(shifted_ND), device=rows_ND.device).split(list(sizes))
+        num_rows = len(shifted_ND)
+        packed_P = shifted_ND.new_zeros(packed_size(num_rows))
+        product(strip_views(packed_P, num_rows), shifted_ND.mT)
+        inner_NN = unpack(packed_P, num_rows, sum_dtype(rows_ND.device))
+    index_G = torch.arange(num_rows, device=rows_ND.device).split(list(sizes))
     return Gram(inner_NN, index_G, rows_ND.shape[1], dtype)
 
 
@@ -168,19 +183,19 @@ def _of_scatters(moments: Moments, groups: Sequence[int]) -> _Parts:
 def _of_blocks(state: Gram, groups: Sequence[int]) -> _Parts:
     index = [state.index_G[group] for group in groups]
     sizes = [len(own) for own in index]
-    order_N = torch.cat(index)
-    inner_NN = state.inner_NN[order_N[:, None], order_N]
+    inner_NN = state.among(torch.cat(index))
     count_K = inner_NN.new_tensor(sizes)
     member_NK = torch.block_diag(*(inner_NN.new_ones(size, 1) for size in sizes))[:, : len(sizes)]
     mean_NK = inner_NN @ member_NK / count_K.clamp(min=1)  # x_i^T m_b
     means_KK = member_NK.mT @ mean_NK / count_K.clamp(min=1)[:, None]
-    # rows and columns about their groups' means
-    own_NN = inner_NN - mean_NK @ member_NK.mT - member_NK @ mean_NK.mT + member_NK @ means_KK @ member_NK.mT
-    inner_KK = member_NK.mT @ own_NN.square() @ member_NK
-    trace_K = own_NN.diagonal() @ member_NK
-    # (x_i - m_a)^T (m_a - m_b) for row i of group a
-    centered_NK = mean_NK - member_NK @ means_KK
-    apart_NK = (centered_NK * member_NK).sum(1, keepdim=True) - centered_NK
+    # |H_a K_ab H_b|^2, with H_a K = K less the mean of group a's rows
+    across_KK = (member_NK.mT @ mean_NK.square()) * count_K
+    inner_KK = member_NK.mT @ (inner_NN.square() @ member_NK)
+    inner_KK += torch.outer(count_K, count_K) * means_KK.square() - across_KK - across_KK.mT
+    own_N = (mean_NK * member_NK).sum(1)  # x_i^T m_a for row i of group a
+    trace_K = inner_NN.diagonal() @ member_NK - count_K * means_KK.diagonal()
+    # (x_i - m_a)^T (m_a - m_b)
+    apart_NK = (own_N - member_NK @ means_KK.diagonal()).unsqueeze(1) - (mean_NK - member_NK @ means_KK)
     return count_K, inner_KK, trace_K, member_NK.mT @ apart_NK.square(), means_KK
 
 
@@ -206,7 +221,7 @@ def _of_moments(moments: Moments, groups: Sequence[int]) -> Sample:
 
 def _of_gram(state: Gram, groups: Sequence[int]) -> Sample:
     index_N = state.index_G[groups[0]] if len(groups) == 1 else torch.cat([state.index_G[group] for group in groups])
-    inner_NN = state.inner_NN[index_N[:, None], index_N]
+    inner_NN = state.among(index_N).clone()
     count = inner_NN.new_tensor(len(index_N))
     scale = (count - 1).clamp(min=1)
     rounding = torch.finfo(state.product_dtype).eps * inner_NN.diagonal().sum() / scale

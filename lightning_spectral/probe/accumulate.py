@@ -94,7 +94,9 @@ class Accumulator:
             rows_ND = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
             waiting.clear()
             if not to_be_added and site.key not in window.states and sum(sizes) < rows_ND.shape[1]:
-                window.states[site.key] = gram(rows_ND, sizes, order_M)
+                # bf16 rows lose digits in a GPU's fast product, and few rows are the steepest spectra
+                product = self._product(rows_ND) if rows_ND.device.type == "cpu" else strips
+                window.states[site.key] = gram(rows_ND, sizes, order_M, product)
             else:
                 self._add(window, site, rows_ND, sizes, order_M)
         window.groups.clear()

@@ -76,7 +76,7 @@ def measure(
             needs the whole spectrum stays ``None``.
         eigensolver: One for all spectra of a window; default one of its own.
     """
-    solve = eigensolver or Eigensolver()
+    solve = eigensolver or Eigensolver(exact=soft == "exact")
     own = sample(state, groups)
     status = _status(own)
     if status in UNMEASURABLE:

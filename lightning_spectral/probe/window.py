@@ -164,7 +164,7 @@ class ClosedWindow:
         """Results of the layers that this rank owns. No collective: may run in another thread."""
         began = time.perf_counter()
         owned: list[SiteResult] = []
-        eigensolver = Eigensolver()
+        eigensolver = Eigensolver(exact=self.options.soft == "exact")
         with torch.inference_mode(False), torch.no_grad():
             for owner, members in self._layers():
                 if owner == self._rank:

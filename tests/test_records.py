@@ -145,3 +145,13 @@ def test_a_further_metric_stands_beside_the_fields_and_comes_back(tmp_path):
     assert json.loads((tmp_path / rec.SPECTRAL_FILE).read_text())["my_metric"] == 1.5
     assert rec.read_spectral(tmp_path).records == [record]
     assert (record.value("my_metric"), record.value("hard_rank"), record.value("nothing")) == (1.5, 10.0, None)
+
+
+def test_lines_follow_whole_lines_at_once_and_torn_ones_on_a_line_of_their_own(tmp_path):
+    file = tmp_path / "some.jsonl"
+    rec.files.append_lines(file, ["first", "second"])
+    rec.files.append_lines(file, ["third"])
+    assert file.read_bytes() == b"first\nsecond\nthird\n"
+    file.write_bytes(b"first\nto")
+    rec.files.append_lines(file, ["third"])
+    assert file.read_bytes() == b"first\nto\nthird\n"

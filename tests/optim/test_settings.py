@@ -5,10 +5,12 @@ import typing
 from dataclasses import fields
 
 import pytest
+import torch
 from jsonargparse import ArgumentParser
 
 from lightning_spectral.gpt.module import optimizer_class
-from lightning_spectral.optim import AdamW, Dion, Muon, NorMuon, SpectralOptimizer, settings
+from lightning_spectral.optim import AdamW, Dion, Muon, NorMuon, SpectralOptimizer, matrix_rule, settings
+from lightning_spectral.optim.matrix_rule import compute_dtype
 from tests.optim.models import TinyLM
 
 PAIRS = [
@@ -68,3 +70,26 @@ def test_every_group_carries_what_schedulers_may_look_for():
         for group in optimizer.param_groups:
             assert {"lr", "betas", "momentum", "weight_decay", "eps", "nesterov", "lr_ratio"} <= group.keys()
             assert not {"roles", "fallback", "fallback_lr", "split"} & group.keys()
+
+
+@pytest.mark.parametrize(
+    ("precision", "weights", "device", "products"),
+    [
+        ("auto", torch.float32, "cuda", torch.bfloat16),
+        ("auto", torch.float16, "cuda", torch.bfloat16),
+        ("auto", torch.bfloat16, "xpu", torch.bfloat16),
+        ("auto", torch.float32, "mps", torch.float32),
+        ("auto", torch.float64, "cuda", torch.float64),
+        ("fp32", torch.bfloat16, "cuda", torch.float32),
+        ("bf16", torch.float32, "mps", torch.bfloat16),
+        ("fp64", torch.float32, "cpu", torch.float64),
+    ],
+)
+def test_precision_of_the_products(precision, weights, device, products):
+    assert compute_dtype(precision, weights, torch.device(device)) == products
+
+
+@pytest.mark.parametrize(("has_units", "products"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_cpu_multiplies_in_bf16_where_it_has_units_for_it(monkeypatch, has_units, products):
+    monkeypatch.setattr(matrix_rule, "_cpu_multiplies_bf16", lambda: has_units)
+    assert compute_dtype("auto", torch.float32, torch.device("cpu")) == products

@@ -139,6 +139,31 @@ def test_one_parameter_equals_its_matrices_kept_apart(case, kind):
         assert float(error) < TOLERANCE[kind]
 
 
+@pytest.mark.parametrize("kind", ["normuon", "adamuon", "soap"])
+@pytest.mark.parametrize("case", CASES)
+def test_state_of_every_matrix_lies_in_a_checkpoint_where_the_matrix_does(case, kind):
+    make_module, name, split, matrices_of = CASES[case]
+    torch.manual_seed(0)
+    module = make_module()
+    fused = module.get_parameter(name)
+    apart = Apart([m.detach().clone() for m in matrices_of(fused)])
+    make, settings = SETTINGS[kind]
+    optimizer, other = make(module, **settings, split=split), make(apart, **settings)
+    fused.grad = torch.randn_like(fused)
+    for layer, gradient in zip(apart.layers, matrices_of(fused.grad), strict=True):
+        layer.weight.grad = gradient.contiguous()
+    optimizer.step()
+    other.step()
+    saved, kept_apart = optimizer.state_dict(), other.state_dict()["state"]
+    names = [one for group in saved["param_groups"] for one in group["param_names"]]
+    state = saved["state"][names.index(name)]
+    arrays = [key for key, value in state.items() if value.ndim > 0]
+    assert len(arrays) >= 2  # the momentum and what the rule keeps beside it
+    for key in arrays:
+        for i, matrix in enumerate(matrices_of(state[key])):
+            torch.testing.assert_close(matrix, kept_apart[i][key], rtol=1e-4, atol=1e-6)
+
+
 def test_channels_last_weights_and_gradients_give_the_same():
     models = convolutional(nn.Conv2d(8, 12, 3, bias=False)), None
     other = copy.deepcopy(models[0]).to(memory_format=torch.channels_last)

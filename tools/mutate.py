@@ -140,7 +140,7 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
     elif isinstance(new, ast.BoolOp):
         before, new.op = type(new.op).__name__, ast.Or() if isinstance(new.op, ast.And) else ast.And()
         yield f"{before} -> {type(new.op).__name__}", new
-    elif isinstance(new, ast.UnaryOp) and isinstance(new.op, (ast.Not, ast.USub)):
+    elif isinstance(new, ast.UnaryOp) and isinstance(new.op, (ast.Not, ast.USub)) and not _is_place(new):
         yield f"{type(new.op).__name__} left out", new.operand
     elif isinstance(new, ast.Constant):
         yield from _other_constants(new)
@@ -168,6 +168,11 @@ def _other_constants(node: ast.Constant) -> Iterator[tuple[str, ast.AST]]:
 
 def _is_type_union(node: ast.AST) -> bool:
     return isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr)
+
+
+def _is_place(node: ast.UnaryOp) -> bool:
+    """``-1``, ``-2``: places counted from the end, which the change of their number moves; 1 may be -1 of two."""
+    return isinstance(node.operand, ast.Constant) and isinstance(node.operand.value, int)
 
 
 def _replace(tree: ast.AST, path: _Path, new: ast.AST) -> None:

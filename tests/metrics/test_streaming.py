@@ -25,6 +25,15 @@ def test_covariance_by_group_in_any_batches():
         np.testing.assert_allclose(ours[group].numpy(), oracle, rtol=1e-10, atol=1e-12)
 
 
+def test_one_group_and_fp32_unless_said():
+    metric = StreamingCovariance(width=3)
+    metric.update(torch.eye(3))
+    covariance = metric.compute()
+    assert covariance.shape == (1, 3, 3)
+    assert covariance.dtype == torch.float32
+    torch.testing.assert_close(covariance[0], torch.eye(3) / 2 - 1 / 6)
+
+
 def test_reset_and_pickle():
     metric = SpectralRank(width=4)
     metric.update(torch.randn(50, 4))

@@ -267,3 +267,16 @@ def test_transposed_matrices_and_stacks_can_be_named():
     }
     assert views["mix"].transposed
     assert [view.shape for view in views["stack"]] == [(7, 5)] * 3
+
+
+@pytest.mark.parametrize("name", ["classifier", "score", "qa_outputs"])
+def test_a_named_head_outside_of_the_blocks_need_not_be_as_wide_as_the_tokens(name):
+    model = nn.Module()
+    model.embed = nn.Embedding(50, 8)
+    model.blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(8, 16), "head": nn.Linear(16, 8)}) for _ in range(2))
+    model.add_module(name, nn.Linear(8, 3))
+    model.last = nn.Linear(3, 3)  # not the named one
+    roles = roles_of(model)
+    assert roles[f"{name}.weight"] == "head"
+    assert roles["blocks.0.head.weight"] == "matrix"  # in a block it must be
+    assert roles["last.weight"] == "matrix"

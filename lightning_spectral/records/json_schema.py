@@ -65,14 +65,14 @@ def of_dataclass(kind: type[Any]) -> Schema:
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
-def of_signature(function: Callable[..., Any]) -> Schema:
-    """An object with the function's parameters, none of them required."""
+def of_signature(function: Callable[..., Any]) -> dict[str, Schema]:
+    """One property for each of the function's parameters."""
     hints, said = get_type_hints(function), descriptions(function)
     properties = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             properties[name] = of_parameter(hints.get(name, Any), parameter.default, said.get(name, ""))
-    return {"type": "object", "properties": properties, "additionalProperties": False}
+    return properties
 
 
 def of_parameter(annotation: Any, default: Any, text: str) -> Schema:

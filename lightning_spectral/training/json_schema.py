@@ -27,8 +27,8 @@ def of_recipe() -> Schema:
     """
     properties: dict[str, Any] = {
         "base": {"type": "string", "description": "A recipe that this one changes: a shipped name or a path."},
-        **of_signature(litgpt_setup)["properties"],
-        **of_signature(our_keys)["properties"],
+        **of_signature(litgpt_setup),
+        **of_signature(our_keys),
         "optimizer": _class_or_name(_OPTIMIZERS),
         "data": _class_or_name(()),
         "callbacks": {"type": ["array", "null"], "items": _class_or_name(_CALLBACKS)},
@@ -75,8 +75,7 @@ def _known(kind: type[Any]) -> Schema:
 def _arguments(kind: type[Any]) -> dict[str, Schema]:
     """Those of ``__init__``, with the class' words for them."""
     said = descriptions(kind)
-    properties: dict[str, Schema] = of_signature(kind.__init__)["properties"]
-    return {name: {**value, "description": said.get(name, "")} for name, value in properties.items()}
+    return {name: {**value, "description": said.get(name, "")} for name, value in of_signature(kind.__init__).items()}
 
 
 def _allow_null(value: Schema) -> None:

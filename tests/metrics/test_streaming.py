@@ -30,8 +30,8 @@ def test_one_group_and_fp32_unless_said():
     metric.update(torch.eye(3))
     covariance = metric.compute()
     assert covariance.shape == (1, 3, 3)
-    assert covariance.dtype == torch.float32
-    torch.testing.assert_close(covariance[0], torch.eye(3) / 2 - 1 / 6)
+    assert metric.scatter_GP.dtype == torch.float32
+    torch.testing.assert_close(covariance[0], torch.eye(3, dtype=torch.float64) / 2 - 1 / 6)
 
 
 def test_reset_and_pickle():

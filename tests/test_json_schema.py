@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import pytest
 
 from lightning_spectral.cli import main
 from lightning_spectral.records import ALARMS_FILE, AlarmRecord, append_records, read_run
-from lightning_spectral.records.json_schema import RECORDS, of_record
+from lightning_spectral.records.json_schema import RECORDS, of_record, of_signature, of_type
 from lightning_spectral.text import read_yaml
 from lightning_spectral.training.json_schema import of_recipe
 from tests.analysis.synthetic import write_one
@@ -89,3 +90,41 @@ def test_the_verb(capsys) -> None:
     assert json.loads(capsys.readouterr().out) == of_record("spectral.jsonl")
     assert main(["schema", "spectral.json"]) == 2
     assert "there is no schema of `spectral.json`; did you mean `spectral.jsonl`?" in capsys.readouterr().err
+
+
+def documented(width: int, *rest: str, share: float | None = None, names: Sequence[str] | int = 3, **more: int) -> None:
+    """What it does.
+
+    Args:
+        width: Features ``D``,
+            of a row.
+        rest: Others.
+        share: Of the tokens.
+
+    Returns:
+        Nothing.
+    """
+
+
+def test_a_signature_by_its_schema() -> None:
+    assert of_signature(documented) == {
+        "width": {"type": "integer", "description": "Features `D`, of a row."},
+        "share": {"type": ["number", "null"], "description": "Of the tokens."},
+        "names": {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "integer"}], "default": 3},
+    }
+
+
+@pytest.mark.parametrize(
+    ("annotation", "schema"),
+    [
+        (int | str | None, {"type": ["integer", "string", "null"]}),
+        (int | complex, {}),
+        (Literal["a", 3], {"enum": ["a", 3]}),
+        (Literal["a"] | int, {"anyOf": [{"enum": ["a"]}, {"type": "integer"}]}),
+        (dict[str, float], {"type": "object", "additionalProperties": {"type": "number"}}),
+        (tuple[float, ...], {"type": "array", "items": {"type": "number"}}),
+        (object, {}),
+    ],
+)
+def test_a_type_by_its_schema(annotation: Any, schema: dict[str, Any]) -> None:
+    assert of_type(annotation) == schema

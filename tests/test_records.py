@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from lightning_spectral import records as rec
+from lightning_spectral.records.files import append_lines
+from lightning_spectral.records.upgrade import upgraded
 
 
 def spectral(step: int = 0, **changes) -> rec.SpectralRecord:
@@ -149,9 +151,50 @@ def test_a_further_metric_stands_beside_the_fields_and_comes_back(tmp_path):
 
 def test_lines_follow_whole_lines_at_once_and_torn_ones_on_a_line_of_their_own(tmp_path):
     file = tmp_path / "some.jsonl"
-    rec.files.append_lines(file, ["first", "second"])
-    rec.files.append_lines(file, ["third"])
+    append_lines(file, ["first", "second"])
+    append_lines(file, ["third"])
     assert file.read_bytes() == b"first\nsecond\nthird\n"
     file.write_bytes(b"first\nto")
-    rec.files.append_lines(file, ["third"])
+    append_lines(file, ["third"])
     assert file.read_bytes() == b"first\nto\nthird\n"
+
+
+def test_lines_are_appended_in_folders_that_are_there_or_not_yet(tmp_path):
+    path = tmp_path / "sweep" / "cell" / "spectral.jsonl"
+    for lines in (["{}"], ["{}", "{}"]):  # the second time the folders are there
+        append_lines(path, lines)
+    assert path.read_bytes() == b"{}\n" * 3
+
+
+def test_a_layer_and_its_experts_sort_by_depth():
+    assert rec.layer_name(3) == "layer_03"
+    assert rec.layer_name(3, 7) == "layer_03.expert_07"
+    assert sorted(rec.layer_name(layer) for layer in range(100)) == [rec.layer_name(layer) for layer in range(100)]
+
+
+def test_what_a_record_does_not_say_is_said_once_here():
+    loss = rec.LossRecord("run", "train", 0, 0, "tail", 100, 7.5, 0.01)
+    assert (loss.loader, loss.ordinal, loss.status, loss.reason) == (None, 0, "ok", "")
+    info = rec.RunInfo("run", "2026-01-01T00:00:00", "Muon")
+    assert (info.finished, info.last_step, info.num_windows, info.num_lost_windows) == (None, None, 0, 0)
+    assert (info.seed, info.hparams, info.versions, info.labels, info.conventions) == (None, {}, {}, {}, {})
+
+
+def test_the_schema_of_today_is_2_and_only_earlier_fields_are_renamed():
+    """A further metric may be called what a field was called once. Another number needs a reader for files of this."""
+    assert rec.SCHEMA_VERSION == spectral().schema_version == 2
+    assert json.loads(rec.to_json(spectral()))["schema_version"] == 2
+    assert upgraded({"eee": 0.25, "status": "few_rows"}, 2) == {"eee": 0.25, "status": "few_rows"}
+    assert upgraded({"eee": 0.25, "status": "few_rows"}, 1) == {"early_enrichment": 0.25, "status": "few_tokens"}
+
+
+def test_a_field_of_the_wrong_type_in_a_key_is_a_line_left_out_with_its_number(tmp_path):
+    path = tmp_path / "spectral.jsonl"
+    rec.append_records(path, [spectral(0), spectral(1)])
+    wrong = json.loads(rec.to_json(spectral(2))) | {"stage": ["train"]}
+    append_lines(path, [json.dumps(wrong)])
+    with pytest.warns(UserWarning, match="1 of 3 lines left out; the first is line 3") as caught:
+        report = rec.read_spectral(path)
+    assert report.records == [spectral(0), spectral(1)]
+    assert report.skipped == [(3, "a field holds a value of the wrong type")]
+    assert caught[0].filename == __file__  # who reads is told, not the library about itself

@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("functional", "metrics", "records", "optim")
 _RECORDS = ("test_records", "test_readers", "test_json_schema", "probe/test_run_folder", "analysis/test_scan")
-_STEP = ("optim/test_single_device", "optim/test_numerics")
+_STEP = ("optim/test_parts", "optim/test_single_device", "optim/test_numerics")
 # file -> its tests, the most telling first
 TESTS: dict[str, tuple[str, ...]] = {
     "functional/approximate": ("functional/test_approximate",),
@@ -61,7 +61,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "optim/grouping": ("optim/test_routing", "optim/test_views", *_STEP),
     "optim/matrices": ("optim/test_views", "optim/test_routing", *_STEP),
     "optim/matrix_rule": _STEP,
-    "optim/matrix_step": _STEP,
+    "optim/matrix_step": (*_STEP, "optim/test_views"),
     "optim/migrate": (*_STEP, "optim/test_come_and_go"),
     "optim/muon": _STEP,
     "optim/muonh": ("optim/test_zoo", *_STEP),

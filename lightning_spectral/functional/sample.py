@@ -156,12 +156,13 @@ def _across(count_K: Tensor, inner_KK: Tensor, trace_K: Tensor, along_KK: Tensor
     if both:
         pairs = len(apart) / len(both)
         square += pairs * sum(w * float(m[0, 2] - m[0, 3] - m[1, 2] + m[1, 3]) ** 2 for w, m, _ in both)
-        trace += pairs * sum(w * _distance(m[:, :2]) * _distance(other) for w, m, other in both)
+        trace += pairs * sum(w * _distance(m) * _distance(other) for w, m, other in both)
     return trace / square if square > 0 else math.nan
 
 
-def _distance(means_22: Tensor) -> float:
-    return float(means_22[0, 0] + means_22[1, 1] - 2 * means_22[0, 1])
+def _distance(means: Tensor) -> float:
+    """Square of the first mean less the second, from their products."""
+    return float(means[0, 0] + means[1, 1] - 2 * means[0, 1])
 
 
 def _of_scatters(moments: Moments, groups: Sequence[int]) -> _Parts:

@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from lightning_spectral.functional import rank as ranks
 from lightning_spectral.functional.buckets import sort_by_group
-from lightning_spectral.functional.covariance import Moments, covariance, empty_moments, pool, update_
+from lightning_spectral.functional.covariance import Moments, covariance, empty_moments, merge, pool, update_
 from lightning_spectral.probe.sync import reduce_
 
 _STATES = ("shift_D", "count_G", "sum_GD", "scatter_GP", "cubic_GD", "quartic_G")
@@ -67,6 +67,13 @@ class StreamingCovariance(Metric):
     def moments(self) -> Moments:
         """The state as :class:`Moments`; shares memory with it."""
         return Moments(**{name: getattr(self, name) for name in _STATES})
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        """Of ``metric(rows)`` and ``merge_state``: the batch's moments are here, those of all before it come in."""
+        both = merge(Moments(**{name: incoming_state[name] for name in _STATES}), self.moments)
+        for name in _STATES:
+            setattr(self, name, getattr(both, name))
+        self._computed = None  # `merge_state` keeps a value of before
 
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
         reduce_(self.moments, process_group=process_group or self.process_group)

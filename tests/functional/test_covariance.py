@@ -66,6 +66,27 @@ def test_streaming_equals_batch_for_any_chunking(seed, chunks):
     assert relative_error(cov.mean(state)[0], rows.mean(0)) < 1e-10
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rows_in_the_order_of_their_groups_need_not_lie_so(dtype):
+    rows, sizes = rows_and_sizes(3, 50, dtype=dtype)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))[: sum(sizes[:2])]
+    kept = [*sizes[:2], 0]
+    by_index, sorted_first = (cov.empty_moments(GROUPS, WIDTH, dtype=torch.float32) for _ in range(2))
+    cov.update_(by_index, rows, kept, order)
+    cov.update_(sorted_first, rows[order], kept)
+    for name in ("shift_D", "count_G", "sum_GD", "scatter_GP", "cubic_GD", "quartic_G"):
+        assert torch.equal(getattr(by_index, name), getattr(sorted_first, name)), name
+
+
+def test_the_shift_of_a_merge_is_the_mean_of_all_its_rows():
+    """About any other the merge would be as exact in theory, and lose digits where means are far from it."""
+    rows, _ = rows_and_sizes(4, 60)
+    parts = [cov.empty_moments(GROUPS, WIDTH, dtype=torch.float64) for _ in range(2)]
+    for state, part in zip(parts, rows.split(30), strict=True):
+        cov.update_(state, part, [30, 0, 0])
+    torch.testing.assert_close(cov.merge(*parts).shift_D, rows.mean(0), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("mean_over_spread", [0.0, 10.0, 100.0])
 @pytest.mark.parametrize("chunk", [1, 7, 512])
 def test_fp32_survives_a_mean_far_above_the_spread(mean_over_spread, chunk):

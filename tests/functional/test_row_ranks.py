@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.functional.few_rows import Population, entropy_of_rows, population
-from lightning_spectral.functional.row_ranks import rank_rows
+from lightning_spectral.functional.row_ranks import _pairs, rank_rows
 
 D = 256
 INDEX = torch.arange(1.0, D + 1, dtype=torch.float64)
@@ -110,6 +111,34 @@ def test_more_rows_of_a_known_spectrum() -> None:
         error = float(shown.std()) / 8**0.5
         assert entropy_of_rows(behind, num) == pytest.approx(float(shown.mean()), abs=3 * error + 0.005), num
     assert entropy_of_rows(behind, 10**8) == pytest.approx(behind.entropy, abs=1e-4)
+
+
+def test_sums_over_pairs_are_those_of_every_pair_by_itself() -> None:
+    """U-statistics over all different rows: of pairs, triples and quadruples, written as such."""
+    rows_ND = torch.randn(9, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64) + 1
+    sequences_N = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3, 3])
+    centred_ND = rows_ND - rows_ND.mean(0)
+    square = trace_sq = 0.0
+    count = 0
+    for i, j, k, m in itertools.permutations(range(9), 4):
+        # E of either: <C, C> and (tr C)^2, from differences of rows, in which the mean is not
+        one, two = rows_ND[i] - rows_ND[j], rows_ND[k] - rows_ND[m]
+        square += float(one @ two) ** 2 / 4
+        trace_sq += float(one @ one) * float(two @ two) / 4
+        count += 1
+    found = _pairs(centred_ND, centred_ND.square().sum(1), sequences_N)
+    assert found.frobenius_sq == pytest.approx(square / count, rel=1e-10)
+    assert found.trace_sq == pytest.approx(trace_sq / count, rel=1e-10)
+    apart = [(i, j) for i in range(9) for j in range(9) if sequences_N[i] != sequences_N[j]]
+    own = sum(float(centred_ND[i] @ centred_ND[j]) ** 2 for i, j in apart) / len(apart)
+    assert found.across == pytest.approx(own, rel=1e-10)
+    assert found.quartic == pytest.approx(float(centred_ND.square().sum(1).square().mean()), rel=1e-12)
+
+
+def test_two_rows_show_one_direction() -> None:
+    behind = Population(torch.ones(1).double(), torch.ones(1).double(), torch.ones(1).double(), D)
+    assert entropy_of_rows(behind, 2) == pytest.approx(0.0, abs=0.03)
+    assert entropy_of_rows(behind, 3) == pytest.approx(math.log(2), abs=0.03)
 
 
 def test_what_cannot_be_told() -> None:

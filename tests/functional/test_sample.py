@@ -120,7 +120,7 @@ def across_by_rows(rows, sizes):
     return trace / square
 
 
-@pytest.mark.parametrize("sizes", [[7, 3, 20], [15, 15], [8, 9, 6, 7], [10, 0, 20], [5, 6, 4, 8, 7]])
+@pytest.mark.parametrize("sizes", [[7, 3, 20], [15, 15], [8, 9, 6, 7], [10, 0, 20], [5, 6, 4, 8, 7], [1, 9, 12, 8]])
 def test_the_rank_across_groups_is_that_of_the_products_of_different_groups(sizes):
     rows = rows_of(30)
     few, many = both(rows, sizes)

@@ -8,7 +8,7 @@ import torch
 
 from lightning_spectral.functional.buckets import sort_by_group
 from lightning_spectral.functional.covariance import empty_moments, update_
-from lightning_spectral.metrics import SpectralRank, StreamingCovariance
+from lightning_spectral.metrics import SpectralRank, StreamingCovariance, streaming
 from lightning_spectral.probe.loss_calls import Scored
 from lightning_spectral.probe.losses import BucketLosses
 from lightning_spectral.probe.ranks_of import measure
@@ -41,6 +41,41 @@ def test_reset_and_pickle():
     assert again.compute()["soft_rank"] == metric.compute()["soft_rank"]
     metric.reset()
     assert float(metric.count_G.sum()) == 0
+
+
+def test_a_forward_pass_sees_its_batch_once_and_adds_it_to_the_rest():
+    """``full_state_update`` would run every product twice; what is measured has no gradient, and says so."""
+    seen = []
+
+    class Counting(StreamingCovariance):
+        def update(self, rows_ND, groups_N=None):
+            seen.append(len(rows_ND))
+            super().update(rows_ND, groups_N)
+
+    metric = Counting(width=3)
+    rows = torch.randn(12, 3, requires_grad=True)
+    metric.update(rows[:5])
+    batch = metric(rows[5:])
+    assert seen == [5, 7]
+    torch.testing.assert_close(batch[0], rows[5:].detach().double().T.cov(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(metric.compute()[0], rows.detach().double().T.cov(), rtol=1e-5, atol=1e-6)
+    assert metric.is_differentiable is batch.requires_grad is False
+    other = Counting(width=3)
+    other.update(rows[:5])
+    metric.merge_state(other)
+    expected = torch.cat([rows, rows[:5]]).detach().double().T.cov()
+    torch.testing.assert_close(metric.compute()[0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", [None, "call's"])
+def test_ranks_are_added_in_the_group_that_was_named_last(given, monkeypatch):
+    added = []
+    monkeypatch.setattr(streaming, "reduce_", lambda moments, process_group: added.append((moments, process_group)))
+    metric = StreamingCovariance(width=3, process_group="metric's")
+    metric._sync_dist(process_group=given)
+    ((moments, group),) = added
+    assert group == (given or "metric's")
+    assert moments.scatter_GP is metric.scatter_GP  # in place
 
 
 def test_rows_without_a_valid_group_are_refused():

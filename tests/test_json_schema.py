@@ -98,7 +98,9 @@ def documented(width: int, *rest: str, share: float | None = None, names: Sequen
     Args:
         width: Features ``D``,
             of a row.
+
         rest: Others.
+
         share: Of the tokens.
 
     Returns:

@@ -78,6 +78,23 @@ def test_rows_in_the_order_of_their_groups_need_not_lie_so(dtype):
         assert torch.equal(getattr(by_index, name), getattr(sorted_first, name)), name
 
 
+@pytest.mark.parametrize(("entries", "rows_at_once"), [(130, 10), (13, 4)])
+def test_no_more_rows_than_a_chunk_are_copied_at_once(entries, rows_at_once, monkeypatch):
+    """The chunk's entries over the width, and no fewer than the least."""
+    rows, sizes = rows_and_sizes(5, 60)
+    whole, in_parts = (cov.empty_moments(GROUPS, WIDTH, dtype=torch.float64) for _ in range(2))
+    cov.update_(whole, rows, sizes)
+    monkeypatch.setattr(cov, "_CHUNK_ROWS", 4)
+    monkeypatch.setattr(cov, "_CHUNK_ENTRIES", entries)
+    asked, make = [], cov.row_buffer
+    monkeypatch.setattr(cov, "row_buffer", lambda like, num, width: asked.append(num) or make(like, num, width))
+    cov.update_(in_parts, rows, sizes)
+    assert asked == [rows_at_once]
+    assert max(sizes) > rows_at_once
+    for name in ("count_G", "sum_GD", "scatter_GP", "cubic_GD", "quartic_G"):
+        torch.testing.assert_close(getattr(in_parts, name), getattr(whole, name), rtol=1e-12, atol=1e-9)
+
+
 def test_the_shift_of_a_merge_is_the_mean_of_all_its_rows():
     """About any other the merge would be as exact in theory, and lose digits where means are far from it."""
     rows, _ = rows_and_sizes(4, 60)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.functional.few_rows import Population, entropy_of_rows, population
-from lightning_spectral.functional.row_ranks import _pairs, rank_rows
+from lightning_spectral.functional.row_ranks import _eigenvalues, _pairs, rank_rows
 
 D = 256
 INDEX = torch.arange(1.0, D + 1, dtype=torch.float64)
@@ -133,6 +133,17 @@ def test_sums_over_pairs_are_those_of_every_pair_by_itself() -> None:
     own = sum(float(centred_ND[i] @ centred_ND[j]) ** 2 for i, j in apart) / len(apart)
     assert found.across == pytest.approx(own, rel=1e-10)
     assert found.quartic == pytest.approx(float(centred_ND.square().sum(1).square().mean()), rel=1e-12)
+
+
+@pytest.mark.parametrize(("num", "width"), [(6, 9), (9, 6), (7, 7)])
+def test_few_rows_are_solved_in_fp64(num: int, width: int) -> None:
+    rows_ND = torch.randn(num, width, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -3, width)
+    found = _eigenvalues(rows_ND)
+    assert (found.dtype, len(found)) == (torch.float64, min(num, width))
+    # of the product as it was rounded in fp32: what a solve in fp32 would add is 1e-7 of the largest
+    product = rows_ND @ rows_ND.T if num <= width else rows_ND.T @ rows_ND
+    expected = torch.linalg.eigvalsh(product.double()).clamp(min=0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_two_rows_show_one_direction() -> None:

@@ -73,6 +73,17 @@ def test_merged_groups_are_their_rows_together(seed, sizes, far):
             assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=1e-8, abs=1e-8), name
 
 
+@pytest.mark.parametrize("index", [[0, 4, 1, 3], [1, 2, 3], [4, 3, 2], [2], [], [0, 1, 4]])
+def test_products_of_some_rows_are_theirs_in_their_order(index):
+    rows = rows_of(5)
+    state = gram(rows, [1] * 5)
+    some = torch.tensor(index, dtype=torch.int64)
+    found = state.among(some)
+    assert torch.equal(found, state.inner_NN[some][:, some])
+    together = len(index) > 0 and index == list(range(index[0], index[0] + len(index)))
+    assert (found.untyped_storage().data_ptr() == state.inner_NN.untyped_storage().data_ptr()) == together  # no copy
+
+
 def test_a_bad_row_spoils_only_its_own_group():
     rows = rows_of(30)
     rows[4, 2] = math.inf

@@ -280,3 +280,41 @@ def test_a_named_head_outside_of_the_blocks_need_not_be_as_wide_as_the_tokens(na
     assert roles[f"{name}.weight"] == "head"
     assert roles["blocks.0.head.weight"] == "matrix"  # in a block it must be
     assert roles["last.weight"] == "matrix"
+
+
+@pytest.mark.parametrize(
+    ("container", "followed", "role"),
+    [
+        ("lm_head", False, "head"),
+        ("lm_head", True, "head"),  # nothing else is called so
+        ("head", False, "head"),
+        ("head", True, "matrix"),  # a last transformation: the decoder stands elsewhere
+        ("heads", True, "matrix"),
+    ],
+)
+def test_what_is_inside_a_head_is_one_unless_a_decoder_follows(container, followed, role):
+    model = nn.Module()
+    model.embed = nn.Embedding(50, 8)
+    model.body = nn.Linear(8, 8)
+    model.add_module(container, nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 6)))
+    if followed:
+        model.decoder = nn.Linear(6, 50)
+    roles = roles_of(model)
+    assert roles[f"{container}.2.weight"] == role
+    assert roles[f"{container}.0.weight"] == roles["body.weight"] == "matrix"
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_a_model_that_says_it_has_no_output_embeddings_is_believed(says):
+    """Its last layer may be as wide as the tokens and not be over them."""
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = nn.Embedding(50, 8), nn.Linear(8, 50)
+
+    class Saying(Plain):
+        def get_output_embeddings(self):
+            return None
+
+    assert roles_of(Saying() if says else Plain())["out.weight"] == ("matrix" if says else "head")

@@ -1,6 +1,7 @@
 """Do the tests notice? One small change at a time in the core rooms, and the tests of the changed file.
 
     python tools/mutate.py --count 300 --out benchmarks/results/mutations
+    python tools/mutate.py --again benchmarks/results/mutations.json  # its survivors, with the tests of now
 
 A mutant is killed where a test fails or takes too long, and survives where all pass. Each runs in a process forked from
 one that has imported torch and pytest. Files whose code runs on several ranks only have no row in :data:`TESTS`.
@@ -240,6 +241,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rooms", nargs="+", default=list(ROOMS))
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many")
+    parser.add_argument("--again", type=Path, help="only the survivors of this result, found by their source lines")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     options = parser.parse_args()
     os.chdir(ROOT)
@@ -252,7 +254,8 @@ def main() -> None:
     torch.set_num_threads(1)
     sound: set[str] = set()  # files whose tests pass as they are
     began, results = time.monotonic(), []
-    for number, (file, line, text, index) in enumerate(draw(options.rooms, options.seed, options.count)):
+    drawn = survivors(options.again) if options.again else draw(options.rooms, options.seed, options.count)
+    for number, (file, line, text, index) in enumerate(drawn):
         if time.monotonic() - began > 60 * options.minutes:
             break
         tree = ast.parse((ROOT / file).read_text())
@@ -261,7 +264,9 @@ def main() -> None:
             raise SystemExit(f"{file}: its tests fail or take over {LIMIT_S:.0f} s without any change: {tests}")
         sound.add(file)
         fate = "survived" if survives(file, mutant(tree, index), tests) else "killed"
-        results.append({"file": file, "line": line, "change": text, "fate": fate})
+        source, nth = named_points(file)[index][2:]
+        result = {"file": file, "line": line, "change": text, "source": source, "nth": nth, "fate": fate}
+        results.append(result)
         print(f"{number:03d} {fate}: {file}:{line} {text} ({time.monotonic() - began:.0f} s)", flush=True)
         if options.out:
             write(options.out, options.seed, results)
@@ -285,6 +290,35 @@ def draw(rooms: list[str], seed: int, count: int) -> list[tuple[str, int, str, i
         by_room.append(rng.sample(found, len(found)))
     turns = (one for turn in zip_longest(*by_room) for one in turn if one is not None)
     return list(islice(turns, count))
+
+
+def named_points(file: str) -> list[tuple[int, str, str, int]]:
+    """Every change as line, description, text of the line, and which of those that look so: what a later edit keeps."""
+    content = (ROOT / file).read_text()
+    lines, seen, named = content.splitlines(), Counter[tuple[str, str]](), []
+    for line, text in points(ast.parse(content)):
+        source = lines[line - 1].strip()
+        named.append((line, text, source, seen[text, source]))
+        seen[text, source] += 1
+    return named
+
+
+def survivors(result: Path) -> list[tuple[str, int, str, int]]:
+    """As :func:`draw`, of what survived in a result; what is not in the source any more is left out, with a word."""
+    found = []
+    for one in json.loads(result.read_text())["mutants"]:
+        if one["fate"] != "survived":
+            continue
+        at = [index for index, point in enumerate(named_points(one["file"])) if point[1:] == _look(one)]
+        if at:
+            found.append((one["file"], named_points(one["file"])[at[0]][0], one["change"], at[0]))
+        else:
+            print(f"gone: {one['file']}:{one['line']} {one['change']}", flush=True)
+    return found
+
+
+def _look(one: dict[str, Any]) -> tuple[str, str, int]:
+    return one["change"], one["source"], one["nth"]
 
 
 def write(out: Path, seed: int, results: list[dict[str, Any]]) -> None:

@@ -108,6 +108,23 @@ def test_swapped_parameters_keep_their_state():
     assert len(optimizer.state) == len(optimizer.state_dict()["state"]) == len(list(other.parameters()))
 
 
+def test_a_checkpoint_by_positions_fits_parameters_that_were_put_in_the_place_of_others():
+    """torch's AdamW without names: the order in which the parameters were given outlives them."""
+    theirs = TinyLM()
+    reference = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
+    train(theirs, reference, 3)
+    first = TinyLM()
+    optimizer = AdamW(first, lr=1.0)
+    ours = copy.deepcopy(theirs)
+    new = dict(zip(map(id, first.parameters()), ours.parameters(), strict=True))
+    for group in optimizer.param_groups:
+        group["params"] = [new[id(p)] for p in group["params"]]
+    optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
+    train(theirs, reference, 2, first=3)
+    train(ours, optimizer, 2, first=3)
+    assert all(torch.equal(a, b) for a, b in zip(weights(theirs), weights(ours), strict=True))
+
+
 def test_an_added_group_is_one_group_and_follows_its_learning_rate():
     model, extra = TinyLM(), nn.Linear(6, 4)
     optimizer = Muon(model, lr=0.01)

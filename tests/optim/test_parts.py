@@ -17,6 +17,7 @@ from lightning_spectral.optim.dion import DionRule
 from lightning_spectral.optim.gradients import global_norm
 from lightning_spectral.optim.matrix_rule import faded
 from lightning_spectral.optim.migrate import _source, translated
+from lightning_spectral.optim.normuon import normalize_neurons
 from lightning_spectral.optim.weights import _mix
 
 
@@ -92,6 +93,13 @@ def test_normuon_gives_every_neuron_the_same_length(shape: tuple[int, int], norm
     lengths = (layer.weight.detach() - before).norm(dim=dim)
     assert optimizer.state[layer.weight]["neuron_moment"].count_nonzero() == shape[1 - dim]
     torch.testing.assert_close(lengths, lengths.mean().expand(shape[1 - dim]), rtol=1e-6, atol=0)  # fp32 moments
+
+
+def test_a_row_as_small_as_normuons_epsilon_is_halved() -> None:
+    """``1e-8`` is added to the root of the second moment, arXiv:2510.05491."""
+    rows = torch.tensor([[[1.0, -1.0], [1e-8, 1e-8]]], dtype=torch.float64)
+    normalize_neurons(rows, [torch.zeros(2, dtype=torch.float64)], beta=0.0)
+    assert float(rows[0, 1].norm() / rows[0, 0].norm()) == pytest.approx(0.5, rel=1e-7)
 
 
 def test_the_coin_of_stochastic_rounding_is_murmurs() -> None:

@@ -144,7 +144,7 @@ def points_of_runs(
     columns = {metric: unbiased_column(runs, metric) if ranks == "auto" else metric for metric in metrics}
     points: list[Point] = []
     for run in runs.runs:
-        chosen = _usable_steps(run, until_step)[-last:]
+        chosen = _usable_steps(run, until_step)[-last * run.turns :]
         if len(chosen):
             windows = _Windows(runs, run, names, chosen)
             points += [point for metric in metrics for point in windows.points(metric, columns[metric], sites)]
@@ -197,6 +197,8 @@ class _Windows:
         rows = run.cube("num_tokens")[:, :, self._window]
         self._measured = np.asarray((~np.isnan(rows.reshape(*rows.shape[:2], -1))).any(axis=-1))
         self._num_tokens = nanmedian(rows.reshape(*rows.shape[:2], -1), axis=-1)
+        # of a layer that waited for its turn nothing is missing
+        self._expected = ~np.isnan(rows) if run.turns > 1 else np.ones(rows.shape, dtype=bool)
         sequences = run.cube("num_sequences")[:, :, self._window]
         self._num_sequences = nanmedian(sequences.reshape(*rows.shape[:2], -1), axis=-1)
         decay = decay_step(run)
@@ -214,6 +216,7 @@ class _Windows:
     def points(self, metric: str, column: str, sites: Sequence[str] | None) -> list[Point]:
         """Layer medians of a metric, each followed by its layers if ``layer`` is a column."""
         values = self._run.cube(column)[:, :, self._window]
+        missing = np.isnan(values) & self._expected
         raw = self._run.cube(metric)[:, :, self._window] if column != metric else np.full_like(values, np.nan)
         error = self._errors(metric)
         out = []
@@ -229,31 +232,33 @@ class _Windows:
                         error=float(error[s, b]),
                     )
                     labels = {**self._labels, "site": site, "bucket": bucket, "metric": metric}
-                    out += self._layers(shared, labels, values[s, b], raw[s, b])
+                    out += self._layers(shared, labels, values[s, b], raw[s, b], missing[s, b])
         return out
 
-    def _layers(self, shared: Point, labels: dict[str, str], values: FloatArray, raw: FloatArray) -> list[Point]:
-        """``values`` is (window, layer)."""
+    def _layers(
+        self, shared: Point, labels: dict[str, str], values: FloatArray, raw: FloatArray, missing: NDArray[np.bool_]
+    ) -> list[Point]:
+        """``values``, ``raw`` and ``missing`` are (window, layer)."""
         layers, raw_layers = nanmedian(values, axis=0), nanmedian(raw, axis=0)
         is_rank = "rank" in labels["metric"]
 
-        def point(name: str, value: float, own_raw: float, missing: int) -> Point:
+        def point(name: str, value: float, own_raw: float, num_missing: int) -> Point:
             return replace(
                 shared,
                 series=tuple({**labels, "layer": name}[column] for column in self._by),
                 value=value,
                 rank=value if is_rank else float("nan"),
                 raw=own_raw,
-                missing=missing,
+                missing=num_missing,
             )
 
         center, own_raw = (float(nanmedian(own, axis=0)) for own in (layers, raw_layers))
         spread = float(np.nanstd(layers, ddof=1)) if np.isfinite(layers).sum() > 1 else float("nan")
-        median = point(LAYER_MEDIAN, center, own_raw, int(np.isnan(values).sum()))
+        median = point(LAYER_MEDIAN, center, own_raw, int(missing.sum()))
         out = [replace(median, spread=spread, layers=tuple(float(value) for value in layers))]
         if "layer" in self._by:
             out += [
-                point(name, float(layers[k]), float(raw_layers[k]), int(np.isnan(values[:, k]).sum()))
+                point(name, float(layers[k]), float(raw_layers[k]), int(missing[:, k].sum()))
                 for k, name in enumerate(self._run.layers)
             ]
         return out

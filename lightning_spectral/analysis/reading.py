@@ -124,6 +124,7 @@ def _read(folder: Path, choice: Choice, problems: list[Problem]) -> Run:
     columns = _one_stack(columns, choice.stack)
     columns, text = _one_evaluation(columns, choice.loader)
     note("several_evaluations", text)
+    columns, turns = _in_turn(columns)
     columns, text = _with_numbers(columns)
     note("lost_windows", text)
     if not len(columns):
@@ -135,7 +136,7 @@ def _read(folder: Path, choice: Choice, problems: list[Problem]) -> Run:
     losses, loss_problems = _losses(folder, info.run_id, choice.loader)
     problems += loss_problems
     digest = hashlib.sha256(content).hexdigest()
-    run = Run(folder, info, int(widths[0]), columns, losses, digest, _progress(folder))
+    run = Run(folder, info, int(widths[0]), columns, losses, digest, _progress(folder), turns)
     if len(run.conventions) > 1:
         sets = " / ".join(run.conventions)
         note("mixed_conventions", f"records of {len(run.conventions)} convention sets in one run: {sets}.")
@@ -170,6 +171,17 @@ def _one_evaluation(columns: SpectralColumns, loader: int | None) -> tuple[Spect
         columns = columns.take(~unknown)
         notes.append(f"{int(unknown.sum())} record(s) of unknown step left out.")
     return columns, " ".join(notes)
+
+
+def _in_turn(columns: SpectralColumns) -> tuple[SpectralColumns, int]:
+    """Records of layers whose turn it was, and after how many windows each comes again."""
+    waiting = columns.texts["status"] == b"not_in_turn"
+    if not waiting.any():
+        return columns, 1
+    kept, layers = columns.take(~waiting), np.unique(columns.ints["layer"])
+    together = [np.unique(kept.ints["layer"][kept.ints["step"] == step]) for step in np.unique(kept.ints["step"])]
+    gaps = [int(np.diff(found).min()) for found in together if len(found) > 1]
+    return kept, min(gaps, default=len(layers))
 
 
 def _with_numbers(columns: SpectralColumns) -> tuple[SpectralColumns, str]:

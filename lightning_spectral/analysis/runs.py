@@ -58,6 +58,7 @@ class Run:
         losses: Loss records, any stage.
         digest: SHA-256 of ``spectral.jsonl``.
         progress: What the sweep's monitor wrote beside it; empty outside a sweep.
+        turns: Windows in which every layer was measured once; more than 1 where layers took turns.
     """
 
     folder: Path
@@ -67,6 +68,7 @@ class Run:
     losses: tuple[LossRecord, ...]
     digest: str
     progress: dict[str, Any] = field(default_factory=dict)
+    turns: int = 1
 
     @property
     def run_id(self) -> str:

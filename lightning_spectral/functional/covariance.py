@@ -36,6 +36,7 @@ _CHUNK_ROWS = 1_024
 _CHUNK_ENTRIES = 1 << 22
 _BLOCK_ENTRIES = 1 << 17  # 512 KiB: a core's own cache
 _SHIFT_ROWS = 256
+_SUMS = ("count_G", "sum_GD", "scatter_GP", "cubic_GD", "quartic_G")
 
 
 @dataclass
@@ -72,6 +73,10 @@ class Moments:
         """Deep copy."""
         return Moments(**{f.name: getattr(self, f.name).clone() for f in fields(self)})
 
+    def to(self, device: torch.device | str) -> Moments:
+        """The same sums on a device; themselves where they are there."""
+        return Moments(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
 
 def empty_moments(
     num_groups: int, width: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -106,6 +111,7 @@ def update_(
     sizes: Sequence[int],
     order_M: Int[Tensor, " M"] | None = None,
     product: Product = strips,
+    shift_D: Float[Tensor, " D"] | None = None,
 ) -> None:
     """Add rows by group, in place: the first ``sizes[0]`` rows are group 0's, and so on.
 
@@ -116,6 +122,7 @@ def update_(
         order_M: Indices of the rows to add, sorted by group; default all rows as they stand. Sorting costs no copy of
             the rows this way.
         product: How to compute ``sum y y^T``; see :mod:`~lightning_spectral.functional.products`.
+        shift_D: Shift of a state without rows; default the mean of some of these.
 
     Raises:
         ValueError: If shapes or sizes do not fit the state.
@@ -131,17 +138,17 @@ def update_(
         return
     with torch.no_grad(), full_precision(rows_ND.device):
         if not bool(moments.count_G.any()):
-            moments.shift_D.copy_(first_shift(rows_ND, order_M))
+            moments.shift_D.copy_(first_shift(rows_ND, order_M) if shift_D is None else shift_D)
         chunk = max(_CHUNK_ROWS, _CHUNK_ENTRIES // moments.width)
-        shift_D = moments.shift_D.to(moments.scatter_GP.dtype)
-        workspace = row_buffer(shift_D, min(chunk, max(sizes)), moments.width)
+        low_D = moments.shift_D.to(moments.scatter_GP.dtype)
+        workspace = row_buffer(low_D, min(chunk, max(sizes)), moments.width)
         end = 0
         for group, size in enumerate(sizes):
             start, end = end, end + size
             for first in range(start, end, chunk):
                 part = slice(first, min(first + chunk, end))
                 shifted_ND = workspace[: part.stop - part.start]
-                _add_rows(moments, group, shifted_ND, rows_ND, part, order_M, shift_D)
+                _add_rows(moments, group, shifted_ND, rows_ND, part, order_M, low_D)
                 product(strip_views(moments.scatter_GP[group], moments.width), shifted_ND)
 
 
@@ -223,6 +230,19 @@ def rebase_(moments: Moments, shift_D: Float[Tensor, " D"]) -> None:
     moments.shift_D.copy_(shift_D)
 
 
+def add_(moments: Moments, other: Moments) -> Moments:
+    """Add sums about the same shift, in place.
+
+    Raises:
+        ValueError: If the shifts differ (:func:`merge` moves them).
+    """
+    if not torch.equal(moments.shift_D, other.shift_D):
+        raise ValueError("sums about different shifts do not add: `merge` them.")
+    for name in _SUMS:
+        getattr(moments, name).add_(getattr(other, name))
+    return moments
+
+
 def merge(first: Moments, second: Moments) -> Moments:
     """Moments of both sets of rows together; commutative and associative up to rounding.
 
@@ -237,7 +257,7 @@ def merge(first: Moments, second: Moments) -> Moments:
     merged, other = first.clone(), second.clone()
     for state in (merged, other):
         rebase_(state, shift_D)
-    for name in ("count_G", "sum_GD", "scatter_GP", "cubic_GD", "quartic_G"):
+    for name in _SUMS:
         getattr(merged, name).add_(getattr(other, name))
     return merged
 
@@ -253,7 +273,7 @@ def take_groups(moments: Moments, groups: Sequence[Sequence[int]]) -> Moments:
         shift_D=moments.shift_D,
         **{
             name: torch.stack(merged) if len(merged) > 1 else merged[0].unsqueeze(0)
-            for name in ("count_G", "sum_GD", "scatter_GP", "cubic_GD", "quartic_G")
+            for name in _SUMS
             if (merged := [_sum_of(getattr(moments, name), members) for members in groups])
         },
     )

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.functional.buckets import sort_by_group
-from lightning_spectral.functional.covariance import Moments, empty_moments, update_
+from lightning_spectral.functional.covariance import Moments, add_, empty_moments, update_
 from lightning_spectral.functional.packed import packed_size
 from lightning_spectral.functional.products import Calibration, Product, calibrate, offered_for, strips
-from lightning_spectral.functional.sample import gram
+from lightning_spectral.functional.sample import Gram, gram
 from lightning_spectral.models.sites import Site
 from lightning_spectral.probe.open_window import OpenWindow, Seen
 
@@ -33,7 +33,10 @@ class Accumulator:
     Attributes:
         products: The fastest correct product for each width and the type of its rows.
         waiting_rows: Rows that wait before they are multiplied.
+        on_host: Keep moments on the CPU: each product is made where its rows are, and added there.
     """
+
+    on_host = False
 
     def __init__(self, sites: Callable[[], Sequence[Site]], num_groups: int, parameter: Tensor) -> None:
         self._sites, self._num_groups = sites, num_groups
@@ -54,6 +57,15 @@ class Accumulator:
         if None in widths:
             return None
         return sum(4 * self._num_groups * packed_size(width) for width in widths if width) / 2**20
+
+    @property
+    def layers_mib(self) -> dict[int, float]:
+        """Of it, what the sites of each depth take."""
+        layers: dict[int, float] = {}
+        for site in self._sites():
+            mib = 4 * self._num_groups * packed_size(site.width or 1) / 2**20
+            layers[site.layer] = layers.get(site.layer, 0.0) + mib
+        return layers
 
     @property
     def waiting_mib(self) -> float:
@@ -93,7 +105,8 @@ class Accumulator:
             sizes, order_M = sorted_by[same]
             rows_ND = waiting[0] if len(waiting) == 1 else torch.cat(waiting)
             waiting.clear()
-            if not to_be_added and site.key not in window.states and sum(sizes) < rows_ND.shape[1]:
+            few = not to_be_added and site.key not in window.states and sum(sizes) < rows_ND.shape[1]
+            if few and not self.on_host:
                 # bf16 rows lose digits in a GPU's fast product, and few rows are the steepest spectra
                 product = self._product(rows_ND) if rows_ND.device.type == "cpu" else strips
                 window.states[site.key] = gram(rows_ND, sizes, order_M, product)
@@ -108,6 +121,7 @@ class Accumulator:
         Raises:
             RuntimeError: If a site saw no row on this rank and nothing says how wide it is.
         """
+        device = torch.device("cpu") if self.on_host else device
         for site in self._sites():
             if site.key not in window.states and (agreed is None or site.key in agreed.widths):
                 width = site.width or (None if agreed is None else agreed.widths[site.key])
@@ -116,11 +130,19 @@ class Accumulator:
                 window.states[site.key] = self._empty_state(width, torch.float32, device)
 
     def _add(self, window: OpenWindow, site: Site, rows_ND: Tensor, sizes: list[int], order_M: Tensor | None) -> None:
-        width = rows_ND.shape[1]
-        moments = window.states.get(site.key)
+        width, moments = rows_ND.shape[1], window.states.get(site.key)
+        assert not isinstance(moments, Gram)
+        if self.on_host:
+            own = self._empty_state(width, rows_ND.dtype, rows_ND.device)
+            before = moments if moments is not None and bool(moments.count_G.any()) else None
+            update_(own, rows_ND, sizes, order_M, self._product(rows_ND), None if before is None else before.shift_D)
+            if before is None:
+                window.states[site.key] = own.to("cpu")
+            elif sum(sizes):
+                add_(before, own.to("cpu"))
+            return
         if moments is None:
             moments = window.states[site.key] = self._empty_state(width, rows_ND.dtype, rows_ND.device)
-        assert isinstance(moments, Moments)
         update_(moments, rows_ND, sizes, order_M, self._product(rows_ND))
 
     def _product(self, rows_ND: Tensor) -> Product:

@@ -53,6 +53,8 @@ def agree_to_measure(
         refusal = str(error) or type(error).__name__
     said: dict[str, Any] = {"refusal": refusal, "beside": beside, "folder": str(host.folder), "run_id": host.run_id}
     said["limit_mib"] = limit_mib
+    on_accelerator = probe is not None and probe.device.type != "cpu"
+    said["host_mib"] = default_limit_mib(torch.device("cpu"), host.num_local_processes) if on_accelerator else 0.0
     try:
         parts = agreement.exchange("attach", said)
         refusals = [(rank, part["refusal"]) for rank, part in enumerate(parts) if part["refusal"]]
@@ -65,6 +67,8 @@ def agree_to_measure(
             agreement.world_size if measurement.options.reduce else 1,
             twice=beside,
             needs_all=measurement.settings.eigenvalues,
+            host_mib=min(part["host_mib"] for part in parts),
+            may_rotate=trains,
         )
     except (ValueError, MissingRankError):
         remove(probe)
@@ -73,7 +77,7 @@ def agree_to_measure(
     if plan is None:
         return probe, beside
     probe.hold(plan)
-    return probe, beside and plan.num_rows is None
+    return probe, beside and plan.num_rows is None and not plan.on_host
 
 
 def remove(probe: SpectralProbe | None) -> None:

@@ -2,7 +2,9 @@
 
 All rows as moments is exact and takes ``9/16 D^2`` numbers per site and group on every rank. Where that is too much, an
 even sample of the rows is kept instead, each layer's owner computes ranks from it
-(:mod:`~lightning_spectral.functional.row_ranks`), and every record states its error.
+(:mod:`~lightning_spectral.functional.row_ranks`), and every record states its error. Where a sample does not do (it
+does not fit, or spectra are asked for), the moments of all rows are kept in the memory of the host, which an
+accelerator fills site by site; or those of some layers at a time, in turns.
 
 Peak of a sample on one rank, in bytes: what hooks hold of a micro-batch and what is kept of the window, at most
 ``2 N / R`` rows of every site, and at the owner one layer's rows with their products.
@@ -10,7 +12,7 @@ Peak of a sample on one rank, in bytes: what hooks hold of a micro-batch and wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,6 +40,8 @@ class MemoryPlan:
         num_rows: Rows of the sample over all ranks; ``None`` for all rows, as moments.
         rows_per_rank: Of them, on one rank.
         limit_bytes: Memory of the rows kept on one rank.
+        on_host: Moments are kept on the CPU.
+        turns: Windows in which every layer is measured once.
     """
 
     limit_mib: float
@@ -45,10 +49,23 @@ class MemoryPlan:
     num_rows: int | None = None
     rows_per_rank: int = 0
     limit_bytes: float = 0.0
+    on_host: bool = False
+    turns: int = 1
 
     def __str__(self) -> str:
+        takes = f"{self.needed_mib:,.0f} of {self.limit_mib:,.0f} MiB"
+        if self.on_host:
+            return (
+                f"all rows, in the memory of the host ({takes} of each process; they do not fit beside the model): the "
+                "same numbers, with every state copied to the host and back"
+            )
+        if self.turns > 1:
+            return (
+                f"all rows of some layers at a time, {takes} (all layers do not fit): exact numbers, every layer in "
+                f"each {self.turns}. window, `not_in_turn` in the others. For all in each raise `memory_limit_mib`"
+            )
         if self.num_rows is None:
-            return f"all rows, {self.needed_mib:,.0f} of {self.limit_mib:,.0f} MiB"
+            return f"all rows, {takes}"
         return (
             f"an even sample of {self.num_rows:,} rows per window, {self.needed_mib:,.0f} of {self.limit_mib:,.0f} MiB "
             "on each rank (all rows do not fit): hard ranks unbiased, soft ranks estimated, the error of both in each "
@@ -81,7 +98,7 @@ def choose(
     world_size: int,
     item_bytes: int,
 ) -> MemoryPlan | None:
-    """The most exact way that fits; ``None`` if even :data:`MIN_ROWS` rows do not.
+    """All rows, or as many as fit; ``None`` if even :data:`MIN_ROWS` rows do not.
 
     Args:
         widths: Features of every site.
@@ -100,8 +117,44 @@ def choose(
     return None
 
 
+def in_host_memory(largest_mib: float, moments_mib: float, limit_mib: float, host_mib: float) -> MemoryPlan | None:
+    """All rows, on the CPU; ``None`` if one site's do not fit beside the model, or all of them not on the host.
+
+    Args:
+        largest_mib: Moments of the largest site.
+        moments_mib: Of all sites.
+        limit_mib: What may be used beside the model.
+        host_mib: What may be used of the host.
+    """
+    # the layer that is filled or solved, what is added to it, and the rows on their way
+    if 2 * largest_mib > limit_mib or moments_mib > host_mib:
+        return None
+    return MemoryPlan(host_mib, moments_mib, on_host=True)
+
+
+def in_turns(layers_mib: Mapping[int, float], limit_mib: float) -> MemoryPlan | None:
+    """All rows of as many layers at a time as fit: layer ``l`` in windows ``l``, ``l + turns``, ...
+
+    Args:
+        layers_mib: Moments of each layer, by depth.
+        limit_mib: What may be used.
+    """
+    for turns in range(1, max(layers_mib) + 2):
+        needed = max(sum(mib for layer, mib in layers_mib.items() if layer % turns == turn) for turn in range(turns))
+        if needed <= limit_mib:
+            return MemoryPlan(limit_mib, needed, turns=turns)
+    return None
+
+
 def plan_of(
-    probe: SpectralProbe, limit_mib: float, world_size: int, *, twice: bool = False, needs_all: bool = False
+    probe: SpectralProbe,
+    limit_mib: float,
+    world_size: int,
+    *,
+    twice: bool = False,
+    needs_all: bool = False,
+    host_mib: float = 0.0,
+    may_rotate: bool = False,
 ) -> MemoryPlan | None:
     """The plan for one probe; ``None`` where a width is not known before the first forward.
 
@@ -111,6 +164,8 @@ def plan_of(
         world_size: Ranks whose rows are added.
         twice: One window is solved while the next one fills.
         needs_all: Something that a sample does not give is asked for.
+        host_mib: What may be used of the host, where that is not where the model is.
+        may_rotate: More windows will come, so that a layer may wait for its turn.
 
     Raises:
         ValueError: If nothing fits.
@@ -118,10 +173,16 @@ def plan_of(
     moments_mib = probe.state_mib
     if moments_mib is None:
         return None
-    moments_mib *= 2 if twice else 1
+    copies = 2 if twice else 1
+    moments_mib *= copies
     item_bytes = 2 if probe.row_dtype in (torch.bfloat16, torch.float16) else 4
     plan = choose(row_widths(probe.sites), moments_mib, limit_mib, world_size=world_size, item_bytes=item_bytes)
     if plan is None or (needs_all and plan.num_rows is not None):
+        layers = {layer: copies * mib for layer, mib in probe.layers_mib.items()}
+        plan = in_host_memory(max(layers.values()), moments_mib / copies, limit_mib, host_mib)
+        if plan is None and may_rotate:
+            plan = in_turns(layers, limit_mib)
+    if plan is None:
         least = sample_mib(row_widths(probe.sites), MIN_ROWS, world_size, item_bytes)
         sample = "`eigenvalues=True` needs them all" if needs_all else f"a sample of {MIN_ROWS} takes {least:.1f} MiB"
         raise ValueError(

@@ -66,6 +66,7 @@ class Observer:
         self._window: WindowState | None = None
         self._evaluation: Evaluation | None = None
         self._ordinals = Ordinals()
+        self._num_evaluations = 0
         self._unlogged: Scalars = {}
         self._trains = True
 
@@ -127,6 +128,7 @@ class Observer:
             self._window = WindowState(step, self.tokens.seen)
             self.guard.take()
             with self.guard("opening a window"):
+                self._armed.probe.turn = -(-step // self.schedule.every_n_steps)  # of the last step too
                 self._armed.probe.begin()
 
     def begin_micro_batch(self, *, waits: bool = False) -> None:
@@ -210,6 +212,8 @@ class Observer:
         with self.guard("beginning an evaluation"):
             self._armed.probe.pause()
             if stage in self.measurement.settings.on:
+                self._armed.probe.turn = self._num_evaluations
+                self._num_evaluations += 1
                 self._evaluation = Evaluation(stage, self._armed.probe.begin())
 
     def begin_evaluation_batch(self, loader: int | None = None) -> None:

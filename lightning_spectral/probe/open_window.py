@@ -38,6 +38,7 @@ class OpenWindow:
 
     Attributes:
         sample: Rows that are kept instead of ``states``, where not all can be added up.
+        turn: Which layers are measured, where they take turns.
         unmatched: Why rows of a site could not be matched to tokens. All of them are in the first bucket: pooled
             numbers are right, those of the buckets are ``not_matched``.
         unseen: Why the rows of a site that ran could not be seen.
@@ -53,6 +54,7 @@ class OpenWindow:
     unseen: dict[str, str] = field(default_factory=dict)
     losses: BucketLosses | None = None
     num_waiting: int = 0
+    turn: int = 0
     busy_s: float = 0.0
 
 

@@ -54,6 +54,7 @@ class SpectralProbe:
     Attributes:
         window: What the open window holds; another one may be put in its place.
         plan: How rows are held; ``None`` for all of them, as moments.
+        turn: Of the windows that begin from now on, where layers take turns; equal on all ranks.
 
     Raises:
         ValueError: If no site is found, or the token counts are of another tokenizer.
@@ -75,6 +76,7 @@ class SpectralProbe:
         self._sees_losses = False
         self._rows = Accumulator(lambda: self.sites, self.buckets.num_groups, self._parameter)
         self.plan: MemoryPlan | None = None
+        self.turn = 0
         self._seed = 0
         self.window = OpenWindow()
         self.begin()
@@ -90,6 +92,11 @@ class SpectralProbe:
         return self._rows.state_mib
 
     @property
+    def layers_mib(self) -> dict[int, float]:
+        """Of it, what the sites of each depth take."""
+        return self._rows.layers_mib
+
+    @property
     def waiting_mib(self) -> float:
         """Rows that may wait for a product, as fp32, MiB: a model in bf16 keeps half of it."""
         return self._rows.waiting_mib
@@ -97,6 +104,7 @@ class SpectralProbe:
     def hold(self, plan: MemoryPlan) -> None:
         """Hold the rows of every window as the plan says; equal on all ranks."""
         self.plan = plan
+        self._rows.on_host = plan.on_host
         if plan.num_rows is not None:
             self.recorder.keep_at_most(plan.rows_per_rank)
 
@@ -106,7 +114,8 @@ class SpectralProbe:
         if self._loss_tap is not None:
             self._loss_tap.take()
         before = self.window
-        self.window = OpenWindow(losses=BucketLosses(len(self.grouping.names)) if self.options.with_losses else None)
+        losses = BucketLosses(len(self.grouping.names)) if self.options.with_losses else None
+        self.window = OpenWindow(losses=losses, turn=self.turn)
         return before
 
     def start(self, seed: int, *, training: bool = True, waits: bool = False) -> None:
@@ -227,6 +236,12 @@ class SpectralProbe:
                 self._open_sample()
             elif world_size > 1:
                 self._rows.complete(self.window, agreed, self.device)
+                # with nobody to say who saw what, every site has a state by now
+                self.window.states = {
+                    site.key: self.window.states[site.key]
+                    for site in self.sites
+                    if site.key in self.window.states and self._in_turn(site, self.window)
+                }
             losses = self._bucket_losses(process_group, world_size)
             window = self.begin()
             closed = self._closed(window, losses, num_sequences, process_group, world_size)
@@ -286,6 +301,8 @@ class SpectralProbe:
             unmatched=window.unmatched,
             unseen=window.unseen,
             layouts={name: (seen.layout, seen.agreement) for name, seen in window.stacks.items()},
+            waiting={site.key for site in self.sites if not self._in_turn(site, window)},
+            device=self.device if self._rows.on_host else None,
         )
 
     def _world_size(self, process_group: dist.ProcessGroup | None) -> int:
@@ -325,7 +342,7 @@ class SpectralProbe:
         num_rows = 0
         for site in self.sites:
             rows_ND = call.rows.get(site.key)
-            if rows_ND is None:
+            if rows_ND is None or not self._in_turn(site, self.window):
                 continue
             self.window.dtypes[site.key] = str(rows_ND.dtype).removeprefix("torch.")
             places_N = call.places[site.key]
@@ -340,6 +357,10 @@ class SpectralProbe:
                 groups[id(places_N)] = of_rows(groups_P, places_N)
             self._rows.take(self.window, site, rows_ND, groups[id(places_N)])
         self.window.num_waiting += num_rows
+
+    def _in_turn(self, site: Site, window: OpenWindow) -> bool:
+        turns = 1 if self.plan is None else self.plan.turns
+        return site.layer % turns == window.turn % turns
 
     @property
     def _samples(self) -> bool:

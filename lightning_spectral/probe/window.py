@@ -7,9 +7,11 @@ needs no other rank, so that it may happen in another thread.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -129,6 +131,8 @@ class ClosedWindow:
         unseen: Why a site that ran has no row, by site key.
         layouts: How rows were matched to tokens, and the share of rows that it was proven for, by stack.
         sample: This rank's rows where only some are kept, until :meth:`reduce`.
+        waiting: Keys of sites that are measured in other windows.
+        device: Where states in the memory of the host are added and solved.
     """
 
     sites: Sequence[Site]
@@ -146,6 +150,8 @@ class ClosedWindow:
     unseen: Mapping[str, str] = field(default_factory=dict)
     layouts: Mapping[str, tuple[str, float | None]] = field(default_factory=dict)
     sample: RowSample | None = None
+    waiting: Collection[str] = ()
+    device: torch.device | None = None
 
     def reduce(self) -> None:
         """Add the states of all ranks at each layer's owner; what a rank does not own it frees."""
@@ -157,8 +163,12 @@ class ClosedWindow:
         elif self.world_size > 1:
             for owner, members in self._layers():
                 seen = [site.key for site in members if site.key in self.states]  # of others no rank saw a row
-                states = [self.states[key] if owner == self._rank else self.states.pop(key) for key in seen]
-                reduce_all_([state for state in states if isinstance(state, Moments)], owner, self.process_group)
+                states = {key: self._here(self.states.pop(key)) for key in seen}
+                together = [state for state in states.values() if isinstance(state, Moments)]
+                reduce_all_(together, owner, self.process_group)
+                if owner == self._rank:
+                    kept = states.items()
+                    self.states |= {key: state.to("cpu") if self.device else state for key, state in kept}
 
     def solve(self) -> list[SiteResult]:
         """Results of the layers that this rank owns. No collective: may run in another thread."""
@@ -213,25 +223,33 @@ class ClosedWindow:
         return dist.get_rank(self.process_group) if self.world_size > 1 else 0
 
     def _layers(self) -> list[tuple[int, list[Site]]]:
-        """The owner and the sites of each layer, all its experts together."""
+        """The owner and the sites of each layer, all its experts together; owners share what is measured now."""
         layers: dict[tuple[str, int, int], list[Site]] = {}
         for site in self.sites:
             layers.setdefault((site.stack, site.layer, site.run), []).append(site)
-        return [(index % self.world_size, members) for index, members in enumerate(layers.values())]
+        numbers = {waits: itertools.count() for waits in (False, True)}
+        return [
+            (next(numbers[members[0].key in self.waiting]) % self.world_size, members) for members in layers.values()
+        ]
+
+    def _here(self, state: Any) -> Any:
+        """Moments in the memory of the host, where they are added and solved; others as they are."""
+        return state.to(self.device) if self.device is not None and isinstance(state, Moments) else state
 
     def _solve_layer(self, members: Sequence[Site], eigensolver: Eigensolver) -> list[SiteResult]:
-        solved = {
-            (site.site, bucket): self._solved(site, bucket, eigensolver)
-            for site in members
-            for bucket in self.buckets.reported
-        }
+        solved: dict[tuple[str, str], SiteResult] = {}
+        for site in members:
+            state = self._here(self.states.get(site.key))
+            for bucket in self.buckets.reported:
+                solved[site.site, bucket] = self._solved(site, bucket, state, eigensolver)
         return [_with_reinjection(result, solved.get(("pre", result.bucket))) for result in solved.values()]
 
-    def _solved(self, site: Site, bucket: str, eigensolver: Eigensolver) -> SiteResult:
+    def _solved(self, site: Site, bucket: str, state: Any, eigensolver: Eigensolver) -> SiteResult:
+        if site.key in self.waiting:
+            return self._result(site, bucket, RankMeasurement(0, site.width or 0, "not_in_turn"))
         reason = self.unmatched.get(site.key) if bucket != POOLED else None
         if reason is not None:
             return replace(self._result(site, bucket, RankMeasurement(0, 0, "not_matched")), reason=reason)
-        state = self.states.get(site.key)
         if state is None and site.key in self.unseen:
             nothing = self._result(site, bucket, RankMeasurement(0, 0, "no_forward"))
             return replace(nothing, reason=self.unseen[site.key])

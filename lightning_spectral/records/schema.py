@@ -25,6 +25,7 @@ STATUSES = (
     "no_forward",  # the model did not run in the window
     "not_matched",  # it ran, but which row is of which token could not be proven
     "solve_failed",  # the eigensolver or the memory gave up
+    "not_in_turn",  # layers take turns, for want of memory: it is measured in other windows
     "empty",
     "nonfinite",
     "degenerate",

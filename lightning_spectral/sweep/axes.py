@@ -94,20 +94,23 @@ def smoke_form(tree: Mapping[str, Any], file: Path, grids: list[list[Axis]]) -> 
     if not isinstance(block, dict) or not set(block) <= {"set", "axes"}:
         raise RecipeError(f"`{file}` has no `smoke:` block with `set` (keys and values) and `axes` (labels to keep).")
     kept, first = block.get("axes") or {}, grids[0] if grids else []
-    for name, labels in kept.items():
+    for name, labels in kept.items():  # a list, or a mapping label -> what is laid over the axis's own overrides
         axis = next((axis for axis in first if axis.name == name), None)
         known = [label for label, _ in axis.values] if axis else []
         missing = [str(label) for label in labels if str(label) not in known]
         if missing:
             there = ", ".join(known) or "no values"
             raise RecipeError(f"`smoke.axes.{name}` keeps `{missing[0]}`; the axis has {there}.")
-    chosen = [
-        Axis(axis.name, tuple(pair for pair in axis.values if pair[0] in map(str, kept[axis.name])))
-        if axis.name in kept
-        else axis
-        for axis in first
-    ]
-    return dict(block.get("set") or {}), [chosen]
+    return dict(block.get("set") or {}), [[_kept(axis, kept.get(axis.name)) for axis in first]]
+
+
+def _kept(axis: Axis, labels: Any) -> Axis:
+    """The values of an axis that a smoke run keeps: all without a choice."""
+    if labels is None:
+        return axis
+    over = {str(label): own or {} for label, own in labels.items()} if isinstance(labels, dict) else {}
+    chosen = [pair for pair in axis.values if pair[0] in map(str, labels)]
+    return Axis(axis.name, tuple((label, {**own, **over.get(label, {})}) for label, own in chosen))
 
 
 def parse_axis(text: str) -> Axis:

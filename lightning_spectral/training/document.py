@@ -152,7 +152,8 @@ def _on_its_base(tree: dict[str, Any]) -> dict[str, Any]:
     if "base" in below:
         raise RecipeError(f"`base: {base}` has a `base` itself: name the recipe at the bottom, `{below['base']}`.")
     if isinstance(below.get("smoke"), dict) and isinstance(tree.get("smoke"), dict):
-        tree["smoke"] = {**below["smoke"], **tree["smoke"]}
+        both = {**(below["smoke"].get("set") or {}), **(tree["smoke"].get("set") or {})}
+        tree["smoke"] = {**below["smoke"], **tree["smoke"], "set": both}
     return {**below, **_with_labels_of(below, tree)}
 
 

@@ -263,3 +263,28 @@ def test_ranks_across_sequences_are_fitted_where_all_runs_have_them(tmp_path: Pa
     assert np.isnan(plain.raw)
     write_one(tmp_path, "muon", 0.9, 128)  # has none
     assert points_of_runs(load_runs([tmp_path]), metrics=["hard_rank"]).points[-1].value == 50.0
+
+
+def test_layers_that_took_turns_have_each_as_many_windows_and_miss_nothing(tmp_path: Path) -> None:
+    folder = write_one(tmp_path, "muon", 0.9, 256, layers=5, noise=0.3)
+    records = read_spectral(folder).records
+    steps = sorted({r.step for r in records if r.step is not None})
+    nothing = {
+        "status": "not_in_turn",
+        "num_tokens": 0,
+        "soft_rank": None,
+        "hard_rank": None,
+        "hard_rank_debiased": None,
+    }
+    mine = [r.layer % 3 == steps.index(r.step or 0) % 3 for r in records]
+    turned = [r if own else replace(r, **nothing) for r, own in zip(records, mine, strict=True)]
+    (folder / SPECTRAL_FILE).unlink()
+    append_records(folder / SPECTRAL_FILE, turned)
+    runs = load_runs([tmp_path])
+    assert not runs.problems
+    assert runs.runs[0].turns == 3
+    table = points_of_runs(runs, by=["bucket", "metric"], metrics=["hard_rank"], last=1, ranks="raw")
+    (point,) = [p for p in table.points if p.series[0] == "tail"]
+    last = {r.layer: r.hard_rank for r in turned if r.bucket == "tail" and r.hard_rank is not None}  # later ones win
+    assert point.layers == pytest.approx([last[layer] for layer in range(5)])
+    assert (point.steps, point.missing) == (tuple(steps[-3:]), 0)

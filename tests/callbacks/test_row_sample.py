@@ -109,7 +109,7 @@ def test_what_needs_all_rows_is_refused_before_step_1(tmp_path):
     with pytest.raises(Exception, match="`eigenvalues=True` needs them all"):
         fit(
             tmp_path,
-            SpectralRankCallback(1, num_jackknife_groups=GROUPS, memory_limit_mib=LIMIT, eigenvalues=True),
+            SpectralRankCallback(1, num_jackknife_groups=GROUPS, memory_limit_mib=2.0, eigenvalues=True),
             module(),
             max_steps=1,
         )

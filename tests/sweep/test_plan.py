@@ -455,12 +455,20 @@ def test_a_recipe_takes_labels_of_its_bases_axis():
 @pytest.mark.parametrize(
     "name", ["160m", "350m", "dion_rank", "matched_loss", "heads", "positions", "post_norm", "learning_rate", "renyi"]
 )
-def test_every_family_of_the_paper_has_a_sweep_and_a_smoke_form(name):
+def test_every_family_of_the_paper_has_a_sweep_and_a_smoke_form(name, tmp_path):
     _, _, _, whole = sweep.read(f"paper/{name}")
     _, _, _, small = sweep.read(f"paper/{name}", smoke=True)
     assert len(small[0]) == len(whole[0])
     widths = next(axis for axis in small[0] if axis.name == "architecture.ffn_multiplier")
     assert len(widths.values) == 3  # a slope needs three
+    found = sweep.plan(f"paper/{name}", smoke=True, out_dir=tmp_path / "out")  # every value of every axis is tried out
+    assert all(job.overrides["train.max_steps"] <= 24 for job in found.jobs)
+
+
+def test_a_smoke_block_may_set_what_an_axis_sets():
+    _, _, _, grids = sweep.read("paper/matched_loss", smoke=True)
+    steps = {label: own.get("train.max_steps") for label, own in grids[0][0].values}
+    assert steps == {"AdamW 6K": 12, "AdamW 12K": 24, "Dion 1/16": None}
 
 
 def test_a_smoke_block_that_keeps_what_is_not_there_is_named(tmp_path):

@@ -97,10 +97,10 @@ def _read(line_R: Tensor) -> Tensor:
 
 
 def _singular_values(tensor: Tensor) -> Tensor:
-    matrix_MN = tensor.double()
-    if not bool(torch.isfinite(matrix_MN).all()):
-        return torch.full((1,), torch.nan, dtype=torch.float64)
     try:
+        matrix_MN = tensor.double()
+        if not bool(torch.isfinite(matrix_MN).all()):
+            return torch.full((1,), torch.nan, dtype=torch.float64)
         return torch.linalg.svdvals(matrix_MN).cpu()
-    except RuntimeError:  # of the solver, or out of memory in it
+    except (RuntimeError, MemoryError):  # of the solver, or no room for the copy: other ranks wait for an answer
         return torch.zeros(0, dtype=torch.float64)

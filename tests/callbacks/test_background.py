@@ -152,6 +152,20 @@ def test_an_error_of_the_solve_is_a_status(tmp_path, monkeypatch, background):
     assert (info.finished, info.last_step, info.num_windows, info.num_lost_windows) == (True, 6, 6, 6)
 
 
+@pytest.mark.filterwarnings("ignore:SpectralRankCallback")
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize(("scale", "status"), [(1e76, "few_tokens"), (1e150, "solve_failed"), (1e200, "nonfinite")])
+def test_activations_beyond_what_a_fourth_power_holds_end_no_run(tmp_path, background, scale, status):
+    module = Module().double()
+    for block in module.gpt.transformer.h:
+        block.mlp.fc.register_forward_hook(lambda module, inputs, output: output * scale)
+    callback = SpectralRankCallback(dirpath=str(tmp_path), every_n_steps=1, background=background)
+    trainer(tmp_path, [callback], max_steps=1, gradient_clip_val=1.0).fit(module, loader())
+    # what it makes of the second layer's inputs is not finite
+    assert {r.layer: r.status for r in records(tmp_path)} == {0: status, 1: "nonfinite"}
+    assert read_run(tmp_path).finished
+
+
 def decision(path, *, cores=8, num_devices=1, callbacks=(), state_mib=1.0, **options) -> bool:
     callback = SpectralRankCallback(dirpath=str(path), **options)
     run = trainer(path, [callback, *callbacks], enable_checkpointing=True)

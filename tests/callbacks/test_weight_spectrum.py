@@ -9,6 +9,7 @@ from lightning_spectral.callbacks.weight_spectrum import WeightSpectrumCallback
 from lightning_spectral.functional.flattening import flattening, spectrum_flattening
 from lightning_spectral.functional.matrix_spectrum import matrix_spectrum
 from lightning_spectral.optim import Muon
+from lightning_spectral.probe.matrix_spectra import _singular_values
 from lightning_spectral.probe.weight_spectra import _choose, _displays
 from lightning_spectral.records import read_weights
 
@@ -207,3 +208,13 @@ def test_two_stacks_with_the_same_layers_have_tags_of_their_own():
         "layer_03.cross[2]",
         "head",
     ]
+
+
+@pytest.mark.parametrize("where", ["torch.linalg.svdvals", "torch.Tensor.double"])
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("none left"), torch.linalg.LinAlgError("no")])
+def test_a_matrix_that_cannot_be_solved_is_an_answer_to_the_ranks_that_wait(where, error, monkeypatch):
+    def fails(*given, **named):
+        raise error
+
+    monkeypatch.setattr(where, fails)
+    assert len(_singular_values(torch.ones(3, 2))) == 0

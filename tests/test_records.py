@@ -188,11 +188,11 @@ def test_the_schema_of_today_is_2_and_only_earlier_fields_are_renamed():
     assert upgraded({"eee": 0.25, "status": "few_rows"}, 1) == {"early_enrichment": 0.25, "status": "few_tokens"}
 
 
-def test_a_field_of_the_wrong_type_in_a_key_is_a_line_left_out_with_its_number(tmp_path):
+@pytest.mark.parametrize("wrong", [{"stage": ["train"]}, {"step": [3]}, {"layer": {"a": 1}}, {"loader": []}])
+def test_a_field_of_the_wrong_type_in_a_key_is_a_line_left_out_with_its_number(wrong, tmp_path):
     path = tmp_path / "spectral.jsonl"
     rec.append_records(path, [spectral(0), spectral(1)])
-    wrong = json.loads(rec.to_json(spectral(2))) | {"stage": ["train"]}
-    append_lines(path, [json.dumps(wrong)])
+    append_lines(path, [json.dumps(json.loads(rec.to_json(spectral(2))) | wrong)])
     with pytest.warns(UserWarning, match="1 of 3 lines left out; the first is line 3") as caught:
         report = rec.read_spectral(path)
     assert report.records == [spectral(0), spectral(1)]

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_spectral.models.placement import Shard
+from lightning_spectral.models.placement import Block, Shard
+from lightning_spectral.models.views import Rectangle
 from lightning_spectral.optim import SOAP, Muon, MuonH, NorMuon, gradients
 from lightning_spectral.optim.checkpoint import make_uniform, saved_to_param_layout
 from lightning_spectral.optim.dion import DionRule
 from lightning_spectral.optim.gradients import global_norm
+from lightning_spectral.optim.matrices import Matrix
 from lightning_spectral.optim.matrix_rule import faded
 from lightning_spectral.optim.migrate import _source, translated
 from lightning_spectral.optim.normuon import normalize_neurons
@@ -153,6 +155,13 @@ def test_groups_of_ours_say_their_rule() -> None:
     ours, muon, plain = {"algorithm": "muon"}, {"ns_steps": 5}, {"lr": 0.1}
     assert [_source(groups) for groups in ([ours, ours], [muon, plain], [plain])] == ["ours", "muon", "adamw"]
     assert _source([ours, plain]) == "adamw"  # a group that somebody has added says nothing of the sort
+
+
+@pytest.mark.parametrize(("rows", "whole"), [((0, 3), True), ((1, 3), False)])
+def test_a_matrix_is_whole_where_all_its_entries_are(rows: tuple[int, int], whole: bool) -> None:
+    block = Block(Rectangle(rows, (0, 5)), offset=0, stride=5, transposed=False)
+    one: Any = Matrix(None, None, SimpleNamespace(shape=(3, 5)), (block,), {}, None)
+    assert (one.numel, one.is_whole) == (15, whole)
 
 
 def test_states_of_one_flat_buffer_get_the_same_arrays_of_one_type() -> None:

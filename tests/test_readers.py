@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,17 +20,22 @@ import pytest
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from safetensors.torch import save_file
 
-from lightning_spectral.analysis.reading import read_run_folder
+from lightning_spectral.analysis.foreign import loss_records, manifest_rows, read_foreign, spectral_records
+from lightning_spectral.analysis.reading import _progress, read_run_folder
 from lightning_spectral.analysis.scan import scan_spectral
+from lightning_spectral.analysis.spectra import read_spectrum
 from lightning_spectral.analysis.tidy import read_points_csv
 from lightning_spectral.callbacks.probe_file import load_callbacks
 from lightning_spectral.callbacks.update_audience import read_audience
+from lightning_spectral.cli.model_source import model_of
 from lightning_spectral.memory.advise import read_counts
 from lightning_spectral.memory.fit import read_results
 from lightning_spectral.models.checkpoint_file import CheckpointError, read_checkpoint
 from lightning_spectral.probe.audience import AudienceRecord
 from lightning_spectral.probe.grouping import load_counts
+from lightning_spectral.probe.run_lock import RunLock
 from lightning_spectral.records import (
     AlarmRecord,
     LossRecord,
@@ -43,9 +50,11 @@ from lightning_spectral.records import (
     to_json,
     write_run,
 )
+from lightning_spectral.report.figures_audience import _of_audience
 from lightning_spectral.sweep.plan import read_json
 from lightning_spectral.tensorboard.reader import RunReader
 from lightning_spectral.text import CommandError
+from lightning_spectral.training.checkpoint_names import progress_of
 from lightning_spectral.training.document import RecipeError, read_tree
 from tests.records_factory import spectral
 
@@ -102,6 +111,25 @@ def checkpoint(folder: Path) -> Path:
     return folder / "a.ckpt"
 
 
+def weights(folder: Path) -> Path:
+    save_file({"h.0.up.weight": torch.zeros(8, 4), "h.0.down.weight": torch.zeros(4, 8)}, folder / "a.safetensors")
+    return folder / "a.safetensors"
+
+
+def spectra(folder: Path) -> Path:
+    save_file({"layer_00.post.pooled": torch.arange(6.0)}, folder / "a.safetensors")
+    return folder / "a.safetensors"
+
+
+def log(name: str, *lines: str) -> Callable[[Path], Path]:
+    return text(name, "".join(f"{line}\n" for line in lines))
+
+
+def imported(path: Path) -> Any:
+    """What `import` makes of a log."""
+    return [(spectral_records(run, 64), loss_records(run)) for run in read_foreign(path, None)]
+
+
 SPECTRAL = [spectral(step=step, bucket=bucket) for step in range(3) for bucket in ("head", "tail")]
 LOSSES = [LossRecord("run", "train", step, 10 * step, "tail", 64, 2.0, 0.5) for step in range(4)]
 WEIGHTS = [WeightRecord("run", step, "h.0.weight", 0, "weight", 8, 4, "ok") for step in range(4)]
@@ -135,9 +163,47 @@ READERS = {
     "counts.npy": Reader(array, load_counts, (ValueError,)),
     "counts of memory": Reader(array, lambda path: read_counts(str(path)), (CommandError,)),
     "a checkpoint": Reader(checkpoint, read_checkpoint, (CheckpointError,)),
+    "weights to look at": Reader(weights, lambda path: model_of(str(path), {}), (CommandError,)),
+    "eigenvalues": Reader(spectra, lambda path: read_spectrum(path, "layer_00", "post", "pooled")),
+    "trainer_state.json": Reader(
+        text("trainer_state.json", '{"global_step": 7, "num_input_tokens_seen": 90}'), lambda p: progress_of(p.parent)
+    ),
+    "run.lock": Reader(
+        text("run.lock", json.dumps({"host": socket.gethostname(), "pid": 1, "started": "1"})),
+        lambda path: RunLock(path.parent).acquire(),
+    ),
+    "a sweep's progress": Reader(
+        text("sweep_progress.json", '{"data": {"train": "a"}, "seconds": 4.5}'), lambda path: _progress(path.parent)
+    ),
+    "losses of a figure": Reader(
+        text("audience.jsonl", "".join(json.dumps(one.as_dict()) + "\n" for one in AUDIENCE)), _of_audience
+    ),
+    "a log of lines of JSON": Reader(
+        log("a.jsonl", *(f'{{"_step": {n}, "spectral/hard_rank.tail": 3.5, "train_loss": 2.5}}' for n in range(4))),
+        imported, (ValueError,),
+    ),
+    "a log of columns": Reader(
+        log("a.csv", "Step,spectral/hard_rank.tail", *(f"{n},3.5" for n in range(5))), imported, (ValueError,)
+    ),
+    "a log of the paper's": Reader(
+        log("layer_1.txt", *(f"Step {n}: SE_post=5.4, PR_post=30.1" for n in range(5))), imported, (ValueError,)
+    ),
+    "a manifest": Reader(log("m.csv", "run_id,width", "a,64", "b,128"), manifest_rows, (ValueError,)),
     "a recipe": Reader(text("a.yaml", yaml.safe_dump({"train": {"max_steps": 3}})), read_tree, (RecipeError,)),
     "probe.yaml": Reader(text("a.yaml", yaml.safe_dump(PROBE)), load_callbacks, (MisconfigurationException,)),
 }  # fmt: skip
+
+
+VALUES = [b"1e999", b"-1", b"9" * 400, b"NaN", b"null", b"[]", b"{}", b"true", b'"x"', b"[" * 100_000, b'"\\ud800"']
+
+
+def another_value(content: bytes, rng: random.Random) -> bytes:
+    """Syntax right, value wrong: one number or text is another, as of a file that anybody may have written."""
+    found = list(re.finditer(rb'-?\d+(?:\.\d+)?|"[^"]*"', content))
+    if not found:
+        return damaged(content, rng)
+    match = rng.choice(found)
+    return content[: match.start()] + rng.choice(VALUES) + content[match.end() :]
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
@@ -171,8 +237,8 @@ def test_a_damaged_file_is_read_as_far_as_it_is_whole_or_refused(name: str, tmp_
         warnings.simplefilter("ignore")
         reader.read(path)
         told = []
-        for _ in range(DAMAGES):
-            path.write_bytes(damaged(whole, rng))
+        for number in range(2 * DAMAGES):
+            path.write_bytes((another_value if number % 2 else damaged)(whole, rng))
             try:
                 reader.read(path)
             except reader.errors as error:

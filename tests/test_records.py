@@ -4,7 +4,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -198,3 +198,15 @@ def test_a_field_of_the_wrong_type_in_a_key_is_a_line_left_out_with_its_number(w
     assert report.records == [spectral(0), spectral(1)]
     assert report.skipped == [(3, "a field holds a value of the wrong type")]
     assert caught[0].filename == __file__  # who reads is told, not the library about itself
+
+
+def test_what_a_spectral_record_does_not_say_is_said_once_here():
+    record = rec.SpectralRecord(
+        "r", "train", 1, None, 0, "m", "post", "tail", 4, 8, 0.5, "ok", None, None, None, None, None, None, None
+    )
+    found = {name: value for name, value in asdict(record).items() if name not in ("run_id", "stage", "module")}
+    assert {name: value for name, value in found.items() if value is not None} == {
+        "step": 1, "layer": 0, "site": "post", "bucket": "tail", "num_tokens": 4, "width": 8, "tokens_per_dim": 0.5,
+        "status": "ok", "renyi": {}, "reinjection": {}, "soft_method": "exact", "dtype": "", "world_size": 1,
+        "conventions": {}, "stack": "", "reason": "", "ordinal": 0, "layout": "", "schema_version": 2, "extra": {},
+    }  # fmt: skip

@@ -220,3 +220,127 @@ def test_a_foreign_run_folder_moves_nothing_out_of_itself(tmp_path: Path) -> Non
     assert target is not None
     assert target.resolve().is_relative_to(folder.resolve() / "previous")
     assert not (tmp_path / "escape").exists()
+
+
+def foreign_folder(folder: Path, marker: Path, **config: Any) -> Path:
+    """A Hugging Face folder whose configuration names a file beside it."""
+    from tests.models import tiny
+
+    tiny.hugging_face("llama").save_pretrained(folder)
+    code = f"open({str(marker)!r}, 'w')\nclass Config: ...\nclass Model: ...\n"
+    (folder / "evil.py").write_text(code)
+    content = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoModelForCausalLM": "evil.Model"}
+    (folder / "config.json").write_text(json.dumps({**content, "auto_map": auto_map, **config}))
+    return folder
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "unheard_of"}, {"architectures": ["Trainer", "pipeline"]}])
+@pytest.mark.parametrize("verb", ["measure", "measure in pieces", "inspect"])
+def test_the_code_of_a_hugging_face_folder_is_not_run(
+    verb: str, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_spectral.cli.model_source import model_of
+
+    marker = tmp_path / "executed"
+    folder = foreign_folder(tmp_path / "model", marker, **config)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks whether it may run code"))
+    read = model_of if verb == "inspect" else load_checkpoint
+    settings = {} if verb == "inspect" else {"stream_weights": verb != "measure"}
+    if "model_type" not in config:
+        assert read(folder, **settings) if read is load_checkpoint else read(str(folder), settings).model
+    elif verb == "inspect":
+        assert "its weights" in model_of(str(folder), {}).note
+    else:  # without its code it is no model
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_checkpoint(folder, **settings)
+    assert not marker.exists()
+
+
+def test_a_checkpoint_names_a_class_and_nothing_happens(tmp_path: Path) -> None:
+    from lightning_spectral.cli.model_source import model_of
+
+    marker = tmp_path / "executed"
+    hparams = {"_class_path": "subprocess.Popen", "args": ["touch", str(marker)]}
+    weights = {f"h.{n}.{name}.weight": torch.zeros(8, 8) for n in range(2) for name in ("up", "down")}
+    torch.save({"state_dict": weights, "hyper_parameters": hparams}, tmp_path / "a.ckpt")
+    assert "not run" in model_of(str(tmp_path / "a.ckpt"), {}).note
+    assert not marker.exists()
+
+
+NAMES = ["../../escape", "..", "/escape", "a/../../b", "x" * 300, "\u00fc" * 200, ".hidden", "a\0b", "a\nb"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_of_an_imported_log_stays_in_its_folder(name: str, tmp_path: Path) -> None:
+    from lightning_spectral.cli.import_runs import main
+
+    log, out = tmp_path / "in" / "log.csv", tmp_path / "a" / "out"
+    log.parent.mkdir()
+    with log.open("w", newline="") as file:
+        csv.writer(file).writerows([["Step", f"{name} - spectral/hard_rank.tail"], [1, 3.5], [2, 3.5]])
+    main([str(log), "--out", str(out), "--width", "64"])
+    (folder,) = out.iterdir()
+    assert (folder / "run.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "in"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", NAMES[:4])
+def test_names_in_records_lead_no_output_out_of_its_folder(name: str, tmp_path: Path) -> None:
+    """Ids, labels and buckets of a run that anybody may have written, in every verb that writes files."""
+    from dataclasses import replace
+
+    from lightning_spectral import cli
+    from lightning_spectral.records import RunInfo, append_records, write_run
+
+    for width in (64, 128, 256):
+        folder = tmp_path / "in" / str(width)
+        info = RunInfo(f"{name}{width}", "2026-01-01T00:00:00+00:00", name, labels={"optimizer": name})
+        folder.mkdir(parents=True)
+        write_run(folder, info)
+        records = [
+            replace(spectral(step=step, bucket=bucket), run_id=info.run_id, width=width, stack=name)
+            for step in range(3)
+            for bucket in ("pooled", name)
+        ]
+        append_records(folder / "spectral.jsonl", records)
+    out = tmp_path / "a" / "out"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for words in (
+            ["report", "IN", "--out", "OUT/r"],
+            ["fit", "IN", "--out", "OUT/f"],
+            ["compare", "IN", "--out", "OUT/c"],
+        ):
+            given = [word.replace("IN", str(tmp_path / "in")).replace("OUT", str(out)) for word in words]
+            assert cli.main(given) == 0
+    assert list((out / "r").glob("*.html"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "in"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
+    assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["128", "256", "64"]
+
+
+# what may appear where: a new reader of files is to go through one of these
+ONE_WAY = {
+    r"torch\.load\(": {"models/checkpoint_file.py"},
+    r"pickle\.loads?\(": {"probe/collectives.py", "training/schema.py"},
+    r"yaml\.(load|unsafe_load|full_load)\(": {"text/__init__.py"},
+    r"(?<!parse_)\bjson\.loads?\(": {  # what this process or another rank has written itself, or a regex has vetted
+        "text/__init__.py", "text/tables.py", "probe/agreement.py", "optim/members.py", "analysis/scan.py",
+        "analysis/runs.py",
+    },
+    r"allow_pickle=True|trust_remote_code=True|weights_only=False|shell=True|\bos\.system\(": set(),
+    r"(?<![.\w])(eval|exec)\(": set(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", ONE_WAY)
+def test_files_are_read_in_one_way(pattern: str) -> None:
+    import re
+
+    import lightning_spectral
+
+    root = Path(lightning_spectral.__file__).parent
+    found = {str(path.relative_to(root)) for path in root.rglob("*.py") if re.search(pattern, path.read_text())}
+    assert found == ONE_WAY[pattern]

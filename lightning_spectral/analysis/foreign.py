@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lightning_spectral.records import POOLED, LossRecord, SpectralRecord
+from lightning_spectral.text import parse_json
 
 _STEP: Final = re.compile(r"^Step\s+(\d+)\s*:(.*)$")
 _BUCKET: Final = re.compile(r"^\s*([A-Za-z][\w ]*?)\s*\(n=(\d+)\)\s*:(.*)$")
@@ -196,7 +196,7 @@ def _read_jsonl(file: Path, root: Path, runs: dict[str, ForeignRun], place_of: P
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue  # the last line of a run that was cut off
         rows += [row] if isinstance(row, dict) else []
@@ -232,7 +232,7 @@ def _add(run: ForeignRun, tag: str, step: int, value: float, place_of: Place) ->
 def _number(cell: Any) -> float | None:
     try:
         value = float(cell)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return value if math.isfinite(value) else None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from lightning_spectral.records import (
     read_losses,
     read_run,
 )
+from lightning_spectral.text import parse_json
 
 _STAGE_ORDER: Final = (b"train", b"validation", b"measure", b"test", b"predict")
 _LOST: Final = (b"no_forward", b"not_matched", b"solve_failed")
@@ -234,7 +234,7 @@ def _losses(folder: Path, run_id: str, loader: int | None) -> tuple[tuple[LossRe
 
 def _progress(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((folder / PROGRESS_FILE).read_text())
+        content = parse_json((folder / PROGRESS_FILE).read_bytes())
     except (OSError, ValueError):
         return {}  # no sweep, or a file caught half-written: costs a digest and a duration, no number
     return content if isinstance(content, dict) and isinstance(content.get("data", {}), dict) else {}

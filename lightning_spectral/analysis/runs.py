@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -165,7 +166,8 @@ class Run:
     def num_jackknife_groups(self) -> int:
         """Groups of sequences behind an interval; 1 if there are none, or more than one convention."""
         sets = self.conventions
-        return int(json.loads(sets[0]).get("jackknife_groups", 1)) if len(sets) == 1 else 1
+        said = str(json.loads(sets[0]).get("jackknife_groups", "")) if len(sets) == 1 else ""
+        return int(said) if re.fullmatch(r"[0-9]{1,9}", said) else 1
 
     @cached_property
     def status_counts(self) -> dict[str, int]:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_spectral.records import SCHEMA_VERSION, SpectralRecord, parse_record, to_json
+from lightning_spectral.text import parse_json
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -25,10 +26,11 @@ TextArray = NDArray[np.bytes_]
 
 # a character class is three times as fast as the grammar of a number; `float` has the last word (see `_columns`)
 _NUMBER = rb"[-+.0-9eE]+|null"
-_STRICT = rb"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|null"  # of what is not looked at any more
+_STRICT = rb"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"  # of what is not looked at any more
+_INT = rb"-?\d{1,18}"
+_NUMBERS = rb'\{(?:"[^"\\]*": (?:' + _NUMBER + rb"),? ?)*\}"
 _STRING = rb'[^"\\]*(?:\\.[^"\\]*)*'
 _DICT = rb'\{[^{}"]*(?:"' + _STRING + rb'"[^{}"]*)*\}'  # flat; its strings may hold braces
-_VALUE_OF: Final = {"str": _STRING, "dict": _DICT, "number": _NUMBER}
 _INTS: Final = ("step", "layer", "num_tokens", "width", "expert", "loader", "ordinal", "num_sequences")
 _FLOATS: Final = (
     "tokens_seen",
@@ -49,10 +51,13 @@ _CHUNK: Final = 1 << 23  # bytes taken apart at a time: what is between bytes an
 _JSON: Final = ("renyi", "reinjection", "conventions")
 
 
-def _kind(annotation: str) -> str:
-    if annotation.startswith("dict"):
-        return "dict"
-    return "str" if annotation.startswith("str") else "number"
+def _value(annotation: str, wanted: bool) -> bytes:
+    """What a field of this type looks like, its quotes apart; the types are those that the general reader checks."""
+    kind, _, none = annotation.partition(" | ")
+    if kind == "float" and wanted:
+        return _NUMBER if none else _NUMBER.removesuffix(rb"|null")
+    value = {"str": _STRING, "int": _INT, "float": _STRICT, "dict[str, float]": _NUMBERS}.get(kind, _DICT)
+    return value + rb"|null" * bool(none)
 
 
 def _line_pattern() -> re.Pattern[bytes]:
@@ -60,15 +65,13 @@ def _line_pattern() -> re.Pattern[bytes]:
     wanted = {*_INTS, *_FLOATS, *_TEXTS}
     for field in fields(SpectralRecord):
         name = field.name.encode()
-        value = _VALUE_OF[_kind(str(field.type))]
+        value = _value(str(field.type), field.name in wanted)
         group = rb"(" if field.name in wanted else rb"(?:"
-        if value is _NUMBER and field.name not in wanted:
-            value = _STRICT
         if field.name == "extra":
             continue
         if field.name == "schema_version":
             value = str(SCHEMA_VERSION).encode()
-        quote = rb'"' if _kind(str(field.type)) == "str" else rb""
+        quote = rb'"' if field.type == "str" else rb""
         parts.append(rb'"' + name + rb'": ' + quote + group + value + rb")" + quote)
     extra = rb'((?:, "[^"\\]*": (?:' + _NUMBER + rb"))*)"
     return re.compile(rb"^\{" + rb", ".join(parts) + extra + rb"\}$", re.MULTILINE)
@@ -177,7 +180,7 @@ def _line_by_line(content: bytes) -> tuple[list[tuple[bytes, ...]], list[int], l
 
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
+        parse_json(line)
     except ValueError:
         return False
     return True

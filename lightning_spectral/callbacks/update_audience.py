@@ -36,7 +36,7 @@ from lightning_spectral.probe.guard import warn
 from lightning_spectral.probe.run_folder import new_run_id
 from lightning_spectral.probe.schedule import Schedule
 from lightning_spectral.records import append_lines
-from lightning_spectral.text import one_line
+from lightning_spectral.text import one_line, parse_json
 from lightning_spectral.text.arguments import require_count
 
 AUDIENCE_FILE = "audience.jsonl"
@@ -282,8 +282,8 @@ def read_audience(path: str | Path) -> list[AudienceRecord]:
     records = []
     for line in path.read_bytes().splitlines():
         try:
-            records.append(AudienceRecord(**json.loads(line)))
-        except (ValueError, TypeError, RecursionError):
+            records.append(AudienceRecord(**parse_json(line)))
+        except (ValueError, TypeError):
             continue
     return records
 

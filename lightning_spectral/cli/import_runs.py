@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lightning_spectral.cli import inputs
 from lightning_spectral.cli.parser import VerbParser
-from lightning_spectral.text import CommandError
+from lightning_spectral.text import CommandError, as_name
 
 if TYPE_CHECKING:
     from lightning_spectral.analysis.foreign import ForeignRun
@@ -114,7 +114,7 @@ def write(run: ForeignRun, folder: Path, width: int, labels: dict[str, str]) -> 
         write_run,
     )
 
-    own = folder / re.sub(r"[^\w.-]+", "_", run.name)
+    own = folder / as_name(run.name)
     if (own / RUN_FILE).exists():
         raise ValueError(f"`{own}` already holds a run; give another --out.")
     records, losses = spectral_records(run, width), loss_records(run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -142,7 +142,7 @@ def _of_litgpt_folder(path: Path, settings: dict[str, Any]) -> Source:
 
 
 def _of_checkpoint(path: Path, settings: dict[str, Any]) -> Source:
-    """A Lightning checkpoint by the class or recipe it says it is of, else any file of weights by their names."""
+    """A checkpoint of ours by its recipe, any other file by the names of its weights: no class that it names is run."""
     from lightning_spectral.models.checkpoint_file import read_checkpoint
 
     content = read_checkpoint(path, device="meta")
@@ -150,14 +150,18 @@ def _of_checkpoint(path: Path, settings: dict[str, Any]) -> Source:
     hparams = content.get("hyper_parameters") if isinstance(content, dict) else None
     if isinstance(hparams, dict) and {"model_config", "model_name", "architecture"} <= set(hparams):
         return _of_our_checkpoint(weights, hparams)
-    if isinstance(hparams, dict) and isinstance(hparams.get("_class_path"), str):
-        arguments = {name: value for name, value in hparams.items() if not name.startswith("_")} | settings
-        try:
-            return Source(_call(import_class(hparams["_class_path"]), arguments, hparams["_class_path"]))
-        except (ImportError, CommandError) as error:
-            made = _of_weights(weights, path)
-            return Source(made.model, f"`{hparams['_class_path']}` cannot be built ({error}); {_SKELETON}", False)
-    return _of_weights(weights, path)
+    made = _of_weights(weights, path)
+    if not isinstance(hparams, dict) or not isinstance(hparams.get("_class_path"), str):
+        return made
+    arguments = [f"{name}={value}" for name, value in hparams.items() if not str(name).startswith("_")]
+    words = [
+        "lightning-spectral",
+        "inspect",
+        hparams["_class_path"],
+        *(["--model-args", *arguments] if arguments else []),
+    ]
+    own = f"it may name any class, so the one that it names is not run: if it is yours, `{shlex.join(words)}`"
+    return replace(made, note=f"{own}; {_SKELETON}")
 
 
 def _of_our_checkpoint(weights: Mapping[str, Any], hparams: Mapping[str, Any]) -> Source:
@@ -181,15 +185,18 @@ def _of_weights(weights: Any, path: Path) -> Source:
 
 
 def _of_safetensors(path: Path, settings: dict[str, Any]) -> Source:
+    from safetensors import SafetensorError, safe_open
+
     from lightning_spectral.models.skeleton import skeleton
 
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        shapes |= {
-            name: tuple(header[name]["shape"]) for name in sorted(header, key=_numbers_as_numbers) if name[0] != "_"
-        }
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names = sorted(tensors.keys(), key=_numbers_as_numbers)
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+        except SafetensorError as error:
+            raise CommandError(f"`{file}` is no whole safetensors file: {one_line(error)}") from error
     if not shapes:
         raise CommandError(f"`{path}` holds no weights.")
     return Source(skeleton(shapes), _SKELETON, False)
@@ -255,8 +262,10 @@ def _hugging_face(name: str, settings: dict[str, Any]) -> nn.Module:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ImportError as error:
         raise CommandError(f"`--model {name}` is no litgpt model, and transformers is not installed.") from error
+    trust = {"trust_remote_code": settings.get("trust_remote_code") is True}  # without the word it would ask
+    settings = {key: value for key, value in settings.items() if key not in trust}
     if Path(name).is_dir():
-        config = AutoConfig.from_pretrained(name, local_files_only=True, **settings)
+        config = AutoConfig.from_pretrained(name, local_files_only=True, **trust, **settings)
     elif name in CONFIG_MAPPING:
         config = AutoConfig.for_model(name, **settings)
     else:
@@ -265,15 +274,16 @@ def _hugging_face(name: str, settings: dict[str, Any]) -> nn.Module:
         hint = did_you_mean(name, [*litgpt_names(), *CONFIG_MAPPING], otherwise="known are litgpt's names and")
         raise CommandError(f"`--model {name}` is no litgpt name, Hugging Face model type, folder or class path; {hint}")
     for architecture in config.architectures or []:
-        if hasattr(transformers, architecture):
-            made: nn.Module = getattr(transformers, architecture)(config)
+        kind = getattr(transformers, architecture, None)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            made: nn.Module = kind(config)
             return made
     from transformers import AutoModel, AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, **trust)
     except ValueError:  # no decoder
-        return AutoModel.from_config(config)
+        return AutoModel.from_config(config, **trust)
 
 
 def _call(made: Any, settings: dict[str, Any], name: str, *given: Any) -> Any:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,12 +74,21 @@ def _in_order(
     while unit := list(islice(stream, UNIT_BLOCKS)):
         file, size = folder / f"unit-{number:06d}.npz", sum(len(block.text) for block in unit)
         texts = [[block.text for block in unit if block.held_out == held_out] for held_out in (False, True)]
-        waiting.append((size, file, None if file.exists() else submit(file, *texts)))
+        waiting.append((size, file, None if _is_whole(file) else submit(file, *texts)))
         number += 1
         if len(waiting) >= num_proc:
             yield _finished(*waiting.popleft())
     while waiting:
         yield _finished(*waiting.popleft())
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether an earlier build left this unit, and every byte of it is what was written (a zip has checksums)."""
+    try:
+        with file.open("rb") as content, np.load(content) as kept:
+            return all(kept[name].ndim == 1 for name in ("train", "validation"))
+    except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, BadZipFile):
+        return False
 
 
 def _finished(size: int, file: Path, under_way: Future[None] | None) -> tuple[int, _Tokens]:
@@ -146,7 +156,8 @@ def train_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None
         show_progress=False,
     )
     tokenizer.train_from_iterator(beginning(), trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    with whole_file(folder / "tokenizer.json") as partial:  # on disk before the file that says so
+        tokenizer.save(str(partial))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     # last: with it the tokenizer is whole
     write_text(folder / "tokenizer_config.json", json.dumps({**about, "add_bos_token": False}, indent=2) + "\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -114,9 +115,9 @@ class TokenShards:
         for file in self.train_files:
             digest.update(digest_of(file).encode())
         kept = self.cache_dir / "counts" / f"{digest.hexdigest()[:20]}.npy"
-        if kept.is_file():
-            counts: NDArray[np.int64] = np.load(kept)
-            return counts
+        found = _kept_counts(kept, self.vocab_size, len(self.train))
+        if found is not None:
+            return found
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         for first in range(0, len(self.train), _CHUNK):
             ids = self.train[first : first + _CHUNK]
@@ -126,13 +127,31 @@ class TokenShards:
                     "of ids of the tokenizer that made them."
                 )
             counts += np.bincount(ids, minlength=self.vocab_size)
-        with whole_file(kept) as partial, partial.open("wb") as file_:
-            np.save(file_, counts)
+        try:
+            with whole_file(kept) as partial, partial.open("wb") as file_:
+                np.save(file_, counts)
+        except OSError as error:  # the next run counts again
+            warnings.warn(f"the counts cannot be kept in `{kept.parent}`: {one_line(error)}.", stacklevel=2)
         return counts
 
     def __str__(self) -> str:
         files = len(self.train_files) + len(self.held_out_files)
         return f"tokens ({len(self.train):,} train, {len(self.validation):,} held out) in {files} shard(s)"
+
+
+def _kept_counts(file: Path, vocab_size: int, num_tokens: int) -> NDArray[np.int64] | None:
+    """Counts of an earlier run, if they are whole: one for each id, and of all tokens together."""
+    try:
+        counts: NDArray[np.int64] = np.load(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, EOFError):
+        counts = np.zeros(0, dtype=np.int64)
+    is_whole = getattr(counts, "dtype", None) == np.int64 and counts.shape == (vocab_size,)
+    if is_whole and counts.sum() == num_tokens and counts.min() >= 0:
+        return counts
+    warnings.warn(f"the counts in `{file}` are damaged and are taken again.", stacklevel=3)
+    return None
 
 
 def find_shards(path: str | Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from lightning_spectral.data.corpus import Block, Corpus, blocks, joined
 from lightning_spectral.data.encode import Encoder, check_num_proc, encoded_units, train_tokenizer
 from lightning_spectral.data.files import digest_of
-from lightning_spectral.text import one_line, write_text
+from lightning_spectral.text import one_line, parse_json, write_text
 
 CACHE_VARIABLE = "LIGHTNING_SPECTRAL_CACHE"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
@@ -185,13 +185,15 @@ def _key(corpus: Corpus, vocab_size: int, tokenizer_dir: Path | None) -> str:
 def _opened(folder: Path, seconds: float | None) -> TokenCache | None:
     """The cache, if it is there and whole; one that fails its check is named and will be built again."""
     try:
-        about = json.loads((folder / "about.json").read_text())
+        about = parse_json((folder / "about.json").read_bytes())
+        if not {"train.npy", "validation.npy", "counts.npy"} <= set(about["files_written"]):
+            raise ValueError("`about.json` does not name its arrays")
         for name, (size, digest) in about["files_written"].items():
             file = folder / name
             if file.stat().st_size != size or digest_of(file) != digest:
                 raise ValueError(f"`{name}` is not what was written")
         return TokenCache(folder, about["vocab_size"], about["num_documents"], seconds)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if folder.is_dir():
             warnings.warn(
                 f"the token cache `{folder}` is damaged ({one_line(error)}) and is built again.", stacklevel=3

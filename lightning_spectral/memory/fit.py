@@ -6,7 +6,6 @@ every output; ``lightning-spectral memory fields`` lists them.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections import defaultdict
@@ -18,6 +17,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lightning_spectral.text import parse_json
 
 RESULTS_FILE = "results.jsonl"
 Row = dict[str, Any]
@@ -61,11 +62,11 @@ def read_results(path: str | Path) -> list[Row]:
     broken: list[int] = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if not isinstance(row, dict) or "kind" not in row:
                 raise ValueError
             rows.append(row)
-        except (ValueError, RecursionError):
+        except ValueError:
             broken.append(number)
     if broken:
         warnings.warn(f"`{path}`: {len(broken)} broken lines left out, the first is line {broken[0]}.", stacklevel=2)

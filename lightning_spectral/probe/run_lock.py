@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lightning_spectral.text import parse_json
+
 LOCK_FILE = "run.lock"
 _SILENT_S = 3_600.0  # a lock of another host that was not touched for so long is stale
 
@@ -94,7 +96,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 def _owner(path: Path) -> Any:
     """What is in a lock; ``None`` if it is gone or incomplete."""
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_text())
     except (OSError, ValueError):
         return None
 
@@ -108,7 +110,7 @@ def _is_alive(path: Path, *, continues: bool) -> bool:
     try:
         host, pid = owner["host"], int(owner["pid"])
         age = time.time() - path.stat().st_mtime
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return False  # incomplete, or gone by now
     if host != socket.gethostname():
         return not continues and age < _SILENT_S
@@ -116,7 +118,7 @@ def _is_alive(path: Path, *, continues: bool) -> bool:
         return False  # this process goes on with a run that it has begun itself
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # gone, or no process id
         return False
     except PermissionError:
         pass  # somebody else's process

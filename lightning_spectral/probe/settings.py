@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -22,13 +21,13 @@ from lightning_spectral.functional.rank import DEFAULT_RENYI_ORDERS
 from lightning_spectral.models.families import Hint, as_hints
 from lightning_spectral.probe.grouping import Grouping, by_frequency, by_position, load_counts, pooled_only
 from lightning_spectral.probe.options import CONVENTIONS, PAPER_EPSILON, ProbeOptions, conventions_of
+from lightning_spectral.text import is_name
 from lightning_spectral.text.arguments import require_choice, require_count
 
 STAGES = ("train", "validation", "test", "predict")
 MEASURE = "measure"  # the stage of a pass over a finished model, outside of any loop
 NONFINITE_POLICIES = ("warn", "record", "raise")
 STREAM = "stream"
-_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class SharedArguments(TypedDict, total=False):
@@ -137,7 +136,7 @@ class ProbeSettings:
             raise ValueError(f"`memory_limit_mib` must be > 0, got {self.memory_limit_mib}.")
         if self.eigenvalues and self.soft != "exact":
             raise ValueError("`eigenvalues=True` needs `soft='exact'`: the approximation knows no eigenvalues.")
-        if self.run_id is not None and not _RUN_ID.fullmatch(self.run_id):
+        if self.run_id is not None and not is_name(self.run_id):
             raise ValueError(
                 f"`run_id` must be a plain name (letters, digits, `.`, `_`, `-`; at most 128), got {self.run_id!r}."
             )

@@ -21,7 +21,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import NoneType
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from lightning_spectral.records.schema import (
@@ -38,7 +37,7 @@ from lightning_spectral.records.schema import (
     WeightRecord,
 )
 from lightning_spectral.records.upgrade import upgraded
-from lightning_spectral.text import write_text
+from lightning_spectral.text import parse_json, write_text
 
 RecordT = TypeVar("RecordT", SpectralRecord, LossRecord, WeightRecord, AlarmRecord)
 Record: TypeAlias = SpectralRecord | LossRecord | WeightRecord | AlarmRecord
@@ -140,11 +139,9 @@ def parse_record(line: bytes, kind: type[RecordT]) -> RecordT:
         ValueError: If it is not a whole JSON object, not one of our records, or one of a newer schema.
     """
     try:
-        content = json.loads(line)
+        content = parse_json(line)
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise ValueError("not a whole JSON object") from None
-    except RecursionError:
-        raise ValueError("nested too deeply to be one of our records") from None
     return _build(content, kind)
 
 
@@ -162,8 +159,8 @@ def read_run(folder: str | Path) -> RunInfo:
     """
     path = _file(folder, RUN_FILE)
     try:
-        return _build(json.loads(path.read_text()), RunInfo)
-    except (ValueError, RecursionError) as error:  # of JSON, of its encoding, of its fields
+        return _build(parse_json(path.read_bytes()), RunInfo)
+    except ValueError as error:  # of JSON, of its encoding, of its fields
         raise ValueError(f"`{path}` is not a run description: {error}. Was it edited by hand?") from error
 
 
@@ -174,15 +171,11 @@ def _read(path: Path, kind: type[RecordT]) -> ReadReport[RecordT]:
     for number, line in _lines(path):
         try:
             record: RecordT = parse_record(line, kind)
-            key = (record.run_id, *record.key)
-            repeated = key in seen
         except ValueError as error:
             skipped.append((number, str(error)))
             continue
-        except TypeError:  # a list or an object where a key has a name or a number
-            skipped.append((number, "a field holds a value of the wrong type"))
-            continue
-        if repeated:
+        key = (record.run_id, *record.key)
+        if key in seen:
             skipped.append((number, f"duplicate of {key}"))
         else:
             seen.add(key)
@@ -206,14 +199,24 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 _KINDS: tuple[type[Any], ...] = (SpectralRecord, LossRecord, WeightRecord, AlarmRecord, RunInfo)
 _FIELD_NAMES = {kind.__name__: frozenset(f.name for f in fields(kind)) for kind in _KINDS}
-_TYPES: dict[str, list[tuple[str, type]]] = {
-    kind.__name__: [
-        (f.name, dict if str(f.type).startswith("dict") else str)
-        for f in fields(kind)
-        if str(f.type).startswith(("dict", "str"))
-    ]
-    for kind in _KINDS
-}
+_LARGEST = 10**18  # of an integer, below it: what 64 bits hold
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether a value of a JSON file is of a field's type, as the dataclasses of records spell it."""
+    kind, _, none = annotation.partition(" | ")
+    if value is None:
+        return none == "None"
+    if kind == "dict[str, float]":
+        return isinstance(value, dict) and all(_fits(item, "float | None") for item in value.values())
+    if kind == "int":
+        return isinstance(value, int) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
+    if kind == "float":
+        return isinstance(value, float) or _fits(value, "int")
+    return isinstance(value, {"bool": bool, "str": str}.get(kind, dict))
+
+
+_TYPES = {kind.__name__: [(f.name, str(f.type)) for f in fields(kind)] for kind in _KINDS}
 
 
 BuiltT = TypeVar("BuiltT", SpectralRecord, LossRecord, WeightRecord, AlarmRecord, RunInfo)
@@ -231,9 +234,9 @@ def _build(content: Any, kind: type[BuiltT]) -> BuiltT:
     if "extra" in known:
         # what is no number is a later version's field, or a damaged name
         more = {name: value for name, value in content.items() if name not in known}
-        given["extra"] = {name: more[name] for name in more if isinstance(more[name], (int, float, NoneType))}
+        given["extra"] = {name: more[name] for name in more if _fits(more[name], "float | None")}
     for name, wanted in _TYPES[kind.__name__]:
-        if name in given and not isinstance(given[name], wanted):
+        if name in given and not _fits(given[name], wanted):
             raise ValueError("a field holds a value of the wrong type")
     try:
         return kind(**given)
@@ -249,7 +252,7 @@ def _file(path: str | Path, name: str) -> Path:
 def _ends_with_newline(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+        return file.read() == b"\n"
 
 
 def _finite(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +12,7 @@ from lightning_spectral.analysis.matched import loss_curve
 from lightning_spectral.analysis.runs import Run
 from lightning_spectral.records.looks import bucket_name
 from lightning_spectral.report.scene import ReportData, ReportFigure, Series, joined
+from lightning_spectral.text import parse_json
 
 AUDIENCE_FILE: Final = "audience.jsonl"
 _PANELS_AT_MOST: Final = 4
@@ -101,12 +101,12 @@ def _curves(scene: ReportData, run: Run) -> Curves:
 
 def _of_audience(path: Path) -> Curves:
     curves: Curves = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if row["loss"] is not None:
                 curves.setdefault(str(row["bucket"]), {})[int(row["step"])] = float(row["loss"])
-        except (ValueError, KeyError, TypeError):  # a line that was cut short
+        except (ValueError, KeyError, TypeError, OverflowError):  # a line that was cut short
             continue
     order = {"head": "0", "mid": "1", "tail": "2"}
     return dict(sorted(curves.items(), key=lambda item: order.get(item[0], item[0])))

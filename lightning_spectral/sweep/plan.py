@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lightning_spectral.records import PROGRESS_FILE
 from lightning_spectral.sweep.axes import distinct, read
-from lightning_spectral.text import write_text
+from lightning_spectral.text import parse_json, write_text
 from lightning_spectral.training.document import RecipeError
 from lightning_spectral.training.same_recipe import differences, shown
 
@@ -251,15 +251,15 @@ def load_job(path: Path) -> tuple[Job, Recipe]:
     """A job file and its recipe, for the worker."""
     from lightning_spectral.training.recipe import load
 
-    job = Job(**json.loads(path.read_text()))
+    job = Job(**parse_json(path.read_text()))
     return job, load(job.source, job.overrides)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, empty if the file is missing or incomplete."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+        content = parse_json(path.read_text())
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

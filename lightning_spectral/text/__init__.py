@@ -6,6 +6,8 @@ Imports the standard library only; YAML is imported when a file is read.
 from __future__ import annotations
 
 import difflib
+import json
+import math
 import os
 import re
 import socket
@@ -67,6 +69,29 @@ def import_class(path: str, *, bare_names_in: str | None = None, subclass_of: ty
     return found
 
 
+def is_name(text: object) -> bool:
+    """Whether a text can name a file or folder and lead nowhere else: letters, digits, ``.``, ``_``, ``-``."""
+    return isinstance(text, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", text) is not None
+
+
+def as_name(text: str) -> str:
+    """A name for a file or folder that stands for any text: the text itself where it is one."""
+    kept = re.sub(r"[^\w.-]+", "_", text).lstrip(".")
+    return kept.encode()[:200].decode(errors="ignore") or "_"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON of anybody.
+
+    Raises:
+        ValueError: If it is none, or nested without end.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def read_yaml(text: str) -> Any:
     """YAML as people mean it: ``1e-3`` is a number, ``1e6`` an integer, ``on``, ``off``, ``yes`` and ``no`` are words.
 
@@ -90,7 +115,8 @@ def _yaml_loader() -> Any:
 
     def number(loader: Loader, node: yaml.ScalarNode) -> float | int:
         value = loader.construct_yaml_float(node)
-        return int(value) if re.fullmatch(r"[-+]?\d+[eE]\+?\d+", node.value) else value
+        is_whole = re.fullmatch(r"[-+]?\d+[eE]\+?\d+", node.value) is not None and math.isfinite(value)
+        return int(value) if is_whole else value
 
     boolean = "tag:yaml.org,2002:bool"
     Loader.add_constructor("tag:yaml.org,2002:float", number)
@@ -167,10 +193,8 @@ def set_aside(folder: str | Path, names: Iterable[str], label: str | None = None
         return None
     previous = folder / PREVIOUS
     numbers = [int(path.name) for path in previous.glob("[0-9]*") if path.name.isdigit()]
-    is_name = (
-        label is not None and re.fullmatch(r"[\w-][\w.-]{0,127}", label) is not None
-    )  # it may be from anybody's file
-    target = previous / (label if is_name and label else f"{1 + max(numbers, default=0):03d}")
+    numbered = f"{1 + max(numbers, default=0):03d}"
+    target = previous / (label if label is not None and is_name(label) else numbered)  # it may be from anybody's file
     while target.exists():
         target = target.with_name(target.name + "_")
     target.mkdir(parents=True)

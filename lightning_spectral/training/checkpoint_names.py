@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from lightning_spectral.text import parse_json
 
 _STEP = re.compile(
     r"(?:^|[^a-z])(?:global[-_]?)?(?:steps?|iter|checkpoint|ckpt|update)[-_=]?(\d+)([km]?)(?![a-z\d])", re.I
@@ -33,7 +34,7 @@ def progress_of(checkpoint: Path) -> Progress:
     """Step and tokens by ``trainer_state.json``, else by the name of the file or folder."""
     found = _progress_of_name(checkpoint.name)
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        state = parse_json((checkpoint / "trainer_state.json").read_text())
         step, tokens = state.get("global_step"), state.get("num_input_tokens_seen")
     except (OSError, ValueError, AttributeError):
         return found

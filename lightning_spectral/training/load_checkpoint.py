@@ -167,7 +167,7 @@ def _load_hugging_face(folder: Path, stream_weights: bool | None) -> LoadedModel
             )
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"`{folder}` cannot be read ({one_line(error)}): is every file whole?") from error
@@ -191,11 +191,12 @@ def _streamed_hugging_face(folder: Path) -> LoadedModel | None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config, files = AutoConfig.from_pretrained(folder, local_files_only=True), SafetensorsFiles(folder)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        files = SafetensorsFiles(folder)
+        with without_memory():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"`{folder}` cannot be read ({one_line(error)}): is every file whole?") from error
-    with without_memory():
-        model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     model.config.use_cache = False
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,8 +81,32 @@ def test_values_of_the_wrong_type_are_left_out(file: Path) -> None:
         handle.write(json.dumps(record | {"layer": 60}).replace(f'"width": {record["width"]}', '"width": 1.2.3') + "\n")
     columns = scan_spectral(file)
     assert len(columns.skipped) == 4
-    # the general reader looks at the types of keys only
-    assert len(columns) == len(read_spectral_quietly(file)) - 2
+    assert len(columns) == len(read_spectral_quietly(file))
+
+
+WRONG = {
+    "str": (1, None, [], True),
+    "int": (1.5, True, "1", None, [], 10**18, 10**400),
+    "int | None": (1.5, True, "1", {}, -(10**18)),
+    "float": ("1.0", None, False, [2.0]),
+    "float | None": ("1.0", True, [2.0], {}),
+    "dict[str, float]": (None, [], {"1": "x"}, {"1": True}, {"1": [1.0]}),
+    "dict[str, str]": (None, [], "x", 1),
+}
+
+
+@pytest.mark.parametrize("field", [field for field in fields(SpectralRecord) if field.name != "extra"])
+def test_each_field_holds_its_type_or_the_line_is_left_out_by_both_readers(field: Any, file: Path) -> None:
+    record = asdict(read_spectral(file).records[0])
+    record.pop("extra")
+    wrong = WRONG[field.type]
+    lines = [json.dumps(record | {"ordinal": 9} | {field.name: value}) for value in wrong]
+    before = len(scan_spectral(file))
+    with file.open("a") as handle:
+        handle.write("\n".join(lines) + "\n")
+    columns = scan_spectral(file)
+    assert (len(columns), len(columns.skipped)) == (before, len(wrong))
+    assert len(read_spectral_quietly(file)) == before
 
 
 def read_spectral_quietly(file: Path) -> list[SpectralRecord]:

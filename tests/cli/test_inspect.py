@@ -115,8 +115,8 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("hparams", [None, {"_class_path": "my_lit_net.Net", "width": 24}, {"_class_path": "gone.Net"}])
-def test_a_lightning_checkpoint_by_its_class_or_by_its_weights(capsys, tmp_path, monkeypatch, hparams):
-    (tmp_path / "my_lit_net.py").write_text(CLASS)
+def test_a_lightning_checkpoint_is_read_by_its_weights_and_runs_no_class(capsys, tmp_path, monkeypatch, hparams):
+    (tmp_path / "my_lit_net.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n{CLASS}")
     monkeypatch.syspath_prepend(tmp_path)
     names = {"model.tok.weight": (64, 16)}
     for n in range(2):
@@ -124,10 +124,11 @@ def test_a_lightning_checkpoint_by_its_class_or_by_its_weights(capsys, tmp_path,
     content = {"state_dict": {name: torch.zeros(shape) for name, shape in names.items()}, "hyper_parameters": hparams}
     torch.save(content, tmp_path / "last.ckpt")
     (row,), text = rows_of(capsys, str(tmp_path / "last.ckpt"))
-    known = hparams is not None and "width" in hparams
-    assert row["width"] == (24 if known else 40)
-    assert row["layout"] == ("(T, B)" if known else None)
-    assert ("names and shapes of its weights" in text) == (not known)
+    assert (row["width"], row["layout"]) == (40, None)
+    assert "names and shapes of its weights" in text
+    words = " ".join(text.split())
+    assert ("inspect my_lit_net.Net --model-args width=24" in words) == (hparams is not None and "width" in hparams)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_class_of_a_file(capsys, tmp_path):

@@ -64,10 +64,39 @@ def test_counts_are_taken_once_and_again_when_a_shard_changes(tmp_path: Path) ->
 
     assert counts() == [95, 0]
     (kept,) = (tmp_path / "cache" / "counts").iterdir()
-    np.save(kept, np.array([7, 7]))
-    assert counts() == [7, 7]  # read, not taken again
+    np.save(kept, np.array([90, 5]))
+    assert counts() == [90, 5]  # read, not taken again
     write_bin(file, np.ones(100))
     assert counts() == [0, 95]
+
+
+@pytest.mark.parametrize("harm", ["zeros", "cut", "empty", "shape", "dtype", "negative"])
+def test_damaged_counts_are_taken_again_with_a_word(tmp_path: Path, harm: str) -> None:
+    file = write_bin(tmp_path / "a.bin", np.arange(180) % 3)
+
+    def counts() -> list[int]:
+        return TokenFiles(str(file), vocab_size=3, cache_dir=tmp_path / "cache").token_counts.tolist()
+
+    expected = np.bincount(np.arange(170) % 3).tolist()
+    assert counts() == expected
+    (kept,) = (tmp_path / "cache" / "counts").iterdir()
+    content = kept.read_bytes()
+    if harm in ("zeros", "cut", "empty"):  # what is left of a file after a failure of the power
+        end = {"zeros": 128, "cut": 140, "empty": 0}[harm]
+        kept.write_bytes(content[:end] + bytes(len(content) - end) * (harm == "zeros"))
+    else:
+        wrong = {"shape": [170], "dtype": [60.0, 55.0, 55.0], "negative": [-10, 90, 90]}
+        np.save(kept, np.array(wrong[harm]))
+    with pytest.warns(UserWarning, match=rf"`{kept}` are damaged and are taken again"):
+        assert counts() == expected
+    assert kept.read_bytes() == content
+
+
+def test_counts_that_cannot_be_kept_are_counted_all_the_same(tmp_path: Path) -> None:
+    file = write_bin(tmp_path / "a.bin", np.arange(180) % 3)
+    (tmp_path / "counts").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match=r"the counts cannot be kept in `.*counts`"):
+        assert TokenFiles(str(file), vocab_size=3, cache_dir=tmp_path).token_counts.tolist() == [57, 57, 56]
 
 
 @pytest.mark.parametrize(

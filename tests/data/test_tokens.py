@@ -115,6 +115,47 @@ def test_an_interrupted_build_goes_on_from_its_units(tmp_path: Path, monkeypatch
     ]
 
 
+@pytest.mark.parametrize("harm", ["zeros", "cut", "empty", "changed", "no arrays"])
+def test_a_damaged_unit_of_an_interrupted_build_is_encoded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    corpus = _corpus(tmp_path)
+    whole = prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "other")
+    monkeypatch.setattr(encode_module, "UNIT_BLOCKS", 4)
+    encode = tokens.Encoder.__call__
+    encoded: list[int] = []
+
+    def interrupted(self: tokens.Encoder, texts: list[str]) -> np.ndarray:
+        encoded.append(len(texts))
+        if len(encoded) == 5:
+            raise KeyboardInterrupt
+        return encode(self, texts)
+
+    monkeypatch.setattr(tokens.Encoder, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache")
+    unit = next((tmp_path / "cache").rglob("unit-000000.npz"))
+    content = unit.read_bytes()
+    middle = len(content) // 2
+    if harm == "no arrays":
+        np.savez(unit, other=np.zeros(3))
+    else:
+        parts = {"zeros": content[:200] + bytes(len(content) - 200), "cut": content[:middle], "empty": b""}
+        changed = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        unit.write_bytes(parts.get(harm, changed))
+    cache = prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache")
+    assert (cache.folder / "train.npy").read_bytes() == (whole.folder / "train.npy").read_bytes()
+
+
+@pytest.mark.parametrize("about", ["[" * 100_000, "[]", "1", '{"files_written": []}', '{"files_written": {}}'])
+def test_a_foreign_list_of_a_caches_files_is_not_believed(tmp_path: Path, about: str) -> None:
+    corpus = _corpus(tmp_path)
+    whole = prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache")
+    (whole.folder / "about.json").write_text(about)
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache").seconds is not None
+
+
 @pytest.mark.parametrize("harm", ["zeros", "cut", "empty", "about", "missing"])
 def test_a_damaged_cache_is_built_again_with_a_word(tmp_path: Path, harm: str) -> None:
     corpus = _corpus(tmp_path)

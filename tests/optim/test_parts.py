@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,17 +11,20 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_spectral import optim
 from lightning_spectral.models.placement import Block, Shard
 from lightning_spectral.models.views import Rectangle
 from lightning_spectral.optim import SOAP, Muon, MuonH, NorMuon, gradients
 from lightning_spectral.optim.checkpoint import make_uniform, saved_to_param_layout
 from lightning_spectral.optim.dion import DionRule
 from lightning_spectral.optim.gradients import global_norm
-from lightning_spectral.optim.matrices import Matrix
+from lightning_spectral.optim.matrices import Matrix, spans_of
 from lightning_spectral.optim.matrix_rule import faded
 from lightning_spectral.optim.migrate import _source, translated
 from lightning_spectral.optim.normuon import normalize_neurons
-from lightning_spectral.optim.weights import _mix
+from lightning_spectral.optim.owners import find_owners
+from lightning_spectral.optim.routing import route
+from lightning_spectral.optim.weights import _mix, _noise
 
 
 def member(param: torch.Tensor, **shard: Any) -> Any:
@@ -178,3 +182,99 @@ def test_states_of_one_flat_buffer_get_the_same_arrays_of_one_type() -> None:
     }
     assert {v.dtype for state in states.values() for n, v in state.items() if n != "step"} == {torch.float32}
     assert all(state["step"].ndim == 0 and float(state["step"]) == 4 for state in states.values())
+
+
+def murmur(x: int) -> int:
+    """MurmurHash3's finalizer as it is published, on 32 bits."""
+    x ^= x >> 16
+    x = x * 0x85EBCA6B & 0xFFFFFFFF
+    x ^= x >> 13
+    x = x * 0xC2B2AE35 & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+@pytest.mark.parametrize(
+    ("box", "span", "step", "index"),
+    [(((3, 5), (2, 9)), None, 7, 4), (None, (12, 40), 1, 0), (((0, 0),), None, 100_000, 900)],
+)
+def test_random_bits_are_a_published_hash_of_step_parameter_and_place(
+    box: Any, span: Any, step: int, index: int
+) -> None:
+    """The same in every version: a run that goes on under a newer one rounds as it would have."""
+    member: Any = SimpleNamespace(index=index, shard=SimpleNamespace(box=box, span=span))
+    lows = [low for low, _ in box] if box else [span[0]]
+    begin = sum((low + 1) * 31**place for place, low in enumerate(lows))
+    seed = (index * 7_919 + begin * 104_729 + 12_345) % 2**31
+    mixed = murmur((step * 1_000_003 + seed) % 2**32)
+    golden_ratio = 0x9E3779B9  # 2^32 over it, as in many hashes: -1,640,531,527
+    expected = [murmur((place * golden_ratio + mixed) % 2**32) & 0xFFFF for place in range(50)]
+    found = _noise(50, torch.tensor(float(step)), member, torch.device("cpu"))
+    assert found.tolist() == expected
+
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "AdaMuon": {"lr": 1e-3, "moment_beta": 0.95},
+    "AdamW": {"lr": 1e-3},
+    "Dion": {
+        "lr": 1e-3, "rank_fraction": 0.25, "power_iterations": 1, "orthogonal_right": False, "rank_rms_match": False,
+    },
+    "Dion2": {"lr": 1e-3, "fraction": 0.25, "orthogonalize": "polar_express", "steps": None},
+    "Muon": {"lr": 1e-3},
+    "MuonH": {"lr": 1e-2},
+    "NorDion2": {
+        "lr": 1e-3, "fraction": 0.25, "moment_beta": 0.95, "orthogonalize": "polar_express", "steps": None,
+    },
+    "NorMuon": {"lr": 1e-3, "moment_beta": 0.95, "normalize": "rows"},
+    "SOAP": {"lr": 1e-3, "moment_beta": 0.95, "basis_every": 10},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_stay_what_they_are(name: str) -> None:
+    """A changed default changes every training that does not name it."""
+    parameters = inspect.signature(getattr(optim, name).__init__).parameters.items()
+    assert {key: one.default for key, one in parameters if one.default is not one.empty} == DEFAULTS[name]
+
+
+def test_muonh_leaves_a_zero_matrix_finite_and_small() -> None:
+    """Without a radius of its own it takes a step of the length ``lr``, once."""
+    layer = nn.Linear(3, 3, bias=False, dtype=torch.float64)
+    layer.weight.data.zero_()
+    layer.weight.grad = torch.eye(3, dtype=torch.float64)
+    MuonH(layer, lr=0.1, precision="fp64").step()
+    # q = |0 - lr O'|^2 with its floor of 1/4 under the root: the step is lr O' / root, of a radius of one
+    root = max(0.25, 1 - 1 + 0.1 * 0.1) ** 0.5
+    assert float(layer.weight.detach().norm()) == pytest.approx(0.1 / root, rel=1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 4])
+@pytest.mark.parametrize("length", [1, 5, 8, 12])
+def test_spans_are_the_places_that_lie_in_the_rectangles(columns: int, length: int) -> None:
+    """By counting: value ``i`` lies at row ``i // columns``, column ``i % columns``."""
+    ranges = list(itertools.combinations(range(5), 2))
+    for rows, cols in itertools.product(ranges, [(a, b) for a, b in ranges if b <= columns]):
+        spans = spans_of([Rectangle(rows, cols)], columns, length)
+        inside = [i for i in range(length) if rows[0] <= i // columns < rows[1] and cols[0] <= i % columns < cols[1]]
+        assert [i for low, high in spans for i in range(low, high)] == inside
+        assert all(high > low for low, high in spans)
+        assert all(second[0] > first[1] for first, second in itertools.pairwise(spans))  # as few as can be
+
+
+class Silent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(31, 10)
+        self.out = nn.Linear(10, 31, bias=False)
+        self.last = nn.Linear(10, 31, bias=False)
+
+
+class Declares(Silent):
+    def get_output_embeddings(self) -> nn.Module:
+        return self.out
+
+
+@pytest.mark.parametrize(("model", "head"), [(Silent(), "last"), (Declares(), "out")])
+def test_where_a_model_says_what_its_head_is_its_last_layer_is_none(model: nn.Module, head: str) -> None:
+    roles = {one.named.name: one.role for one in route(find_owners(model), None)}
+    other = {"last": "out", "out": "last"}[head]
+    assert roles == {"embed.weight": "embedding", f"{head}.weight": "head", f"{other}.weight": "matrix"}

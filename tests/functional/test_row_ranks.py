@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.functional.few_rows import Population, entropy_of_rows, population
-from lightning_spectral.functional.row_ranks import _eigenvalues, _pairs, rank_rows
+from lightning_spectral.functional.row_ranks import _eigenvalues, _pairs, _parts, rank_rows
 
 D = 256
 INDEX = torch.arange(1.0, D + 1, dtype=torch.float64)
@@ -144,6 +144,12 @@ def test_few_rows_are_solved_in_fp64(num: int, width: int) -> None:
     product = rows_ND @ rows_ND.T if num <= width else rows_ND.T @ rows_ND
     expected = torch.linalg.eigvalsh(product.double()).clamp(min=0)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_a_part_holds_whole_sequences_where_there_are_twice_as_many_as_parts() -> None:
+    eight, seven = torch.tensor([5, 5, 1, 2, 9, 7, 0, 3, 4, 4]), torch.tensor([5, 5, 1, 2, 9, 7, 0, 3, 3, 3])
+    assert _parts(eight, 4).tolist() == [1, 1, 1, 2, 3, 2, 0, 3, 0, 0]
+    assert _parts(seven, 4).tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]  # rows in turn
 
 
 def test_two_rows_show_one_direction() -> None:

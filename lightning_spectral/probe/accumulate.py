@@ -6,6 +6,7 @@ Axes: N rows, D features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -123,11 +124,23 @@ class Accumulator:
         """
         device = torch.device("cpu") if self.on_host else device
         for site in self._sites():
+            dtype = torch.float64 if agreed is not None and site.key in agreed.doubles else torch.float32
             if site.key not in window.states and (agreed is None or site.key in agreed.widths):
                 width = site.width or (None if agreed is None else agreed.widths[site.key])
                 if width is None:
                     raise RuntimeError(f"`{site.name}` saw no row on this rank and does not declare its width.")
-                window.states[site.key] = self._empty_state(width, torch.float32, device)
+                window.states[site.key] = self._empty_state(width, dtype, device)
+            state = window.states.get(site.key)
+            if isinstance(state, Moments) and dtype == torch.float64:
+                window.states[site.key] = replace(state, scatter_GP=state.scatter_GP.double())
+
+    def in_doubles(self, window: OpenWindow) -> list[str]:
+        """Keys of the sites whose rows are summed in fp64."""
+        return [
+            key
+            for key, state in window.states.items()
+            if isinstance(state, Moments) and state.scatter_GP.dtype == torch.float64
+        ]
 
     def _add(self, window: OpenWindow, site: Site, rows_ND: Tensor, sizes: list[int], order_M: Tensor | None) -> None:
         width, moments = rows_ND.shape[1], window.states.get(site.key)

@@ -54,10 +54,18 @@ class Agreement:
             limit_s: Longest wait, if not that of the object.
 
         Raises:
-            MissingRankError: On every rank that came, if one did not come in time.
+            MissingRankError: On every rank that came, if one did not come in time or the store's host is gone.
         """
         if self.world_size == 1:
             return [json.loads(json.dumps(said))]
+        try:
+            return self._through_the_store(topic, said, limit_s)
+        except MissingRankError:
+            raise
+        except RuntimeError as error:  # the process that holds the store has ended
+            raise MissingRankError(f"the store of the process group does not answer ({_first_line(error)})") from error
+
+    def _through_the_store(self, topic: str, said: dict[str, Any], limit_s: float | None) -> list[dict[str, Any]]:
         store, key, limit = default_store(), f"{self._prefix}/{topic}", self.limit_s if limit_s is None else limit_s
         if store.check([_MISSED]):
             limit = min(limit, _AFTER_ONE_MISSED_S)
@@ -81,6 +89,10 @@ class Agreement:
             for end in ("decision", *range(self.world_size)):
                 store.delete_key(f"{self._last}/{end}")
         self._last = key
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _outcome(decision: bytes) -> list[dict[str, Any]]:

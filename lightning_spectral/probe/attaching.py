@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def agree_to_measure(
     except ValueError as error:
         refusal = str(error) or type(error).__name__
     said: dict[str, Any] = {"refusal": refusal, "beside": beside, "folder": str(host.folder), "run_id": host.run_id}
-    said["limit_mib"] = limit_mib
+    said["limit_mib"], said["sites"] = limit_mib, _sites_of(probe)
     on_accelerator = probe is not None and probe.device.type != "cpu"
     said["host_mib"] = default_limit_mib(torch.device("cpu"), host.num_local_processes) if on_accelerator else 0.0
     try:
@@ -60,6 +61,8 @@ def agree_to_measure(
         refusals = [(rank, part["refusal"]) for rank, part in enumerate(parts) if part["refusal"]]
         if probe is None or refusals:
             raise ValueError(refusal or f"rank {refusals[0][0]}: {refusals[0][1]}")
+        if measurement.options.reduce:
+            _require_same_sites([part["sites"] for part in parts])
         beside = all(part["beside"] for part in parts)
         plan = plan_of(  # alike on all ranks
             probe,
@@ -78,6 +81,26 @@ def agree_to_measure(
         return probe, beside
     probe.hold(plan)
     return probe, beside and plan.num_rows is None and not plan.on_host
+
+
+def _sites_of(probe: SpectralProbe | None) -> dict[str, Any]:
+    """What is measured here, short enough to be sent."""
+    if probe is None:
+        return {}
+    names = [f"{site.name}: {site.width}" for site in probe.sites]
+    keys = "\n".join(f"{site.key} {site.stack} {site.width}" for site in probe.sites)
+    digest = hashlib.sha256(keys.encode()).hexdigest()
+    return {"count": len(names), "first": names[0], "last": names[-1], "digest": digest}
+
+
+def _require_same_sites(sites: list[dict[str, Any]]) -> None:
+    other = next((rank for rank, found in enumerate(sites) if found["digest"] != sites[0]["digest"]), None)
+    if other is not None:
+        here, there = (f"{one['count']} sites ({one['first']} ... {one['last']})" for one in (sites[0], sites[other]))
+        raise ValueError(
+            f"rank 0 has {here}, rank {other} has {there}: rows are summed over ranks site by site, so that all must "
+            "hold the same layers. Choose common ones by `modules`, or take rank 0's rows alone: `convention: paper`."
+        )
 
 
 def remove(probe: SpectralProbe | None) -> None:

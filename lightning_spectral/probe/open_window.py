@@ -68,6 +68,7 @@ class Seen:
         unmatched: Why rows could not be matched to tokens, by site key; sites whose rows all were are absent.
         deeper: Name, site, depth and run of sites that only running has shown (shared and looped layers), by key.
         reason: Why nothing was seen, where there is a reason to tell.
+        doubles: Keys of the sites whose rows are summed in fp64.
     """
 
     num_passes: int = 0
@@ -75,6 +76,7 @@ class Seen:
     unmatched: dict[str, str] = field(default_factory=dict)
     deeper: dict[str, tuple[str, str, int, int]] = field(default_factory=dict)
     reason: str = ""
+    doubles: list[str] = field(default_factory=list)
 
 
 def merge(parts: Sequence[Seen]) -> Seen:
@@ -85,4 +87,5 @@ def merge(parts: Sequence[Seen]) -> Seen:
     widths = {key: width for part in parts for key, width in part.widths.items()}
     deeper = {key: place for part in parts for key, place in part.deeper.items()}
     reason = next((part.reason for part in parts if part.reason), "")
-    return Seen(sum(part.num_passes for part in parts), widths, unmatched, deeper, reason)
+    doubles = sorted({key for part in parts for key in part.doubles})
+    return Seen(sum(part.num_passes for part in parts), widths, unmatched, deeper, reason, doubles)

@@ -203,6 +203,7 @@ class SpectralProbe:
             dict(self.window.unmatched),
             {site.key: (site.name, site.site, site.layer, site.run) for site in self.sites if site.run},
             "" if self.window.stacks else " ".join(self.recorder.notes.values()),
+            self._rows.in_doubles(self.window),
         )
 
     def close(

@@ -25,6 +25,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
 def recipe(folder: Path, out: str, **more: Any) -> Path:
     tree = tiny_tree(folder)
     tree["train"].update(max_steps=6, save_interval=3, micro_batch_size=1, max_norm=None)
+    # litgpt counts warm-up and decay in micro-batches, of which ranks have fewer; AdamW's usual eps makes rounding count
+    tree["train"].update(lr_warmup_steps=0, min_lr=1e-2)
+    tree["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2, "eps": 1e-3}}
     tree["callbacks"] = [{"class_path": "TailTokenProbe", "init_args": {"every_n_steps": 3}}]
     tree |= {"out_dir": str(folder / out), **more}
     return write_recipe(folder, tree)
@@ -63,8 +66,7 @@ def test_every_strategy_is_the_run_of_one_process(strategy: str, world_size: int
             assert record.hard_rank == pytest.approx(theirs[key].hard_rank, rel=1e-4), key  # fp32 sums
     model, expected = load_final(tmp_path / "run" / "final"), load_final(single / "final")
     for (name, value), other in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
-        # six AdamW steps of lr 1e-2: where a gradient is all rounding, its sign is, too
-        assert (value - other).abs().mean() < 1e-3, name
+        assert (value - other).abs().max() < 1e-4, name  # of six steps of 1e-2
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*.ckpt"))) == 2
 
 

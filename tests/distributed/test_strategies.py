@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore")]
 def recipe(folder: Path, out: str, **more: Any) -> Path:
     tree = tiny_tree(folder)
     tree["train"].update(max_steps=6, save_interval=3, micro_batch_size=1, max_norm=None)
-    # litgpt counts warm-up and decay in micro-batches, of which ranks have fewer; AdamW's usual eps makes rounding count
+    # litgpt counts warm-up and decay in micro-batches, of which ranks have fewer; AdamW's own eps makes rounding count
     tree["train"].update(lr_warmup_steps=0, min_lr=1e-2)
     tree["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2, "eps": 1e-3}}
     tree["callbacks"] = [{"class_path": "TailTokenProbe", "init_args": {"every_n_steps": 3}}]

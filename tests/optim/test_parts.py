@@ -278,3 +278,9 @@ def test_where_a_model_says_what_its_head_is_its_last_layer_is_none(model: nn.Mo
     roles = {one.named.name: one.role for one in route(find_owners(model), None)}
     other = {"last": "out", "out": "last"}[head]
     assert roles == {"embed.weight": "embedding", f"{head}.weight": "head", f"{other}.weight": "matrix"}
+
+
+def test_values_along_the_first_rows_are_ranges_that_do_not_touch() -> None:
+    rectangles = [Rectangle((0, 2), (0, 4)), Rectangle((2, 3), (0, 1)), Rectangle((3, 4), (1, 3))]
+    assert spans_of(rectangles, columns=4, length=14) == ((0, 9), (13, 14))
+    assert spans_of(rectangles[2:], columns=4, length=13) == ()

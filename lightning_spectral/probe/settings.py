@@ -93,7 +93,9 @@ class ProbeSettings:
             ``raise``.
         memory_limit_mib: What the state of a window may take on each rank; default a quarter of what is free when
             training starts. Where all rows do not fit, an even sample of them is kept: hard ranks stay unbiased, soft
-            ranks are estimated, and records state both errors (the line logged at the start says what was chosen).
+            ranks are estimated, and records state both errors. With ``eigenvalues``, which needs all rows, states are
+            kept on the CPU beside an accelerator, or layers take turns. The line logged at the start says what was
+            chosen, and what that costs.
         convention: ``default``, or ``paper`` for comparisons with the paper's numbers: an absolute epsilon in the hard
             rank, and buckets from the tokens of rank 0 only.
         background: Solve windows in a thread during training; default where a core is free, nothing monitors a

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from typing import Any, Final, Protocol
 from lightning_spectral.sweep.plan import JOB_FILE, Job, write_json
 
 LOG_FILE: Final = "sweep_worker.log"
+PARENT: Final = "LIGHTNING_SPECTRAL_PARENT"
 _WORKER: Final = "lightning_spectral.sweep.worker"
 _THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # What a run imports, torch and Lightning with it: 5 to 10 seconds, which workers forked from one process share.
@@ -210,8 +212,10 @@ class RayLauncher:
             return None
         try:
             return int(self._ray.get(handle))
-        except Exception:  # a lost node or a cancelled task: the run resumes next time
+        except (self._ray.exceptions.RayTaskError, self._ray.exceptions.TaskCancelledError):
             return 1
+        except self._ray.exceptions.RayError:  # a worker or a node that died
+            return -signal.SIGKILL
 
     def stop(self, handle: Any) -> None:
         """See :class:`Launcher`."""
@@ -220,11 +224,34 @@ class RayLauncher:
 
 def run_in_task(command: list[str], log: str, folder: str, environment: dict[str, str]) -> int:
     """Run a worker where a cluster has put it; returns its exit code."""
+    environment = {**os.environ, **environment, PARENT: str(os.getpid())}
     with open(log, "ab") as file:
         done = subprocess.run(  # noqa: S603 - `command_of`
-            command, stdout=file, stderr=subprocess.STDOUT, cwd=folder, env={**os.environ, **environment}, check=False
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env=environment,
+            check=False,
+            start_new_session=True,
         )
     return done.returncode
+
+
+def end_with_the_parent() -> None:
+    """In a worker with :data:`PARENT`: end, with all of its own, when that process does.
+
+    A task that is killed leaves its worker behind, which would train on beside the one that takes the run up again.
+    """
+    parent = os.environ.pop(PARENT, "")
+    if parent:
+        threading.Thread(target=_wait_for, args=(int(parent),), daemon=True).start()
+
+
+def _wait_for(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def _slurm_launcher(workers: int | None) -> Launcher:

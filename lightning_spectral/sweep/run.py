@@ -15,6 +15,8 @@ from lightning_spectral.sweep.launchers import LOG_FILE, Launcher, LocalLauncher
 from lightning_spectral.sweep.plan import Job, Plan
 
 _POLL_S: Final = 0.5
+_RESTARTS: Final = 2  # of a run whose workers are killed
+_KILLED: Final = (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
 @dataclass
@@ -50,6 +52,7 @@ class SweepProgress:
         running: Jobs in their slots.
         waiting: Jobs without a slot yet.
         note: What is going on before the first run.
+        restarts: Run id -> how often it was taken up again after its worker had been killed.
     """
 
     total: int
@@ -59,12 +62,15 @@ class SweepProgress:
     running: list[Running] = field(default_factory=list)
     waiting: list[Job] = field(default_factory=list)
     note: str = ""
+    restarts: dict[str, int] = field(default_factory=dict)
 
 
 def run_all(
     found: Plan, launcher: Launcher, show: Callable[[SweepProgress], None], *, poll_s: float = _POLL_S
 ) -> SweepProgress:
     """Run what is to do; a failure is recorded and does not stop the rest.
+
+    A run whose worker is killed (a lost node, a full memory) is taken up again from its last checkpoint, twice at most.
 
     ``KeyboardInterrupt`` stops the running workers (they resume at the next start) and is raised again.
     """
@@ -99,7 +105,7 @@ def run_all(
 
 
 def _ended_slots(board: SweepProgress, launcher: Launcher) -> list[str]:
-    """Slots of the jobs that have ended, which are noted as done or failed."""
+    """Slots of the jobs that have ended, which are noted as done or failed, or wait again."""
     slots = []
     for run in list(board.running):
         code = launcher.poll(run.handle)
@@ -109,6 +115,9 @@ def _ended_slots(board: SweepProgress, launcher: Launcher) -> list[str]:
         slots.append(run.slot)
         if sweep.state_of(run.job).name == "finished":
             board.done[run.job.run_id] = time.monotonic() - run.started
+        elif code in _KILLED and board.restarts.get(run.job.run_id, 0) < _RESTARTS:
+            board.restarts[run.job.run_id] = board.restarts.get(run.job.run_id, 0) + 1
+            board.waiting.append(run.job)
         else:
             board.failed[run.job.run_id] = reason_of(run.job, code)
     return slots

@@ -9,11 +9,13 @@ from pathlib import Path
 from lightning_spectral.records import PROGRESS_FILE
 from lightning_spectral.sweep import cost as sweep_cost
 from lightning_spectral.sweep import plan as sweep
+from lightning_spectral.sweep.launchers import end_with_the_parent
 from lightning_spectral.training.recipe import Recipe, RecipeError
 
 
 def main(argv: list[str]) -> int:
     """Run a job and record how it ended; 0 finished, 2 bad recipe, 1 failed."""
+    end_with_the_parent()
     sweep_cost.started()
     job, recipe = sweep.load_job(Path(argv[0]))
     try:

@@ -210,8 +210,11 @@ class PretendLauncher:
         self.most = 0
         self.running: dict[str, int] = {}
         self.stopped: list[str] = []
+        self.starts: list[str] = []
+        self.kills: dict[str, int] = {}
 
     def start(self, job: Job, slot: str) -> Job:
+        self.starts.append(job.run_id)
         self.running[job.run_id] = 2
         self.most = max(self.most, len(self.running))
         return job
@@ -225,6 +228,9 @@ class PretendLauncher:
             (Path(handle.folder)).mkdir(parents=True, exist_ok=True)
             (Path(handle.folder) / sweep_launchers.LOG_FILE).write_text("Traceback\nKilled by the kernel\n")
             return 137
+        if self.kills.get(handle.run_id, 0):
+            self.kills[handle.run_id] -= 1
+            return -9
         progress = {
             "cpu_s": 10.0,
             "step": 2,
@@ -265,6 +271,16 @@ def test_failures_are_reported_and_do_not_stop_the_rest(found: Plan, file: Path)
     again = sweep.plan(file)
     assert {job.run_id for job in again.to_do()} == set(board.failed)
     assert sweep_run.run_all(again, PretendLauncher(1), lambda board: None, poll_s=0).skipped == 5
+
+
+@pytest.mark.parametrize(("kills", "outcome"), [(1, "done"), (2, "done"), (3, "failed")])
+def test_a_run_whose_worker_is_killed_is_taken_up_again_twice(found: Plan, kills: int, outcome: str) -> None:
+    launcher, killed = PretendLauncher(2), found.jobs[0].run_id
+    launcher.kills[killed] = kills
+    board = sweep_run.run_all(found, launcher, lambda board: None, poll_s=0)
+    assert launcher.starts.count(killed) == min(kills, 2) + 1
+    assert killed in getattr(board, outcome)
+    assert launcher.starts.count(found.jobs[-1].run_id) == 1 or "seed-1" in found.jobs[-1].run_id
 
 
 def test_an_interrupt_stops_the_workers(found: Plan) -> None:

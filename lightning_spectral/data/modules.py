@@ -304,10 +304,11 @@ class HubText(TextBlocks):
 
 
 class TokenFiles(TextBlocks):
-    """Text that is tokens already: ``.bin`` shards (modded-nanogpt, llm.c) or 1-D ``.npy`` files.
+    """Text that is tokens already: ``.bin`` shards (modded-nanogpt, llm.c), 1-D ``.npy`` files, or a litdata folder.
 
     Shards are memory-mapped. Those whose names say ``val`` are held out; without any, the last 18th of the tokens is.
-    Token counts are taken once and kept in the cache.
+    Token counts are taken once and kept in the cache. Of litdata, a folder with ``index.json``, or with such folders
+    ``train`` and ``val`` in it.
 
     Args:
         path: File, glob or folder.

@@ -1,4 +1,4 @@
-"""Text that is tokens already: ``.bin`` shards of the modded-nanogpt and llm.c format, and 1-D ``.npy`` files.
+"""Text that is tokens already: ``.bin`` shards of the modded-nanogpt and llm.c format, 1-D ``.npy``, litdata folders.
 
 A ``.bin`` shard is 256 int32 (magic 20240520, version 1, number of tokens, zeros) and then that many uint16. Shards are
 memory-mapped and read as one long sequence of ids; nothing is copied, whatever their size.
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_spectral.data.files import digest_of, find_files
+from lightning_spectral.data.litdata_folder import INDEX, litdata_folders, open_chunks
 from lightning_spectral.text import one_line, whole_file
 
 MAGIC = 20240520
@@ -99,9 +100,9 @@ class TokenShards:
     @cached_property
     def _split(self) -> tuple[TokenSequence, TokenSequence]:
         """Training and held-out ids; every shard is opened once."""
-        trained = TokenSequence([open_shard(file) for file in self.train_files])
+        trained = TokenSequence(_opened(self.train_files))
         if self.held_out_files:
-            return trained, TokenSequence([open_shard(file) for file in self.held_out_files])
+            return trained, TokenSequence(_opened(self.held_out_files))
         return trained.split(len(trained) - len(trained) // _HOLD_OUT)
 
     @cached_property
@@ -113,7 +114,7 @@ class TokenShards:
         """
         digest = hashlib.sha256(f"{self.vocab_size}:{len(self.train)}:".encode())
         for file in self.train_files:
-            digest.update(digest_of(file).encode())
+            digest.update(_digest_of(file).encode())
         kept = self.cache_dir / "counts" / f"{digest.hexdigest()[:20]}.npy"
         found = _kept_counts(kept, self.vocab_size, len(self.train))
         if found is not None:
@@ -155,13 +156,27 @@ def _kept_counts(file: Path, vocab_size: int, num_tokens: int) -> NDArray[np.int
 
 
 def find_shards(path: str | Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """Training and held-out shards behind a path, glob or folder; the split is in their names.
+    """Training and held-out shards behind a path, glob or folder, or folders of litdata; the split is in their names.
 
     Raises:
         FileNotFoundError: If there is none.
     """
+    folders = litdata_folders(path)
+    if folders is not None:
+        return folders
     found = find_files(path, suffixes=SUFFIXES)
     return found.train, found.held_out
+
+
+def _opened(paths: Sequence[Path]) -> list[NDArray[Any]]:
+    return [part for path in paths for part in (open_chunks(path) if path.is_dir() else [open_shard(path)])]
+
+
+def _digest_of(path: Path) -> str:
+    """Of a litdata folder that of its index and chunks."""
+    if not path.is_dir():
+        return digest_of(path)
+    return "".join(digest_of(file) for file in [path / INDEX, *sorted(path.glob("*.bin"))])
 
 
 def open_shard(file: Path) -> NDArray[Any]:

@@ -144,6 +144,68 @@ def test_a_class_that_does_not_belong_into_its_key_is_not_built(key: str, spelli
     assert not marker.exists()
 
 
+USERS_PARTS = """
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from lightning.pytorch.callbacks import Callback
+from lightning_spectral.data import TextFiles
+
+@dataclass
+class Box:
+    inside: Any = None
+
+class Open(Callback):
+    def __init__(self, bare=None, anything: Any = None, thing: object = None, many: list[Any] | None = None,
+                 table: dict | None = None, named: dict[str, Any] | None = None, box: Box | None = None):
+        super().__init__()
+
+class Text(TextFiles):
+    def __init__(self, path: str, bare=None, vocab_size: int = 300, cache_dir: Path | None = None):
+        super().__init__(path, vocab_size=vocab_size, cache_dir=cache_dir)
+"""
+OPEN: dict[str, Callable[[Any], Any]] = {
+    "bare": lambda evil: evil,
+    "anything": lambda evil: evil,
+    "thing": lambda evil: evil,
+    "many": lambda evil: [evil],
+    "table": lambda evil: {"a": evil},
+    "named": lambda evil: {"a": [evil]},
+    "box": lambda evil: {"inside": evil},
+}
+
+
+@pytest.mark.parametrize("argument", [*OPEN, "counts of ours", "data"])
+def test_a_class_inside_an_argument_that_takes_anything_is_not_built(
+    argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = tmp_path / "executed"
+    evil = {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(marker)]}}
+    (tmp_path / "users_parts.py").write_text(USERS_PARTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    tree = tiny_tree(tmp_path)
+    if argument == "data":
+        own = {key: tree["data"]["init_args"][key] for key in ("path", "cache_dir")}
+        tree["data"] = {"class_path": "users_parts.Text", "init_args": {**own, "bare": evil}}
+    elif argument == "counts of ours":
+        tree["callbacks"] = [{"class_path": "lightning_spectral.TailTokenProbe", "init_args": {"counts": evil}}]
+    else:
+        tree["callbacks"] = [{"class_path": "users_parts.Open", "init_args": {argument: OPEN[argument](evil)}}]
+    with pytest.raises(ValueError, match="names a class, and .* takes anything there"):
+        pretrain(load(write_recipe(tmp_path, tree)), progress_bar=False)
+    assert not marker.exists()
+
+
+def test_a_class_of_the_type_that_an_argument_names_is_built(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+
+    from lightning_spectral.training.schema import _says_which
+
+    assert _says_which(RichProgressBarTheme)
+    assert _says_which(dict[str, int] | None)
+    assert not _says_which(dict[str, int] | Any)
+
+
 @pytest.mark.parametrize("path", ["subprocess.Popen", "os.mkdir"])
 def test_a_probe_yaml_builds_callbacks_only(path: str, tmp_path: Path) -> None:
     marker = tmp_path / "executed"

@@ -68,7 +68,8 @@ class RunLock:
     def touch(self) -> None:
         """Say that the run is alive."""
         if self.held:
-            self.path.touch()
+            with suppress(OSError):  # a lock that somebody has removed is not made again, empty
+                os.utime(self.path)
 
     def release(self) -> None:
         """Give the folder back."""

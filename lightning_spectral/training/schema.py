@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -239,9 +240,41 @@ def _check_class(key: str, spec: Any) -> None:
             f"`data` names `{path}`, which is no data module of litgpt's kind: use `HubText` for a data set of the "
             "hub, `lightning_spectral.data.TextFiles` for files, or a subclass of `litgpt.data.DataModule`."
         )
+    if isinstance(found, type):
+        _refuse_classes_of_no_type(key, found, init_args)
     known = inspect.signature(found).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         refuse_unknown_arguments(key, path, init_args, known)
+
+
+def _refuse_classes_of_no_type(key: str, kind: type, init_args: Mapping[str, Any]) -> None:
+    """A class inside an argument is checked against that argument's type; where it has none, any would be built."""
+    hints: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        with contextlib.suppress(Exception):  # annotations that cannot be read say nothing
+            hints |= get_type_hints(vars(base).get("__init__"))
+    for name, value in init_args.items():
+        if _names_a_class(value) and not _says_which(hints.get(name, Any)):
+            raise RecipeError(
+                f"`{key}.init_args.{name}` names a class, and {kind.__name__} takes anything there: it is not checked, "
+                "build it in a script."
+            )
+
+
+def _names_a_class(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "class_path" in value or any(map(_names_a_class, value.values()))
+    return isinstance(value, (list, tuple)) and any(map(_names_a_class, value))
+
+
+def _says_which(hint: Any) -> bool:
+    """Whether a type leaves nothing open: no ``Any``, also not inside of containers."""
+    if hint in (Any, object, dict, list, tuple, set, Callable) or isinstance(hint, TypeVar):
+        return False
+    if is_dataclass(hint):
+        return all(map(_says_which, get_type_hints(hint).values()))
+    is_open = inspect.isclass(get_origin(hint) or hint) and issubclass(get_origin(hint) or hint, (Mapping, Sequence))
+    return all(map(_says_which, get_args(hint))) if get_args(hint) else not is_open or hint in (str, bytes)
 
 
 def _check_optimizer(spec: Any) -> None:

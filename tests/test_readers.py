@@ -30,6 +30,7 @@ from lightning_spectral.analysis.tidy import read_points_csv
 from lightning_spectral.callbacks.probe_file import load_callbacks
 from lightning_spectral.callbacks.update_audience import read_audience
 from lightning_spectral.cli.model_source import model_of
+from lightning_spectral.data.litdata_folder import open_chunks
 from lightning_spectral.memory.advise import read_counts
 from lightning_spectral.memory.fit import read_results
 from lightning_spectral.models.checkpoint_file import CheckpointError, read_checkpoint
@@ -56,6 +57,7 @@ from lightning_spectral.tensorboard.reader import RunReader
 from lightning_spectral.text import CommandError
 from lightning_spectral.training.checkpoint_names import progress_of
 from lightning_spectral.training.document import RecipeError, read_tree
+from tests.data.test_litdata import write_folder
 from tests.records_factory import spectral
 
 DAMAGES = 60
@@ -119,6 +121,10 @@ def weights(folder: Path) -> Path:
 def spectra(folder: Path) -> Path:
     save_file({"layer_00.post.pooled": torch.arange(6.0)}, folder / "a.safetensors")
     return folder / "a.safetensors"
+
+
+def litdata(damaged: str) -> Callable[[Path], Path]:
+    return lambda folder: write_folder(folder / "tokens", [[1, 2, 3], [4, 5], [6]]) / damaged
 
 
 def log(name: str, *lines: str) -> Callable[[Path], Path]:
@@ -188,6 +194,8 @@ READERS = {
     "a log of the paper's": Reader(
         log("layer_1.txt", *(f"Step {n}: SE_post=5.4, PR_post=30.1" for n in range(5))), imported, (ValueError,)
     ),
+    "an index of litdata": Reader(litdata("index.json"), lambda path: open_chunks(path.parent), (ValueError,)),
+    "a chunk of litdata": Reader(litdata("chunk-0-0.bin"), lambda path: open_chunks(path.parent), (ValueError,)),
     "a manifest": Reader(log("m.csv", "run_id,width", "a,64", "b,128"), manifest_rows, (ValueError,)),
     "a recipe": Reader(text("a.yaml", yaml.safe_dump({"train": {"max_steps": 3}})), read_tree, (RecipeError,)),
     "probe.yaml": Reader(text("a.yaml", yaml.safe_dump(PROBE)), load_callbacks, (MisconfigurationException,)),

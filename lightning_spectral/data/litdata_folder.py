@@ -6,14 +6,13 @@ the ids of all of them; it is memory-mapped behind that header, and litdata itse
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_spectral.text import one_line
+from lightning_spectral.text import is_name, one_line, parse_json
 
 INDEX: Final = "index.json"
 _TYPES: Final = {2: np.uint16, 4: np.int32, 8: np.int64}  # by bytes: ids are not negative
@@ -38,8 +37,8 @@ def open_chunks(folder: Path) -> list[NDArray[Any]]:
         ValueError: If a chunk is missing or cut, or the folder holds something else than plain tokens.
     """
     try:
-        index = json.loads((folder / INDEX).read_text())
-        chunks, config = index["chunks"], index["config"]
+        index = parse_json((folder / INDEX).read_bytes())
+        chunks, config = [dict(chunk) for chunk in index["chunks"]], dict(index["config"])
         kind = str(config["data_format"][0]).split(":")[0]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"`{folder / INDEX}` is not litdata's: {one_line(error)}") from error
@@ -51,7 +50,10 @@ def open_chunks(folder: Path) -> list[NDArray[Any]]:
     for name in ("compression", "encryption"):
         if config.get(name):
             raise ValueError(f"the chunks of `{folder}` have {name} (`{config[name]}`): write them without.")
-    return [_open_chunk(folder / chunk["filename"], int(chunk["dim"])) for chunk in chunks]
+    for chunk in chunks:
+        if not is_name(chunk.get("filename")) or type(chunk["dim"]) is not int or chunk["dim"] < 1:
+            raise ValueError(f"`{folder / INDEX}` is not litdata's: it has a chunk {one_line(chunk)[:200]}.")
+    return [_open_chunk(folder / chunk["filename"], chunk["dim"]) for chunk in chunks]
 
 
 def _open_chunk(file: Path, num_tokens: int) -> NDArray[Any]:

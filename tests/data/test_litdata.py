@@ -113,3 +113,14 @@ def test_what_litdata_itself_writes_is_read_as_litdata_reads_it(tmp_path):
     theirs = litdata.StreamingDataset(str(out), item_loader=litdata.TokensLoader(block_size=block))
     expected = [ids[first : first + block] for ids in mine for first in range(0, len(ids) - block + 1, block)]
     assert [theirs[k].tolist() for k in range(len(theirs))] == expected
+
+
+@pytest.mark.parametrize("name", ["../../secret.bin", "/etc/hostname", "..", "", None, 3])
+def test_an_index_leads_nowhere_else(tmp_path, name):
+    folder = write_folder(tmp_path / "a" / "tokens", DOCUMENTS)
+    (tmp_path / "secret.bin").write_bytes((folder / "chunk-0-0.bin").read_bytes())
+    index = json.loads((folder / "index.json").read_text())
+    index["chunks"][0]["filename"] = name
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="is not litdata's: it has a chunk"):
+        open_chunks(folder)

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_spectral.probe.agreement import Agreement, MissingRankError
 from lightning_spectral.probe.background import has_free_core
 from lightning_spectral.probe.host import Host
-from lightning_spectral.probe.memory_plan import default_limit_mib, plan_of
+from lightning_spectral.probe.memory_plan import MemoryPlan, default_limit_mib, plan_of
 from lightning_spectral.probe.probe import SpectralProbe
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.settings import Measurement
@@ -64,15 +64,7 @@ def agree_to_measure(
         if measurement.options.reduce:
             _require_same_sites([part["sites"] for part in parts])
         beside = all(part["beside"] for part in parts)
-        plan = plan_of(  # alike on all ranks
-            probe,
-            min(part["limit_mib"] for part in parts),
-            agreement.world_size if measurement.options.reduce else 1,
-            twice=beside,
-            needs_all=measurement.settings.eigenvalues,
-            host_mib=min(part["host_mib"] for part in parts),
-            may_rotate=trains,
-        )
+        plan = _plan_of_all(probe, measurement, parts, beside=beside, trains=trains)
     except (ValueError, MissingRankError):
         remove(probe)
         raise
@@ -81,6 +73,21 @@ def agree_to_measure(
         return probe, beside
     probe.hold(plan)
     return probe, beside and plan.num_rows is None and not plan.on_host
+
+
+def _plan_of_all(
+    probe: SpectralProbe, measurement: Measurement, parts: list[dict[str, Any]], *, beside: bool, trains: bool
+) -> MemoryPlan | None:
+    """What is held of the rows, alike on all ranks; each has said how much room it has."""
+    return plan_of(
+        probe,
+        min(part["limit_mib"] for part in parts),
+        len(parts) if measurement.options.reduce else 1,
+        twice=beside,
+        needs_all=measurement.settings.eigenvalues,
+        host_mib=min(part["host_mib"] for part in parts),
+        may_rotate=trains,
+    )
 
 
 def _sites_of(probe: SpectralProbe | None) -> dict[str, Any]:

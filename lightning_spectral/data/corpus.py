@@ -200,16 +200,23 @@ def _text_pieces(file: Path) -> Iterator[str]:
 def _open_text(file: Path) -> IO[Any]:
     openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     if file.suffix.lower() == ".zst":
-        try:
-            import zstandard
-        except ModuleNotFoundError as error:
-            raise ValueError(f"`{file}` needs the package `zstandard`: `pip install zstandard`.") from error
+        _require_zstandard(file)
+        import zstandard
+
         opened: IO[Any] = zstandard.open(file, "rt", encoding="utf-8")
         return opened
     return openers.get(file.suffix.lower(), open)(file, "rt", encoding="utf-8")  # type: ignore[operator,no-any-return]
 
 
+def _require_zstandard(file: Path) -> None:
+    if importlib.util.find_spec("zstandard") is None:
+        raise ValueError(f"`{file}` needs the package `zstandard`: `pip install zstandard`.")
+
+
 def _rows(reader: str, files: list[str]) -> Iterator[dict[str, object]]:
+    for file in files:
+        if file.lower().endswith(".zst"):
+            _require_zstandard(Path(file))
     import datasets  # two seconds to import
 
     try:

@@ -111,9 +111,8 @@ def find_files(path: str | Path, *, suffixes: Collection[str] = READERS) -> Foun
             left_out.append((file, why))
     found = _by_split(readable, root, left_out)
     if not found.train:
-        seen = (
-            f" Left out there: {_listed(f'{file.name} ({why})' for file, why in found.left_out)}." if left_out else ""
-        )
+        not_used = [*((file, "held out by its name") for file in found.held_out), *found.left_out]
+        seen = f" Left out there: {_listed(f'{file.name} ({why})' for file, why in not_used)}." if not_used else ""
         raise FileNotFoundError(
             f"no text at `{path}`: give a {', '.join(suffixes)} file, a glob, or a folder that holds such files.{seen}"
         )

@@ -10,12 +10,14 @@ import glob
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from lightning_spectral.text import parse_json
 
+_NOT_WHOLE = r"(?![a-z\d]|\.\d|[_,]\d{3}(?!\d))"  # 1.2.3 is a version, 1_000 may be a step or two numbers
 _STEP = re.compile(
-    r"(?:^|[^a-z])(?:global[-_]?)?(?:steps?|iter|checkpoint|ckpt|update)[-_=]?(\d+)([km]?)(?![a-z\d])", re.I
+    r"(?:^|[^a-z])(?:global[-_]?)?(?:steps?|iter|checkpoint|ckpt|update)[-_=]?(\d+(?:\.\d+)?)([km]?)" + _NOT_WHOLE, re.I
 )
 _TOKENS = re.compile(r"(?:^|[^a-z])tokens?[-_=]?(\d+(?:\.\d+)?)([kmbt]?)(?![a-z\d])", re.I)
 _SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
@@ -44,10 +46,13 @@ def progress_of(checkpoint: Path) -> Progress:
 
 def _progress_of_name(name: str) -> Progress:
     step, tokens = _STEP.findall(name), _TOKENS.findall(name)
-    return Progress(
-        int(step[-1][0]) * _SCALE[step[-1][1].lower()] if step else None,
-        round(float(tokens[-1][0]) * _SCALE[tokens[-1][1].lower()]) if tokens else None,
-    )
+    return Progress(_number(*step[-1]) if step else None, _number(*tokens[-1]) if tokens else None)
+
+
+def _number(digits: str, unit: str) -> int | None:
+    """``1.5`` and ``k`` are 1,500; 1.5 alone is no count of anything."""
+    value = Decimal(digits) * _SCALE[unit.lower()]
+    return int(value) if value == int(value) else None
 
 
 def find_checkpoints(patterns: Sequence[str]) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -91,3 +93,31 @@ def test_bad_sizes_are_named() -> None:
         StepBatches(10, **SETTINGS, micro_batch=3, world_size=2)
     with pytest.raises(ValueError, match=r"`num_blocks` must be >= 1, got 0"):
         StepBatches(0, **SETTINGS, micro_batch=8)
+
+
+@pytest.mark.parametrize(("before", "after"), [((4, 1), (2, 2)), ((2, 2), (1, 4)), ((1, 4), (4, 1)), ((2, 1), (1, 2))])
+def test_a_run_goes_on_in_mid_epoch_with_another_number_of_ranks(
+    before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    """(Blocks per micro-batch, ranks); as many micro-batches per step, which is what Lightning counts."""
+    blocks = TokenBlocks(np.arange(200, dtype=np.uint16), 10)
+
+    def loaders(micro_batch: int, world_size: int) -> list[ResumableLoader]:
+        ranks = range(world_size)
+        settings = {**SETTINGS, "micro_batch": micro_batch, "world_size": world_size}
+        return [ResumableLoader(blocks, StepBatches(len(blocks), **settings, rank=rank)) for rank in ranks]
+
+    def starts(found: list[ResumableLoader], first: int, last: int | None) -> list[list[int]]:
+        """First token of each block, by step."""
+        parts = [[batch[:, 0].tolist() for batch in list(loader)[first:last]] for loader in found]
+        by_micro_batch = [sorted(itertools.chain(*group)) for group in zip(*parts, strict=True)]
+        steps = found[0].state_dict()["accumulation"]
+        return [sorted(itertools.chain(*by_micro_batch[k : k + steps])) for k in range(0, len(by_micro_batch), steps)]
+
+    whole = starts(loaders(*before), 0, None)
+    accumulation = loaders(*before)[0].state_dict()["accumulation"]
+    position = 3 * accumulation
+    resumed = loaders(*after)
+    for loader in resumed:
+        loader.load_state_dict({"position": position, "accumulation": accumulation})
+    assert whole[3:] == starts(resumed, 0, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -229,3 +230,20 @@ def test_the_fingerprint_follows_content_not_path(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     prints = {name: Corpus((tmp_path / name,)).fingerprint() for name in ("a.txt", "b.txt", "c.txt")}
     assert prints["a.txt"] == prints["b.txt"] != prints["c.txt"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.txt.zst"])
+def test_a_zstandard_file_without_the_package_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd")
+    missing = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda word: None if word == "zstandard" else missing(word))
+    with pytest.raises(ValueError, match=rf"`.*{name}` needs the package `zstandard`: `pip install zstandard`"):
+        list(documents(Corpus.of(find_files(tmp_path), "text")))
+
+
+def test_a_folder_with_held_out_text_alone_says_that_it_was_seen(tmp_path: Path) -> None:
+    (tmp_path / "test.txt").write_text("words")
+    with pytest.raises(FileNotFoundError, match=r"Left out there: test.txt \(held out by its name\)"):
+        find_files(tmp_path)

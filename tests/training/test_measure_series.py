@@ -37,6 +37,15 @@ pytestmark = [pytest.mark.filterwarnings(text) for text in LIGHTNING_WARNINGS]
         ("pythia-160m", None, None),
         ("main", None, None),
         ("footstep9", None, None),
+        ("ckpt_1.5k", 1_500, None),
+        ("step100.0", 100, None),
+        ("step12-tokens0.1234B", 12, 123_400_000),
+        ("checkpoint_500_2024", 500, None),
+        ("checkpoint-1_000", None, None),  # one number, or two
+        ("step-1,000", None, None),
+        ("step1.5", None, None),
+        ("step-1.2.3", None, None),
+        ("step1e3", None, None),
         ("step3b", None, None),  # no step, or one of another unit: not guessed
     ],
 )

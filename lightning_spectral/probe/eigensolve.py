@@ -54,7 +54,8 @@ class Eigensolver:
             return None
         if self._exact and (len(own.matrix_MM) < MIN_WIDTH or own.num_tokens <= self.fp64_up_to):
             return None
-        eigs = eigenvalues(own.matrix_MM.float()).to(own.matrix_MM.dtype)
+        low_MM = own.matrix_MM.to(torch.float32, copy=True)
+        eigs = eigenvalues(low_MM, overwrite=True).to(own.matrix_MM.dtype)
         if not self._exact or is_accurate(eigs, own):
             return eigs
         self.fp64_up_to = own.num_tokens

@@ -28,15 +28,16 @@ _REDUCE = ("char", "int", "x", "int", "x", "x", "x", "x", "int", "int")  # point
 _SOLVE = ("int", "x", "x", "int")
 
 
-def eigenvalues(matrix_MM: Tensor) -> Tensor:
+def eigenvalues(matrix_MM: Tensor, *, overwrite: bool = False) -> Tensor:
     """All eigenvalues, ascending, ``(M,)``, in the type of the matrix.
 
     Args:
         matrix_MM: Symmetric and finite, fp32 or fp64.
+        overwrite: The matrix is not needed afterwards: it may be worked in.
     """
     width = len(matrix_MM)
     if matrix_MM.device.type == "cpu" and MIN_WIDTH <= width <= MAX_WIDTH and scipy_is_faster(width):
-        return by_scipy(matrix_MM)
+        return by_scipy(matrix_MM, overwrite=overwrite)
     return torch.linalg.eigvalsh(matrix_MM)
 
 
@@ -45,8 +46,12 @@ def scipy_is_faster(width: int) -> bool:
     return _is_faster(min(1 << (width - 1).bit_length(), _TRIAL_WIDTH))
 
 
-def by_scipy(matrix_MM: Tensor) -> Tensor:
+def by_scipy(matrix_MM: Tensor, *, overwrite: bool = False) -> Tensor:
     """All eigenvalues, ascending; to tridiagonal form, then by Pal, Walker and Kahan's QL.
+
+    Args:
+        matrix_MM: As for :func:`eigenvalues`.
+        overwrite: As for :func:`eigenvalues`.
 
     Raises:
         RuntimeError: If LAPACK does not converge, or this SciPy does not export it.
@@ -56,7 +61,8 @@ def by_scipy(matrix_MM: Tensor) -> Tensor:
     reduce, solve = _function(f"{letter}sytrd", _REDUCE), _function(f"{letter}sterf", _SOLVE)
     if reduce is None or solve is None:
         raise RuntimeError("this SciPy does not export LAPACK's `sytrd` and `sterf`.")
-    work_MM = matrix_MM.clone(memory_format=torch.contiguous_format)
+    in_place = overwrite and matrix_MM.is_contiguous()
+    work_MM = matrix_MM if in_place else matrix_MM.clone(memory_format=torch.contiguous_format)
     diagonal_M, beside_M, reflectors_M = torch.empty(3, width, dtype=kind)
     work = torch.empty(_BLOCK * width, dtype=kind)
     side, size, room = ctypes.c_char(b"U"), ctypes.c_int(width), ctypes.c_int(len(work))

@@ -28,6 +28,10 @@ def test_eigenvalues_are_numpys(width, dtype, rounding):
         assert found.dtype == dtype
         assert np.allclose(found.double().numpy(), expected, rtol=0, atol=rounding * expected[-1])
     assert torch.equal(matrix, kept)  # LAPACK works in place: on a copy
+    once = lapack.by_scipy(matrix)
+    assert torch.equal(lapack.by_scipy(matrix.clone(), overwrite=True), once)
+    other_half = lapack.by_scipy(matrix.clone().mT, overwrite=True)  # a product is symmetric up to rounding
+    assert torch.allclose(other_half, once, rtol=0, atol=2 * rounding * float(once[-1]))
 
 
 def test_a_view_of_a_larger_matrix_is_solved_as_what_it_shows():

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
-import re
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_spectral.callbacks.audience_matrices import (
+    matrices_of,
+    moments_of,
+    refuse_what_hides_matrices,
+    states_of,
+)
 from lightning_spectral.callbacks.fit_start import BeginsFit
 from lightning_spectral.callbacks.trainer_host import folder_of, log_scalars
 from lightning_spectral.functional.buckets import frequency_buckets
-from lightning_spectral.models.names import clean_names
 from lightning_spectral.probe import audience
+from lightning_spectral.probe.agreement import Agreement, MissingRankError, wait_limit
 from lightning_spectral.probe.audience import RULES, AudienceRecord
 from lightning_spectral.probe.audience_passes import (
     GroupGradients,
@@ -32,16 +38,15 @@ from lightning_spectral.probe.audience_passes import (
     whole,
 )
 from lightning_spectral.probe.grouping import load_counts
-from lightning_spectral.probe.guard import warn
+from lightning_spectral.probe.guard import DeliberateError, Guard
 from lightning_spectral.probe.run_folder import new_run_id
 from lightning_spectral.probe.schedule import Schedule
 from lightning_spectral.records import append_lines
-from lightning_spectral.text import one_line, parse_json
+from lightning_spectral.text import parse_json
 from lightning_spectral.text.arguments import require_count
 
 AUDIENCE_FILE = "audience.jsonl"
-_HEAD = re.compile(r"(^|\.)(lm_head|head|embed_out|unembed|output_layer)\.")
-_MOMENTUM_KEYS = ("momentum_buffer", "momentum", "exp_avg")
+_WAITING_AT_MOST = 50_000  # records kept in memory while they cannot be written
 TokenLosses = Callable[[pl.LightningModule, Any], tuple[Tensor, Tensor]]
 
 
@@ -78,8 +83,9 @@ class UpdateAudience(BeginsFit):
     what other rules make of the same momentum. Writes ``audience.jsonl`` into the run folder and scalars
     ``audience.applied.tail/mlp.proj`` to every logger.
 
-    One device, DDP or FSDP2, where each group takes a forward pass of its own as well and matrices are gathered one at
-    a time. FSDP1, which flattens its matrices, and tensor parallelism are refused.
+    What goes wrong in it loses a window, with one warning, and a rank without it makes the others stand down: training
+    goes on. One device, DDP or FSDP2, where each group takes a forward pass of its own as well and matrices are
+    gathered one at a time. FSDP1, which flattens its matrices, and tensor parallelism are refused.
 
     Args:
         every_n_steps: Measure the first step and every n-th.
@@ -129,6 +135,11 @@ class UpdateAudience(BeginsFit):
         self._current: Any = None
         self._armed: int | None = None
         self._measured: tuple[GroupGradients, bool] | None = None
+        self._tried = False  # to measure the armed step
+        self._guard = Guard("UpdateAudience")
+        self._agreement: Agreement | None = None
+        self._num_asked, self._busy_s = 0, 0.0
+        self._waiting: list[str] = []  # lines that could not be written yet
         self._parameters: list[Tensor] = []  # all, as the optimizer knows them
         self._before: dict[str, Tensor] = {}
 
@@ -151,8 +162,8 @@ class UpdateAudience(BeginsFit):
         self._groups = (
             (("head", "mid", "tail"), table_V) if self.group_by == "frequency" else audience.octaves(counts_V)
         )
-        _refuse_what_hides_matrices(trainer)
-        self._matrices = dict(_matrices(pl_module))
+        refuse_what_hides_matrices(trainer)
+        self._matrices = dict(matrices_of(pl_module))
         if not self._matrices:
             raise MisconfigurationException(
                 f"UpdateAudience found no trainable matrix in `{type(pl_module).__name__}` beside embedding and head."
@@ -160,21 +171,28 @@ class UpdateAudience(BeginsFit):
         self._parameters = list(pl_module.parameters())
         if self.run_id is None:
             self.run_id = new_run_id()
+        self._guard, self._agreement = Guard("UpdateAudience"), Agreement("UpdateAudience")
+        self._num_asked, self._busy_s = 0, 0.0
+        mine = [self.schedule.every_n_steps, self.group_by, list(self.rules), list(self._groups[0])]
+        answers = self._ask({"arguments": mine})
+        if answers is not None and any(answer["arguments"] != mine for answer in answers):
+            self._stand_down("ranks have it with other arguments: nothing is measured.")
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._current = batch
-        if self._armed is None and self.schedule.is_due(trainer.global_step):
+        if self._matrices and self._armed is None and self.schedule.is_due(trainer.global_step):
             self._armed = trainer.global_step
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if self._armed is None or self._measured is not None:
+        if self._armed is None or self._tried or self._ask({}) is None:
             return
+        self._tried = True
         held_out = self._earlier is not None
         batch = self._earlier if held_out else self._current
         names, table_V = self._groups
@@ -186,31 +204,35 @@ class UpdateAudience(BeginsFit):
             code_N = table_V.to(target_N.device)[target_N.clamp(min=0)]
             return loss_N, torch.where(target_N < 0, -1, code_N)  # padding
 
-        with undisturbed(pl_module), torch.enable_grad():
-            if any(map(is_sharded, matrices)):
-                found = sharded_group_gradients(forward, len(names), matrices, self._parameters)
-            else:
-                found = group_gradients(forward, len(names), matrices)
-        self._measured = (found, held_out)
-        self._before = {name: matrix.detach().clone() for name, matrix in self._matrices.items()}
+        with self._alone("gradients of the groups"):
+            with undisturbed(pl_module), torch.enable_grad():
+                if any(map(is_sharded, matrices)):
+                    found = sharded_group_gradients(forward, len(names), matrices, self._parameters)
+                else:
+                    found = group_gradients(forward, len(names), matrices)
+            self._before = {name: matrix.detach().clone() for name, matrix in self._matrices.items()}
+            self._measured = (found, held_out)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._armed is not None and self._measured is not None and trainer.global_step > self._armed:
-            step, measured = self._armed, self._measured
-            self._armed, self._measured = None, None
-            self.schedule.previous = step
-            self._publish(trainer, self._records(trainer, step, *measured))
-            self._before = {}
+        if self._armed is not None and self._tried and trainer.global_step > self._armed:
+            self.schedule.previous = self._armed
+            self._close_window(trainer, self._armed)
+            self._armed, self._measured, self._tried, self._before = None, None, False, {}
         if self._armed is None:  # else the step of this micro-batch is not over
             self._earlier = batch
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._waiting:
+            self._write(Path(self.dirpath or folder_of(trainer)))
+        if self._waiting:
+            self._guard.say("lost", f"{len(self._waiting)} records are lost: they could not be written.")
+            self._waiting = []
         self._matrices, self._parameters, self._before, self._measured, self._armed = {}, [], {}, None, None
-        self._earlier, self._current = None, None
+        self._earlier, self._current, self._tried = None, None, False
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -220,13 +242,60 @@ class UpdateAudience(BeginsFit):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.schedule.previous = state_dict["previous"]
 
+    def _ask(self, said: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """What every rank says, in bounded time; ``None`` where one did not come: nothing more is measured."""
+        assert self._agreement is not None
+        self._num_asked += 1
+        try:
+            return self._agreement.exchange(str(self._num_asked), said, limit_s=wait_limit(self._busy_s))
+        except MissingRankError as error:
+            self._stand_down(f"{error}: the others measure nothing. Add it on every rank.")
+            return None
+
+    def _stand_down(self, reason: str) -> None:
+        self._guard.say("stood down", reason, on_every_rank=True)
+        self._matrices, self._armed, self._tried = {}, None, False
+
+    @contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """An error of this rank's own computing loses the window; sharded matrices are gathered by all, or by none."""
+        began = time.monotonic()
+        if any(map(is_sharded, self._matrices.values())):
+            yield
+            return
+        with self._guard(what):
+            try:
+                yield
+                self._busy_s = time.monotonic() - began
+            except MisconfigurationException as error:  # what the user has to change, in the first window
+                raise DeliberateError(str(error)) from error
+
+    def _close_window(self, trainer: pl.Trainer, step: int) -> None:
+        gains = None
+        with self._alone("gains of the groups"):
+            if self._measured is not None:
+                gains = self._gains(self._measured[0], states_of(trainer.optimizers))
+        answers = self._ask({"measured": gains is not None})
+        if answers is None:
+            return
+        lost = [rank for rank, answer in enumerate(answers) if not answer["measured"]]
+        if lost:
+            if gains is not None:  # a rank that failed has said so
+                ranks = ", ".join(map(str, lost))
+                self._guard.say("lost window", f"step {step} is left out: rank(s) {ranks} failed. Training goes on.")
+            return
+        assert self._measured is not None
+        assert gains is not None
+        records = self._records(step, gains, *self._measured)
+        with self._guard("publishing", "not_logged"):
+            self._publish(trainer, records)
+
     def _records(
-        self, trainer: pl.Trainer, step: int, measured: GroupGradients, held_out: bool
+        self, step: int, gains: dict[str, Any], measured: GroupGradients, held_out: bool
     ) -> list[AudienceRecord]:
         names, (buckets, _) = list(self._matrices), self._groups
         device = self._matrices[names[0]].device
         totals = sum_over_ranks(torch.stack([measured.tokens_G, measured.losses_G]), device)
-        gains = self._gains(measured, _states(trainer.optimizers))
         records: list[AudienceRecord] = []
         for rule in self.rules:
             for kind, own in audience.by_kind(gains[rule]).items():
@@ -251,7 +320,7 @@ class UpdateAudience(BeginsFit):
         for position, (name, matrix) in enumerate(self._matrices.items()):
             gradients = [None if of is None else whole(of[position]) for of in measured.of_group]
             applied = whole(self._before[name] - matrix.detach())
-            momentum, second = _moments(matrix, states.get(id(matrix), {}))
+            momentum, second = moments_of(matrix, states.get(id(matrix), {}))
             for rule in self.rules:
                 direction: Tensor | None = applied
                 if rule != "applied":
@@ -268,11 +337,17 @@ class UpdateAudience(BeginsFit):
         scalars |= {f"audience.loss/{r.bucket}": r.loss for r in records if r.loss is not None}
         log_scalars(trainer, scalars, records[0].step if records else None)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            folder = Path(self.dirpath or folder_of(trainer))
-            try:
-                append_lines(folder / AUDIENCE_FILE, [json.dumps(record.as_dict()) for record in records])
-            except OSError as error:  # an observer ends no training
-                warn(f"UpdateAudience: records of a step are lost, `{folder}` cannot be written: {one_line(error)}.")
+            self._waiting += [json.dumps(record.as_dict()) for record in records]
+            self._write(Path(self.dirpath or folder_of(trainer)))
+
+    def _write(self, folder: Path) -> None:
+        """Append what waits; an observer ends no training."""
+        dropped, self._waiting = self._waiting[:-_WAITING_AT_MOST], self._waiting[-_WAITING_AT_MOST:]
+        if dropped:
+            self._guard.say("dropped", "records are lost: they could not be written for too long.")
+        with self._guard(f"writing to `{folder}`", "not_written"):
+            append_lines(folder / AUDIENCE_FILE, self._waiting)
+            self._waiting = []
 
 
 def read_audience(path: str | Path) -> list[AudienceRecord]:
@@ -286,47 +361,3 @@ def read_audience(path: str | Path) -> list[AudienceRecord]:
         except (ValueError, TypeError):
             continue
     return records
-
-
-def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Trainable matrices but embeddings (tied heads among them) and what is called a head."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    names = clean_names(name for name, _ in model.named_parameters())
-    for raw, parameter in model.named_parameters():
-        hidden = parameter.ndim == 2 and id(parameter) not in embeddings and not _HEAD.search(names[raw])
-        if hidden and parameter.requires_grad and parameter.numel():
-            yield names[raw], parameter
-
-
-def _moments(matrix: Tensor, state: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-    """Momentum (the gradient where the optimizer keeps none) and second moment, whole; ``None`` what there is not."""
-    momentum = next((state[key] for key in _MOMENTUM_KEYS if isinstance(state.get(key), Tensor)), matrix.grad)
-    if momentum is None or momentum.shape != matrix.shape:
-        return None, None
-    momentum, second = whole(momentum.detach()), state.get("exp_avg_sq")
-    finite = bool(torch.isfinite(momentum).all())
-    return momentum if finite else None, whole(second) if isinstance(second, Tensor) else None
-
-
-def _refuse_what_hides_matrices(trainer: pl.Trainer) -> None:
-    strategy = trainer.strategy
-    if isinstance(strategy, FSDPStrategy):
-        raise MisconfigurationException(
-            "UpdateAudience needs matrices, and FSDPStrategy (FSDP1) flattens them; use ModelParallelStrategy with "
-            "`fully_shard` (FSDP2), or DDP."
-        )
-    mesh = getattr(strategy, "device_mesh", None) if isinstance(strategy, ModelParallelStrategy) else None
-    if mesh is not None and mesh["tensor_parallel"].size() > 1:
-        raise MisconfigurationException(
-            f"UpdateAudience does not support tensor parallelism, got tensor_parallel_size="
-            f"{mesh['tensor_parallel'].size()}; set it to 1 (FSDP2), or use DDP."
-        )
-
-
-def _states(optimizers: Sequence[Any]) -> dict[int, dict[str, Any]]:
-    """State of every parameter by its id."""
-    return {
-        id(parameter): state
-        for optimizer in optimizers
-        for parameter, state in getattr(optimizer, "_optimizer", optimizer).state.items()
-    }

@@ -2,11 +2,13 @@
 
 import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
 
 from lightning_spectral.callbacks import TailTokenProbe, UpdateAudience
 from lightning_spectral.callbacks.update_audience import read_audience, token_losses
@@ -206,3 +208,83 @@ def test_set_ups_that_cannot_be_measured_are_refused_before_step_1(tmp_path):
         token_losses(Module(), torch.zeros(3))
     with pytest.raises(MisconfigurationException, match="forward"):
         token_losses(tiny.Module(), torch.zeros(3, 4).long())
+
+
+class Fails(UpdateAudience):
+    """Raises once in its own computing."""
+
+    where, error, times = "", MemoryError("no room"), 1
+
+    def __init__(self, where, error, path):
+        self.where, self.error, self.times = where, error, 1
+
+        def losses_fn(module, batch):
+            self._at("passes")
+            return token_losses(module, batch)
+
+        super().__init__(1, counts=tiny.counts(), dirpath=str(path), losses_fn=losses_fn)
+
+    def _at(self, where):
+        if where == self.where and self.times:
+            self.times -= 1
+            raise self.error
+
+    def _gains(self, *arguments):
+        self._at("gains")
+        return super()._gains(*arguments)
+
+    def _publish(self, *arguments):
+        self._at("publishing")
+        super()._publish(*arguments)
+
+
+ERRORS = [MemoryError("no room"), torch.OutOfMemoryError("CUDA"), torch.linalg.LinAlgError("svd"), OverflowError("big")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("where", ["passes", "gains", "publishing"])
+def test_an_error_of_the_measurement_loses_a_window_and_not_the_training(tmp_path, where, error):
+    plain = run(tmp_path / "a")
+    with pytest.warns(UserWarning, match=f"{type(error).__name__}.*Training goes on"):
+        watched = run(tmp_path / "b", Fails(where, error, tmp_path / "b"))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
+    assert {record.step for record in read_audience(tmp_path / "b")} == {1, 2, 3}
+
+
+def test_a_batch_that_it_does_not_know_is_still_an_error(tmp_path):
+    class NoForward(tiny.Module):
+        pass
+
+    audience = UpdateAudience(1, counts=tiny.counts(), dirpath=str(tmp_path))
+    with pytest.raises(RuntimeError, match="knows batches of token ids"):
+        tiny.trainer(tmp_path, [audience]).fit(NoForward(), tiny.loader())
+
+
+class Blocked(Callback):
+    """A file stands where the folder should be, until a step."""
+
+    def __init__(self, folder, until):
+        self.folder, self.until = folder, until
+        folder.write_text("in the way")
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.until:
+            self.folder.unlink()
+
+
+@pytest.mark.parametrize(("until", "steps"), [(2, {0, 1, 2, 3}), (99, None)])
+def test_what_cannot_be_written_waits_and_is_tried_again(tmp_path, until, steps):
+    plain, folder = run(tmp_path / "a"), tmp_path / "records"
+    audience = UpdateAudience(1, counts=tiny.counts(), dirpath=str(folder))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        watched = run(tmp_path / "b", Blocked(folder, until), audience)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
+    said = [str(one.message) for one in told if "UpdateAudience" in str(one.message)]
+    assert "writing to" in said[0]
+    if steps is None:
+        assert len(said) == 2
+        assert "records are lost" in said[1]
+    else:
+        assert len(said) == 1
+        assert {record.step for record in read_audience(folder)} == steps

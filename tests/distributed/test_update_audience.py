@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import FSDPStrategy
 
 from lightning_spectral.callbacks import UpdateAudience
-from lightning_spectral.callbacks.update_audience import read_audience
+from lightning_spectral.callbacks.update_audience import read_audience, token_losses
 from lightning_spectral.optim import Muon
 from tests.callbacks import tiny
 from tests.distributed.harness import run_ranks
@@ -156,3 +158,48 @@ def test_fsdp1_is_refused():
     trainer = SimpleNamespace(strategy=strategy, ckpt_path=None, global_step=0)
     with pytest.raises(MisconfigurationException, match="FSDP2"):
         UpdateAudience(counts=tiny.counts()).begin_fit(trainer, Sgd())
+
+
+def on_one_rank(rank: int, world_size: int, path: str, odd: str) -> tuple[list[torch.Tensor], float, list[str]]:
+    """Something about rank 1, or about rank 0, is not as on the other; "" for nothing of ours."""
+
+    def losses_fn(module: torch.nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if odd == "fails" and rank == 1 and seen.pop():
+            raise MemoryError("no room")
+        return token_losses(module, batch)
+
+    seen = [False, False, False, True]
+    callbacks = [UpdateAudience(1 + (odd == "other"), counts=tiny.counts(), dirpath=path, losses_fn=losses_fn)]
+    if not odd or odd == f"not on {rank}":
+        callbacks = []
+    elif odd == "other" and rank == 1:
+        callbacks = [UpdateAudience(1, counts=tiny.counts(), dirpath=path)]
+    trainer = tiny.trainer(path, callbacks, devices=world_size, use_distributed_sampler=False, strategy="ddp")
+    module, began = Sgd(), time.monotonic()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer.fit(module, loader(rank, world_size))
+    said = [str(one.message) for one in told if "UpdateAudience" in str(one.message)]
+    return [parameter.detach().clone() for parameter in module.parameters()], time.monotonic() - began, said
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        ("not on 0", "rank(s) 0 did not come"),
+        ("not on 1", "rank(s) 1 did not come"),
+        ("other", "other arguments"),
+        ("fails", "Training goes on"),
+    ],
+)
+def test_what_is_odd_on_one_rank_ends_and_hangs_no_training(tmp_path, odd, said):
+    plain = run_ranks(on_one_rank, 2, str(tmp_path / "plain"), "")
+    found = run_ranks(on_one_rank, 2, str(tmp_path / "odd"), odd)
+    for (weights, *_), (measured, seconds, _) in zip(plain, found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(weights, measured, strict=True))
+        assert seconds < 45
+    for rank, (_, _, told) in enumerate(found):
+        assert odd == f"not on {rank}" or any(said in text for text in told), told
+    steps = {record.step for record in read_audience(tmp_path / "odd")} if odd == "fails" else None
+    if steps is not None:
+        assert steps == {1, 2, 3}

@@ -123,6 +123,7 @@ def _arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 def _series(checkpoints: list[Path], options: argparse.Namespace) -> int:
     """More than two: run folders that `fit` and `report` read, and one line per checkpoint."""
+    from lightning_spectral.probe.guard import DeliberateError
     from lightning_spectral.records import read_spectral
     from lightning_spectral.training.measure_series import measure_series
 
@@ -136,7 +137,7 @@ def _series(checkpoints: list[Path], options: argparse.Namespace) -> int:
             report=lambda line: print(line, file=out, flush=True),
             **_arguments(options),
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, DeliberateError) as error:
         raise CommandError(str(error)) from error
     found = [
         (folder, record) for folder in result.folders if folder.is_dir() for record in read_spectral(folder).records
@@ -166,6 +167,7 @@ def series_table(found: list[tuple[Path, SpectralRecord]], out: Path) -> Table:
 
 
 def _measure(checkpoints: list[Path], options: argparse.Namespace) -> list[Measured]:
+    from lightning_spectral.probe.guard import DeliberateError
     from lightning_spectral.training.measure import measure_checkpoint
 
     try:
@@ -179,7 +181,7 @@ def _measure(checkpoints: list[Path], options: argparse.Namespace) -> list[Measu
             )
             for number, checkpoint in enumerate(checkpoints, start=1)
         ]
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, DeliberateError) as error:
         raise CommandError(str(error)) from error
 
 

@@ -103,8 +103,13 @@ def find_files(path: str | Path, *, suffixes: Collection[str] = READERS) -> Foun
         root = Path(re.split(r"[*?\[]", text)[0] + "x").parent  # the last folder that is not a pattern
     wants_markdown = re.search(r"\.md$", text) is not None
     readable, left_out = [], []
+    present = set(candidates)
     for file in sorted(candidates):
         why = _why_left_out(file, suffixes, wants_markdown)
+        if any(part.startswith(".") for part in (file.relative_to(root).parts if file.is_relative_to(root) else ())):
+            why = ""  # `.cache`, `.git`, `.ipynb_checkpoints`: copies that nobody would call data
+        elif why is None and file.suffix.lower() in COMPRESSED and file.with_suffix("") in present:
+            why = f"`{file.stem}` is beside it"
         if why is None:
             readable.append(file)
         elif why:

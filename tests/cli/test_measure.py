@@ -276,3 +276,21 @@ def test_text_that_is_not_there_or_too_short(hugging_face, tmp_path, capsys):
         == 2
     )
     assert "one sequence needs 33: lower `--seq_length`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("no room")])
+def test_a_solver_that_fails_is_one_sentence_and_the_next_try_goes_on(
+    error, trained, text, tmp_path, capsys, monkeypatch
+):
+    def failing(*_, **__):
+        raise error
+
+    given = ["measure", str(trained / "final"), *words(text, tmp_path / "out")]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.linalg, "eigvalsh", failing)
+        assert cli.main(given) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "solve_failed" in said
+    assert str(error) in said
+    assert cli.main(given) == 0
+    assert all(record.soft_rank for record in read_spectral(tmp_path / "out").records)

@@ -118,6 +118,35 @@ def test_a_snapshot_of_a_data_set_is_not_trained_on_its_card(tmp_path: Path) -> 
     assert find_files(f"{tmp_path}/*.md").train == (tmp_path / "README.md",)  # asked for
 
 
+@pytest.mark.parametrize("folder", [".cache/huggingface/download", ".git", "part/.ipynb_checkpoints"])
+def test_what_lies_in_hidden_folders_is_not_data(folder: str, tmp_path: Path) -> None:
+    """A notebook's copies, a download's notes, a repository's: each text would be trained on once more."""
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "copy.txt").write_text("text")
+    (tmp_path / "part.txt").write_text("text")
+    for path in (tmp_path, f"{tmp_path}/**/*.txt", f"{tmp_path}/**"):
+        assert find_files(path).train == (tmp_path / "part.txt",)
+    hidden = (tmp_path / folder).rename(tmp_path / ".mine")
+    assert find_files(hidden).train == (hidden / "copy.txt",)  # asked for
+
+
+def test_a_file_and_its_compressed_copy_are_one_text(tmp_path: Path) -> None:
+    import gzip
+
+    for name in ("a.jsonl", "b.txt"):
+        (tmp_path / name).write_text('{"text": "a row"}\n')
+        with gzip.open(tmp_path / f"{name}.gz", "wt") as file:
+            file.write('{"text": "a row"}\n')
+    with gzip.open(tmp_path / "c.txt.gz", "wt") as file:
+        file.write("alone")
+    found = find_files(tmp_path)
+    assert [file.name for file in found.train] == ["a.jsonl", "b.txt", "c.txt.gz"]
+    assert [(file.name, why) for file, why in found.left_out] == [
+        ("a.jsonl.gz", "`a.jsonl` is beside it"),
+        ("b.txt.gz", "`b.txt` is beside it"),
+    ]
+
+
 def test_compressed_files_are_read(tmp_path: Path) -> None:
     import bz2
     import gzip

@@ -108,7 +108,7 @@ class Publication:
             if self.solver is None:
                 return release(closed.solve())
             if stage == "train" and is_full_precision(self.probe.device):
-                return self.solver.submit(closed.solve, release)
+                return self.solver.submit(closed.solve, release, self.run_folder.solving)
             self.earlier |= self.solver.drain()  # records stay in the order of the windows
             return release(closed.solve())
         return {}

@@ -59,6 +59,7 @@ class RunFolder:
         self._known: dict[str, dict[tuple[Any, ...], frozenset[str]]] = {name: {} for name in _READERS}
         self._field_sets: dict[frozenset[str], frozenset[str]] = {}  # each once: a run has a few, and many records
         self._waiting: dict[str, list[Any]] = {name: [] for name in _READERS}
+        self.solving: list[Any] = []  # windows that are being solved, in the order in which they ended
         self._num_dropped = 0
         self._told = False
         self._lock: RunLock | None = None

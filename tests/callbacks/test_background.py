@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -224,3 +225,40 @@ def test_the_second_window_counts_as_memory(tmp_path, background):
     run.fit(Module(intermediate_size=64), loader())
     waiting = [record.layer for record in read_spectral(tmp_path).records if record.status == "not_in_turn"]
     assert waiting == ([1] if background else [])  # room for two windows' states of one layer only
+
+
+@pytest.mark.parametrize("how", ["poll", "drain", "close"])
+def test_of_two_observers_of_a_folder_the_window_that_ended_first_is_published_first(how):
+    """Whose solve is done first is chance: records of one key, the first of which stays, must not depend on it."""
+    queue, published, may_end = [], [], threading.Event()
+    first, second = BackgroundSolver(), BackgroundSolver()
+
+    def slow():
+        may_end.wait(30)
+        return ["first"]
+
+    def publish(result):
+        published.extend(result)
+        return dict.fromkeys(result, 1.0)
+
+    first.submit(slow, publish, queue)
+    second.submit(lambda: ["second"], publish, queue)
+    while not second._pending[0].done():
+        time.sleep(0.01)
+    assert second.poll() == {}
+    may_end.set()
+    if how == "poll":
+        while not first._pending[0].done():
+            time.sleep(0.01)
+        assert second.poll() == {}  # not its turn
+        assert first.poll() == {"first": 1.0}
+        assert second.poll() == {"second": 1.0}
+    elif how == "drain":
+        assert second.drain() == {"second": 1.0}
+        assert first.drain() == {"first": 1.0}  # what was published in its turn is told by itself
+    else:
+        second.close()
+    first.close()
+    second.close()
+    assert published == ["first", "second"]
+    assert queue == []

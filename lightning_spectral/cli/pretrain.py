@@ -124,7 +124,7 @@ def _train(config: str, words: list[str], style: str, accept_changes: bool) -> i
     if (table := summary(outcome.run_folder)) is not None:
         print_table(table, style)
     else:
-        print("no spectral records: the recipe has no SpectralRankCallback.", file=out)
+        print("no spectral records: nothing was measured in this run.", file=out)
     print("\n".join(_losses(outcome.val_loss, outcome.unigram_entropy)), file=out)
     print(f"run folder   {outcome.run_folder}  (step {outcome.step}, {outcome.tokens:,} tokens)", file=out)
     if recipe.content["logger_name"] == "tensorboard":

@@ -14,7 +14,7 @@ from lightning_spectral.probe.host import Host
 from lightning_spectral.probe.memory_plan import MemoryPlan, default_limit_mib, plan_of
 from lightning_spectral.probe.probe import SpectralProbe
 from lightning_spectral.probe.run_folder import RunFolder
-from lightning_spectral.probe.settings import Measurement
+from lightning_spectral.probe.settings import Measurement, ProbeSettings
 from lightning_spectral.probe.token_counts import StreamCounts
 
 
@@ -126,11 +126,15 @@ def said_at_start(
     products = "".join(f"products of width {width} by {choice}; " for width, choice in probe.products.items())
     return (
         f"{name}: {len(sites)} sites ({sites[0].name} ... {sites[-1].name}), state in a window {state} and up "
-        f"to {probe.waiting_mib:.1f} MiB of rows, every {settings.every_n_steps} steps on "
-        f"{', '.join(settings.on)}; {products}"
+        f"to {probe.waiting_mib:.1f} MiB of rows, {_when(settings)}; {products}"
         f"{'' if probe.plan is None else f'{probe.plan}; '}"
         f"{'solved in the background; ' if beside else ''}records in `{folder.path if folder else None}`."
     )
+
+
+def _when(settings: ProbeSettings) -> str:
+    """``every 200 steps of train, each validation``: an evaluation is one window, whenever the trainer begins it."""
+    return ", ".join(f"every {settings.every_n_steps} steps" if on == "train" else f"each {on}" for on in settings.on)
 
 
 def _make_probe(model: nn.Module, measurement: Measurement, stream: StreamCounts | None, counts: Any) -> SpectralProbe:

@@ -21,11 +21,11 @@ from lightning_spectral.functional.rank import DEFAULT_RENYI_ORDERS
 from lightning_spectral.models.families import Hint, as_hints
 from lightning_spectral.probe.grouping import Grouping, by_frequency, by_position, load_counts, pooled_only
 from lightning_spectral.probe.options import CONVENTIONS, PAPER_EPSILON, ProbeOptions, conventions_of
+from lightning_spectral.records import STAGES
 from lightning_spectral.text import is_name
 from lightning_spectral.text.arguments import require_choice, require_count
 
-STAGES = ("train", "validation", "test", "predict")
-MEASURE = "measure"  # the stage of a pass over a finished model, outside of any loop
+*LOOPS, MEASURE = STAGES  # a trainer knows the loops, `measure` passes over a finished model
 NONFINITE_POLICIES = ("warn", "record", "raise")
 STREAM = "stream"
 
@@ -130,8 +130,8 @@ class ProbeSettings:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.on, str) or not self.on or set(self.on) - {*STAGES, MEASURE}:
-            raise ValueError(f"`on` must be a list of stages from {list(STAGES)}, got {self.on!r}.")
+        if isinstance(self.on, str) or not self.on or set(self.on) - {*STAGES}:
+            raise ValueError(f"`on` must be a list of stages from {LOOPS}, got {self.on!r}.")
         require_choice("on_nonfinite", self.on_nonfinite, NONFINITE_POLICIES)
         require_choice("convention", self.convention, CONVENTIONS)
         if self.memory_limit_mib is not None and self.memory_limit_mib <= 0:

@@ -21,6 +21,7 @@ POOLED = "pooled"
 BUCKETS = ("head", "mid", "tail")
 
 # status of a number, worst first; a reader decides which it accepts
+STAGES = ("train", "validation", "test", "predict", "measure")  # the last: a finished model, outside of any loop
 STATUSES = (
     "no_forward",  # the model did not run in the window
     "not_matched",  # it ran, but which row is of which token could not be proven
@@ -49,7 +50,7 @@ class SpectralRecord:
 
     Attributes:
         run_id: The run that measured it; equal to ``run.json``'s.
-        stage: ``train``, ``validation``, ``test``, ``predict`` or ``measure``.
+        stage: One of :data:`STAGES`.
         step: Optimizer steps done when the model processed these tokens (0: untrained); ``None`` if unknown.
         tokens_seen: Training tokens before ``step``, over all ranks; ``None`` if they were not counted.
         layer: Depth of the block in its stack.

@@ -138,6 +138,30 @@ def test_the_table_has_every_bucket_of_the_records(tmp_path: Path) -> None:
     assert [row[0] for row in table.rows] == ["pooled", "position_0", "position_1"]
 
 
+@pytest.mark.parametrize(
+    ("measured", "shown"),
+    [
+        ([("validation", 5, "post")], "last window of validation: step 5, FFN width D = 10, after"),
+        ([("train", 4, "post"), ("validation", 5, "post")], "last window: step 4, FFN width D = 10, after"),
+        ([("train", 4, "pre"), ("train", 4, "post")], "last window: step 4, FFN width D = 10, after"),
+        ([("train", 4, "pre")], "last window: step 4, FFN width D = 10, before"),
+        ([("mine", 4, "post")], "last window of mine: step 4, FFN width D = 10, after"),
+    ],
+)
+def test_the_table_is_of_what_was_measured(tmp_path: Path, measured: list[tuple[str, int, str]], shown: str) -> None:
+    made = [
+        SpectralRecord(
+            "id", stage, step, 0, 0, "m", site, "tail", 100, 10, 10.0, "ok", 2.0, 1.0, None, None, None, None, None
+        )
+        for stage, step, site in measured
+    ]
+    append_records(tmp_path / "spectral.jsonl", made)
+    table = summary(tmp_path)
+    assert table is not None
+    assert table.title.startswith(shown)
+    assert len(table.rows) == 1
+
+
 def test_without_records_the_table_says_so(tmp_path: Path) -> None:
     assert summary(tmp_path) is None
 

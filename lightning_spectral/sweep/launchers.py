@@ -142,9 +142,11 @@ class LocalLauncher:
                 handle.join(timeout=20)
 
     def environment(self, slot: str) -> dict[str, str]:
-        """Ours, with one GPU or one thread."""
-        limit = {"CUDA_VISIBLE_DEVICES": slot.partition("#")[0]} if self.gpus else dict.fromkeys(_THREADS, "1")
-        return {**os.environ, **limit}
+        """Ours, with one GPU and its share of the CPU's threads, unless they are set, or one thread."""
+        if not self.gpus:
+            return {**os.environ, **dict.fromkeys(_THREADS, "1")}
+        threads = max(1, len(os.sched_getaffinity(0)) // len(self.slots))
+        return {**dict.fromkeys(_THREADS, str(threads)), **os.environ, "CUDA_VISIBLE_DEVICES": slot.partition("#")[0]}
 
     def _start_context(self) -> multiprocessing.context.BaseContext:
         if self.gpus or sys.platform != "linux":

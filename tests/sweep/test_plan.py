@@ -323,6 +323,12 @@ def test_local_workers_have_one_thread_or_one_gpu(monkeypatch: pytest.MonkeyPatc
     assert cpu.environment(cpu.slots[0])["OMP_NUM_THREADS"] == "1"
     gpu = sweep_launchers.LocalLauncher(None, gpus=["0", "1"])
     assert [gpu.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in gpu.slots] == ["0", "1"]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    shared = sweep_launchers.LocalLauncher(5, gpus=["0"])
+    assert {shared.environment(slot)["OMP_NUM_THREADS"] for slot in shared.slots} == {"3"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert shared.environment(shared.slots[0])["OMP_NUM_THREADS"] == "2"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     assert sweep_launchers.visible_gpus() == ["2", "3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -346,7 +352,7 @@ def test_a_local_worker_is_a_process_with_a_log(found: Plan, gpus: list[str], mo
     handle = launcher.start(job, launcher.slots[0], "--prepare")
     handle.join(timeout=60)
     assert launcher.poll(handle) == 3
-    one_gpu, one_thread = ("1", None) if gpus else (None, "1")
+    one_gpu, one_thread = ("1", str(len(os.sched_getaffinity(0)))) if gpus else (None, "1")
     limits = {"CUDA_VISIBLE_DEVICES": one_gpu, "OMP_NUM_THREADS": one_thread, "OF_THE_COMMAND": "x"}
     said = (Path(job.folder) / sweep_launchers.LOG_FILE).read_text()
     assert said == f"{sweep.JOB_FILE} ['--prepare']\n{limits}\n"

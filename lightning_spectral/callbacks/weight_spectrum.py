@@ -132,11 +132,11 @@ class WeightSpectrumCallback(BeginsFit):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"previous": self.observer.schedule.previous}
+        return self.observer.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.observer.schedule.previous = state_dict["previous"]
+        self.observer.load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs: matrices and open files stay with the original."""

@@ -68,6 +68,7 @@ class Observer:
         self._ordinals = Ordinals()
         self._num_evaluations = 0
         self._unlogged: Scalars = {}
+        self._taken: dict[str, list[str]] = {}  # lines of a checkpoint that could not be written before it
         self._trains = True
 
     def attach(self, model: nn.Module, host: Host, *, fallback_counts: Any = None, trains: bool = True) -> None:
@@ -94,6 +95,7 @@ class Observer:
                 self._out.solver = BackgroundSolver(alone=agreement.world_size == 1)
             if not host.opens_late:
                 self.run_folder = self._out.open_folder()
+                self._take_back()
         except MissingRankError as error:
             self._stand_down(f"{error}: the others measure nothing. Add it on every rank")
             return
@@ -309,12 +311,15 @@ class Observer:
         self.schedule.previous = None
         self.tokens = TokenCounter()
         self._ordinals = Ordinals()
+        self._taken = {}
         if self.stream is not None:
             self.stream = StreamCounts()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on."""
         state = {"previous": self.schedule.previous, "ordinals": self._ordinals.last, **self.tokens.state_dict()}
+        if self.run_folder is not None and self.run_folder.waiting:
+            state["waiting"] = self.run_folder.waiting
         return state if self.stream is None else {**state, "counts": self.stream.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -322,6 +327,7 @@ class Observer:
         self.schedule.previous = state["previous"]
         self._ordinals = Ordinals(state.get("ordinals"))
         self.tokens.load_state_dict(state)
+        self._taken = state.get("waiting", {})
         if self.stream is not None and "counts" in state:
             self.stream.load_state_dict(state["counts"])
 
@@ -334,9 +340,16 @@ class Observer:
         out = self._armed
         scalars = out.publish(stage, window, loader, ordinal)
         self.run_folder = out.run_folder or self.run_folder
+        self._take_back()
         self._unlogged |= out.earlier
         out.earlier = {}
         return scalars
+
+    def _take_back(self) -> None:
+        if self.run_folder is not None and self._taken:
+            taken, self._taken = self._taken, {}
+            with self.guard(f"writing to `{self.run_folder.path}`", "not_written"):
+                self.run_folder.take_back(taken)
 
     def _stand_down(self, reason: str) -> None:
         """Nothing more is measured, and the loop runs on."""

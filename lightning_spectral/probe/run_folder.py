@@ -28,6 +28,11 @@ _READERS: dict[str, Callable[[Path], Any]] = {
     rec.LOSSES_FILE: rec.read_losses,
     rec.WEIGHTS_FILE: rec.read_weights,
 }
+_KINDS: dict[str, Any] = {
+    rec.SPECTRAL_FILE: SpectralRecord,
+    rec.LOSSES_FILE: LossRecord,
+    rec.WEIGHTS_FILE: WeightRecord,
+}
 _WAITING_AT_MOST = 50_000  # records kept in memory, about 2 KB each, while they cannot be written
 
 
@@ -91,6 +96,21 @@ class RunFolder:
     def append_weights(self, records: Sequence[WeightRecord]) -> None:
         """Likewise for spectra of weights."""
         self._append(rec.WEIGHTS_FILE, records)
+
+    @property
+    def waiting(self) -> dict[str, list[str]]:
+        """Lines that could not be written yet, by file; a checkpoint holds them for the run that goes on from it."""
+        return {name: [rec.to_json(one) for one in records] for name, records in self._waiting.items() if records}
+
+    def take_back(self, waiting: dict[str, list[str]]) -> None:
+        """Append what waited when a checkpoint was written, unless it is there.
+
+        Raises:
+            OSError: As :meth:`append_spectral`.
+        """
+        for name, lines in waiting.items():
+            records = [rec.parse_record(line.encode(), _KINDS[name]) for line in lines]
+            self._append(name, [record for record in records if record.run_id == self.run_id])
 
     def next_ordinal(self, stage: str, step: int | None) -> int:
         """How many evaluations of this stage are on record at this step."""

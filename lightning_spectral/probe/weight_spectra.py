@@ -83,6 +83,7 @@ class WeightObserver:
         self.schedule = Schedule(settings.every_n_steps)
         self.guard = Guard(name, strict=settings.strict)
         self.run_folder: RunFolder | None = None
+        self._taken: dict[str, list[str]] = {}  # lines of a checkpoint that could not be written before it
         self.is_armed = False
         self.step: int | None = None
         self._num_windows = 0
@@ -113,6 +114,9 @@ class WeightObserver:
             first = self._agreement.exchange("attach", {"folder": str(host.folder), "run_id": host.run_id})[0]
             host.folder, host.run_id = first["folder"], first["run_id"]
             self.run_folder = open_folder(host, self._agreement)
+            with self.guard(f"writing to `{self.run_folder.path}`", "not_written"):
+                taken, self._taken = self._taken, {}
+                self.run_folder.take_back(taken)
         except MissingRankError as error:
             self._stand_down(f"{error}: the others measure nothing. Add it on every rank")
             return
@@ -164,6 +168,15 @@ class WeightObserver:
         self._before, self._gradients = {}, {}
         self.guard.take()
         return scalars
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on."""
+        waiting = {} if self.run_folder is None else self.run_folder.waiting
+        return {"previous": self.schedule.previous, **({"waiting": waiting} if waiting else {})}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.schedule.previous, self._taken = state["previous"], state.get("waiting", {})
 
     def detach(self) -> None:
         """Forget the matrices and give the run folder back."""

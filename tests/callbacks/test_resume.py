@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_spectral import SpectralRankCallback, TailTokenProbe, WeightSpectrumCallback, read_spectral
 from lightning_spectral.records import SPECTRAL_FILE, read_losses, read_run, read_weights
@@ -149,3 +149,42 @@ def test_a_sharded_run_goes_on_in_its_folder(tmp_path, sanity_steps):
 def numbers_at(step, records):
     of_run = {"run_id": "", "window_s": None}
     return [{**dataclasses.asdict(record), **of_run} for record in records if record.step == step]
+
+
+class InTheWay(Callback):
+    """From a step on a file stands where the records' folder was."""
+
+    def __init__(self, folder, step):
+        self.folder, self.step = folder, step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step and self.folder.is_dir():
+            self.folder.rename(self.folder.with_name("kept"))
+            self.folder.write_text("in the way")
+
+
+@pytest.mark.parametrize(("background", "only_weights"), [(False, False), (True, False), (False, True)])
+@pytest.mark.filterwarnings("ignore")
+def test_records_that_could_not_be_written_are_in_the_checkpoint(tmp_path, background, only_weights):
+    """The run ends, and nothing has been written since step 3: who goes on from its checkpoint has them."""
+
+    def fit(steps, in_the_way, checkpoint=None):
+        settings = {"dirpath": str(tmp_path / "records"), "background": background}
+        probes = [SpectralRankCallback(2, **settings), TailTokenProbe(2, counts=tiny.counts(), **settings)]
+        saver = ModelCheckpoint(dirpath=tmp_path / "checkpoints", save_last=True, every_n_train_steps=6)
+        probes = [WeightSpectrumCallback(2, dirpath=settings["dirpath"])] if only_weights else probes
+        others = [InTheWay(tmp_path / "records", 3)] if in_the_way else []
+        trainer = tiny.trainer(tmp_path, [*others, *probes, saver], max_steps=steps, enable_checkpointing=True)
+        trainer.fit(tiny.Module(), tiny.loader(), ckpt_path=checkpoint)
+
+    fit(6, in_the_way=True)
+    (tmp_path / "records").unlink()
+    (tmp_path / "kept").rename(tmp_path / "records")
+    read = read_weights if only_weights else read_spectral
+    before = {record.step for record in read(tmp_path / "records").records}
+    fit(6, in_the_way=False, checkpoint=tmp_path / "checkpoints" / "last.ckpt")
+    records = read(tmp_path / "records").records
+    assert before <= {0, 2}
+    assert {record.step for record in records} == {0, 2, 4, 5}
+    assert only_weights or {loss.step for loss in read_losses(tmp_path / "records").records} == {0, 2, 4, 5}
+    assert len({record.key for record in records}) == len(records)

@@ -68,7 +68,7 @@ class Observer:
         self._ordinals = Ordinals()
         self._num_evaluations = 0
         self._unlogged: Scalars = {}
-        self._taken: dict[str, list[str]] = {}  # lines of a checkpoint that could not be written before it
+        self._taken: dict[str, Any] = {}  # what a checkpoint held that could not be written before it
         self._trains = True
 
     def attach(self, model: nn.Module, host: Host, *, fallback_counts: Any = None, trains: bool = True) -> None:

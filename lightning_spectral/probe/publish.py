@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_spectral.probe.guard import Guard
 from lightning_spectral.probe.host import Host, Scalars
-from lightning_spectral.probe.records_of import WindowId, loss_records, save_eigenvalues, spectral_records
+from lightning_spectral.probe.records_of import WindowId, eigenvalue_file, loss_records, spectral_records
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.scalars import detail, finite, front_page, loss_scalars
 from lightning_spectral.probe.window import WindowResult
@@ -28,9 +28,9 @@ def publish(
         folder.append_spectral(records)
     with guard(writing, "not_written"):  # whatever became of the others
         folder.append_losses(losses)
-    with guard(f"writing eigenvalues to `{folder.path}`"):
-        if with_eigenvalues and folder.writes:
-            save_eigenvalues(folder.path, window, result)
+    with guard(writing, "not_written"):
+        if with_eigenvalues and folder.writes and (file := eigenvalue_file(window, result)):
+            folder.write_file(*file)
     scalars = {**front_page(records, window.stage), **loss_scalars(losses, window.stage)}
     with guard("logging scalars", "not_logged"):
         if host.is_first:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lightning_spectral.probe.window import SiteResult, WindowResult
@@ -17,7 +16,6 @@ from lightning_spectral.records import (
     eigenvalues_key,
     layer_name,
 )
-from lightning_spectral.text import whole_file
 
 
 @dataclass(frozen=True)
@@ -108,10 +106,11 @@ def loss_records(result: WindowResult, window: WindowId) -> list[LossRecord]:
     ]
 
 
-def save_eigenvalues(folder: Path, window: WindowId, result: WindowResult) -> None:
-    """``eigenvalues/train_00000200.safetensors``: keys ``STACK/layer_00.post.tail``, descending, fp32; atomically.
+def eigenvalue_file(window: WindowId, result: WindowResult) -> tuple[str, bytes] | None:
+    """Name below the run folder and content of a window's spectra; ``None`` if there are none.
 
-    Further windows of one step and stage get ``_loader_1`` and ``_again_1``.
+    ``eigenvalues/train_00000200.safetensors``: keys ``STACK/layer_00.post.tail``, descending, fp32. Further windows of
+    one step and stage get ``_loader_1`` and ``_again_1``.
     """
     tensors: dict[str, Tensor] = {}
     stacks: dict[str, None] = {}
@@ -124,9 +123,8 @@ def save_eigenvalues(folder: Path, window: WindowId, result: WindowResult) -> No
                 key = eigenvalues_key(place, site.site, site.bucket, stack=site.stack, module=site.module)
             tensors[key] = site.measurement.eigenvalues.float().contiguous()
     if not tensors:
-        return
+        return None
     name = f"{window.stage}_unknown" if window.step is None else f"{window.stage}_{window.step:08d}"
     name += f"_loader_{window.loader}" if window.loader is not None else ""
     name += f"_again_{window.ordinal}" if window.ordinal else ""
-    with whole_file(folder / EIGENVALUES_FOLDER / f"{name}.safetensors") as partial:
-        save_file(tensors, str(partial), metadata={STACKS_KEY: "\n".join(stacks)})
+    return f"{EIGENVALUES_FOLDER}/{name}.safetensors", save(tensors, metadata={STACKS_KEY: "\n".join(stacks)})

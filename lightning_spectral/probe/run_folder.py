@@ -7,6 +7,7 @@ instead.
 
 from __future__ import annotations
 
+import re
 import secrets
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ from lightning_spectral import records as rec
 from lightning_spectral.probe.guard import warn
 from lightning_spectral.probe.run_lock import RunLock
 from lightning_spectral.records import LossRecord, RunInfo, SpectralRecord, WeightRecord
-from lightning_spectral.text import one_line, set_aside
+from lightning_spectral.text import one_line, set_aside, whole_file
 
 _PACKAGES = ("lightning-spectral", "torch", "lightning", "litgpt", "torchmetrics")
 _READERS: dict[str, Callable[[Path], Any]] = {
@@ -34,6 +35,8 @@ _KINDS: dict[str, Any] = {
     rec.WEIGHTS_FILE: WeightRecord,
 }
 _WAITING_AT_MOST = 50_000  # records kept in memory, about 2 KB each, while they cannot be written
+_WAITING_BYTES = 128 << 20  # likewise of files of eigenvalues
+_EIGENVALUE_FILE = re.compile(rf"{rec.EIGENVALUES_FOLDER}/\w+\.safetensors", re.ASCII)
 
 
 class RunFolder:
@@ -64,8 +67,9 @@ class RunFolder:
         self._known: dict[str, dict[tuple[Any, ...], frozenset[str]]] = {name: {} for name in _READERS}
         self._field_sets: dict[frozenset[str], frozenset[str]] = {}  # each once: a run has a few, and many records
         self._waiting: dict[str, list[Any]] = {name: [] for name in _READERS}
+        self._waiting_files: dict[str, bytes] = {}
         self.solving: list[Any] = []  # windows that are being solved, in the order in which they ended
-        self._num_dropped = 0
+        self._num_dropped, self._num_files_dropped = 0, 0
         self._told = False
         self._lock: RunLock | None = None
         if writes:
@@ -97,20 +101,40 @@ class RunFolder:
         """Likewise for spectra of weights."""
         self._append(rec.WEIGHTS_FILE, records)
 
-    @property
-    def waiting(self) -> dict[str, list[str]]:
-        """Lines that could not be written yet, by file; a checkpoint holds them for the run that goes on from it."""
-        return {name: [rec.to_json(one) for one in records] for name, records in self._waiting.items() if records}
+    def write_file(self, name: str, content: bytes) -> None:
+        """Write a whole file of spectra.
 
-    def take_back(self, waiting: dict[str, list[str]]) -> None:
-        """Append what waited when a checkpoint was written, unless it is there.
+        Args:
+            name: ``eigenvalues/NAME.safetensors``, below the folder.
+            content: All of it.
 
         Raises:
             OSError: As :meth:`append_spectral`.
         """
-        for name, lines in waiting.items():
-            records = [rec.parse_record(line.encode(), _KINDS[name]) for line in lines]
+        if sum(map(len, self._waiting_files.values())) + len(content) > _WAITING_BYTES and self._waiting_files:
+            self._num_files_dropped += 1
+        else:
+            self._waiting_files[name] = content
+        self._write_waiting()
+
+    @property
+    def waiting(self) -> dict[str, Any]:
+        """What could not be written yet, lines or content by file; a checkpoint holds it for the run that goes on."""
+        lines = {name: [rec.to_json(one) for one in records] for name, records in self._waiting.items() if records}
+        return {**lines, **self._waiting_files, **({"run_id": self.run_id} if self._waiting_files else {})}
+
+    def take_back(self, waiting: dict[str, Any]) -> None:
+        """Write what waited when a checkpoint was written, unless it is there or of another run.
+
+        Raises:
+            OSError: As :meth:`append_spectral`.
+        """
+        for name, kind in _KINDS.items():
+            records = [rec.parse_record(line.encode(), kind) for line in waiting.get(name, ())]
             self._append(name, [record for record in records if record.run_id == self.run_id])
+        for name in filter(_EIGENVALUE_FILE.fullmatch, waiting):
+            if self.writes and waiting.get("run_id") == self.run_id and not (self.path / name).exists():
+                self.write_file(name, waiting[name])
 
     def next_ordinal(self, stage: str, step: int | None) -> int:
         """How many evaluations of this stage are on record at this step."""
@@ -137,17 +161,21 @@ class RunFolder:
         try:
             self._write_waiting()
             rec.write_run(self.path, self.info)
-            if self._num_dropped:
-                warn(f"`{self.path}`: {self._num_dropped} records are lost: they could not be written for too long.")
+            if lost := self._lost:
+                warn(f"`{self.path}`: {lost} are lost: they could not be written for too long.")
         except OSError as error:
-            raise OSError(f"{one_line(error)}; {self._num_lost} records are lost") from error
+            raise OSError(f"{one_line(error)}; {self._lost or '0 records'} are lost") from error
         finally:
             if self._lock is not None:
                 self._lock.release()
 
     @property
-    def _num_lost(self) -> int:
-        return self._num_dropped + sum(map(len, self._waiting.values()))
+    def _lost(self) -> str:
+        """What is in memory only, or not even there: ``3 records and 1 files of eigenvalues``."""
+        records = self._num_dropped + sum(map(len, self._waiting.values()))
+        files = self._num_files_dropped + len(self._waiting_files)
+        counts = {"records": records, "files of eigenvalues": files}
+        return " and ".join(f"{count} {what}" for what, count in counts.items() if count)
 
     def _open(self, resume: bool | str, makes_room: bool, locks: bool) -> None:
         lock = RunLock(self.path)
@@ -206,6 +234,10 @@ class RunFolder:
         for name, waiting in self._waiting.items():
             rec.append_records(self.path / name, waiting)
             waiting.clear()
+        for name in list(self._waiting_files):
+            with whole_file(self.path / name) as partial:
+                partial.write_bytes(self._waiting_files[name])
+            del self._waiting_files[name]
 
     def _say_what_is_lost(self, dropped: Iterable[tuple[Any, frozenset[str]]]) -> None:
         """Two callbacks measure the same: the first one's record is kept, and may be the poorer one."""

@@ -83,7 +83,7 @@ class WeightObserver:
         self.schedule = Schedule(settings.every_n_steps)
         self.guard = Guard(name, strict=settings.strict)
         self.run_folder: RunFolder | None = None
-        self._taken: dict[str, list[str]] = {}  # lines of a checkpoint that could not be written before it
+        self._taken: dict[str, Any] = {}  # what a checkpoint held that could not be written before it
         self.is_armed = False
         self.step: int | None = None
         self._num_windows = 0

@@ -170,7 +170,10 @@ def test_records_that_could_not_be_written_are_in_the_checkpoint(tmp_path, backg
 
     def fit(steps, in_the_way, checkpoint=None):
         settings = {"dirpath": str(tmp_path / "records"), "background": background}
-        probes = [SpectralRankCallback(2, **settings), TailTokenProbe(2, counts=tiny.counts(), **settings)]
+        probes = [
+            SpectralRankCallback(2, eigenvalues=True, **settings),
+            TailTokenProbe(2, counts=tiny.counts(), **settings),
+        ]
         saver = ModelCheckpoint(dirpath=tmp_path / "checkpoints", save_last=True, every_n_train_steps=6)
         probes = [WeightSpectrumCallback(2, dirpath=settings["dirpath"])] if only_weights else probes
         others = [InTheWay(tmp_path / "records", 3)] if in_the_way else []
@@ -185,6 +188,8 @@ def test_records_that_could_not_be_written_are_in_the_checkpoint(tmp_path, backg
     fit(6, in_the_way=False, checkpoint=tmp_path / "checkpoints" / "last.ckpt")
     records = read(tmp_path / "records").records
     assert before <= {0, 2}
+    spectra = sorted(path.stem[-1] for path in (tmp_path / "records").glob("eigenvalues/*.safetensors"))
+    assert only_weights or spectra == ["0", "2", "4", "5"]
     assert {record.step for record in records} == {0, 2, 4, 5}
     assert only_weights or {loss.step for loss in read_losses(tmp_path / "records").records} == {0, 2, 4, 5}
     assert len({record.key for record in records}) == len(records)

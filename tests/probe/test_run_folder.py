@@ -167,6 +167,43 @@ def test_a_bound_on_what_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [record.step for record in read_spectral(tmp_path).records] == [0, 1]
 
 
+def test_files_of_spectra_wait_and_travel_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_spectral.probe.run_folder._WAITING_BYTES", 10)
+    folder = RunFolder(tmp_path, info("run"), resume=False, writes=True, locks=True)
+    (tmp_path / "eigenvalues").write_text("in the way")
+    for number in range(3):
+        with pytest.raises(FileExistsError):
+            folder.write_file(f"eigenvalues/{number}.safetensors", b"12345")
+    waiting = folder.waiting
+    assert {name: waiting[name] for name in waiting if name != "run_id"} == {
+        "eigenvalues/0.safetensors": b"12345", "eigenvalues/1.safetensors": b"12345",
+    }  # fmt: skip
+    with pytest.raises(OSError, match="3 files of eigenvalues are lost"):
+        folder.close()
+
+    (tmp_path / "eigenvalues").unlink()
+    later = RunFolder(tmp_path, info("later"), resume=True, writes=True)
+    for foreign in (
+        "../a.safetensors",
+        "eigenvalues/../a.safetensors",
+        "eigenvalues/a.py",
+        "run.json",
+        "/a.safetensors",
+    ):
+        later.take_back({**waiting, foreign: b"evil"})
+    written = sorted(path.relative_to(tmp_path.parent) for path in tmp_path.parent.rglob("*.safetensors"))
+    assert [path.name for path in written] == ["0.safetensors", "1.safetensors"]
+    assert not later.waiting
+    (tmp_path / "eigenvalues" / "0.safetensors").write_bytes(b"newer")
+    later.take_back(waiting)
+    assert (tmp_path / "eigenvalues" / "0.safetensors").read_bytes() == b"newer"
+    (tmp_path / "eigenvalues" / "0.safetensors").unlink()
+    later.take_back({**waiting, "run_id": "another"})
+    assert not (tmp_path / "eigenvalues" / "0.safetensors").exists()
+    later.write_file("eigenvalues/3.safetensors", b"larger than what may wait")
+    assert (tmp_path / "eigenvalues" / "3.safetensors").exists()
+
+
 def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
     """Each process takes the lock of a dead one, or sees that another was faster; never two."""
     dead = dead_pid()

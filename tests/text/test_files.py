@@ -66,3 +66,19 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path: Path) ->
         os._exit(0)
     os.waitpid(pid, 0)
     assert sorted(tmp_path.glob(".*")) == sorted([alive, elsewhere, foreign])
+
+
+def test_the_umask_is_never_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the whole process's: a file that another thread makes meanwhile would be open to everybody."""
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail(f"umask({mask})"))
+    for mode in ("x", "w"):
+        with whole_file(tmp_path / "a") as partial, partial.open("w") as file:
+            file.write(mode)
+    monkeypatch.undo()
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "b", "b")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o666 & ~before
+    assert stat.S_IMODE((tmp_path / "b").stat().st_mode) == 0o640

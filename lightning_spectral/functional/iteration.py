@@ -13,6 +13,8 @@ from lightning_spectral.functional.coefficients import Row
 
 # M rows, N columns, B matrices of one shape
 
+# Multiplications of one product with the long side from which an accelerator saves more than three launches take.
+_PAIR_FROM = 10**10
 TINY = 1e-30  # keeps 0 / 0 out of zero matrices; every other norm is scaled to 1e-7 or more first
 
 
@@ -21,14 +23,16 @@ def iterate_rows(iterate: Tensor, rows: Sequence[Row], normalizer: str, overwrit
 
     The Gram matrix is that of the short side, so a wide iterate is multiplied from the left and a tall one from the
     right. With ``overwrite`` the steps go back and forth between the iterate and one more buffer of its size. Where one
-    side is twice the other, two steps share a pass over the long side (``_two_steps``) unless ``pair`` is False.
+    side is twice the other, two steps share a pass over the long side (``_two_steps``) unless ``pair`` is False or an
+    accelerator would spend more on their launches than it saves.
     """
     room = _Room.beside(iterate) if overwrite else _Room()
     short, long = sorted(iterate.shape[-2:])
+    pair = pair and long >= 2 * short and (iterate.device.type == "cpu" or iterate.numel() * short >= _PAIR_FROM)
     step = 0
     while step < len(rows):
         # The first step goes alone: before it the spectrum is at its widest.
-        if pair and long >= 2 * short and 0 < step < len(rows) - 1:
+        if pair and 0 < step < len(rows) - 1:
             iterate = _two_steps(iterate, rows[step], rows[step + 1], room)
             step += 2
         else:

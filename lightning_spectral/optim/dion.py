@@ -48,9 +48,11 @@ class DionRule(MatrixRule):
         """``B = M + G``; what the update explains is taken out of it in ``update_matrices``."""
         torch._foreach_add_(list(momenta), list(grads))
 
-    def orthogonalizer_input(self, momentum: Tensor, grad: Tensor, group: Group) -> Tensor:
+    def orthogonalizer_inputs(
+        self, momenta: Sequence[Tensor], grads: Sequence[Tensor], group: Group
+    ) -> Sequence[Tensor]:
         """``B`` itself."""
-        return momentum
+        return momenta
 
     def shape_factor(self, shape: tuple[int, int], group: Group) -> float:
         """With ``rank_rms_match`` the RMS of the update is that of a full-rank one."""

@@ -26,9 +26,11 @@ class Dion2Rule(MatrixRule):
         """``M = M + G``; the selected slices decay in ``update_matrices``."""
         torch._foreach_add_(list(momenta), list(grads))
 
-    def orthogonalizer_input(self, momentum: Tensor, grad: Tensor, group: Group) -> Tensor:
+    def orthogonalizer_inputs(
+        self, momenta: Sequence[Tensor], grads: Sequence[Tensor], group: Group
+    ) -> Sequence[Tensor]:
         """``M`` itself."""
-        return momentum
+        return momenta
 
     def selects_rows(self, shape: Sequence[int]) -> bool:
         """Whether slices are rows; else they are columns."""

@@ -101,7 +101,7 @@ class LowRankTrip:
     # ---- products of what is here ------------------------------------------------------------------------------------
 
     def _direction(self, i: int, block: Block) -> Tensor:
-        return entering(self.exchange.matrices[i], "input", block, self.grads, self.states)
+        return entering([(self.exchange.matrices[i], block)], "input", self.grads, self.states)[0]
 
     def _left_part(self, i: int, scale: Tensor, right: Tensor) -> Tensor:
         """``B Q^T`` over the entries that are here, (rows here, R)."""
@@ -167,7 +167,7 @@ class LowRankTrip:
             rows, columns = inside(frame.rows, block.target.rows), inside(frame.columns, block.target.columns)
             momentum = block.of(held)
             momentum.sub_((left[rows] @ explained[:, columns]).mul_(1 - matrix.group["momentum"]).to(momentum))
-            self.update.apply(matrix, block, (left[rows] @ used[:, columns]).mul_(fade).to(held.device))
+            self.update.apply([(matrix, block)], [(left[rows] @ used[:, columns]).mul_(fade).to(held.device)])
         position = 1 + count
         for name, extra in matrix.extra.items():
             extra_here(matrix, name, self.states).copy_(values[position : position + extra.held])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from lightning_spectral.optim.matrix_rule import Group, MatrixRule
 from lightning_spectral.optim.members import Member
 from lightning_spectral.optim.weights import keeps_more, widened, write_back
 
+Piece = tuple["Matrix", Block]  # what is here of a matrix, in one rectangle of it
 States = Any  # Optimizer.state: parameter -> {name: tensor}
 Observer = Callable[[str, Tensor, Tensor, Group], None]
 
@@ -140,21 +141,44 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1)
 
 
-def entering(matrix: Matrix, name: str, block: Block, grads: dict[int, Tensor], states: States) -> Tensor:
-    """Local entries of what a rule is given: its ``input``, or something that it ``also_sees``."""
+def entering(pieces: Sequence[Piece], name: str, grads: dict[int, Tensor], states: States) -> Sequence[Tensor]:
+    """Local entries of what one rule is given: its ``input``, or something that it ``also_sees``."""
     if name == "weight":
-        return block.of(flat(local(matrix.param)))
-    grad = block.of(flat(grads[id(matrix.param)]))
+        return [block.of(flat(local(matrix.param))) for matrix, block in pieces]
+    gradients = [block.of(flat(grads[id(matrix.param)])) for matrix, block in pieces]
     if name == "gradient":
-        return grad
-    momentum = block.of(flat(local(states[matrix.param]["momentum_buffer"])))
-    return matrix.rule.orthogonalizer_input(momentum, grad, matrix.group)
+        return gradients
+    momenta = [block.of(flat(local(states[matrix.param]["momentum_buffer"]))) for matrix, block in pieces]
+    first, _ = pieces[0]
+    return first.rule.orthogonalizer_inputs(momenta, gradients, first.group)
 
 
-def write_inputs(matrix: Matrix, target: Tensor, grads: dict[int, Tensor], states: States, name: str = "input") -> None:
-    """Write the local entries of what enters the rule into the M x N ``target``."""
-    for block in matrix.blocks:
-        entries(target, block.target).copy_(entering(matrix, name, block, grads, states))
+def write_inputs(
+    run: Sequence[Matrix], targets: Sequence[Tensor], grads: dict[int, Tensor], states: States, name: str = "input"
+) -> None:
+    """Write the local entries of what enters the rule into ``targets``, M x N each.
+
+    A CPU takes them one by one, an accelerator as many as need no more room in the parameters' dtype than all targets.
+    """
+    pieces = pieces_of(run)
+    places = parts_of(run, targets)
+    if not pieces:
+        return
+    held = local(run[0].param)
+    at_once = 1 if held.device.type == "cpu" else max(1, len(pieces) * targets[0].itemsize // held.itemsize)
+    for i in range(0, len(pieces), at_once):
+        some = slice(i, i + at_once)
+        torch._foreach_copy_(places[some], list(entering(pieces[some], name, grads, states)))
+
+
+def pieces_of(run: Sequence[Matrix]) -> list[Piece]:
+    """What is here of these matrices, block by block."""
+    return [(matrix, block) for matrix in run for block in matrix.blocks]
+
+
+def parts_of(run: Sequence[Matrix], whole: Iterable[Tensor]) -> list[Tensor]:
+    """Where these pieces lie in their M x N matrices."""
+    return [entries(one, block.target) for matrix, one in zip(run, whole, strict=True) for block in matrix.blocks]
 
 
 def extra_here(matrix: Matrix, name: str, states: States) -> Tensor:
@@ -210,14 +234,20 @@ class WeightUpdate:
         self._states, self._how = states, bf16_weights
         self._open: dict[int, tuple[Member, Tensor]] = {}
 
-    def apply(self, matrix: Matrix, block: Block, part: Tensor) -> None:
-        """Decay and move the entries of ``block`` by their part (rows x columns) of the update."""
-        member = matrix.member
-        weight = block.of(self._flat(member))
-        lr = member.lr
-        if member.weight_decay != 0 and matrix.rule.decays_weights:
-            weight.mul_(1 - lr * member.weight_decay)
-        weight.add_(part, alpha=-lr * matrix.rule.shape_factor(matrix.shape, matrix.group))
+    def apply(self, pieces: Sequence[Piece], parts: Sequence[Tensor]) -> None:
+        """Decay and move the entries of every block by their part (rows x columns) of the update."""
+        alike: dict[tuple[float, float], tuple[list[Tensor], list[Tensor]]] = {}
+        for (matrix, block), part in zip(pieces, parts, strict=True):
+            member, rule = matrix.member, matrix.rule
+            kept = 1 - member.lr * member.weight_decay if rule.decays_weights else 1.0
+            moved = -member.lr * rule.shape_factor(matrix.shape, matrix.group)
+            weights, moves = alike.setdefault((kept, moved), ([], []))
+            weights.append(block.of(self._flat(member)))
+            moves.append(part)
+        for (kept, moved), (weights, moves) in alike.items():
+            if kept != 1:
+                torch._foreach_mul_(weights, kept)
+            torch._foreach_add_(weights, moves, alpha=moved)
 
     def store(self) -> None:
         """Write back what was widened or copied; rounding what has not changed changes nothing."""

@@ -85,13 +85,15 @@ class MatrixRule:
             torch._foreach_mul_(list(momenta), group["momentum"])
             torch._foreach_add_(list(momenta), list(grads))
 
-    def orthogonalizer_input(self, momentum: Tensor, grad: Tensor, group: Group) -> Tensor:
+    def orthogonalizer_inputs(
+        self, momenta: Sequence[Tensor], grads: Sequence[Tensor], group: Group
+    ) -> Sequence[Tensor]:
         """What is to be orthogonalised, entry by entry, after ``update_momentum``."""
         if not group["nesterov"]:
-            return momentum
+            return momenta
         if group["momentum_style"] == "ema":
-            return grad.lerp(momentum, group["momentum"])
-        return grad.add(momentum, alpha=group["momentum"])
+            return torch._foreach_lerp(list(grads), list(momenta), group["momentum"])
+        return torch._foreach_add(list(grads), list(momenta), alpha=group["momentum"])
 
     def update_matrices(self, inputs_BMN: Tensor, extra: dict[str, list[Tensor]], group: Group) -> Tensor:
         """Turn whole directions of one shape into updates of the same shape and dtype.

@@ -22,11 +22,12 @@ from lightning_spectral.optim.matrices import (
     States,
     WeightUpdate,
     empty_stack,
-    entries,
     extra_here,
     flat,
     keep_momentum,
     matrices_of_member,
+    parts_of,
+    pieces_of,
     run_rule,
     runs_of,
     write_inputs,
@@ -117,23 +118,20 @@ class MatrixStep:
             self._runs_of = (key, runs_of(matrices))
         for run in self._runs_of[1]:
             stacked = empty_stack(run, local(run[0].param).device)
-            for matrix, target in zip(run, stacked.unbind(0), strict=True):
-                write_inputs(matrix, target, grads, states)
+            write_inputs(run, stacked.unbind(0), grads, states)
             extra = {name: [extra_here(m, name, states) for m in run] for name in run[0].extra}
             for name in run[0].rule.also_sees:
                 extra[name] = list(torch.empty_like(stacked, dtype=run[0].dtype_of(name)).unbind(0))
-                for matrix, target in zip(run, extra[name], strict=True):
-                    write_inputs(matrix, target, grads, states, name)
+                write_inputs(run, extra[name], grads, states, name)
             if run[0].rule.rewrites_momentum:
                 extra["momentum_buffer"] = [
                     _whole_momentum(m, states, one) for m, one in zip(run, stacked.unbind(0), strict=True)
                 ]
             updates = run_rule(run, stacked, extra, observe)
-            for position, matrix in enumerate(run):
-                for block in matrix.blocks:
-                    update.apply(matrix, block, entries(updates[position], block.target))
-                if run[0].rule.rewrites_momentum:
-                    keep_momentum(matrix, states, extra["momentum_buffer"][position])
+            update.apply(pieces_of(run), parts_of(run, updates))
+            if run[0].rule.rewrites_momentum:
+                for matrix, momentum in zip(run, extra["momentum_buffer"], strict=True):
+                    keep_momentum(matrix, states, momentum)
             update.store()
             del updates, stacked, extra  # the next batch needs the room
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,9 +40,11 @@ class SOAPRule(MatrixRule):
         """One: the update has the size of Adam's, so that Adam's learning rate fits."""
         return 1.0
 
-    def orthogonalizer_input(self, momentum: Tensor, grad: Tensor, group: Group) -> Tensor:
+    def orthogonalizer_inputs(
+        self, momenta: Sequence[Tensor], grads: Sequence[Tensor], group: Group
+    ) -> Sequence[Tensor]:
         """The momentum itself."""
-        return momentum
+        return momenta
 
     def update_matrices(self, inputs_BMN: Tensor, extra: dict[str, list[Tensor]], group: Group) -> Tensor:
         """One step of SOAP; the basis follows every ``basis_every`` steps, after the update."""

@@ -27,6 +27,8 @@ from lightning_spectral.optim.matrices import (
     extra_here,
     flat,
     keep_momentum,
+    parts_of,
+    pieces_of,
     run_rule,
     runs_of,
     write_inputs,
@@ -88,7 +90,7 @@ class Trip:
     def _write_inputs(self, matrix: Matrix, name: str, values: Tensor) -> None:
         position = 0
         for block in matrix.blocks:
-            part = entering(matrix, name, block, self.grads, self.states)
+            (part,) = entering([(matrix, block)], name, self.grads, self.states)
             values[position : position + part.numel()].view(part.shape).copy_(part)
             position += part.numel()
 
@@ -131,7 +133,7 @@ class Trip:
             whole[i, name] = torch.empty_like(target, dtype=matrix.dtype_of(name))
         for name in ("input", *matrix.rule.also_sees):
             if self.present[i]:
-                write_inputs(matrix, whole[i, name], self.grads, self.states, name)
+                write_inputs([matrix], [whole[i, name]], self.grads, self.states, name)
             elif matrix.blocks:
                 whole[i, name].zero_()
         for name, extra in matrix.extra.items():
@@ -173,8 +175,7 @@ class Trip:
         self.update.store()
 
     def _deliver_own(self, matrix: Matrix, result: dict[str, Tensor]) -> None:
-        for block in matrix.blocks:
-            self.update.apply(matrix, block, entries(result["update"], block.target))
+        self.update.apply(pieces_of([matrix]), parts_of([matrix], [result["update"]]))
         if matrix.rule.rewrites_momentum:
             keep_momentum(matrix, self.states, result["momentum_buffer"])
         for name, extra in matrix.extra.items():
@@ -192,7 +193,7 @@ class Trip:
             part = values[position : position + block.target.numel].view(shape)
             position += block.target.numel
             if segment.name == "update":
-                self.update.apply(matrix, block, part.to(local(matrix.param).device))
+                self.update.apply([(matrix, block)], [part.to(local(matrix.param).device)])
             else:
                 block.of(momentum).copy_(part)
 

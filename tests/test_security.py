@@ -383,6 +383,90 @@ def test_names_in_records_lead_no_output_out_of_its_folder(name: str, tmp_path: 
     assert sorted(path.name for path in (tmp_path / "in").iterdir()) == ["128", "256", "64"]
 
 
+def hostile_runs(folder: Path, text: str) -> Path:
+    """Four run folders whose every text is what somebody chose."""
+    from dataclasses import replace
+
+    from lightning_spectral.records import RunInfo, append_records, write_run
+
+    for width in (64, 128, 256, 512):
+        run = folder / str(width)
+        run.mkdir(parents=True)
+        facts = {text: text}
+        labels = {"optimizer": text, **facts}
+        info = RunInfo(f"{width}{text}", text, text, hparams=facts, versions=facts, labels=labels, conventions=facts)
+        write_run(run, info)
+        words = {"module": text, "stack": text, "reason": text, "dtype": text, "site": "post", "conventions": facts}
+        orders = {"renyi": {text: 1.0, "2": 3.0}, "reinjection": {text: 1.0, "2": 3.0}, "extra": {text: 1.0}}
+        append_records(
+            run / "spectral.jsonl",
+            [
+                replace(spectral(step=step, bucket=bucket), run_id=info.run_id, width=width, **words, **orders)
+                for step in range(3)
+                for bucket in ("pooled", text or "tail")
+            ],
+        )
+    return folder
+
+
+TEXTS = [
+    "\x1b[2J\x1b]0;title\x07",
+    "\x9b2J",
+    "a\0b",
+    "\u202e",
+    "$\\frac$",
+    "<script>x</script>",
+    "'\"><img src=x>",
+    "",
+    "{}",
+    "%s",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_of_a_foreign_run_are_shown_and_not_obeyed(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a terminal, a browser or matplotlib's formulas; a label may move no cursor and set no title."""
+    from lightning_spectral import cli
+
+    runs = str(hostile_runs(tmp_path / "in", text))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for words in (["fit", runs], ["fit", runs, "--format", "latex"], ["compare", runs], ["records", runs]):
+            assert cli.main(words) == 0
+        assert cli.main(["report", runs, "--out", str(tmp_path / "out")]) == 0
+    said = "".join(capsys.readouterr())
+    pages = [path.read_text() for path in (tmp_path / "out").rglob("*.html")]
+    assert pages
+    for shown in (said, *pages):
+        assert not any(sign in shown for sign in "\x1b\x07\x9b\0\u202e")
+    for page in pages:
+        assert "<script>x" not in page
+        assert "<img src=x" not in page
+
+
+@pytest.mark.parametrize("where", ["label", "record", "file name", "no such file"])
+def test_half_a_character_ends_no_verb(where: str, tmp_path: Path, capsysbinary: Any) -> None:
+    """JSON can spell what UTF-8 cannot, and a file's name may be any bytes."""
+    from lightning_spectral import cli
+
+    runs = hostile_runs(tmp_path / ("\udcff" if where == "file name" else "in"), "AdamW")
+    changed = {"label": "run.json", "record": "spectral.jsonl"}.get(where)
+    if changed:
+        path = runs / "64" / changed
+        path.write_text(path.read_text().replace('"AdamW"', '"\\ud800"'))
+    given = str(tmp_path / "\udcfe") if where == "no such file" else str(runs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert cli.main(["fit", given]) == (2 if where == "no such file" else 0)
+        if where != "no such file":
+            assert cli.main(["report", given, "--out", str(tmp_path / "out")]) == 0
+            words = ["records", given, "--format", "csv", "--out", str(tmp_path / "records.csv")]
+            assert cli.main(words) == (2 if where == "label" else 0)  # a run without its description
+    assert b"".join(capsysbinary.readouterr()).decode()
+
+
 # what may appear where: a new reader of files is to go through one of these
 ONE_WAY = {
     r"torch\.load\(": {"models/checkpoint_file.py"},

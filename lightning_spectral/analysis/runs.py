@@ -149,7 +149,7 @@ class Run:
         """``renyi`` or ``reinjection`` of the last ``windows`` windows: order -> (site, bucket, window, layer)."""
         late = self.columns.ints["step"] >= self.steps[-windows:][0]
         parsed = [json.loads(cell) for cell in self.columns.texts[name][late]]
-        keys = sorted({key for cell in parsed for key in cell}, key=float)
+        keys = sorted({key for cell in parsed for key in cell if _is_order(key)}, key=float)
         out = {}
         for key in keys:
             full = np.full(len(self.columns), np.nan)
@@ -221,3 +221,11 @@ def _index(cells: NDArray[np.bytes_], names: tuple[str, ...]) -> NDArray[np.intp
     for position, name in enumerate(names):
         index[cells == name.encode()] = position
     return index
+
+
+def _is_order(key: str) -> bool:
+    """Whether a key of ``renyi`` is an order, as all are that were not written by hand."""
+    try:
+        return float(key) > 0
+    except ValueError:
+        return False

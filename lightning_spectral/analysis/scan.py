@@ -28,8 +28,8 @@ TextArray = NDArray[np.bytes_]
 _NUMBER = rb"[-+.0-9eE]+|null"
 _STRICT = rb"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"  # of what is not looked at any more
 _INT = rb"-?\d{1,18}"
-_NUMBERS = rb'\{(?:"[^"\\]*": (?:' + _NUMBER + rb"),? ?)*\}"
 _STRING = rb'[^"\\]*(?:\\.[^"\\]*)*'
+_NUMBERS = rb'\{(?:"' + _STRING + rb'": (?:' + _NUMBER + rb"),? ?)*\}"
 _DICT = rb'\{[^{}"]*(?:"' + _STRING + rb'"[^{}"]*)*\}'  # flat; its strings may hold braces
 _INTS: Final = ("step", "layer", "num_tokens", "width", "expert", "loader", "ordinal", "num_sequences")
 _FLOATS: Final = (
@@ -73,7 +73,7 @@ def _line_pattern() -> re.Pattern[bytes]:
             value = str(SCHEMA_VERSION).encode()
         quote = rb'"' if field.type == "str" else rb""
         parts.append(rb'"' + name + rb'": ' + quote + group + value + rb")" + quote)
-    extra = rb'((?:, "[^"\\]*": (?:' + _NUMBER + rb"))*)"
+    extra = rb'((?:, "' + _STRING + rb'": (?:' + _NUMBER + rb"))*)"
     return re.compile(rb"^\{" + rb", ".join(parts) + extra + rb"\}$", re.MULTILINE)
 
 

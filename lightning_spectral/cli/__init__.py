@@ -5,13 +5,15 @@ One row per verb; its module is imported only when the verb is called, so that `
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
+from typing import Any, TextIO
 
 from lightning_spectral import __version__
-from lightning_spectral.text import CommandError, did_you_mean
+from lightning_spectral.text import CommandError, did_you_mean, visible
 
 # verb -> (module with a ``main(argv) -> int``, one line of help)
 VERBS: dict[str, tuple[str, str]] = {
@@ -37,6 +39,10 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 
 
+# verbs that show labels and names of files that anybody may have written; the others draw progress bars
+_READS_FOREIGN = ("fit", "compare", "power", "report", "records", "import", "inspect", "optimizer-table", "measure")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code: 0 done, 1 failed while running, 2 bad input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -54,13 +60,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lightning-spectral: unknown verb `{verb}`; {hint}", file=sys.stderr)
         return 2
     try:
-        return int(import_module(VERBS[verb][0]).main(rest))
+        with _visible(verb):
+            return int(import_module(VERBS[verb][0]).main(rest))
     except CommandError as error:
-        print(f"lightning-spectral {verb}: {error}", file=sys.stderr)
+        print(f"lightning-spectral {verb}: {visible(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+class _Visible:
+    """A text stream that writes control characters out; a progress bar's return to the start of the line stays."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(visible(text, keep="\r"))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _visible(verb: str) -> Iterator[None]:
+    """No label of a foreign file moves the cursor, changes the title or stands for other letters."""
+    if verb not in _READS_FOREIGN:
+        yield
+        return
+    out: Any = _Visible(sys.stdout)
+    err: Any = _Visible(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield
 
 
 def _usage() -> str:

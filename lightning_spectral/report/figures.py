@@ -23,7 +23,7 @@ from lightning_spectral.report import (
 )
 from lightning_spectral.report.numbers import svg_with_values
 from lightning_spectral.report.scene import ReportData, ReportFigure
-from lightning_spectral.report.style import RC
+from lightning_spectral.report.style import REPORT_RC
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ FIGURES: Final[dict[str, FigureRow]] = {
 
 def draw_all(scene: ReportData) -> dict[str, ReportFigure]:
     """Every row of :data:`FIGURES` that the data are enough for."""
-    with rc_context(RC):
+    with rc_context(REPORT_RC):
         return {key: row.draw(scene) for key, row in FIGURES.items() if scene.holds(row.needs)}
 
 
@@ -89,6 +89,6 @@ def inline(svg: str, key: str) -> str:
 def png_of(figure: Figure, dpi: int = 110) -> bytes:
     """The figure as PNG."""
     buffer = io.BytesIO()
-    with rc_context(RC):
+    with rc_context(REPORT_RC):
         figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()

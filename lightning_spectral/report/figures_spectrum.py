@@ -14,7 +14,7 @@ from lightning_spectral.analysis.runs import Run
 from lightning_spectral.analysis.spectra import read_spectrum, spectrum_files
 from lightning_spectral.records.looks import bucket_colors, bucket_name
 from lightning_spectral.report.scene import ReportData, ReportFigure, Series
-from lightning_spectral.report.style import label_right, log2_axis, tall
+from lightning_spectral.report.style import label_right, log2_axis, plain_ticks, tall
 
 _SMALLEST_SHARE = 1e-9
 
@@ -117,6 +117,7 @@ def waterfall(scene: ReportData) -> ReportFigure:
             ax.plot(modes, share, color=colors(0.9 * norm(step)), lw=1, label=f"step {step}")
         ax.set_xscale("log")
         ax.set_yscale("log")
+        plain_ticks(ax.xaxis, ax.yaxis)
         ax.set_xlabel("mode i")
         ax.set_title(f"{scene.looks[key].name}, D = {run.width}", color=scene.looks[key].text_color)
     from matplotlib.cm import ScalarMappable

@@ -19,7 +19,7 @@ from lightning_spectral.analysis.reading import load_runs
 from lightning_spectral.analysis.runs import Run
 from lightning_spectral.records.looks import bucket_colors, bucket_name, metric_name, optimizer_colors, ordered_buckets
 from lightning_spectral.report.figures import inline, png_of, svg_of
-from lightning_spectral.report.style import RC, label_right
+from lightning_spectral.report.style import REPORT_RC, label_right
 from lightning_spectral.text.tables import Table
 
 FEW: Final = 3  # so many runs share a panel of all buckets, told apart by their lines, as in the tab
@@ -67,7 +67,7 @@ def show(
         sites = ", ".join(sorted({name for run in found for name in run.sites})) or "none"
         raise ValueError(f"no run has ranks of the site `{site}`; sites measured: {sites}.")
     buckets = ordered_buckets(bucket for run in usable for bucket in run.buckets)
-    with rc_context(RC):
+    with rc_context(REPORT_RC):
         few = len(usable) <= FEW
         figure = _together(usable, metrics, site, buckets) if few else _apart(usable, metrics, site, buckets)
     return RunView(figure, summary(usable[0].folder) if len(usable) == 1 else None)

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from lightning_spectral.report.style import RC
+from lightning_spectral.report.style import REPORT_RC, plain_ticks
+from lightning_spectral.text import visible
 
 STEP_LABEL: Final = "optimizer step"
 ON_X: Final = True  # picker of a line whose number is its x; its y is only a row of the figure
@@ -128,6 +129,7 @@ def views_over_steps(figure: Figure, key: str, tokens_per_step: float | None) ->
     for ax in axes:
         low, high = ax.get_xlim()
         ax.set_xscale("symlog", linthresh=1, linscale=0.3)
+        plain_ticks(ax.xaxis)
         ax.set_xlim(max(low, 0), high)
     if axes:
         found["steps, log"] = _svg(figure, f"{key}-log")
@@ -136,9 +138,9 @@ def views_over_steps(figure: Figure, key: str, tokens_per_step: float | None) ->
 
 def _svg(figure: Figure, key: str) -> str:
     buffer = io.StringIO()
-    with rc_context({**RC, "svg.hashsalt": key}):
+    with rc_context({**REPORT_RC, "svg.hashsalt": key}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Title": key})
-    return buffer.getvalue()
+    return visible(buffer.getvalue())
 
 
 def thinned(rows: Sequence[DataRow], most: int = 300) -> list[DataRow]:

@@ -38,6 +38,7 @@ from lightning_spectral.report.rows import (
 )
 from lightning_spectral.report.scene import ReportData, ReportFigure
 from lightning_spectral.report.template import TEMPLATE
+from lightning_spectral.text import visible
 
 REPORT: Final = "report.html"
 
@@ -92,7 +93,7 @@ def write_report(
     tables = write_tables(scene, folder)
     found = warnings_of(scene)
     page = render(scene, drawings, pictures, found, title, command)
-    return Written(write_atomic(folder / REPORT, page.encode()), tuple(figures), tuple(tables), tuple(found))
+    return Written(write_atomic(folder / REPORT, visible(page).encode()), tuple(figures), tuple(tables), tuple(found))
 
 
 def write_tables(scene: ReportData, folder: Path) -> list[Path]:

@@ -11,8 +11,9 @@ from typing import Any, Final
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from lightning_spectral.records.looks import OPTIMIZERS, SPARE_LOOKS, family
 
@@ -39,6 +40,7 @@ RC: Final[Any] = {
     "svg.fonttype": "none",
     "figure.facecolor": "white",
 }
+REPORT_RC: Final[Any] = {**RC, "text.parse_math": False}  # a label is anybody's: its dollar signs are no formula
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,13 @@ def log2_axis(ax: Axes, which: str, low: float, high: float, values: Sequence[fl
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}" if value < 100 else f"{value:.0f}"))
     axis.set_minor_locator(NullLocator())
+
+
+def plain_ticks(*axes: Axis) -> None:
+    """Numbers at the ticks of logarithmic axes, where matplotlib writes formulas."""
+    for axis in axes:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def width_ticks(widths: Sequence[float]) -> list[float]:

@@ -31,6 +31,20 @@ def one_line(message: object) -> str:
     return " ".join(str(message).split()) or type(message).__name__
 
 
+# what a terminal obeys, what turns the order of letters round, halves of characters that no encoding can write
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str, *, keep: str = "") -> str:
+    r"""Text of anybody, to be shown: control characters but tabs and line ends are written out, as in ``\x1b``.
+
+    Args:
+        text: E.g. a label of a foreign file.
+        keep: Control characters that stay.
+    """
+    return _UNSEEN.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
 def did_you_mean(wrong: object, known: Iterable[object], *, otherwise: str = "known here", prefix: str = "") -> str:
     """``did you mean `x`?``, or what is known where nothing is close.
 
@@ -87,9 +101,15 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: If it is none, or nested without end.
     """
     try:
-        return json.loads(text)
+        content = json.loads(text)
+        raw = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
+        if b"\\ud" in raw.lower():
+            json.dumps(content, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("half of a character, which no file can hold") from None
+    return content
 
 
 def read_yaml(text: str) -> Any:
@@ -189,7 +209,7 @@ def set_aside(folder: str | Path, names: Iterable[str], label: str | None = None
     if not found:
         return None
     previous = folder / PREVIOUS
-    numbers = [int(path.name) for path in previous.glob("[0-9]*") if path.name.isdigit()]
+    numbers = [int(path.name) for path in previous.glob("[0-9]*") if path.name.isdecimal()]
     numbered = f"{1 + max(numbers, default=0):03d}"
     target = previous / (label if label is not None and is_name(label) else numbered)  # it may be from anybody's file
     while target.exists():

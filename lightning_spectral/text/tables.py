@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from lightning_spectral.text import visible
+
 NONE = "-"  # a value that there is not
 
 
@@ -148,7 +150,7 @@ def harmless(value: Any) -> Any:
     """A cell of a CSV file that no spreadsheet takes for a formula, whatever a label or a foreign file says."""
     if not isinstance(value, str):
         return value
-    text = value.replace("\r", " ")  # which ends a row for some readers and is not quoted by the writer
+    text = visible(value.replace("\r", " "))  # which ends a row for some readers and is not quoted by the writer
     is_formula = len(text.strip()) > 1 and text.lstrip().startswith(("=", "+", "-", "@"))
     return f"'{text}" if is_formula or text.startswith("\t") else text
 

@@ -100,8 +100,7 @@ class StepCheckpoint(Checkpoint):
         if refusal:
             raise MisconfigurationException(refusal)
         if trainer.is_global_zero:
-            for partial in (self._run_folder / FOLDER).glob("step-*.partial"):
-                _remove(partial)  # of a run that died while it saved; it takes the room that the next one needs
+            remove_partials(self._run_folder)
         if self._signals is not None:
             self._signals.install(trainer.world_size)
 
@@ -185,6 +184,12 @@ class StepCheckpoint(Checkpoint):
                 _remove(old)
         trainer.strategy.barrier("checkpoint renamed")
         self._saved_step = step
+
+
+def remove_partials(run_folder: Path) -> None:
+    """What a run that died while it saved has left; it takes the room that the next one needs."""
+    for partial in (run_folder / FOLDER).glob("step-*.partial"):
+        _remove(partial)
 
 
 def _no_space(run_folder: Path, weights: int) -> str:

@@ -242,6 +242,7 @@ def _resume_path(resume: Any, out_dir: Path) -> Path | None:
 
 def _move_previous_run(out_dir: Path) -> None:
     """Records of two runs must not mix, and none may be lost."""
+    checkpoints.remove_partials(out_dir)
     lightning_own = [path.name for path in out_dir.glob("hpc_ckpt_*")]  # it would start the new run
     target = move_earlier_run(out_dir, [*RUN_CONTENT, *lightning_own])
     if target is not None:

@@ -12,6 +12,7 @@ import pytest
 from lightning_spectral.analysis.scan import scan_spectral
 from lightning_spectral.records import SPECTRAL_FILE, SpectralRecord, append_records, read_spectral
 from tests.analysis.synthetic import write_one
+from tests.records_factory import spectral
 
 
 @pytest.fixture
@@ -136,3 +137,17 @@ def test_a_deeply_nested_line_is_left_out(file: Path) -> None:
         content.write(b'{"a": ' * 100_000 + b"1" + b"}" * 100_000 + b"\n")
     assert len(scan_spectral(file)) == before
     assert_same(file)
+
+
+@pytest.mark.parametrize("text", ["\u00fc", "a\\b", 'say "x"', "\t", "}{", "\U0001f600"])
+def test_both_readers_keep_a_record_whatever_its_metrics_are_called(text: str, tmp_path: Path) -> None:
+    """A metric of the user's own may have any name; the fast reader used to drop the record."""
+    path = tmp_path / "spectral.jsonl"
+    named = {"extra": {text: 1.5}, "renyi": {text: 2.0, "2": 3.0}, "conventions": {text: text}}
+    append_records(path, [spectral(step=step, module=text, stack=text, bucket=text, **named) for step in range(3)])
+    columns = scan_spectral(path)
+    assert columns.skipped == []
+    assert columns.floats[text].tolist() == [1.5] * 3
+    assert {json.loads(cell)[text] for cell in columns.texts["renyi"]} == {2.0}
+    assert [cell.decode() for cell in columns.texts["bucket"]] == [text] * 3
+    assert [record.value(text) for record in read_spectral(path).records] == [1.5] * 3

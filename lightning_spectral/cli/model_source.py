@@ -11,7 +11,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_spectral.text import CommandError, did_you_mean, import_class, one_line, read_yaml
+from lightning_spectral.text import CommandError, did_you_mean, import_class, one_line, read_settings, read_yaml
 
 if TYPE_CHECKING:
     from torch import nn
@@ -132,13 +132,16 @@ def _of_fields(fields: dict[str, Any], architecture: Mapping[str, Any] | None = 
         try:
             changes = Architecture(**(architecture or {}))
             return Source(build_gpt(adapt_config(Config(**fields), changes), changes, seed=0))
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # any of litgpt's and torch's: the fields may be anybody's
             raise CommandError(f"litgpt cannot build this model: {one_line(error)}") from error
 
 
 def _of_litgpt_folder(path: Path, settings: dict[str, Any]) -> Source:
     folder = path if path.is_dir() else path.parent
-    return _of_fields(read_yaml((folder / "model_config.yaml").read_text(encoding="utf-8")) | settings)
+    try:
+        return _of_fields(read_settings(folder / "model_config.yaml") | settings)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def _of_checkpoint(path: Path, settings: dict[str, Any]) -> Source:
@@ -149,7 +152,10 @@ def _of_checkpoint(path: Path, settings: dict[str, Any]) -> Source:
     weights: Any = content.get("state_dict", content.get("model", content)) if isinstance(content, dict) else {}
     hparams = content.get("hyper_parameters") if isinstance(content, dict) else None
     if isinstance(hparams, dict) and {"model_config", "model_name", "architecture"} <= set(hparams):
-        return _of_our_checkpoint(weights, hparams)
+        try:
+            return _of_our_checkpoint(weights, hparams)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CommandError(f"`{path}` is not a checkpoint of `pretrain`: {one_line(error)}.") from error
     made = _of_weights(weights, path)
     if not isinstance(hparams, dict) or not isinstance(hparams.get("_class_path"), str):
         return made
@@ -178,7 +184,8 @@ def _of_our_checkpoint(weights: Mapping[str, Any], hparams: Mapping[str, Any]) -
 def _of_weights(weights: Any, path: Path) -> Source:
     from lightning_spectral.models.skeleton import skeleton
 
-    shapes = {name: tuple(value.shape) for name, value in dict(weights).items() if hasattr(value, "shape")}
+    named = weights.items() if isinstance(weights, Mapping) else ()
+    shapes = {name: tuple(value.shape) for name, value in named if isinstance(name, str) and hasattr(value, "shape")}
     if not shapes:
         raise CommandError(f"`{path}` holds no weights: expected a state dict, or a Lightning checkpoint.")
     return Source(skeleton(shapes), _SKELETON, False)

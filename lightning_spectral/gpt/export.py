@@ -20,7 +20,7 @@ from lightning_spectral.data.tokens import TOKENIZER_FILES
 from lightning_spectral.gpt.architecture import Architecture, adapt_config, build_gpt
 from lightning_spectral.gpt.module import LitGPT, load_weights
 from lightning_spectral.models.names import clean_name
-from lightning_spectral.text import whole_file, write_text
+from lightning_spectral.text import read_settings, whole_file, write_text
 
 
 def save_final(
@@ -90,7 +90,7 @@ def load_final(folder: str | Path) -> GPT:
         ValueError: If weights and config do not fit.
     """
     folder = Path(folder)
-    content = yaml.safe_load((folder / "model_config.yaml").read_text())
+    content = read_settings(folder / "model_config.yaml")
     architecture = Architecture(**content.pop("architecture", {}))
     model = build_gpt(adapt_config(Config(**content), architecture), architecture, seed=0)
     load_weights(model, folder / "lit_model.pth")

@@ -126,6 +126,23 @@ def read_yaml(text: str) -> Any:
         raise yaml.YAMLError(one_line(error)) from error
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """A YAML file of names and values, which may be anybody's.
+
+    Raises:
+        ValueError: If it cannot be read, or holds something else; the message names it.
+    """
+    import yaml
+
+    try:
+        content = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"`{path}` cannot be read: {one_line(error)}") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ValueError(f"`{path}` holds no names with values, but {one_line(content)[:80]}.")
+    return content
+
+
 @lru_cache(maxsize=1)
 def _yaml_loader() -> Any:
     import yaml

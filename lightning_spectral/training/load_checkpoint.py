@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from litgpt.config import Config
 from torch import Tensor, nn
 
@@ -93,9 +92,9 @@ def _load_litgpt(folder: Path, stream_weights: bool | None) -> LoadedModel:
         raise FileNotFoundError(f"`{folder}` has `lit_model.pth` but no `model_config.yaml`: copy it from the run.")
     try:
         model = load_final(folder)
-    except ValueError:
+    except (ValueError, FileNotFoundError):
         raise
-    except (TypeError, AttributeError, yaml.YAMLError) as error:
+    except Exception as error:  # any of litgpt's and torch's: the folder may be anybody's
         raise ValueError(f"`{folder / 'model_config.yaml'}` is not litgpt's: {one_line(error)}.") from error
     return LoadedModel(model, "litgpt", model.config.block_size, tokenizer_dir=with_tokenizer(folder))
 
@@ -111,41 +110,29 @@ def _load_lightning(file: Path, stream_weights: bool | None) -> LoadedModel:
         names = {name.removeprefix("model."): value for name, value in weights.items()}
         given["padded_vocab_size"] = names["lm_head.weight"].shape[0]
         given.setdefault("vocab_size", given["padded_vocab_size"])
+        optimizer, train = recipe["optimizer"], recipe["train"]
+        optimizer = str(optimizer["class_path"] if isinstance(optimizer, dict) else optimizer).rpartition(".")[2]
+        batch, sequence = int(train["global_batch_size"]), train["max_seq_length"]
+        step = content.get("global_step", step_of(file))
+        step = None if step is None else int(step)
+        folders = [recipe.get("tokenizer_dir"), file.parent, file.parent.parent / "final"]
+        tokenizer = next((Path(one) for one in folders if one and with_tokenizer(Path(one))), None)
     except KeyError as error:
         raise ValueError(
             f"`{file}` is not a checkpoint of `lightning-spectral pretrain`: it has no {error}. Measure a model of "
             "your own LightningModule with `trainer.validate` and `SpectralRankCallback(on=['validation'])`."
         ) from error
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError, IndexError) as error:
         raise ValueError(
             f"`{file}` is not a checkpoint of `lightning-spectral pretrain`: {one_line(error)}."
         ) from error
-    model = build_gpt(adapt_config(Config(**given), architecture), architecture, seed=0)
     try:
+        model = build_gpt(adapt_config(Config(**given), architecture), architecture, seed=0)
         model.load_state_dict(names)
-    except RuntimeError as error:
+    except Exception as error:  # any of litgpt's and torch's: the file may be anybody's
         raise ValueError(f"`{file}` does not fit its own recipe: {one_line(error)}.") from error
-    tokenizer = next(
-        (
-            folder
-            for folder in (recipe.get("tokenizer_dir"), file.parent, file.parent.parent / "final")
-            if folder and with_tokenizer(Path(folder))
-        ),
-        None,
-    )
-    optimizer = recipe["optimizer"]
-    optimizer = optimizer if isinstance(optimizer, str) else optimizer["class_path"]
-    step, train = content.get("global_step", step_of(file)), recipe["train"]
-    sequence = train["max_seq_length"] or model.config.block_size
-    return LoadedModel(
-        model,
-        "lightning",
-        model.config.block_size,
-        step,
-        optimizer.rpartition(".")[2],
-        None if tokenizer is None else Path(tokenizer),
-        None if step is None else step * train["global_batch_size"] * sequence,
-    )
+    tokens = None if step is None else step * batch * (sequence or model.config.block_size)
+    return LoadedModel(model, "lightning", model.config.block_size, step, optimizer, tokenizer, tokens)
 
 
 def _load_hugging_face(folder: Path, stream_weights: bool | None) -> LoadedModel:

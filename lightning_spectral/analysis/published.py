@@ -17,9 +17,10 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_spectral.analysis.conditions import condition
 from lightning_spectral.analysis.effects import EffectComparison, compare_effects
 from lightning_spectral.analysis.points import Point, PointTable
-from lightning_spectral.analysis.tables import as_of_runs, condition, recognised
+from lightning_spectral.analysis.tables import as_of_runs, recognised
 from lightning_spectral.analysis.trajectory import Trajectory, fit_windows
 
 FloatArray = NDArray[np.float64]

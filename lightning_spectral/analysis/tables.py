@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -19,13 +18,6 @@ _LABELS: Final = (
     *("learning_rate", "lr", "site", "bucket", "metric", "layer"),
 )
 _MEASURED: Final = {"site": "post", "bucket": "pooled", "metric": "hard_rank", "layer": LAYER_MEDIAN}
-_CONDITION: Final = re.compile(r"^\s*([^=!<>]+?)\s*(==|=|!=|<=|>=|<|>)\s*(.*?)\s*$")
-_TESTS: Final[Mapping[str, Callable[[float, float], bool]]] = {
-    "<": lambda a, b: a < b,
-    ">": lambda a, b: a > b,
-    "<=": lambda a, b: a <= b,
-    ">=": lambda a, b: a >= b,
-}
 
 
 @dataclass(frozen=True)
@@ -68,27 +60,6 @@ def recognised(names: Sequence[str], x: str | None = None, by: Sequence[str] | N
     rows = next((name for name in _ROWS_NAMES if name in free), None)
     spread, steps = ("spread" if own else None), ("steps" if own else None)
     return Columns(chosen, tuple(by), seed, spread, rows, steps)
-
-
-def condition(text: str) -> Callable[[Mapping[str, str]], bool]:
-    """``optimizer!=muon``, ``width>=512`` as a test of a row.
-
-    Raises:
-        ValueError: If it is no condition; on a row without that column, too.
-    """
-    match = _CONDITION.match(text)
-    if match is None:
-        raise ValueError(f"`{text}` is no condition: write COLUMN=VALUE, COLUMN!=VALUE or COLUMN<NUMBER.")
-    name, sign, wanted = match.groups()
-
-    def holds(row: Mapping[str, str]) -> bool:
-        if name not in row:
-            raise ValueError(f"there is no column `{name}` (--where {text}); there are: {', '.join(row)}.")
-        if sign in _TESTS:
-            return _TESTS[sign](float(row[name]), float(wanted))
-        return (row[name] == wanted) == (sign != "!=")
-
-    return holds
 
 
 def telling_apart(rows: Sequence[Mapping[str, str]], columns: Columns, used: Sequence[str]) -> str | None:

@@ -14,10 +14,11 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_spectral.analysis.conditions import condition
 from lightning_spectral.analysis.fits import PowerLawFit
 from lightning_spectral.analysis.points import Point, PointTable
 from lightning_spectral.analysis.runs import Problem
-from lightning_spectral.analysis.tables import condition, recognised, telling_apart, with_layers
+from lightning_spectral.analysis.tables import recognised, telling_apart, with_layers
 from lightning_spectral.text import did_you_mean, whole_file
 from lightning_spectral.text.tables import harmless
 

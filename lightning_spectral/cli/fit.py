@@ -113,6 +113,7 @@ def fit_two(options: argparse.Namespace) -> int:
     xs, files = inputs.names(options.x), [path for path in options.inputs if path.lower().endswith(".csv")]
     if len(xs) != 2 or len(files) != len(options.inputs):
         raise CommandError(f"a law in two variables takes tables and two columns (--x N,D), got --x {options.x}.")
+    inputs.refuse_unused(options, tables_given=True)
     if options.model not in ("floor", "all"):
         raise CommandError("a law in two variables is E + A N^-a + B D^-b: give --model floor with --x N,D.")
     by, rows, values, notes = options.by or [], [], [], []

@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _SHOWN_OF_A_KIND = 6
+# options that one kind of input has no use for, and their defaults
+_OF_RUNS: dict[str, Any] = {
+    **{"metrics": ["soft_rank", "hard_rank"], "ranks": "auto", "last": 5},
+    **dict.fromkeys(("until_step", "stage", "stack", "loader")),
+}
+_OF_TABLES: dict[str, Any] = {
+    **{"y": "value", "drop_duplicates": False},
+    **dict.fromkeys(("x", "seed", "id", "spread", "rows")),
+}
 
 
 def names(text: str) -> list[str]:
@@ -32,25 +41,25 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
         "inputs", nargs="+", metavar="RUNS|points.csv", help="run folders (any depth), or tidy CSV files"
     )
     parser.add_argument("--by", type=names, metavar="COLUMNS", help="columns that make a series, e.g. optimizer,bucket")
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="CONDITION", help="keep such rows or runs, e.g. optimizer!=muon"
+    )
     runs = parser.add_argument_group("run folders")
-    runs.add_argument("--metrics", type=names, default=["soft_rank", "hard_rank"], metavar="NAMES")
+    runs.add_argument("--metrics", type=names, default=_OF_RUNS["metrics"], metavar="NAMES")
     runs.add_argument(
         "--ranks",
         choices=["auto", "raw"],
-        default="auto",
+        default=_OF_RUNS["ranks"],
         help="auto: ranks across sequences, where all runs have them; raw: as the finite sample gives them",
     )
-    runs.add_argument("--last", type=at_least(1), default=5, help="windows in the median (default: 5)")
+    runs.add_argument("--last", type=at_least(1), default=_OF_RUNS["last"], help="windows in the median (default: 5)")
     runs.add_argument("--until-step", type=at_least(0), metavar="STEP", help="use the last windows up to this step")
     runs.add_argument("--stage", help="stage of the records (default: train, else the first there is)")
     runs.add_argument("--stack", help="stack of blocks, where a model has several: its path, or a part (encoder)")
     runs.add_argument("--loader", type=int, help="index of the evaluation dataloader (default: the first)")
     table = parser.add_argument_group("tidy CSV")
     table.add_argument("--x", help="column of the width (default: width, or another usual name)")
-    table.add_argument("--y", default="value", help="column of the value (default: value)")
-    table.add_argument(
-        "--where", action="append", default=[], metavar="CONDITION", help="keep such rows, e.g. optimizer!=muon"
-    )
+    table.add_argument("--y", default=_OF_TABLES["y"], help="column of the value (default: value)")
     table.add_argument("--drop-duplicates", action="store_true", help="leave out both of two bit-identical points")
     table.add_argument("--seed", metavar="COLUMN", help="column of the seed")
     table.add_argument("--id", metavar="COLUMN", help="column of the run behind a row (default: run_id or id)")
@@ -62,6 +71,21 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", default="auto", help="auto, ols, ols_seed_means, weighted, theil_sen, seed_slopes or bootstrap"
     )
+
+
+def refuse_unused(options: argparse.Namespace, *, tables_given: bool) -> None:
+    """Options that say nothing of what was given.
+
+    Raises:
+        CommandError: If one is set all the same.
+    """
+    unused, given, other = (
+        (_OF_RUNS, "tables", "run folders") if tables_given else (_OF_TABLES, "run folders", "tables")
+    )
+    for name, default in unused.items():
+        if getattr(options, name) != default:
+            option = f"--{name.replace('_', '-')}"
+            raise CommandError(f"`{option}` is for {other}, and {given} were given: leave it out.")
 
 
 def guarded(call: Callable[[], T]) -> T:
@@ -99,6 +123,7 @@ def _load(options: argparse.Namespace) -> tuple[Fitted, RunSet | None]:
 
     refuse_missing(options.inputs)
     files = [path for path in options.inputs if is_table(path)]
+    refuse_unused(options, tables_given=bool(files))
     if not files:
         return fit_runs(options, options.by)
     if len(files) < len(options.inputs):
@@ -131,11 +156,14 @@ def read_tables(options: argparse.Namespace, files: list[str]) -> tuple[PointTab
 
 def fit_runs(options: argparse.Namespace, by: list[str] | None) -> tuple[Fitted, RunSet]:
     """Points and fits of run folders, nulls included."""
+    from lightning_spectral.analysis.conditions import points_where, runs_where
     from lightning_spectral.analysis.points import default_by, points_of_runs, pre_decay
     from lightning_spectral.analysis.reading import Choice, load_runs
     from lightning_spectral.analysis.study import finished_only, fit_points, nulls_of_runs
 
-    runs = load_runs(options.inputs, choice=Choice(options.stage, options.stack, options.loader))
+    runs = runs_where(
+        load_runs(options.inputs, choice=Choice(options.stage, options.stack, options.loader)), options.where
+    )
     if options.stage is not None and not runs.runs:
         raise CommandError(
             f"no run has records of `--stage {options.stage}`; stages are train, validation and measure."
@@ -144,10 +172,11 @@ def fit_runs(options: argparse.Namespace, by: list[str] | None) -> tuple[Fitted,
         runs = finished_only(runs)
     columns = by or list(default_by(runs))
     what = {"by": columns, "metrics": options.metrics, "last": options.last, "ranks": options.ranks}
-    table = points_of_runs(runs, **what, until_step=options.until_step)
+    table = points_where(points_of_runs(runs, **what, until_step=options.until_step), options.where)
     nulls = nulls_of_runs(runs, columns, options.metrics)
     steps = pre_decay(runs) if options.until_step is None else {}
     before = points_of_runs(runs, **what, until_step=steps)
+    before = points_where(before, options.where) if before.points else before
     return fit_points(table, method=options.method, problems=runs.problems, nulls=nulls, before=before), runs
 
 

@@ -35,12 +35,17 @@ def main(argv: list[str]) -> int:
 
 def _report(options: argparse.Namespace, argv: list[str]) -> int:
     """Draw what was read."""
+    from lightning_spectral.analysis.conditions import of_measured
+
     folder = inputs.out_folder(options.out)
     assert folder is not None
     inputs.refuse_missing(options.inputs)
     tables = [path for path in options.inputs if path.endswith(".csv")]
+    inputs.refuse_unused(options, tables_given=bool(tables))
     if options.by and not tables:
         raise CommandError("a report groups runs by their labels; --by is for tables.")
+    if not tables and (measured := inputs.guarded(lambda: of_measured(options.where))):
+        raise CommandError(f"a report shows all that was measured: `--where {measured[0]}` is for fit and compare.")
 
     from lightning_spectral.report.page import write_report
     from lightning_spectral.report.scene import ReportData

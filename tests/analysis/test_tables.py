@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from lightning_spectral.analysis.conditions import condition
 from lightning_spectral.analysis.health import without_duplicates
 from lightning_spectral.analysis.study import fit_points
-from lightning_spectral.analysis.tables import as_of_runs, condition, recognised
+from lightning_spectral.analysis.tables import as_of_runs, recognised
 from lightning_spectral.analysis.tidy import cell_text, points_table, read_points_csv, write_csv
 from tests.analysis.synthetic import power_law_points, table
 
@@ -81,6 +82,10 @@ def test_rows_are_kept_by_conditions(tmp_path: Path) -> None:
         read_points_csv(path, where=["optimiser=Dion"])
     with pytest.raises(ValueError, match=r"`Dion` is no condition"):
         condition("Dion")
+    assert condition("lr=3e-3")({"lr": "0.003"})
+    assert not condition("lr!=3e-3")({"lr": "0.003"})
+    with pytest.raises(ValueError, match=r"`--where lr<low` compares numbers, and `low` is none"):
+        condition("lr<low")({"lr": "1"})
 
 
 def test_both_points_of_a_copied_run_are_left_out(tmp_path: Path) -> None:

@@ -81,6 +81,44 @@ def test_run_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "layer_00" not in shown
 
 
+def test_runs_and_what_was_measured_are_kept_by_conditions(tmp_path: Path) -> None:
+    """Before, `--where` was taken and had no effect on run folders."""
+    write_study(tmp_path / "runs", {"muon": 0.9, "adamw": 0.3}, noise=0.005)
+    words = ["fit", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    chosen = ["optimizer!=adamw", "width>128", "bucket=tail", "metric=hard_rank", "layer=median"]
+    assert main([*words, *(word for text in chosen for word in ("--where", text))]) == 0
+    (fit,) = rows_of(tmp_path / "out/fits.csv")
+    assert [fit[name] for name in ("optimizer", "bucket", "metric", "n")] == ["muon", "tail", "hard_rank", "3"]
+    assert float(fit["null_beta"]) == pytest.approx(0.7, abs=0.02)
+    assert {row["width"] for row in rows_of(tmp_path / "out/points.csv")} == {"256", "512", "1024"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--where", "optimizer=sgd"], "no run passes `--where optimizer=sgd`: `optimizer` is adamw, muon"),
+        (["--where", "bucket=rare"], "no point passes `--where bucket=rare`: `bucket` is head, mid, pooled, tail"),
+        (["--where", "optimiser=muon"], "there is no column `optimiser` (--where optimiser=muon); did you mean"),
+        (["--by", "optimizer,bucket,metric", "--where", "layer=median"], "there is no column `layer`"),
+        (["--x", "width"], "`--x` is for tables, and run folders were given"),
+        (["--drop-duplicates"], "`--drop-duplicates` is for tables, and run folders were given"),
+    ],
+)
+def test_an_option_that_nothing_can_be_done_with_is_refused(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_study(tmp_path / "runs", {"muon": 0.9, "adamw": 0.3}, widths=(128, 256, 512), noise=0.005)
+    assert main(["fit", str(tmp_path / "runs"), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_options_of_runs_are_refused_for_tables(points_csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--last", "2"], ["--until-step", "10"], ["--ranks", "raw"], ["--metrics", "soft_rank"]):
+        for verb in ("fit", "compare", "report"):
+            assert main([verb, str(points_csv), *words]) == 2
+            assert f"`{words[0]}` is for run folders, and tables were given" in capsys.readouterr().err
+
+
 def test_by_without_layer_is_one_row_a_series(tmp_path: Path) -> None:
     write_study(tmp_path / "runs", {"muon": 0.9}, noise=0.005)
     by = "optimizer,bucket,metric"

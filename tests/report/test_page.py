@@ -25,7 +25,7 @@ from tests.analysis.synthetic import recipe, write_one, write_spectra, write_stu
 
 OPTIONS = {
     "by": None, "metrics": ["soft_rank", "hard_rank"], "last": 5, "until_step": None, "stage": None, "method": "auto",
-    "ranks": "auto", "stack": None, "loader": None, "site": "post", "match_on": "loss", "tolerance": 0.02,
+    "ranks": "auto", "stack": None, "loader": None, "where": [], "site": "post", "match_on": "loss", "tolerance": 0.02,
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from lightning_spectral.analysis.tables import as_of_runs, recognised
 from lightning_spectral.analysis.tidy import cell_text, points_table, read_points_csv, write_csv
 from tests.analysis.synthetic import power_law_points, table
 
-POCKET = Path(__file__).parents[2] / "benchmarks" / "results" / "pocket_study"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 # the mixed model's intervals are over seeds as well: CHANGELOG names the change
 
 
@@ -45,11 +45,12 @@ def test_our_own_tables_need_no_option() -> None:
         assert (found.x, found.by, found.seed, found.rows) == ("width", tuple(names[:5]), "seed", rows)
 
 
-def test_the_committed_study_is_refitted_from_its_points() -> None:
-    found, problems = read_points_csv(POCKET / "points.csv")
+@pytest.mark.parametrize("study", ["pocket_study", "pocket_tokens"])
+def test_a_committed_study_is_refitted_from_its_points(study: str) -> None:
+    found, problems = read_points_csv(RESULTS / study / "points.csv")
     assert not problems
     fits = {fit.series: fit for fit in fit_points(found).fits}
-    with (POCKET / "fits.csv").open() as file:
+    with (RESULTS / study / "fits.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(fits)
     for row in rows:

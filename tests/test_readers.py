@@ -23,6 +23,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
 
 from lightning_spectral.analysis.foreign import loss_records, manifest_rows, read_foreign, spectral_records
+from lightning_spectral.analysis.published import read_curves
 from lightning_spectral.analysis.reading import _progress, read_run_folder
 from lightning_spectral.analysis.scan import scan_spectral
 from lightning_spectral.analysis.spectra import read_spectrum
@@ -295,3 +296,11 @@ def test_both_readers_of_spectra_leave_out_the_same_lines(tmp_path: Path) -> Non
         columns = scan_spectral(path)
         assert [number for number, _ in columns.skipped] == [number for number, _ in report.skipped]
         assert columns.ints["step"].tolist() == [-1 if r.step is None else r.step for r in report.records]
+
+
+@pytest.mark.parametrize("read", [manifest_rows, lambda path: read_foreign(path, None), read_curves, read_points_csv])
+def test_a_table_with_a_quotation_mark_left_open_is_named(read: Any, tmp_path: Path) -> None:
+    """All that follows is one cell, longer than the csv module reads: its error is no ValueError."""
+    (tmp_path / "a.csv").write_text('run_id,step,width,soft_rank\n"' + "x,1,64,2.0\n" * 20_000)
+    with pytest.raises(ValueError, match=r"a.csv` is no whole table"):
+        read(tmp_path / "a.csv")

@@ -6,8 +6,6 @@ does not say (the width, the optimizer, the seed) comes from a manifest or from 
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from lightning_spectral.analysis.tidy import csv_rows
 from lightning_spectral.records import POOLED, LossRecord, SpectralRecord
 from lightning_spectral.text import parse_json
 
@@ -188,8 +187,7 @@ def _read_events(file: Path, root: Path, runs: dict[str, ForeignRun], place_of: 
 
 def _read_csv(file: Path, root: Path, runs: dict[str, ForeignRun], place_of: Place) -> None:
     """A table of one run's history (columns are tags), or one chart's export (``run - tag`` columns)."""
-    rows = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig"), newline="")))
-    _read_rows(rows, file, runs, place_of)
+    _read_rows(csv_rows(file), file, runs, place_of)
 
 
 def _read_jsonl(file: Path, root: Path, runs: dict[str, ForeignRun], place_of: Place) -> None:
@@ -303,7 +301,7 @@ def manifest_rows(path: str | Path) -> list[dict[str, str]]:
     Raises:
         ValueError: If it names no runs (``run_id``, ``name`` or ``log_dir``).
     """
-    rows = list(csv.DictReader(io.StringIO(Path(path).read_text(encoding="utf-8-sig"), newline="")))
+    rows = csv_rows(path)
     if not rows or not {"run_id", "name", "log_dir"} & set(rows[0]):
         raise ValueError(f"`{path}` is no manifest: it needs a column `run_id`, `name` or `log_dir`.")
     return rows

@@ -6,8 +6,6 @@ Columns are known by their names, as those of points are (``tables``): a step co
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from lightning_spectral.analysis.conditions import condition
 from lightning_spectral.analysis.effects import EffectComparison, compare_effects
 from lightning_spectral.analysis.points import Point, PointTable
 from lightning_spectral.analysis.tables import as_of_runs, recognised
+from lightning_spectral.analysis.tidy import csv_rows
 from lightning_spectral.analysis.trajectory import Trajectory, fit_windows
 
 FloatArray = NDArray[np.float64]
@@ -243,10 +242,7 @@ def _ends_of(row: Mapping[str, str]) -> tuple[float, float]:
 def _rows(path: str | Path, where: Sequence[str]) -> tuple[list[dict[str, str]], Path]:
     table = Path(path)
     kept: list[Callable[[Mapping[str, str]], bool]] = [condition(text) for text in where]
-    text = table.read_text(encoding="utf-8-sig")
-    rows = [
-        row for row in csv.DictReader(io.StringIO(text, newline="")) if None not in row and None not in row.values()
-    ]
+    rows = [row for row in csv_rows(table) if None not in row and None not in row.values()]
     return [row for row in rows if all(holds(row) for holds in kept)], table
 
 

@@ -224,6 +224,16 @@ def _text_of(path: Path) -> str:
         raise ValueError(f"`{path}` is not a text file in UTF-8: {error}.") from error
 
 
+def csv_rows(path: str | Path) -> list[dict[str, str]]:
+    """Rows of a table with commas, by column; a row with more cells has the key ``None``, one with fewer such values.
+
+    Raises:
+        ValueError: If it is no text in UTF-8, or no CSV; the message names it.
+    """
+    text = _text_of(Path(path))
+    return _guarded(Path(path), lambda: list(csv.DictReader(io.StringIO(text, newline=""))))
+
+
 def _named_rows(path: Path, text: str) -> tuple[list[str], list[dict[str, str]]]:
     """Column names and rows; cells are separated by the sign that separates the names."""
     first_line = text.partition("\n")[0]

@@ -1,7 +1,8 @@
 """Text in: documents, and the blocks they are cut into, read as a stream so that no text has to fit into memory.
 
-Hugging Face ``datasets`` reads tables; text files are read here, a megabyte at a time. The documents, joined, are cut
-at white space into blocks of about 20,000 characters; every 18th block is held out, unless there are held-out files.
+Hugging Face ``datasets`` reads Parquet and Arrow tables; text files are read here, a megabyte at a time. The documents,
+joined, are cut at white space into blocks of about 20,000 characters; every 18th block is held out, unless there are
+held-out files.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import gzip
 import importlib.util
 import lzma
 import re
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import groupby
@@ -19,6 +22,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning_spectral.data.files import FoundFiles, digest_of, reader_of
+from lightning_spectral.data.json_rows import json_rows
+from lightning_spectral.data.zstandard_file import open_zstandard
 from lightning_spectral.text import one_line
 
 BLOCK_CHARS = 20_000
@@ -124,9 +129,10 @@ def document_pieces(files: Iterable[Path], text_column: str = "text") -> Iterato
                 yield from ((number, piece) for piece in _text_pieces(file))
         else:
             names = [str(file) for file in of_reader]
-            for text in texts_of(_rows(str(reader), names), text_column, names):
-                number += 1
-                yield number, text
+            for some in [[name] for name in names] if reader == "json" else [names]:
+                for text in texts_of(_rows(str(reader), some), text_column, some):
+                    number += 1
+                    yield number, text
 
 
 def joined(pieces: Iterable[tuple[int, str]], separator: str) -> Iterator[str]:
@@ -188,35 +194,32 @@ def _cut(text: str, more: Iterator[str], block_chars: int) -> Iterator[str]:
 
 
 def _text_pieces(file: Path) -> Iterator[str]:
+    with _named(file, "text"), _open_text(file) as content:
+        yield content.read(_PIECE_CHARS)  # an empty file is a document too
+        while piece := content.read(_PIECE_CHARS):
+            yield piece
+
+
+@contextmanager
+def _named(file: Path, kind: str) -> Iterator[None]:
     try:
-        with _open_text(file) as content:
-            yield content.read(_PIECE_CHARS)  # an empty file is a document too
-            while piece := content.read(_PIECE_CHARS):
-                yield piece
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
-        raise ValueError(f"cannot read `{file}` as text: {one_line(error)}. Is it UTF-8 and whole?") from error
+        yield
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"cannot read `{file}` as {kind}: {one_line(error)}. Is it UTF-8 and whole?") from error
 
 
 def _open_text(file: Path) -> IO[Any]:
     openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     if file.suffix.lower() == ".zst":
-        _require_zstandard(file)
-        import zstandard
-
-        opened: IO[Any] = zstandard.open(file, "rt", encoding="utf-8")
-        return opened
+        return open_zstandard(file)
     return openers.get(file.suffix.lower(), open)(file, "rt", encoding="utf-8")  # type: ignore[operator,no-any-return]
 
 
-def _require_zstandard(file: Path) -> None:
-    if importlib.util.find_spec("zstandard") is None:
-        raise ValueError(f"`{file}` needs the package `zstandard`: `pip install zstandard`.")
-
-
 def _rows(reader: str, files: list[str]) -> Iterator[dict[str, object]]:
-    for file in files:
-        if file.lower().endswith(".zst"):
-            _require_zstandard(Path(file))
+    if reader == "json":
+        with _named(Path(files[0]), "json"), _open_text(Path(files[0])) as content:
+            yield from json_rows(content)
+        return
     import datasets  # two seconds to import
 
     try:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib.machinery
 import importlib.util
 import json
+import sys
+import types
+import zlib
 from pathlib import Path
 
 import pytest
@@ -276,3 +281,72 @@ def test_a_folder_with_held_out_text_alone_says_that_it_was_seen(tmp_path: Path)
     (tmp_path / "test.txt").write_text("words")
     with pytest.raises(FileNotFoundError, match=r"Left out there: test.txt \(held out by its name\)"):
         find_files(tmp_path)
+
+
+JSON_FILES: dict[str, tuple[str, list[str]]] = {
+    "lines": ('{"text": "a"}\n\n{"text": "b\\u2028c"}', ["a", "b\u2028c"]),
+    "a list": ('[{"text": "a"},\n {"text": "b"}]\n', ["a", "b"]),
+    "one object over lines": ('{\n "text": "a"\n}\n', ["a"]),
+    "a mark of the byte order": ('\ufeff{"text": "a"}\n', ["a"]),
+    "columns that come later": ('{"n": 1}\n{"text": "a"}\n{"n": 2}\n', ["a"]),
+    "texts like dates": ('{"text": "2026-01-01"}\n{"text": "2026-01-02"}\n', ["2026-01-01", "2026-01-02"]),
+    "lines of Windows": ('{"text": "a"}\r\n{"text": "b"}\r\n', ["a", "b"]),
+    "nothing": ("", []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", JSON_FILES)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz"])
+def test_rows_of_json(kind: str, suffix: str, tmp_path: Path) -> None:
+    content, texts = JSON_FILES[kind]
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(content.encode()) if suffix.endswith(".gz") else content.encode())
+    assert list(documents(Corpus((path,)))) == texts
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"text": ' + "[" * 200_000 + "]" * 200_000 + "}", "[1]", "3", '{"text": "a', '{"text": "\\ud800"}', "\xff"],
+)
+def test_a_line_that_is_no_row_is_named(line: str, tmp_path: Path) -> None:
+    """pyarrow's reader ended the process where a line was nested without end."""
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "whole"}\n' + line.encode("latin-1") + b"\n")
+    with pytest.raises(ValueError, match=r"read `.*a.jsonl` as json: (line 2 is no JSON|a row is|'utf-8' codec)"):
+        list(documents(Corpus((tmp_path / "a.jsonl",))))
+
+
+def test_a_file_without_the_column_beside_one_that_has_it_is_named(tmp_path: Path) -> None:
+    """It used to be left out without a word."""
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "b.jsonl").write_text('{"body": "y"}\n')
+    with pytest.raises(ValueError, match=r"b.jsonl` has no column `text`, only `body`"):
+        list(documents(Corpus((tmp_path / "a.jsonl", tmp_path / "b.jsonl"))))
+
+
+@pytest.fixture
+def zlib_as_zstandard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package need not be installed: zlib's objects have the same methods."""
+    module = types.ModuleType("zstandard")
+    module.__spec__ = importlib.machinery.ModuleSpec("zstandard", None)
+    module.ZstdDecompressor = lambda: types.SimpleNamespace(decompressobj=zlib.decompressobj)
+    module.ZstdError = zlib.error
+    monkeypatch.setitem(sys.modules, "zstandard", module)
+
+
+@pytest.mark.usefixtures("zlib_as_zstandard")
+@pytest.mark.parametrize("name", ["a.txt.zst", "a.jsonl.zst"])
+def test_a_zstandard_file_is_read_whole_or_named(name: str, tmp_path: Path) -> None:
+    """Its own reader ends where the file does: half of a download used to be all that was trained on."""
+    lines = [json.dumps({"text": f"{number} \u00fc"}) + "\n" for number in range(20_000)]
+    frames = [zlib.compress("".join(part).encode()) for part in (lines[:15_000], lines[15_000:])]
+    path, whole = tmp_path / name, b"".join(frames)
+    path.write_bytes(whole)
+    expected = "".join(lines) if ".txt" in name else "".join(json.loads(line)["text"] for line in lines)
+    assert "".join(documents(Corpus((path,)))) == expected
+    for cut in (1, 5_000, len(frames[0]) - 1, len(frames[0]) + 1, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=rf"cannot read `.*{name}` as \w+: it ends inside a compressed frame"):
+            list(documents(Corpus((path,))))
+    path.write_bytes(b"\xff" + whole[1:])
+    with pytest.raises(ValueError, match=rf"cannot read `.*{name}`"):
+        list(documents(Corpus((path,))))

@@ -84,7 +84,7 @@ class SpectralOptimizer(Optimizer):
         self._matrix_step: tuple[tuple[int, ...], MatrixStep] | None = None
         self._observed: dict[str, MatrixTelemetry] | None = None
         defaults = {"lr": lr, **group_settings(settings), **(own or {})}
-        defaults.update(algorithm="", role="", lr_ratio=1.0, fallback_weight_decay=self._rest_decay)
+        defaults.update(algorithm="", role="", fallback_weight_decay=self._rest_decay)
         shards = Shards()
         groups, routes = self._groups_of(params, shards)
         super().__init__(groups, defaults)

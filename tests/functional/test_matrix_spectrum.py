@@ -86,3 +86,9 @@ def test_refusals():
         top_energy(torch.zeros(3))
     with pytest.raises(ValueError, match="`singular_values`"):
         spectrum_measures(torch.tensor([1.0, -1.0]))
+
+
+def test_one_entry_is_a_matrix_and_none_is_not():
+    assert matrix_spectrum(torch.tensor([[3.0]])).largest == 3.0
+    with pytest.raises(ValueError, match="must have two axes and entries"):
+        matrix_spectrum(torch.zeros(0, 3))

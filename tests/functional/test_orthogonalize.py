@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_spectral.functional.flattening import spectrum_flattening
+from lightning_spectral.functional.flattening import flattening, spectrum_flattening
 from lightning_spectral.functional.orthogonalize import (
     COEFFICIENTS,
     apply_to_singular_values,
@@ -395,3 +395,27 @@ def test_a_gpu_divides_by_the_same_norm_in_one_pass(monkeypatch, dtype, scale):
     assert not as_on_gpu[1].any()
     exact = newton_schulz(matrix.double())
     assert distance(as_on_gpu[0], exact) < max(1.3 * distance(on_cpu[0], exact), 1e-5)
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+@pytest.mark.parametrize("steps", range(1, 7))
+def test_as_many_rows_as_steps(name, steps):
+    assert len(coefficient_rows(name, steps)) == steps
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_the_normaliser_of_tiny_singular_values_is_that_of_large_ones(name):
+    """The fourth power of 1e-90 is zero in fp64."""
+    values = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(normalize_singular_values(values * 1e-90, name), normalize_singular_values(values, name))
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])
+def test_the_flattening_of_a_matrix_is_that_of_its_singular_values(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    values = torch.linalg.svdvals(matrix.double())
+    assert flattening(matrix, "muon", 5) == spectrum_flattening(values, "muon", 5)
+    with pytest.raises(ValueError, match="must be a finite matrix"):
+        flattening(matrix.flatten())
+    with pytest.raises(ValueError, match="must be a finite matrix"):
+        flattening(matrix.fill_diagonal_(math.nan))

@@ -195,3 +195,20 @@ def test_unbiased_hard_rank_needs_four_rows():
 )
 def test_sampling_status(num_tokens, width, trace, status):
     assert rank.sampling_status(num_tokens, width, trace) == status
+
+
+def test_the_renyi_orders_are_those_that_the_paper_draws():
+    assert rank.DEFAULT_RENYI_ORDERS == (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e300])
+@pytest.mark.parametrize("metric", [rank.soft_rank, rank.hard_rank])
+def test_no_size_of_the_eigenvalues_leaves_the_range_of_fp64(metric, scale):
+    eigs = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(metric(eigs * scale), metric(eigs))
+
+
+def test_the_unbiased_hard_rank_of_no_estimated_variance_is_unknown():
+    """(n-1)(n-2) * 1 + 1 - 4/3 * 5.25 = 0 for n = 4."""
+    assert math.isnan(rank.debiased_hard_rank(4, 1.0, 1.0, 5.25))
+    assert rank.debiased_hard_rank(4, 1.0, 1.0, 5.25 - 0.75) == pytest.approx((2 + 5 - 6) / 1)

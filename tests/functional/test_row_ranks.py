@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_spectral.functional import few_rows
 from lightning_spectral.functional.few_rows import Population, entropy_of_rows, population
 from lightning_spectral.functional.row_ranks import _eigenvalues, _pairs, _parts, rank_rows
 
@@ -165,3 +166,24 @@ def test_what_cannot_be_told() -> None:
     assert rank_rows(torch.zeros(0, 8), torch.arange(0), 0).num_rows == 0
     with pytest.raises(ValueError, match="at least 4 rows that differ, got 2"):
         population(torch.ones(2), torch.ones(2), 8, 2.0)
+
+
+@pytest.mark.parametrize(("variance", "own"), [(0.1, 0.0), (0.2, 0.0), (0.4, 0.5), (0.8, 0.75)])
+def test_weights_of_rows_are_what_chance_does_not_explain_of_their_norms(variance: float, own: float) -> None:
+    """Norms of rows of hard rank 10 vary by 2 / 10 without any weights."""
+    norms_N = torch.ones(41, dtype=torch.float64)
+    norms_N[::2] += 0.5
+    norms_N = 1 + (norms_N / norms_N.mean() - 1) * math.sqrt(variance / float((norms_N / norms_N.mean()).var()))
+    weights_N = few_rows._weights(norms_N, 10.0)
+    expected_N = norms_N ** math.sqrt(own)
+    torch.testing.assert_close(weights_N, expected_N / expected_N.mean())
+
+
+def test_the_population_behind_a_sample_has_a_mean_eigenvalue_of_one() -> None:
+    rows_ND = torch.randn(60, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows_ND = rows_ND * torch.linspace(0.2, 3.0, 20, dtype=torch.float64)
+    centred_ND = rows_ND - rows_ND.mean(0)
+    eigs_M = torch.linalg.eigvalsh(centred_ND.mT @ centred_ND)
+    behind = few_rows.population(eigs_M, centred_ND.square().sum(1), 20, 10.0)
+    assert float(behind.values_J @ behind.masses_J) == pytest.approx(1.0, rel=1e-12)
+    assert float(behind.masses_J.sum()) == pytest.approx(1.0, rel=1e-12)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,7 @@ from lightning_spectral.models.views import Rectangle
 from lightning_spectral.optim import SOAP, Muon, MuonH, NorMuon, gradients
 from lightning_spectral.optim.checkpoint import make_uniform, saved_to_param_layout
 from lightning_spectral.optim.dion import DionRule
+from lightning_spectral.optim.factors import orthonormal_columns
 from lightning_spectral.optim.gradients import global_norm
 from lightning_spectral.optim.matrices import Matrix, spans_of
 from lightning_spectral.optim.matrix_rule import faded
@@ -284,3 +287,42 @@ def test_values_along_the_first_rows_are_ranges_that_do_not_touch() -> None:
     rectangles = [Rectangle((0, 2), (0, 4)), Rectangle((2, 3), (0, 1)), Rectangle((3, 4), (1, 3))]
     assert spans_of(rectangles, columns=4, length=14) == ((0, 9), (13, 14))
     assert spans_of(rectangles[2:], columns=4, length=13) == ()
+
+
+@pytest.mark.parametrize("lr_ratio", [1.0, 3.0])
+def test_muonh_brings_a_matrix_back_to_its_sphere_and_steps_by_its_own_rate(lr_ratio: float) -> None:
+    """Something else made the weight longer; one step ends at the radius that it began with."""
+    layer = nn.Linear(4, 3, bias=False, dtype=torch.float64)
+    optimizer = MuonH(layer, lr=0.01, orthogonalize="svd", nesterov=False, precision="fp64")
+    optimizer.param_groups[0]["lr_ratio"] = lr_ratio
+    grad = torch.outer(torch.tensor([1.0, 2.0, 2.0]).double(), torch.tensor([1.0, -1.0, 1.0, 1.0]).double())
+    radius = layer.weight.detach().norm()
+    for factor in (1.0, 1.1):
+        with torch.no_grad():
+            layer.weight.mul_(factor)
+        before = layer.weight.detach().clone()
+        layer.weight.grad = grad.clone()
+        optimizer.step()
+        moved = before / radius - 0.01 * lr_ratio * grad / grad.norm()
+        torch.testing.assert_close(layer.weight.detach(), radius * moved / moved.norm(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("rows", [3, 9, 16, 23])
+def test_orthonormal_columns_do_not_depend_on_what_else_is_in_the_batch(rows: int) -> None:
+    """LAPACK's rounding follows the alignment of a matrix; rows of zeros align each one of a batch."""
+    tall_BMR = torch.randn(5, rows, 3, generator=torch.Generator().manual_seed(rows))
+    made_BMR = orthonormal_columns(tall_BMR)
+    assert made_BMR.shape == tall_BMR.shape
+    torch.testing.assert_close(made_BMR.mT @ made_BMR, torch.eye(3).expand(5, 3, 3), rtol=0, atol=1e-6)
+    for made_MR, tall_MR in zip(made_BMR, tall_BMR, strict=True):
+        assert torch.equal(made_MR, orthonormal_columns(tall_MR.clone().unsqueeze(0))[0])
+
+
+def test_the_routing_table_is_seen_where_nobody_configured_logging() -> None:
+    """As Lightning's own loggers are; where somebody did, nothing is added."""
+    script = "import torch; from lightning_spectral import Muon; Muon(torch.nn.Sequential(torch.nn.Linear(64, 64)))"
+    quiet = "import logging; logging.basicConfig(level=logging.WARNING); " + script
+    said = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+            for code in (script, quiet)]  # fmt: skip
+    assert "matrix" in said[0]
+    assert "matrix" not in said[1]

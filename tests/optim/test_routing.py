@@ -76,6 +76,8 @@ def test_tied_weights_appear_once_as_embedding():
     model.head.weight = model.embed.weight
     found = roles_of(model.parameters())
     assert found == {name: role for name, role in EXPECTED.items() if name != "head.weight"}
+    for tied, reason in ((model, "embedding, tied"), (TinyLM(), "embedding")):
+        assert [one.reason for one in route(find_owners(tied)) if one.role == "embedding"] == [reason]
     optimizer = Muon(model)
     assert sum(p is model.embed.weight for group in optimizer.param_groups for p in group["params"]) == 1
 

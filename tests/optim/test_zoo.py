@@ -104,25 +104,25 @@ def test_muonh_stays_on_its_sphere_in_bf16_products_and_fp32_weights():
     assert float(layer.weight.detach().norm()) == pytest.approx(radius, rel=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(8, 20), (20, 8)])
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (8, 8)])
 def test_soap_is_adam_in_the_eigenbasis(shape):
     layer = one_matrix(*shape)
     optimizer = SOAP(layer, lr=0.1, weight_decay=0.0, basis_every=2, moment_beta=0.9)
-    momentum, second = torch.zeros(shape, dtype=torch.float64), torch.zeros(8, 20, dtype=torch.float64)
+    momentum, second = torch.zeros(shape, dtype=torch.float64), torch.zeros(8, max(shape), dtype=torch.float64)
     gram = torch.zeros(8, 8, dtype=torch.float64)
     for step in range(1, 6):
         before, grad = layer.weight.detach().clone(), gradient(step, layer.weight.shape)
         layer.weight.grad = grad
         optimizer.step()
-        wide = grad if shape[0] < shape[1] else grad.mT
+        wide = grad if shape[0] <= shape[1] else grad.mT  # a square matrix is turned from the left
         momentum = 0.95 * momentum + 0.05 * grad
         if step == 1:
             gram = 0.1 * wide @ wide.mT
             basis = torch.linalg.eigh(gram)[1].flip(1)
         second = 0.9 * second + 0.1 * (basis.mT @ wide).square()
-        mean = (momentum if shape[0] < shape[1] else momentum.mT) / (1 - 0.95**step)
+        mean = (momentum if shape[0] <= shape[1] else momentum.mT) / (1 - 0.95**step)
         update = basis @ ((basis.mT @ mean) / (second / (1 - 0.9**step)).sqrt())
-        expected = 0.1 * (update if shape[0] < shape[1] else update.mT)
+        expected = 0.1 * (update if shape[0] <= shape[1] else update.mT)
         torch.testing.assert_close(before - layer.weight.detach(), expected, rtol=2e-4, atol=2e-5)  # fp32 state
         gram = 0.9 * gram + 0.1 * wide @ wide.mT
         if step % 2 == 0:

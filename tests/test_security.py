@@ -94,6 +94,62 @@ def test_a_foreign_pickle_is_refused_and_not_executed(place: str, write: Any, tm
     assert not marker.exists()
 
 
+def sharded(folder: Path) -> Path:
+    """As Lightning's FSDP writes it: tensors, plain values, and what is beside them in ``meta.pt``."""
+    import torch.distributed.checkpoint as dcp
+
+    layer = torch.nn.Linear(3, 4)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    state = {"model": layer.state_dict(), "optimizer": optimizer.state_dict(), "half": torch.ones(2).bfloat16()}
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    torch.save({"epoch": 1}, folder / "meta.pt")
+    return folder
+
+
+def evil_metadata(folder: Path, marker: Path) -> None:
+    raw_pickle(folder / ".metadata", marker)
+
+
+def evil_entry(folder: Path, marker: Path) -> None:
+    content = pickle.loads((folder / ".metadata").read_bytes())
+    index = next(index for index in content.storage_data if index.fqn.endswith("betas"))
+    torch.save(Malice(marker), folder / "__9_0.distcp")
+    place = content.storage_data[index]
+    place.relative_path, place.offset, place.length = "__9_0.distcp", 0, (folder / "__9_0.distcp").stat().st_size
+    (folder / ".metadata").write_bytes(pickle.dumps(content))
+
+
+def entry_elsewhere(folder: Path, marker: Path) -> None:
+    evil_entry(folder, marker)
+    (folder / "__9_0.distcp").rename(folder.parent / "elsewhere")
+    content = (folder / ".metadata").read_bytes()
+    (folder / ".metadata").write_bytes(content.replace(b"__9_0.distcp", b"../elsewhere"))
+
+
+def cut_part(folder: Path, marker: Path) -> None:
+    (part,) = folder.glob("*.distcp")
+    part.write_bytes(part.read_bytes()[:-1])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", [None, evil_metadata, evil_entry, entry_elsewhere, cut_part])
+def test_a_foreign_sharded_checkpoint_is_refused_and_not_executed(change: Any, tmp_path: Path) -> None:
+    """torch unpickles its metadata and every entry that is no tensor without a check."""
+    marker = tmp_path / "executed"
+    folder = sharded(tmp_path / "run" / "checkpoints" / "step-00000002.ckpt")
+    if change is None:
+        assert newest_whole(tmp_path / "run") == folder
+        return
+    change(folder, marker)
+    assert newest_whole(tmp_path / "run") is None
+    tree = {"out_dir": str(tmp_path / "other"), "resume": str(folder)}
+    with pytest.raises(ValueError, match=r"could execute code|__9_0|elsewhere|is cut"):
+        pretrain(load(write_recipe(tmp_path), tree), progress_bar=False)
+    assert not marker.exists()
+
+
 def test_counts_that_hold_objects_are_refused(tmp_path: Path) -> None:
     from lightning_spectral import TailTokenProbe
 
@@ -535,8 +591,9 @@ def test_half_a_character_ends_no_verb(where: str, tmp_path: Path, capsysbinary:
 
 # what may appear where: a new reader of files is to go through one of these
 ONE_WAY = {
-    r"torch\.load\(": {"models/checkpoint_file.py"},
+    r"torch\.load\(": {"models/checkpoint_file.py", "models/checkpoint_folder.py"},
     r"pickle\.loads?\(": {"probe/collectives.py", "training/schema.py"},
+    r"Unpickler\b": {"models/checkpoint_folder.py"},
     r"yaml\.(load|unsafe_load|full_load)\(": {"text/__init__.py"},
     r"(?<!parse_)\bjson\.loads?\(": {  # what this process or another rank has written itself, or a regex has vetted
         "text/__init__.py", "text/tables.py", "probe/agreement.py", "optim/members.py", "analysis/scan.py",

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_spectral.lightning_private import accumulates
 from lightning_spectral.models.checkpoint_file import CheckpointError, read_checkpoint
+from lightning_spectral.models.checkpoint_folder import check_checkpoint_folder
 from lightning_spectral.training.preemption import PreemptedError, StopSignals
 
 FOLDER = "checkpoints"
@@ -67,8 +68,8 @@ def check_whole(checkpoint: Path) -> None:
         FileNotFoundError: If a part of it is missing.
         CheckpointError: If it is incomplete or corrupted, or holds objects whose reading would execute code.
     """
-    if checkpoint.is_dir() and not (checkpoint / ".metadata").is_file():
-        raise FileNotFoundError(f"`{checkpoint}` has no `.metadata`: it is incomplete, or no sharded checkpoint.")
+    if checkpoint.is_dir():
+        check_checkpoint_folder(checkpoint)
     read_checkpoint(checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint, device="meta")
 
 

@@ -8,6 +8,7 @@ import pytest
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_spectral import SpectralRankCallback, TailTokenProbe, WeightSpectrumCallback, read_spectral
+from lightning_spectral.models.checkpoint_folder import check_checkpoint_folder
 from lightning_spectral.records import SPECTRAL_FILE, read_losses, read_run, read_weights
 from tests.callbacks import tiny
 from tests.distributed.harness import run_ranks
@@ -137,6 +138,7 @@ def sharded_fits(rank, world_size, folder, sanity_steps):
 def test_a_sharded_run_goes_on_in_its_folder(tmp_path, sanity_steps):
     """FSDP2 reads its checkpoint after every callback's `on_fit_start`: the run looks new until then."""
     run_ranks(sharded_fits, 1, tmp_path, sanity_steps, init=False)
+    check_checkpoint_folder(tmp_path / "cut" / "4.ckpt")  # what `pretrain --resume` looks at first
     assert not (tmp_path / "cut" / "previous").exists()
     for read in (read_spectral, read_weights, read_losses):
         whole, cut = (read(tmp_path / name).records for name in ("whole", "cut"))

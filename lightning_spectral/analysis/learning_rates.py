@@ -49,9 +49,15 @@ class LearningRatePoint:
         return fit_series(points, method=choose_method(points), extras=False) if points else None
 
     def loss(self, width: int) -> float:
-        """Mean last loss at one width; NaN without losses."""
+        """Mean last loss at one width; NaN without losses, or where a run diverged."""
+        if self.diverged(width):
+            return float("nan")
         last = [losses[-1] for run in self.runs if run.width == width and len(losses := loss_curve(run)[1])]
         return float(np.mean(last)) if last else float("nan")
+
+    def diverged(self, width: int) -> bool:
+        """Whether a run of this width ended in numbers that are none."""
+        return any(run.diverged_from is not None for run in self.runs if run.width == width)
 
 
 @dataclass(frozen=True)

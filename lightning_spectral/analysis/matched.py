@@ -194,9 +194,9 @@ def matched_pairs(
 def _twins(runs: RunSet) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Run, Run]]:
     """(series a, series b, run of a, run of b) at every width and seed that two series share."""
     for (key_a, runs_a), (key_b, runs_b) in itertools.combinations(group_runs(runs).items(), 2):
-        of_b = {(run.width, run.seed): run for run in runs_b}
+        of_b = {(run.width, run.seed): run for run in runs_b if run.diverged_from is None}
         for run in runs_a:
-            if (run.width, run.seed) in of_b:
+            if (run.width, run.seed) in of_b and run.diverged_from is None:
                 yield key_a, key_b, run, of_b[run.width, run.seed]
 
 

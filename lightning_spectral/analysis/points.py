@@ -144,7 +144,10 @@ def points_of_runs(
     columns = {metric: unbiased_column(runs, metric) if ranks == "auto" else metric for metric in metrics}
     points: list[Point] = []
     for run in runs.runs:
-        chosen = _usable_steps(run, until_step)[-last * run.turns :]
+        usable = _usable_steps(run, until_step)
+        if run.diverged_from is not None and len(usable) and usable[-1] >= run.diverged_from:
+            continue  # windows before it are another state of training than those of the others
+        chosen = usable[-last * run.turns :]
         if len(chosen):
             windows = _Windows(runs, run, names, chosen)
             points += [point for metric in metrics for point in windows.points(metric, columns[metric], sites)]

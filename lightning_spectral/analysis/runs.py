@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lightning_spectral.analysis.scan import SpectralColumns
 from lightning_spectral.records import (
+    POOLED,
     LossRecord,
     RunInfo,
     layer_name,
@@ -168,6 +169,15 @@ class Run:
         sets = self.conventions
         said = str(json.loads(sets[0]).get("jackknife_groups", "")) if len(sets) == 1 else ""
         return int(said) if re.fullmatch(r"[0-9]{1,9}", said) else 1
+
+    @cached_property
+    def diverged_from(self) -> int | None:
+        """Step from which on all activations are NaN or infinite; ``None`` if those of the last window are numbers."""
+        pooled = self.columns.texts["bucket"] == POOLED.encode()
+        steps, bad = self.columns.ints["step"][pooled], self.columns.texts["status"][pooled] == b"nonfinite"
+        sound = steps[~bad]
+        after = steps[bad] if not len(sound) else steps[bad & (steps > sound.max())]
+        return int(after.min()) if len(after) else None
 
     @cached_property
     def status_counts(self) -> dict[str, int]:

@@ -117,6 +117,22 @@ def finished_only(runs: RunSet) -> RunSet:
     return RunSet(tuple(run for run in runs.runs if run.run_id not in out), (*runs.problems, *problems))
 
 
+def said_of_diverged(runs: RunSet, until_step: int | None = None) -> RunSet:
+    """The runs, with a sentence about each that has no points since it diverged."""
+    problems = [
+        Problem(
+            str(run.folder),
+            "diverged",
+            f"`{run.run_id}` was left out: it diverged, from step {run.diverged_from} on its activations are NaN or "
+            "infinite.",
+            refused=True,
+        )
+        for run in runs.runs
+        if run.diverged_from is not None and (until_step is None or until_step >= run.diverged_from)
+    ]
+    return replace(runs, problems=(*runs.problems, *problems))
+
+
 def _of_steps(run: Run) -> str:
     steps = num_steps(run)
     return "" if steps is None else f" of {steps}"

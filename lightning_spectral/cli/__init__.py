@@ -6,6 +6,7 @@ One row per verb; its module is imported only when the verb is called, so that `
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,8 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 
 
+# what no input of ours can be blamed for
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 # verbs that show labels and names of files that anybody may have written; the others draw progress bars
 _READS_FOREIGN = ("fit", "compare", "power", "report", "records", "import", "inspect", "optimizer-table", "measure")
 
@@ -68,6 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        what = f"`{error.filename}`: " if error.filename else ""
+        print(f"lightning-spectral {verb}: {visible(what)}{error.strerror}.", file=sys.stderr)
+        return 1
 
 
 class _Visible:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -159,7 +160,7 @@ def fit_runs(options: argparse.Namespace, by: list[str] | None) -> tuple[Fitted,
     from lightning_spectral.analysis.conditions import points_where, runs_where
     from lightning_spectral.analysis.points import default_by, points_of_runs, pre_decay
     from lightning_spectral.analysis.reading import Choice, load_runs
-    from lightning_spectral.analysis.study import finished_only, fit_points, nulls_of_runs
+    from lightning_spectral.analysis.study import finished_only, fit_points, nulls_of_runs, said_of_diverged
 
     runs = runs_where(
         load_runs(options.inputs, choice=Choice(options.stage, options.stack, options.loader)), options.where
@@ -170,6 +171,7 @@ def fit_runs(options: argparse.Namespace, by: list[str] | None) -> tuple[Fitted,
         )
     if options.until_step is None:
         runs = finished_only(runs)
+    runs = said_of_diverged(runs, options.until_step)
     columns = by or list(default_by(runs))
     what = {"by": columns, "metrics": options.metrics, "last": options.last, "ranks": options.ranks}
     table = points_where(points_of_runs(runs, **what, until_step=options.until_step), options.where)
@@ -246,11 +248,14 @@ def out_folder(text: str | None) -> Path | None:
     """``--out`` as a folder.
 
     Raises:
-        CommandError: If it names a file.
+        CommandError: If it names a file, or nothing can be written there.
     """
     if text is None:
         return None
     folder = Path(text)
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"--out `{folder}` is a file; give a folder.")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(nearest, os.W_OK):
+        raise CommandError(f"--out `{folder}` cannot be written (`{nearest}` is read-only): give another folder.")
     return folder

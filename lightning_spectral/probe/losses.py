@@ -5,6 +5,7 @@ Axes: N predictions, K buckets.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -63,9 +64,19 @@ class BucketLosses:
         if not rows[-1][0]:
             return [BucketLoss(name, 0, None, None, "not_matched", self.reason) for name in names]
         return [
-            BucketLoss(name, int(n), loss / weight, hits / n) if n else BucketLoss(name, 0, None, None, "empty")
+            _of_bucket(name, int(n), loss, hits, weight)
             for name, (n, loss, hits, weight) in zip(names, rows, strict=False)
         ]
+
+
+def _of_bucket(name: str, n: int, loss: float, hits: float, weight: float) -> BucketLoss:
+    """Means of the sums over ``n`` predictions."""
+    if n == 0:
+        return BucketLoss(name, 0, None, None, "empty")
+    if weight == 0:
+        return BucketLoss(name, n, None, hits / n, "degenerate", "the script gives all its targets the weight zero")
+    status, reason = ("ok", "") if math.isfinite(loss / weight) else ("nonfinite", "the loss is NaN or infinite")
+    return BucketLoss(name, n, loss / weight, hits / n, status, reason)
 
 
 def codes_of(scored: Scored, grouping: Grouping, shape: tuple[int, ...] | None) -> Tensor | None:

@@ -49,6 +49,7 @@ def learning_rates(scene: ReportData) -> ReportFigure:
             axes["slopes"].plot(at, betas, "-", color=look.color, marker=look.marker, ms=5, label=sweep.name)
             ends["slopes"].append((betas[-1], sweep.name, look.text_color))
             sentences.append(f"{sweep.name} {min(betas):.2f} to {max(betas):.2f} ({sweep.where})")
+        _cross_out(axes["losses"], sweep, look.color)
         for name, style, curves in _curves(sweep, groups, rest):
             for panel, values in curves.items():
                 axes[panel].plot(rates, values, style, color=look.color, marker=look.marker, ms=5, label=name)
@@ -72,8 +73,15 @@ def learning_rates(scene: ReportData) -> ReportFigure:
         figure,
         head,
         "Only runs whose recipes differ in nothing but the learning rate, on the widths and seeds that all of them "
-        "have. Solid: the widest FFN, dotted: the narrowest; thin bar: 95 % interval over widths.",
+        "have. Solid: the widest FFN, dotted: the narrowest; thin bar: 95 % interval over widths; cross: a run that "
+        "diverged.",
     )
+
+
+def _cross_out(losses: Axes, sweep: LearningRateSweep, color: str) -> None:
+    """A cross at the top for each learning rate at which a run of the widest or the narrowest FFN diverged."""
+    rates = [point.rate for point in sweep.points if any(map(point.diverged, {sweep.widths[0], sweep.widths[-1]}))]
+    losses.plot(rates, [0.96] * len(rates), "x", color=color, ms=8, mew=2, transform=losses.get_xaxis_transform())
 
 
 def _curves(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ class SweepMonitor(pl.Callback):
         self._batches = 0
         self._validation = 0
         self._validation_done = ""
-        self._losses: dict[str, float] = {}
+        self._losses: dict[str, float | None] = {}
+        self._last: Tensor | None = None
         self._written = 0.0
 
     @override
@@ -49,12 +51,10 @@ class SweepMonitor(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if time.monotonic() - self._written < _EVERY_S:
-            return
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor):
-            self._losses["train"] = float(loss.detach())
-        self._write(trainer)
+        self._last = loss.detach() if isinstance(loss, Tensor) else None
+        if time.monotonic() - self._written >= _EVERY_S:
+            self._write(trainer)
 
     @override
     def on_validation_batch_start(
@@ -69,7 +69,7 @@ class SweepMonitor(pl.Callback):
             return
         self._validation_done = self._validation_done or f"{self._validation:032x}"
         if "val_loss" in trainer.callback_metrics:
-            self._losses["validation"] = float(trainer.callback_metrics["val_loss"])
+            self._losses["validation"] = _number(trainer.callback_metrics["val_loss"])
         self._write(trainer)
 
     @override
@@ -94,6 +94,8 @@ class SweepMonitor(pl.Callback):
 
     def _write(self, trainer: pl.Trainer) -> None:
         self._written = time.monotonic()
+        if self._last is not None:  # asked for now: each time waits for the device
+            self._losses["train"] = _number(self._last)
         if not trainer.is_global_zero:
             return
         content = {
@@ -103,6 +105,11 @@ class SweepMonitor(pl.Callback):
             "data": {"train": f"{self._train:032x}", "batches": self._batches, "validation": self._validation_done},
         }
         write_json(self.path, {**content, **with_cost(read_json(self.path))})
+
+
+def _number(loss: Tensor) -> float | None:
+    value = float(loss)
+    return value if math.isfinite(value) else None
 
 
 def _digest(batch: Any, place: int) -> int:

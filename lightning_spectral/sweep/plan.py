@@ -30,6 +30,7 @@ STATE_FILE: Final = "sweep_state.json"
 SWEEP_FILE: Final = "sweep.json"
 MONITOR: Final = "lightning_spectral.sweep.monitor.SweepMonitor"
 _LABELLED: Final = ("SpectralRankCallback", "TailTokenProbe")
+ENDED: Final = ("finished", "diverged")
 # keys that may differ between two starts of one run
 _NOT_PART_OF_A_RUN: Final = ("out_dir", "resume", "devices", "sweep")
 
@@ -64,13 +65,18 @@ class State:
     """How far a run is.
 
     Attributes:
-        name: ``new``, ``interrupted``, ``finished``, ``failed`` or ``changed`` (started or finished under
-            another recipe).
+        name: ``new``, ``interrupted``, ``finished``, ``diverged`` (finished, with a loss that is no number),
+            ``failed`` or ``changed`` (started or finished under another recipe).
         detail: Why it failed, or what has changed.
     """
 
     name: str
     detail: str = ""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it reached the end of its recipe."""
+        return self.name in ENDED
 
 
 @dataclass(frozen=True)
@@ -195,12 +201,12 @@ def state_of(job: Job) -> State:
     # a sweep of an earlier version wrote the fingerprint of what it started into the job file alone
     started = state if state.get("fingerprint") else read_json(folder / JOB_FILE)
     same = started.get("fingerprint", job.fingerprint) == job.fingerprint
-    if not same and (state.get("state") == "finished" or any(folder.glob("checkpoints/*"))):
+    if not same and (state.get("state") in ENDED or any(folder.glob("checkpoints/*"))):
         return State("changed", shown(differences(started.get("recipe") or {}, job.recipe)))
     if not same:
         return State("new")  # nothing was trained under the other recipe
-    if state.get("state") == "finished":
-        return State("finished")
+    if state.get("state") in ENDED:
+        return State(state["state"])
     if state.get("state") == "failed":
         return State("failed", str(state.get("detail", "")))
     return State("interrupted") if folder.exists() else State("new")
@@ -240,7 +246,7 @@ def same_data(found: Plan) -> dict[str, list[str]]:
     out: dict[str, set[str]] = {"train": set(), "validation": set()}
     for job in found.jobs:
         data = read_json(Path(job.folder) / PROGRESS_FILE).get("data") or {}
-        if state_of(job).name == "finished":
+        if state_of(job).has_ended:
             for name, digests in out.items():
                 if data.get(name):
                     digests.add(str(data[name]))
@@ -253,6 +259,12 @@ def load_job(path: Path) -> tuple[Job, Recipe]:
 
     job = Job(**parse_json(path.read_text()))
     return job, load(job.source, job.overrides)
+
+
+def write_ended(job: Job) -> None:
+    """Record that a run has reached its end, and whether its losses are numbers there."""
+    losses = read_json(Path(job.folder) / PROGRESS_FILE).get("losses") or {}
+    write_state(job, "diverged" if None in losses.values() else "finished")
 
 
 def read_json(path: Path) -> dict[str, Any]:

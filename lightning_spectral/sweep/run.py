@@ -49,6 +49,7 @@ class SweepProgress:
         skipped: Runs that were finished before.
         done: Runs finished now, with the seconds each took.
         failed: Run id -> reason.
+        diverged: Runs that are done, now or before, with a loss that is no number.
         running: Jobs in their slots.
         waiting: Jobs without a slot yet.
         note: What is going on before the first run.
@@ -63,6 +64,7 @@ class SweepProgress:
     waiting: list[Job] = field(default_factory=list)
     note: str = ""
     restarts: dict[str, int] = field(default_factory=dict)
+    diverged: list[str] = field(default_factory=list)
 
 
 def run_all(
@@ -75,8 +77,9 @@ def run_all(
     ``KeyboardInterrupt`` stops the running workers (they resume at the next start) and is raised again.
     """
     to_do = found.to_do()
-    finished = sum(state.name == "finished" for state in found.states.values())
-    board = SweepProgress(len(found.jobs), finished, waiting=list(to_do))
+    finished = sum(state.has_ended for state in found.states.values())
+    diverged = [run_id for run_id, state in found.states.items() if state.name == "diverged"]
+    board = SweepProgress(len(found.jobs), finished, waiting=list(to_do), diverged=diverged)
     free = list(launcher.slots)
     started = time.monotonic()
     for job in to_do:
@@ -113,7 +116,10 @@ def _ended_slots(board: SweepProgress, launcher: Launcher) -> list[str]:
             continue
         board.running.remove(run)
         slots.append(run.slot)
-        if sweep.state_of(run.job).name == "finished":
+        state = sweep.state_of(run.job)
+        if state.has_ended:
+            if state.name == "diverged":
+                board.diverged.append(run.job.run_id)
             board.done[run.job.run_id] = time.monotonic() - run.started
         elif code in _KILLED and board.restarts.get(run.job.run_id, 0) < _RESTARTS:
             board.restarts[run.job.run_id] = board.restarts.get(run.job.run_id, 0) + 1

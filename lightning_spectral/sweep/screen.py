@@ -75,6 +75,7 @@ def table(board: SweepProgress) -> list[str]:
         f"{board.skipped + len(board.done)} of {board.total} runs finished ({board.skipped} before), "
         f"{len(board.running)} running, {len(board.waiting)} waiting, {len(board.failed)} failed"
     )
+    first += f", {len(board.diverged)} diverged" if board.diverged else ""
     if board.note:
         first += f"; {board.note}"
     elif board.running or board.waiting:
@@ -92,7 +93,7 @@ def _progress(run: Running) -> str:
     step, num_steps, losses = progress_of(run.job)
     if not num_steps or (step <= run.first_step and run.moving is None):
         return f"{'starting':>11}  {duration(time.monotonic() - run.started):>7}"
-    shown = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+    shown = "  ".join(f"{name} {'no number' if loss is None else f'{loss:.3f}'}" for name, loss in losses.items())
     left = "finishing" if step >= num_steps else f"{duration(left_of(run))} left"
     return f"{step:>5}/{num_steps:<5}  {left:>12}  {shown}"
 
@@ -101,12 +102,13 @@ def _endings(board: SweepProgress) -> list[tuple[str, str]]:
     """(run id, line) of every run that has ended."""
     out = []
     for run_id, seconds in board.done.items():
-        out.append((run_id, f"done   {duration(seconds):>7}  {run_id}"))
+        end = ": diverged, its loss is no number" if run_id in board.diverged else ""
+        out.append((run_id, f"done   {duration(seconds):>7}  {run_id}{end}"))
     return out + [(run_id, f"FAILED          {run_id}: {reason}") for run_id, reason in board.failed.items()]
 
 
-def progress_of(job: Job) -> tuple[int, int, dict[str, float]]:
-    """(step, steps of the run, losses) as the run itself says."""
+def progress_of(job: Job) -> tuple[int, int, dict[str, float | None]]:
+    """(step, steps of the run, losses) as the run itself says; ``None`` for a loss that is no number."""
     content = sweep.read_json(Path(job.folder) / PROGRESS_FILE)
     return int(content.get("step", 0)), int(content.get("num_steps", 0)), dict(content.get("losses", {}))
 

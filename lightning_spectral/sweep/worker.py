@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         path = Path(job.folder) / PROGRESS_FILE
         progress = sweep.read_json(path)
         sweep.write_json(path, {**progress, **sweep_cost.with_cost(progress)})
-    sweep.write_state(job, "finished")
+    sweep.write_ended(job)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -187,3 +188,16 @@ def write_one(
     append_records(folder / SPECTRAL_FILE, records)
     append_records(folder / LOSSES_FILE, losses)
     return folder
+
+
+def let_diverge(folder: Path, step: int) -> None:
+    """Make every number of a run from ``step`` on none, as training that has diverged leaves them."""
+    file = folder / "spectral.jsonl"
+    lines = []
+    for line in file.read_text().splitlines():
+        record = json.loads(line)
+        if record["step"] >= step:
+            pooled = record["bucket"] == "pooled"
+            record |= {"status": "nonfinite" if pooled else "not_matched", "soft_rank": None, "hard_rank": None}
+        lines.append(json.dumps(record))
+    file.write_text("\n".join(lines) + "\n")

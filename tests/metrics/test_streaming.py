@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import pickle
 
 import numpy as np
@@ -181,3 +182,16 @@ def test_bucket_losses_equal_torch():
         assert accuracy == pytest.approx(float((logits[chosen].argmax(-1) == targets[chosen]).double().mean()))
     assert losses.result(names)[2].num_tokens == int(((codes >= 0) & (targets >= 0)).sum())
     assert [found.status for found in BucketLosses(1).result(("a", "pooled"))] == ["not_matched"] * 2
+
+
+def test_a_loss_that_is_no_number_says_so():
+    """Class weights of zero were a division by zero, a diverged loss was `ok`."""
+    losses = BucketLosses(3)
+    ones, ids = torch.ones(3, dtype=torch.float64), torch.tensor([0, 1, 2])
+    weights = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    losses.add(Scored(torch.tensor([2.0, 0.0, math.nan], dtype=torch.float64), ones, weights, ids), ids)
+    found = losses.result(("a", "b", "c", "pooled"))
+    assert [(one.status, one.num_tokens) for one in found] == [
+        ("ok", 1), ("degenerate", 1), ("nonfinite", 1), ("nonfinite", 3)
+    ]  # fmt: skip
+    assert (found[0].loss, found[1].loss, found[1].accuracy) == (2.0, None, 1.0)

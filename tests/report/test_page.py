@@ -16,12 +16,13 @@ from lightning_spectral.cli.report import make_scene
 from lightning_spectral.records.looks import OPTIMIZERS, family
 from lightning_spectral.report import page as report
 from lightning_spectral.report.figures import FIGURES
+from lightning_spectral.report.figures_learning_rates import learning_rates
 from lightning_spectral.report.figures_spectrum import read_spectra
 from lightning_spectral.report.page import warnings_of, write_report
 from lightning_spectral.report.rows import headline_rows
 from lightning_spectral.report.scene import ReportData
 from lightning_spectral.report.style import looks_of, shown_name, spread_labels
-from tests.analysis.synthetic import recipe, write_one, write_spectra, write_study
+from tests.analysis.synthetic import let_diverge, recipe, write_one, write_spectra, write_study
 
 OPTIONS = {
     "by": None, "metrics": ["soft_rank", "hard_rank"], "last": 5, "until_step": None, "stage": None, "method": "auto",
@@ -237,6 +238,25 @@ def test_further_learning_rates_stretch_no_axis(study: Path) -> None:
     assert scene.series == [("adamw",), ("muon",)]
     assert ("adamw lr x3",) in scene.all_series
     assert any(point.series == ("adamw lr x3",) for point in scene.learning_rate_sweeps[0].points)
+
+
+def test_a_run_that_diverged_has_no_points_and_a_cross(tmp_path: Path) -> None:
+    """Its last windows with numbers are another state of training than the end of the others."""
+    write_study(tmp_path, {"adamw": 0.4}, noise=0.005, recipes=True)
+    for width in (128, 256, 512, 1024):
+        folder = write_one(tmp_path, "adamw lr x9", 0.4, width, hparams=recipe(lr=2.7e-2))
+        let_diverge(folder, 60) if width == 1024 else None
+    scene = scene_of(tmp_path)
+    series = ("adamw lr x9", "post", "tail", "hard_rank", "median")
+    assert [point.x for point in scene.fitted.table.groups()[series]] == [128, 256, 512]
+    (problem,) = [problem for problem in scene.runs.problems if problem.kind == "diverged"]
+    assert "`adamw lr x9_1024_0` was left out: it diverged, from step 60 on" in problem.message
+    drawn = learning_rates(scene)
+    losses = next(ax for ax in drawn.figure.axes if ax.get_title() == "last loss, nats")
+    (crosses,) = [line for line in losses.lines if line.get_marker() == "x"]
+    assert list(crosses.get_xdata()) == [2.7e-2]
+    widest = next(line for line in losses.lines if line.get_linestyle() == "-" and len(line.get_xdata()) == 2)
+    assert np.isnan(widest.get_ydata()[1])
 
 
 @pytest.mark.usefixtures("one_figure")

@@ -461,6 +461,22 @@ def test_what_forked_workers_share_can_be_imported():
         assert find_spec(module) is not None, module
 
 
+def test_a_run_that_diverges_is_done_and_not_called_finished(tmp_path: Path) -> None:
+    """Its loss is NaN from the second step on; before, the sweep said "done" and nothing else."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.replace("OUT", str(tmp_path / "out")).replace("lr: 1e-3", "lr: 1.0e+30"))
+    command = [sys.executable, "-m", "lightning_spectral", "sweep", str(path), "--axis", "seed=0", "--workers", "1"]
+    command += ["--train.max_steps", "6"]
+    first, again = (subprocess.run(command, capture_output=True, text=True, timeout=300) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert re.search(r"done .* seed-0: diverged, its loss is no number", first.stdout)
+    assert "1 of 1 runs finished (0 before), 0 running, 0 waiting, 0 failed, 1 diverged" in first.stdout
+    assert "1 of 1 runs finished (1 before), 0 running, 0 waiting, 0 failed, 1 diverged" in again.stdout
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["runs"][0]["state"] == "diverged"
+    losses = sweep.read_json(tmp_path / "out" / "seed-0" / PROGRESS_FILE)["losses"]
+    assert losses["train"] is None
+
+
 def test_the_smoke_form_is_the_same_sweep_made_small(tmp_path):
     _, _, common, grids = sweep.read("paper/160m", smoke=True, overrides=["--train.max_steps", "3"])
     assert [[label for label, _ in axis.values] for axis in grids[0]] == [["AdamW", "Muon"], ["1", "2", "4"]]

@@ -99,11 +99,15 @@ def _run(found, launcher) -> int:  # type: ignore[no-untyped-def]
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here.", file=sys.stderr)
         return 130
+    ended = sum(sweep.state_of(job).has_ended for job in found.jobs)
+    where = "all runs" if ended == len(found.jobs) else f"the {ended} of {len(found.jobs)} runs that have ended"
     for split, digests in sweep.same_data(found).items():
-        if len(digests) > 1:
+        if sweep.one_digest_a_seed(found, split) and len(digests) > 1:
+            print(f"{split} data: the same in {where} for each seed ({len(digests)} seeds)")
+        elif len(digests) > 1:
             print(f"WARNING the {split} data differ between runs: {len(digests)} digests.", file=sys.stderr)
         elif digests:
-            print(f"{split} data: the same in all runs ({digests[0][:12]})")
+            print(f"{split} data: the same in {where} ({digests[0][:12]})")
     if cost := cost_line(found.out_dir):
         print(cost)
     print(f"next: lightning-spectral report {found.out_dir}")

@@ -243,14 +243,20 @@ def write_summary(found: Plan, wall_s: float = 0.0) -> Path:
 
 def same_data(found: Plan) -> dict[str, list[str]]:
     """Digests of the training order and of the evaluation tokens over all finished runs; one each when they agree."""
-    out: dict[str, set[str]] = {"train": set(), "validation": set()}
-    for job in found.jobs:
-        data = read_json(Path(job.folder) / PROGRESS_FILE).get("data") or {}
-        if state_of(job).has_ended:
-            for name, digests in out.items():
-                if data.get(name):
-                    digests.add(str(data[name]))
-    return {name: sorted(digests) for name, digests in out.items()}
+    return {name: sorted({digest for _, digest in _digests(found, name)}) for name in ("train", "validation")}
+
+
+def one_digest_a_seed(found: Plan, name: str) -> bool:
+    """Whether all runs of one seed saw the same: the seed may draw the data order."""
+    pairs = set(_digests(found, name))
+    return len(pairs) == len({seed for seed, _ in pairs})
+
+
+def _digests(found: Plan, name: str) -> list[tuple[str, str]]:
+    """(seed, digest) of every run that has ended and says what it saw."""
+    ended = [job for job in found.jobs if state_of(job).has_ended]
+    seen = [(job, (read_json(Path(job.folder) / PROGRESS_FILE).get("data") or {}).get(name)) for job in ended]
+    return [(job.labels.get("seed", ""), str(digest)) for job, digest in seen if digest]
 
 
 def load_job(path: Path) -> tuple[Job, Recipe]:

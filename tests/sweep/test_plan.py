@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_spectral.cli import sweep as sweep_verb
 from lightning_spectral.records import PROGRESS_FILE
 from lightning_spectral.sweep import launchers as sweep_launchers
 from lightning_spectral.sweep import plan as sweep
@@ -25,6 +26,7 @@ from lightning_spectral.sweep import run as sweep_run
 from lightning_spectral.sweep import screen as sweep_screen
 from lightning_spectral.sweep.monitor import SweepMonitor, _digest
 from lightning_spectral.sweep.plan import Job, Plan, State
+from lightning_spectral.sweep.run import SweepProgress
 from lightning_spectral.training import recipe as recipes
 from lightning_spectral.training.recipe import RecipeError
 
@@ -300,6 +302,25 @@ def test_different_data_show(found: Plan) -> None:
         sweep.write_json(Path(job.folder) / PROGRESS_FILE, {"data": {"train": f"d{k}", "validation": "v"}})
         sweep.write_state(job, "finished")
     assert sweep.same_data(found) == {"train": ["d0", "d1"], "validation": ["v"]}
+    assert [job.labels["seed"] for job in found.jobs[:2]] == ["0", "1"]
+    assert sweep.one_digest_a_seed(found, "train")
+    job = found.jobs[2]  # of seed 0 again
+    sweep.write_json(Path(job.folder) / PROGRESS_FILE, {"data": {"train": "d2", "validation": "v"}})
+    sweep.write_state(job, "finished")
+    assert not sweep.one_digest_a_seed(found, "train")
+
+
+def test_what_is_said_of_the_data_is_of_the_runs_that_ended(
+    found: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep_run, "run_all", lambda *args: SweepProgress(9, 2))
+    for k, job in enumerate(found.jobs[:2]):
+        sweep.write_json(Path(job.folder) / PROGRESS_FILE, {"data": {"train": f"d{k}", "validation": "v"}})
+        sweep.write_state(job, "finished")
+    sweep_verb._run(found, PretendLauncher(1))
+    out = capsys.readouterr().out
+    assert "train data: the same in the 2 of 9 runs that have ended for each seed (2 seeds)" in out
+    assert "validation data: the same in the 2 of 9 runs that have ended (v)" in out
 
 
 def test_the_table_counts_down(found: Plan) -> None:

@@ -317,12 +317,37 @@ def test_numbers_and_plain_texts_stay(tmp_path: Path) -> None:
     assert csv_text(["a", "b", "c"], [(-1.5, "-", "a=b")]).splitlines()[1] == "-1.5,-,a=b"
 
 
-@pytest.mark.parametrize("run_id", ["../../escape", "/tmp/escape", "a/b", "", "x" * 300, "..", ".", "a\0b", "a\nb"])
-def test_a_run_id_is_a_name(run_id: str) -> None:
-    from lightning_spectral import SpectralRankCallback
+RUN_IDS: list[Any] = [
+    "../../escape",
+    "/tmp/escape",
+    "a/b",
+    "",
+    "x" * 300,
+    "..",
+    ".",
+    "a\0b",
+    "a\nb",
+    "a\n",
+    "-rf",
+    3,
+    b"a",
+]
+TAKE_RUN_IDS = (
+    "SpectralRankCallback",
+    "TailTokenProbe",
+    "WeightSpectrumCallback",
+    "UpdateAudience",
+    "FabricSpectralProbe",
+)
 
-    with pytest.raises(ValueError, match="run_id"):
-        SpectralRankCallback(2, run_id=run_id)
+
+@pytest.mark.parametrize("run_id", RUN_IDS)
+@pytest.mark.parametrize("kind", TAKE_RUN_IDS)
+def test_a_run_id_is_a_name(kind: str, run_id: Any) -> None:
+    import lightning_spectral
+
+    with pytest.raises(ValueError, match="`run_id` must be a plain name"):
+        getattr(lightning_spectral, kind)(2, run_id=run_id)
 
 
 def test_a_foreign_run_folder_moves_nothing_out_of_itself(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ from lightning_spectral.probe.run_folder import new_run_id
 from lightning_spectral.probe.schedule import Schedule
 from lightning_spectral.records import append_lines
 from lightning_spectral.text import parse_json
-from lightning_spectral.text.arguments import require_count
+from lightning_spectral.text.arguments import require_count, require_run_id
 
 AUDIENCE_FILE = "audience.jsonl"
 _WAITING_AT_MOST = 50_000  # records kept in memory while they cannot be written
@@ -128,6 +128,7 @@ class UpdateAudience(BeginsFit):
         self.counts, self.group_by = counts, group_by
         self.coefficients, self.ns_steps = coefficients, ns_steps
         self.losses_fn = losses_fn or token_losses
+        require_run_id(run_id)
         self.dirpath, self.run_id = dirpath, run_id
         self._groups: tuple[tuple[str, ...], Tensor] = ((), torch.empty(0))
         self._matrices: dict[str, Tensor] = {}

@@ -17,6 +17,7 @@ from lightning_spectral.callbacks.turns import LastStep, come_first, leave
 from lightning_spectral.lightning_private import state_key
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.weight_spectra import WHAT, WeightObserver, WeightSettings
+from lightning_spectral.text.arguments import require_run_id
 
 
 class WeightSpectrumCallback(BeginsFit):
@@ -62,6 +63,7 @@ class WeightSpectrumCallback(BeginsFit):
         kinds = what if isinstance(what, str) else tuple(what)
         named = None if parameters is None else tuple(parameters)
         self.settings = WeightSettings(every_n_steps, kinds, named, coefficients, ns_steps, strict)
+        require_run_id(run_id)
         self.dirpath, self.run_id = dirpath, run_id
         self.observer = WeightObserver(self.settings, name=type(self).__name__, key=self.state_key)
         self.home: pl.Trainer | None = None

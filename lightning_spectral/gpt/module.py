@@ -196,8 +196,8 @@ def build_optimizer(spec: OptimizerSpec, model: torch.nn.Module, *, fused: bool 
 def _optimizer_parts(spec: OptimizerSpec) -> tuple[str, Mapping[str, Any]]:
     if isinstance(spec, str):
         return spec, {}
-    if not isinstance(spec.get("class_path"), str):
-        raise ValueError(f"`optimizer` must be a name or have a `class_path`, got {dict(spec)!r}.")
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("class_path"), str):
+        raise ValueError(f"`optimizer` must be a name or have a `class_path`, got {spec!r}.")
     return spec["class_path"], spec.get("init_args") or {}
 
 

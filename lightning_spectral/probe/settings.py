@@ -22,8 +22,7 @@ from lightning_spectral.models.families import Hint, as_hints
 from lightning_spectral.probe.grouping import Grouping, by_frequency, by_position, load_counts, pooled_only
 from lightning_spectral.probe.options import CONVENTIONS, PAPER_EPSILON, ProbeOptions, conventions_of
 from lightning_spectral.records import STAGES
-from lightning_spectral.text import is_name
-from lightning_spectral.text.arguments import require_choice, require_count
+from lightning_spectral.text.arguments import require_choice, require_count, require_run_id
 
 *LOOPS, MEASURE = STAGES  # a trainer knows the loops, `measure` passes over a finished model
 NONFINITE_POLICIES = ("warn", "record", "raise")
@@ -138,10 +137,7 @@ class ProbeSettings:
             raise ValueError(f"`memory_limit_mib` must be > 0, got {self.memory_limit_mib}.")
         if self.eigenvalues and self.soft != "exact":
             raise ValueError("`eigenvalues=True` needs `soft='exact'`: the approximation knows no eigenvalues.")
-        if self.run_id is not None and not is_name(self.run_id):
-            raise ValueError(
-                f"`run_id` must be a plain name (letters, digits, `.`, `_`, `-`; at most 128), got {self.run_id!r}."
-            )
+        require_run_id(self.run_id)
         require_count("every_n_steps", self.every_n_steps)
         if self.hints is not None:
             object.__setattr__(self, "hints", as_hints(self.hints))

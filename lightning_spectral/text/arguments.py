@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from lightning_spectral.text import is_name
+
 
 def require_choice(name: str, value: object, allowed: Iterable[object]) -> None:
     """Raise unless ``value`` is one of ``allowed``.
@@ -29,3 +31,13 @@ def require_count(name: str, value: object, remedy: str = "") -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` must be an integer >= 1, got {value!r}{f': {remedy}' if remedy else ''}.")
+
+
+def require_run_id(value: object) -> None:
+    """A run id becomes the name of a folder.
+
+    Raises:
+        ValueError: If it is neither ``None`` nor a plain name.
+    """
+    if value is not None and not is_name(value):
+        raise ValueError(f"`run_id` must be a plain name (letters, digits, `.`, `_`, `-`; at most 128), got {value!r}.")

@@ -46,6 +46,8 @@ PRETRAIN: Final = [
         "pretrain --config RECIPE --optimizer lightning_spectral.Moun",
         ["lightning_spectral.Moun", "`lightning_spectral.Muon`"],
     ),
+    ("pretrain --config RECIPE --optimizer 3", ["`optimizer`", "`class_path`", "3"]),
+    ("pretrain --config RECIPE --optimizer [Muon]", ["`optimizer`", "`class_path`", "Muon"]),
     ("pretrain --config RECIPE --optimizer my.own.Optimizer", ["`my.own.Optimizer`", "class path"]),
     ("pretrain --config RECIPE --optimizer.init_args.lrr 1", ["`lrr`", "`lr`"]),
     ("pretrain --config RECIPE --optimizer.lr 1e-3", ["`optimizer.lr`", "`optimizer.init_args.lr`"]),

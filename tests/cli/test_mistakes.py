@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+import lightning.pytorch  # noqa: F401 - else its log goes to the stderr of the test that imports it first
 import pytest
 
 from lightning_spectral.cli import main

@@ -50,11 +50,17 @@ nav a { color: #0072B2; text-decoration: none; margin-right: 14px; display: inli
 code { font: 12px "DejaVu Sans Mono", Menlo, monospace; background: #f5f5f5; padding: 1px 4px; overflow-wrap: anywhere; }
 .swatch { display: inline-block; width: 10px; height: 10px; margin-right: 6px; border-radius: 2px; }
 details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
-@media (prefers-color-scheme: dark) { :root { color-scheme: dark; } body { background: #16181c; color: #ddd; }
+@media screen and (prefers-color-scheme: dark) { :root { color-scheme: dark; } body { background: #16181c; color: #ddd; }
   h2, .sub, .note, th { color: #aaa; } figure { background: #fff; } .warnings { background: #33291b; }
   code { background: #2a2d33; } td, th { border-color: #3a3d43; } nav a, details summary { color: #6db3e8; }
   td b, .warnings b { filter: brightness(1.9); } }
-@media print { nav, .views input, .views label { display: none; } h2, figure { break-inside: avoid; } }
+@page { size: A4; margin: 14mm 12mm; }
+@media print { body { font-size: 11px; max-width: none; padding: 0; print-color-adjust: exact; }
+  nav, details, .views input, .views label { display: none; } .note, .sub { font-size: 10px; }
+  h1 { font-size: 20px; } h2 { font-size: 10px; margin-top: 22px; } .lead, .finding { font-size: 13px; margin: 4px 0 6px; }
+  section, figure, tr, .warnings { break-inside: avoid; } #beta_table, #comparisons, #provenance { break-inside: auto; }
+  h2, .finding { break-after: avoid; } .scroll { overflow: visible; }
+  table, .headline { font-size: 8px; } td.beta { font-size: 10px; } td, th { padding: 2px 5px 2px 0; white-space: normal; } }
 </style>
 </head>
 <body>

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +41,7 @@ window.addEventListener("load", () => {
   result.type = "application/json";
   result.id = "probe-result";
   result.textContent = JSON.stringify({
+    tables: [...document.querySelectorAll("table")].map(table => table.getBoundingClientRect().right),
     figures, cells, errors: window.errors, requests: performance.getEntriesByType("resource").length,
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     alert: document.querySelector("[role=alert]")?.getBoundingClientRect().top});
@@ -67,18 +69,34 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "out"
 
 
-def test_the_page_in_chromium(report: Path, tmp_path: Path) -> None:
-    page = (report / "report.html").read_text()
+def seen(page: str, tmp_path: Path, width: int = 1200) -> dict[str, Any]:
+    """What a browser makes of a page, in a window of this width."""
     probed = tmp_path / "probed.html"
     probed.write_text(page.replace("</head>", _PROBE + "</head>"))
-    command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,900", "--dump-dom"]
+    command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0", probed.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
     assert console == []
     found = re.search(r'<script type="application/json" id="probe-result">(.*?)</script>', done.stdout, re.DOTALL)
     assert found is not None
-    result = json.loads(found[1])
+    return dict(json.loads(found[1]))
+
+
+def test_no_table_is_cut_off_in_print(report: Path, tmp_path: Path) -> None:
+    """The rules of print on a window as wide as A4 within its margins: 186 mm at 96 dots an inch."""
+    page = (report / "report.html").read_text()
+    assert "@media screen and (prefers-color-scheme: dark)" in page  # paper is white
+    assert page.count("@media print {") == 1
+    result = seen(page.replace("@media print {", "@media all {"), tmp_path, 703)
+    assert len(result["tables"]) > 3
+    assert max(result["tables"]) <= 703
+    assert result["overflow"] <= 0
+    assert max(seen(page, tmp_path, 703)["tables"]) > 703  # on a screen one scrolls
+
+
+def test_the_page_in_chromium(report: Path, tmp_path: Path) -> None:
+    result = seen((report / "report.html").read_text(), tmp_path)
     assert result["errors"] == []
     assert result["requests"] == 0
     assert result["overflow"] <= 0

@@ -337,7 +337,7 @@ TAKE_RUN_IDS = (
     "TailTokenProbe",
     "WeightSpectrumCallback",
     "UpdateAudience",
-    "FabricSpectralProbe",
+    "HuggingFaceProbe",
 )
 
 

@@ -86,9 +86,8 @@ def test_a_given_tokenizer_is_used(tmp_path: Path) -> None:
     assert np.array_equal(given.train, own.train)
 
 
-def test_an_interrupted_build_goes_on_from_its_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    corpus = _corpus(tmp_path)
-    whole = prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "other")
+def interrupt_a_build(corpus: Corpus, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Stop it in the fifth batch of texts; the list of batch sizes grows further with what is encoded later."""
     monkeypatch.setattr(encode_module, "UNIT_BLOCKS", 4)
     encoded: list[int] = []
     encode = tokens.Encoder.__call__
@@ -101,7 +100,14 @@ def test_an_interrupted_build_goes_on_from_its_units(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(tokens.Encoder, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache")
+        prepare_tokens(corpus, vocab_size=300, cache_dir=folder)
+    return encoded
+
+
+def test_an_interrupted_build_goes_on_from_its_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = _corpus(tmp_path)
+    whole = prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "other")
+    encoded = interrupt_a_build(corpus, tmp_path / "cache", monkeypatch)
     assert not (tmp_path / "cache" / "tokens" / whole.folder.name).exists()
     done_before = len(encoded)
     cache = prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache")
@@ -121,19 +127,7 @@ def test_a_damaged_unit_of_an_interrupted_build_is_encoded_again(
 ) -> None:
     corpus = _corpus(tmp_path)
     whole = prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "other")
-    monkeypatch.setattr(encode_module, "UNIT_BLOCKS", 4)
-    encode = tokens.Encoder.__call__
-    encoded: list[int] = []
-
-    def interrupted(self: tokens.Encoder, texts: list[str]) -> np.ndarray:
-        encoded.append(len(texts))
-        if len(encoded) == 5:
-            raise KeyboardInterrupt
-        return encode(self, texts)
-
-    monkeypatch.setattr(tokens.Encoder, "__call__", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache")
+    interrupt_a_build(corpus, tmp_path / "cache", monkeypatch)
     unit = next((tmp_path / "cache").rglob("unit-000000.npz"))
     content = unit.read_bytes()
     middle = len(content) // 2

@@ -114,23 +114,33 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", CASES)
-def test_one_parameter_equals_its_matrices_kept_apart(case, kind):
-    make, name, split, matrices_of = CASES[case]
+def fused_and_apart(case, kind):
+    """The fused parameter, its matrices as layers of their own, how to find them, and what makes both optimizers."""
+    make_module, name, split, matrices_of = CASES[case]
     torch.manual_seed(0)
-    module = make()
+    module = make_module()
     fused = module.get_parameter(name)
     apart = Apart([m.detach().clone() for m in matrices_of(fused)])
     make, settings = SETTINGS[kind]
-    optimizer, other = make(module, **settings, split=split), make(apart, **settings)
+    return fused, apart, matrices_of, lambda: (make(module, **settings, split=split), make(apart, **settings))
+
+
+def give_gradients(fused, apart, matrices_of, seed):
+    fused.grad = torch.randn(fused.shape, generator=torch.Generator().manual_seed(seed))
+    for layer, gradient in zip(apart.layers, matrices_of(fused.grad), strict=True):
+        layer.weight.grad = gradient.contiguous()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES)
+def test_one_parameter_equals_its_matrices_kept_apart(case, kind):
+    fused, apart, matrices_of, make = fused_and_apart(case, kind)
+    optimizer, other = make()
     for step in range(4):
-        fused.grad = torch.randn(fused.shape, generator=torch.Generator().manual_seed(step))
-        for layer, gradient in zip(apart.layers, matrices_of(fused.grad), strict=True):
-            layer.weight.grad = gradient.contiguous()
+        give_gradients(fused, apart, matrices_of, step)
         if step == 2:  # state and its way through a checkpoint, in the middle
             saved = copy.deepcopy(optimizer.state_dict())
-            optimizer = make(module, **settings, split=split)
+            optimizer, _ = make()
             optimizer.load_state_dict(saved)
         optimizer.step()
         other.step()
@@ -142,21 +152,14 @@ def test_one_parameter_equals_its_matrices_kept_apart(case, kind):
 @pytest.mark.parametrize("kind", ["normuon", "adamuon", "soap"])
 @pytest.mark.parametrize("case", CASES)
 def test_state_of_every_matrix_lies_in_a_checkpoint_where_the_matrix_does(case, kind):
-    make_module, name, split, matrices_of = CASES[case]
-    torch.manual_seed(0)
-    module = make_module()
-    fused = module.get_parameter(name)
-    apart = Apart([m.detach().clone() for m in matrices_of(fused)])
-    make, settings = SETTINGS[kind]
-    optimizer, other = make(module, **settings, split=split), make(apart, **settings)
-    fused.grad = torch.randn_like(fused)
-    for layer, gradient in zip(apart.layers, matrices_of(fused.grad), strict=True):
-        layer.weight.grad = gradient.contiguous()
+    fused, apart, matrices_of, make = fused_and_apart(case, kind)
+    optimizer, other = make()
+    give_gradients(fused, apart, matrices_of, 0)
     optimizer.step()
     other.step()
     saved, kept_apart = optimizer.state_dict(), other.state_dict()["state"]
     names = [one for group in saved["param_groups"] for one in group["param_names"]]
-    state = saved["state"][names.index(name)]
+    state = saved["state"][names.index(CASES[case][1])]
     arrays = [key for key, value in state.items() if value.ndim > 0]
     assert len(arrays) >= 2  # the momentum and what the rule keeps beside it
     for key in arrays:

@@ -19,7 +19,7 @@ from lightning_spectral.analysis.conditions import condition
 from lightning_spectral.analysis.effects import EffectComparison, compare_effects
 from lightning_spectral.analysis.points import Point, PointTable
 from lightning_spectral.analysis.tables import as_of_runs, recognised
-from lightning_spectral.analysis.tidy import csv_rows
+from lightning_spectral.analysis.tidy import column_names, csv_rows
 from lightning_spectral.analysis.trajectory import Trajectory, fit_windows
 
 FloatArray = NDArray[np.float64]
@@ -76,8 +76,7 @@ class Estimate:
 
 def kind_of(path: str | Path) -> Kind:
     """What a table holds, by its header."""
-    with Path(path).open(encoding="utf-8-sig") as handle:
-        names = {name.strip() for name in handle.readline().replace(";", ",").split(",")}
+    names = set(column_names(path))
     betas = "beta" in names or bool(names & set(_BETAS))
     if _first(_STEPS, names) and betas:
         return "betas_over_training"

@@ -204,4 +204,4 @@ def effects_of(fitted: Fitted, architecture: str) -> list[Comparison]:
 
 def is_table(path: str | Path) -> bool:
     """Whether an input is a tidy table rather than a run folder."""
-    return Path(path).suffix.lower() == ".csv"
+    return Path(path).suffix.lower() in (".csv", ".tsv")

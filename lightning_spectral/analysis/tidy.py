@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -224,22 +225,40 @@ def _text_of(path: Path) -> str:
         raise ValueError(f"`{path}` is not a text file in UTF-8: {error}.") from error
 
 
-def csv_rows(path: str | Path) -> list[dict[str, str]]:
-    """Rows of a table with commas, by column; a row with more cells has the key ``None``, one with fewer such values.
+def column_names(path: str | Path) -> list[str]:
+    """The header of a table.
 
     Raises:
-        ValueError: If it is no text in UTF-8, or no CSV; the message names it.
+        ValueError: If it is no text in UTF-8, is empty, or has a column twice; the message names it.
     """
-    text = _text_of(Path(path))
-    return _guarded(Path(path), lambda: list(csv.DictReader(io.StringIO(text, newline=""))))
+    try:
+        with Path(path).open(encoding="utf-8-sig") as handle:
+            first_line = handle.readline()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`{path}` is not a text file in UTF-8: {error}.") from error
+    return _named_rows(Path(path), first_line)[0]
+
+
+def csv_rows(path: str | Path) -> list[dict[str, str]]:
+    """Rows of a table, by column; a row with more cells has the key ``None``, one with fewer such values.
+
+    Raises:
+        ValueError: If it is no text in UTF-8, no CSV, or has a column twice; the message names it.
+    """
+    return _named_rows(Path(path), _text_of(Path(path)))[1]
 
 
 def _named_rows(path: Path, text: str) -> tuple[list[str], list[dict[str, str]]]:
     """Column names and rows; cells are separated by the sign that separates the names."""
+    if not text.strip():
+        raise ValueError(f"`{path}` is empty.")
     first_line = text.partition("\n")[0]
     delimiter = next((sign for sign in ",;\t" if sign in first_line), ",")
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     names = [name.strip() for name in _guarded(path, lambda: reader.fieldnames) or []]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"`{path}` has the column `{twice[0]}` more than once: which is meant? Rename or remove one.")
     reader.fieldnames = names
     return names, _guarded(path, lambda: list(reader))
 

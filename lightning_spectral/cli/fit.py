@@ -108,9 +108,10 @@ def table_of(by: Sequence[str], shown: Sequence[PowerLawFit]) -> tuple[list[str]
 def fit_two(options: argparse.Namespace) -> int:
     """``--x N,D``: E + A N^-a + B D^-b of every series, with intervals."""
     from lightning_spectral.analysis.shapes import floor
+    from lightning_spectral.analysis.study import is_table
     from lightning_spectral.analysis.tidy import read_columns, write_csv
 
-    xs, files = inputs.names(options.x), [path for path in options.inputs if path.lower().endswith(".csv")]
+    xs, files = inputs.names(options.x), [path for path in options.inputs if is_table(path)]
     if len(xs) != 2 or len(files) != len(options.inputs):
         raise CommandError(f"a law in two variables takes tables and two columns (--x N,D), got --x {options.x}.")
     inputs.refuse_unused(options, tables_given=True)

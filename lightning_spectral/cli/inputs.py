@@ -112,11 +112,13 @@ def refuse_missing(paths: Iterable[str]) -> None:
     Raises:
         CommandError: If one is not there, or is another kind of file.
     """
+    from lightning_spectral.analysis.study import is_table
+
     for path in paths:
         if not Path(path).exists():
             raise CommandError(f"there is nothing at `{path}`: give a run folder, or a .csv table of points.")
-        if Path(path).is_file() and Path(path).suffix.lower() != ".csv" and Path(path).name not in RUN_FILES:
-            raise CommandError(f"`{path}` is neither a run folder nor a .csv table: give one of them.")
+        if Path(path).is_file() and not is_table(path) and Path(path).name not in RUN_FILES:
+            raise CommandError(f"`{path}` is neither a run folder nor a .csv or .tsv table: give one of them.")
 
 
 def _load(options: argparse.Namespace) -> tuple[Fitted, RunSet | None]:

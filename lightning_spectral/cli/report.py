@@ -36,11 +36,12 @@ def main(argv: list[str]) -> int:
 def _report(options: argparse.Namespace, argv: list[str]) -> int:
     """Draw what was read."""
     from lightning_spectral.analysis.conditions import of_measured
+    from lightning_spectral.analysis.study import is_table
 
     folder = inputs.out_folder(options.out)
     assert folder is not None
     inputs.refuse_missing(options.inputs)
-    tables = [path for path in options.inputs if path.endswith(".csv")]
+    tables = [path for path in options.inputs if is_table(path)]
     inputs.refuse_unused(options, tables_given=bool(tables))
     if options.by and not tables:
         raise CommandError("a report groups runs by their labels; --by is for tables.")

@@ -73,8 +73,7 @@ def learning_rates(scene: ReportData) -> ReportFigure:
         figure,
         head,
         "Only runs whose recipes differ in nothing but the learning rate, on the widths and seeds that all of them "
-        "have. Solid: the widest FFN, dotted: the narrowest; thin bar: 95 % interval over widths; cross: a run that "
-        "diverged.",
+        "have. Solid: the widest FFN, dotted: the narrowest; bar: 95 % interval over widths; cross: a run diverged.",
     )
 
 

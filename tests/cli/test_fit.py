@@ -112,6 +112,37 @@ def test_an_option_that_nothing_can_be_done_with_is_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", "width,value,value\n1,2,3\n", "has the column `value` more than once"),
+        ("t.csv", "", "`{path}` is empty"),
+        ("t.csv", "\n", "`{path}` is empty"),
+        ("t.csv", "width,value\n1,2\n".encode("utf-16"), "`{path}` is not a text file in UTF-8"),
+        ("t.xlsx", b"PK", "`{path}` is neither a run folder nor a .csv or .tsv table"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["fit", "compare", "report"])
+def test_a_table_that_cannot_be_read_is_named(
+    verb: str, name: str, content: str | bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main([verb, str(path), "--out", str(tmp_path / "out")]) == 2
+    assert message.replace("{path}", str(path)) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("suffix", "sign"), [(".csv", ";"), (".tsv", "\t")])
+def test_tables_with_other_separators(points_csv: Path, suffix: str, sign: str, tmp_path: Path) -> None:
+    path = tmp_path / f"other{suffix}"
+    path.write_text(points_csv.read_text().replace(",", sign))
+    for file, out in ((points_csv, "a"), (path, "b")):
+        assert main(["fit", str(file), "--out", str(tmp_path / out)]) == 0
+        assert main(["report", str(file), "--out", str(tmp_path / f"report_{out}")]) == 0
+    for table in ("fits.csv", "points.csv"):
+        assert (tmp_path / "a" / table).read_text() == (tmp_path / "b" / table).read_text()
+
+
 def test_options_of_runs_are_refused_for_tables(points_csv: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--last", "2"], ["--until-step", "10"], ["--ranks", "raw"], ["--metrics", "soft_rank"]):
         for verb in ("fit", "compare", "report"):

@@ -16,7 +16,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_spectral.callbacks import VARIABLE
-from lightning_spectral.probe.guard import warn
 from lightning_spectral.probe.host import Host
 from lightning_spectral.probe.loop import LoopObserver, is_observed
 from lightning_spectral.probe.observe import Observation
@@ -71,12 +70,11 @@ def _observe(accelerator: Any, model: nn.Module, optimizer: Optimizer, measureme
         num_replicas=int(accelerator.num_processes),
         num_local_processes=max(torch.cuda.device_count(), 1) if accelerator.num_processes > 1 else 1,
         may_solve_beside=False,  # a loop has no end that it tells us of
-        tell=warn if is_first else lambda message: None,
     )
     try:
         loop.attach(accelerator.unwrap_model(model), host, outer=model)
     except ValueError as error:
-        warn(f"{VARIABLE}: {error} Nothing is measured here.")
+        host.tell(f"{VARIABLE}: {error} Nothing is measured here.")
         return None
     observation = Observation(loop)
     observation.follow(optimizer)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_spectral.callbacks.progress import Progress
@@ -70,6 +71,16 @@ class AttachedToTrainer(SavedState):
             self.observer.attach(pl_module, host, fallback_counts=counts, trains=trainer.state.fn == "fit")
         except ValueError as error:
             self.refuse(str(error))
+
+    def attach_to_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find what is to be measured by ``Trainer.validate`` and its like; say so where nothing is."""
+        on = list(self.measurement.settings.on)
+        if stage in on:
+            self.attach(trainer, pl_module)
+        elif self.home is None and not self.is_redundant(trainer):
+            rank_zero_info(
+                f"{type(self).__name__}: nothing is measured here, since `on` is {on}: `on=['{stage}']` measures it."
+            )
 
     def _published(self, trainer: pl.Trainer, records: Sequence[SpectralRecord], result: WindowResult) -> None:
         if records and records[0].stage == "train":

@@ -19,18 +19,14 @@ class EvaluationHooks(Callback):
     observer: Observer
     progress: Progress
 
-    def attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find what is to be measured."""
+    def attach_to_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find what is to be measured, if this stage is."""
         raise NotImplementedError
 
     def begin_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Before the first batch of an evaluation."""
-        if (
-            self.observer.state == "off"
-            and trainer.state.fn != "fit"
-            and stage in self.observer.measurement.settings.on
-        ):
-            self.attach(trainer, pl_module)
+        if self.observer.state == "off" and trainer.state.fn != "fit":
+            self.attach_to_evaluation(trainer, pl_module, stage)
         self.observer.begin_evaluation("" if trainer.sanity_checking else stage)
 
     def start_evaluation_batch(self, trainer: pl.Trainer, loader: int) -> None:

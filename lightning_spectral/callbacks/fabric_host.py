@@ -13,7 +13,6 @@ from torch import nn
 
 from lightning_spectral.callbacks.trainer_host import global_seed
 from lightning_spectral.lightning_private import callbacks_of_fabric, device_mesh
-from lightning_spectral.probe.guard import warn
 from lightning_spectral.probe.host import Host, Scalars
 from lightning_spectral.probe.run_folder import RunFolder, new_run_id
 from lightning_spectral.probe.settings import ProbeSettings
@@ -46,7 +45,6 @@ def host_of_fabric(fabric: Fabric, module: nn.Module, settings: ProbeSettings, *
         process_group=_process_group(mesh),
         may_solve_beside=False,  # a loop has no end that it tells us of
         log=lambda scalars, step: _log(fabric, scalars, step),
-        tell=warn if fabric.is_global_zero else lambda message: None,
         inform=rank_zero_info,
     )
 

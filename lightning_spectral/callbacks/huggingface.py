@@ -10,7 +10,6 @@ from torch import nn
 from transformers import TrainerCallback
 from typing_extensions import Self
 
-from lightning_spectral.probe.guard import warn
 from lightning_spectral.probe.host import Host, Scalars
 from lightning_spectral.probe.loop import LoopObserver
 from lightning_spectral.probe.run_folder import RunFolder, new_run_id
@@ -82,7 +81,6 @@ class HuggingFaceProbe(TrainerCallback):  # type: ignore[misc]  # transformers h
             writes=state.is_world_process_zero,
             num_replicas=int(args.world_size),
             num_local_processes=max(torch.cuda.device_count(), 1) if args.world_size > 1 else 1,
-            tell=warn if state.is_world_process_zero else lambda message: None,
         )
         try:
             self._loop.attach(model, host)

@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_spectral.probe.guard import warn
 from lightning_spectral.probe.host import Host
 from lightning_spectral.probe.run_folder import RunFolder, new_run_id
 from lightning_spectral.probe.scalars import finite
@@ -62,7 +61,6 @@ def host_of(
         num_local_processes=trainer.num_devices,
         log=lambda scalars, step: log_scalars(trainer, scalars, step),
         published=published,
-        tell=warn if trainer.is_global_zero else _silent,
         inform=rank_zero_info,
     )
 
@@ -140,7 +138,3 @@ def num_loaders(trainer: pl.Trainer) -> int:
     stage = "validation" if trainer.validating else "test" if trainer.testing else "predict"
     found = numbers["validation" if trainer.state.fn == "fit" else stage]
     return len(found) if isinstance(found, list) else 1
-
-
-def _silent(message: str) -> None:
-    """Rank 0 says it."""

@@ -21,8 +21,13 @@ HIDDEN_EXPERTS = (
     "(`Mxfp4Config(dequantize=True)`)"
 )
 UNPAIRED_EXPERTS = (
-    "{} products with up projections and {} with down projections were seen, which are no pairs: measure `post` "
-    "alone, or leave the module out of the compiled region"
+    "{} products with up projections and {} with down projections could be followed, which are no pairs: write them "
+    "alike (an `einsum` that adds the experts' axis cannot be followed, `bmm(x.expand(E, ...), up)` can), or leave the "
+    "module out of the compiled region"
+)
+MIXED_EXPERTS = (
+    "gate and up projections cannot be told apart here, where only their widths are known: measure `post` alone, or "
+    "leave the module out of the compiled region"
 )
 
 
@@ -158,7 +163,9 @@ class Reader:
 
     def _why_unseen(self, num_up: int, num_down: int, is_mixed: bool, is_packed: bool) -> str:
         """Why products give no rows; empty where they do, or where no token came."""
-        if is_mixed or num_up % max(num_down, 1) or (num_up and not num_down) or (num_down and not num_up):
+        if is_mixed:
+            return MIXED_EXPERTS
+        if num_up % max(num_down, 1) or (num_up and not num_down) or (num_down and not num_up):
             return UNPAIRED_EXPERTS.format(num_up, num_down)
         if num_down or self._sent is None or not len(self._sent):
             return ""

@@ -118,17 +118,19 @@ def remove(probe: SpectralProbe | None) -> None:
 
 
 def said_at_start(
-    measurement: Measurement, name: str, probe: SpectralProbe, folder: RunFolder | None, *, beside: bool
+    measurement: Measurement, name: str, probe: SpectralProbe, folder: RunFolder | None, *, beside: bool, writes: bool
 ) -> str:
     """One line about what is measured, what it takes, and where the numbers go."""
     sites, settings = probe.sites, measurement.settings
     state = "unknown before the first forward" if probe.state_mib is None else f"{probe.state_mib:.1f} MiB"
+    place = "a folder that the first window opens" if folder is None else f"`{folder.path}`"
     products = "".join(f"products of width {width} by {choice}; " for width, choice in probe.products.items())
     return (
         f"{name}: {len(sites)} sites ({sites[0].name} ... {sites[-1].name}), state in a window {state} and up "
         f"to {probe.waiting_mib:.1f} MiB of rows, {_when(settings)}; {products}"
         f"{'' if probe.plan is None else f'{probe.plan}; '}"
-        f"{'solved in the background; ' if beside else ''}records in `{folder.path if folder else None}`."
+        f"{'solved in the background; ' if beside else ''}"
+        f"{f'records in {place}' if writes else 'a dry run: nothing is written'}."
     )
 
 

@@ -39,7 +39,7 @@ class Host:
         num_local_processes: Processes of this loop on this machine.
         log: Sends scalars to the loop's loggers.
         published: Called with the records and the result of every published window.
-        tell: Warns the user.
+        tell: Warns the user; silent on every rank but the first.
         inform: Logs one line.
     """
 
@@ -60,3 +60,11 @@ class Host:
     published: Callable[[Sequence[SpectralRecord], WindowResult], None] = lambda records, result: None
     tell: Callable[[str], None] = warn
     inform: Callable[[str], None] = _logger.info
+
+    def __post_init__(self) -> None:
+        if not self.is_first:
+            self.tell = _silent
+
+
+def _silent(message: str) -> None:
+    """Rank 0 says it."""

@@ -103,7 +103,10 @@ class Observer:
             self.detach()
             raise
         self.state = "armed"
-        host.inform(said_at_start(self.measurement, self.name, probe, self.run_folder, beside=beside))
+        said = said_at_start(
+            self.measurement, self.name, probe, self.run_folder, beside=beside, writes=host.writes or not host.is_first
+        )
+        host.inform(said)
 
     @property
     def is_armed(self) -> bool:

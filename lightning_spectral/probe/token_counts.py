@@ -29,6 +29,9 @@ ENOUGH_PER_ID = 10  # tokens per id of the vocabulary after which HEAD, MID and 
 REASON = "token counts: too few tokens were seen so far (`counts='stream'`)"
 
 
+NO_IDS = "token counts: no token ids were found in the training batches (`counts='stream'`); pass `counts`"
+
+
 class TokenCounter:
     """Training tokens over all ranks; ``None`` once a batch held no ids that are recognised.
 
@@ -97,9 +100,7 @@ class StreamCounts:
         vocab = getattr(probe.found.embedding, "num_embeddings", None)
         if vocab is None:
             probe.remove()
-            raise ValueError(
-                f"`counts='stream'`: {type(probe.found.embedding).__name__} has no `num_embeddings`; pass counts."
-            )
+            raise ValueError(_no_vocabulary(model, probe.found.embedding))
         if self.counts_V is None:
             self.counts_V = torch.zeros(vocab, dtype=torch.int64)
         return probe
@@ -156,10 +157,12 @@ class StreamCounts:
         if settled and self.counts_V is not None:
             digest = hashlib.sha256(self.counts_V.numpy().tobytes()).hexdigest()[:12]
             return result, {**conventions, "counts": f"stream, {int(self.counts_V.sum())} tokens, {digest}"}
+        seen = self.counts_V is not None and bool(self.counts_V.any())
+        reason = REASON if seen else NO_IDS
         sites = [
             site
             if site.bucket == POOLED or site.measurement.status in ("no_forward", "solve_failed")
-            else replace(site, measurement=RankMeasurement(0, site.measurement.width, "not_matched"), reason=REASON)
+            else replace(site, measurement=RankMeasurement(0, site.measurement.width, "not_matched"), reason=reason)
             for site in result.sites
         ]
         losses = [
@@ -187,3 +190,14 @@ class StreamCounts:
 
     def _codes(self, ids: Tensor) -> Tensor:
         return torch.zeros_like(ids) if self.table_V is None else look_up(ids, self.table_V)
+
+
+def _no_vocabulary(model: nn.Module, embedding: nn.Module | None) -> str:
+    """Why the ids of a model cannot be counted, and what to do."""
+    if embedding is not None:
+        kind = type(embedding).__name__
+        return f"`counts='stream'`: {kind} does not say how many ids it has (`num_embeddings`): pass `counts`."
+    return (
+        f"`counts='stream'`: no token embedding was found in `{type(model).__name__}`, so that no token is "
+        "frequent or rare: name it (`embedding='*.wte'`), or measure all rows together (`SpectralRankCallback`)."
+    )

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from lightning_spectral.cli.parser import at_least, parse_recipe_words, recipe_parser
-from lightning_spectral.sweep.budget import DEFAULT_MFU, PEAK_FLOPS, RunCost, hours, run_cost
+from lightning_spectral.sweep.budget import DEFAULT_MFU, LAUNCHES_S, PEAK_FLOPS, RunCost, duration, hours, run_cost
 from lightning_spectral.text import CommandError
 from lightning_spectral.text.tables import Table, add_format_option, print_table
 
@@ -73,13 +73,19 @@ def _table(costs: Sequence[RunCost], gpu: str, mfu: float, num_gpus: int) -> Tab
     largest = max(costs, key=lambda cost: cost.state_bytes)
     widest = max(costs, key=lambda cost: cost.measure_bytes)
     per_gpu = largest.state_bytes / 2**30
+    all_runs, steps = hours(total, gpu, mfu, num_gpus), sum(cost.steps for cost in costs)
+    launch_bound = []
+    if all_runs * 3600 / steps < LAUNCHES_S / 2:
+        apart = f"rather {duration(steps * LAUNCHES_S / 3600)} one after another: launching a step takes some"
+        launch_bound = [("small steps", f"{apart} {1000 * LAUNCHES_S:.0f} ms; several workers share a GPU well")]
     rows = [
         ("runs", f"{len(costs):,}"),
         ("tokens", f"{sum(cost.tokens for cost in costs):,} ({costs[0].steps:,} steps in the first run)"),
         ("parameters", f"{min(c.parameters for c in costs):,} to {max(c.parameters for c in costs):,}"),
         ("operations", f"{total:.3g} FLOP of training, {measuring:.2g} of measuring ({measuring / total:.2%})"),
-        ("hours", f"{hours(total, gpu, mfu, num_gpus):,.1f} on {num_gpus} x {gpu} at {mfu:.0%} of its peak, all runs"),
-        ("longest run", f"{hours(max(c.train_flops for c in costs), gpu, mfu, num_gpus):,.2f} hours"),
+        ("time", f"{duration(all_runs)} on {num_gpus} x {gpu} at {mfu:.0%} of its peak, all runs"),
+        ("longest run", duration(hours(max(c.train_flops for c in costs), gpu, mfu, num_gpus))),
+        *launch_bound,
         ("memory", f"{per_gpu:.2f} GiB a GPU under DDP, {per_gpu / num_gpus:.2f} under FSDP; activations on top"),
         ("a window", f"{widest.measure_bytes / 2**30:.2f} GiB on each rank, {widest.windows} windows in a run"),
         ("disk", f"{sum(cost.disk_bytes for cost in costs) / 2**30:,.1f} GiB"),

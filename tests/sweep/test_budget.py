@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from lightning_spectral.cli import main
-from lightning_spectral.sweep.budget import PEAK_FLOPS, hours, run_cost
+from lightning_spectral.sweep.budget import PEAK_FLOPS, duration, hours, run_cost
 from lightning_spectral.text import CommandError
 from lightning_spectral.training import document
 
@@ -64,6 +66,21 @@ def test_plan_prints_the_whole_sweep(capsys: pytest.CaptureFixture[str]) -> None
     out = capsys.readouterr().out
     assert "runs         40" in out
     assert "125,829,120,000" in out
+    assert "small steps" not in out
+
+
+def test_plan_says_when_launches_take_longer_than_products(capsys: pytest.CaptureFixture[str]) -> None:
+    """36 runs of 800 steps: 28,800 steps of 20 ms are 576 s, where the products alone would take 11 s."""
+    assert main(["plan", "pocket_tokens"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"time +\d+ seconds on 1 x h100 at 40% of its peak, all runs", out)
+    assert "small steps  rather 9.6 minutes one after another: launching a step takes some 20 ms" in out
+
+
+def test_durations_in_the_unit_that_tells() -> None:
+    assert [duration(h) for h in (0.001, 0.02, 0.5, 1.2, 30.0, 4000.0)] == [
+        "4 seconds", "72 seconds", "30.0 minutes", "72.0 minutes", "30.0 hours", "4,000.0 hours"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

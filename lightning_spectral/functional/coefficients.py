@@ -241,7 +241,7 @@ def normalize_singular_values(singular_values: Tensor, coefficients: str) -> Ten
     largest = singular_values.amax(dim=-1, keepdim=True)
     scaled = singular_values / largest.where(largest > 0, 1.0)  # the fourth power of a small value would underflow
     norm = scaled.pow(order).sum(dim=-1, keepdim=True).pow(1 / order)
-    return scaled / norm.where(norm > 0, 1.0)
+    return scaled / norm.clamp(min=1.0)  # it is at least one, or zero
 
 
 def flattened_share(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import subprocess
-import sys
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -318,11 +317,17 @@ def test_orthonormal_columns_do_not_depend_on_what_else_is_in_the_batch(rows: in
         assert torch.equal(made_MR, orthonormal_columns(tall_MR.clone().unsqueeze(0))[0])
 
 
-def test_the_routing_table_is_seen_where_nobody_configured_logging() -> None:
+def test_the_routing_table_is_seen_where_nobody_configured_logging(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As Lightning's own loggers are; where somebody did, nothing is added."""
-    script = "import torch; from lightning_spectral import Muon; Muon(torch.nn.Sequential(torch.nn.Linear(64, 64)))"
-    quiet = "import logging; logging.basicConfig(level=logging.WARNING); " + script
-    said = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
-            for code in (script, quiet)]  # fmt: skip
-    assert "matrix" in said[0]
-    assert "matrix" not in said[1]
+    package = logging.getLogger("lightning_spectral")
+    for handlers, seen in (([], True), ([logging.NullHandler()], False)):
+        monkeypatch.setattr(package, "handlers", handlers)
+        monkeypatch.setattr(package, "propagate", False)  # pytest's own handlers are at the root
+        monkeypatch.setattr(package, "level", logging.NOTSET)
+        package.manager._clear_cache()
+        Muon(nn.Sequential(nn.Linear(64, 64)))
+        assert ("matrix" in capsys.readouterr().err) is seen
+    monkeypatch.undo()
+    package.manager._clear_cache()

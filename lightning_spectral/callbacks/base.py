@@ -90,7 +90,7 @@ class SpectralCallback(BeginsFit, AttachedToTrainer, EvaluationHooks):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.observer.pause()
         self.observer.drain()
-        self._log_medians(pl_module, at_epoch_end=True)
+        self._log_medians(pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -110,8 +110,8 @@ class SpectralCallback(BeginsFit, AttachedToTrainer, EvaluationHooks):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.observer.after_error()
 
-    def _log_medians(self, pl_module: pl.LightningModule, *, at_epoch_end: bool = False) -> None:
+    def _log_medians(self, pl_module: pl.LightningModule) -> None:
         scalars = self.observer.take_scalars()
         if scalars:
             with self.observer.guard("logging medians"):
-                publish_medians(pl_module, scalars, at_epoch_end=at_epoch_end)
+                publish_medians(pl_module, scalars)

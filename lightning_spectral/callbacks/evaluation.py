@@ -89,7 +89,7 @@ class EvaluationHooks(Callback):
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         medians = self.end_evaluation(trainer)
-        publish_medians(pl_module, medians, at_epoch_end=True)
+        publish_medians(pl_module, medians)
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

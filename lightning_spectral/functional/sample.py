@@ -50,33 +50,54 @@ class Sample:
     product_dtype: torch.dtype
 
 
+Spans = tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
 class Gram:
     """Inner products of all rows of a window about one shift.
 
     Attributes:
         inner_NN: ``y_i y_j^T``, fp64.
-        index_G: Which of the rows are each group's.
+        spans_G: Which of the rows are each group's: from, up to.
         width: Features D.
         product_dtype: Type in which they were multiplied.
     """
 
     inner_NN: Tensor
-    index_G: tuple[Tensor, ...]
+    spans_G: tuple[Spans, ...]
     width: int
     product_dtype: torch.dtype
 
-    def among(self, index_N: Tensor) -> Tensor:
-        """Inner products of some rows with each other, ``(N, N)``; a view where they lie together."""
-        first, size = int(index_N[0]) if len(index_N) else 0, len(index_N)
-        if size and int(index_N[-1]) - first == size - 1 and bool((index_N.diff() == 1).all()):
-            return self.inner_NN[first : first + size, first : first + size]
-        return self.inner_NN[index_N[:, None], index_N]
+    def among(self, groups: Sequence[int], *, any_order: bool = False) -> Tensor:
+        """Inner products of the rows of some groups with each other, ``(N, N)``; a view where they lie together."""
+        found = [span for group in groups for span in self.spans_G[group]]
+        spans = _joined(sorted(found) if any_order else found)
+        if len(spans) == 1:
+            ((start, stop),) = spans
+            return self.inner_NN[start:stop, start:stop]
+        strips = [torch.cat([self.inner_NN[a:b, c:d] for c, d in spans], 1) for a, b in spans]
+        return torch.cat(strips) if strips else self.inner_NN.new_empty(0, 0)
+
+    def size(self, group: int) -> int:
+        """Rows of a group."""
+        return sum(stop - start for start, stop in self.spans_G[group])
 
     def take_groups(self, groups: Sequence[Sequence[int]]) -> Gram:
         """New groups, each the merge of the old ones listed."""
-        index_G = tuple(torch.cat([self.index_G[group] for group in members]) for members in groups)
-        return Gram(self.inner_NN, index_G, self.width, self.product_dtype)
+        spans_G = tuple(tuple(span for group in members for span in self.spans_G[group]) for members in groups)
+        return Gram(self.inner_NN, spans_G, self.width, self.product_dtype)
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Without empty ones; neighbours are one."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if joined and joined[-1][1] == start:
+            joined[-1] = joined[-1][0], stop
+        elif stop > start:
+            joined.append((start, stop))
+    return joined
 
 
 def gram(
@@ -95,8 +116,9 @@ def gram(
         packed_P = shifted_ND.new_zeros(packed_size(num_rows))
         product(strip_views(packed_P, num_rows), shifted_ND.mT)
         inner_NN = unpack(packed_P, num_rows, sum_dtype(rows_ND.device))
-    index_G = torch.arange(num_rows, device=rows_ND.device).split(list(sizes))
-    return Gram(inner_NN, index_G, rows_ND.shape[1], dtype)
+    ends = list(itertools.accumulate(sizes))
+    spans_G = tuple(((end - size, end),) for size, end in zip(sizes, ends, strict=True))
+    return Gram(inner_NN, spans_G, rows_ND.shape[1], dtype)
 
 
 def sample(state: Moments | Gram, groups: Sequence[int] = (0,)) -> Sample:
@@ -139,30 +161,23 @@ def _across(count_K: Tensor, inner_KK: Tensor, trace_K: Tensor, along_KK: Tensor
     groups' V are taken as inverse to their rows. What is left out is ``<V_a, V_b>``; four groups or more say it, by
     differences of means that have no group in common.
     """
-    some = (count_K > 0).nonzero().flatten().tolist()
+    count, inner, traces, along, means = (part.tolist() for part in (count_K, inner_KK, trace_K, along_KK, means_KK))
+
+    def squared(a: int, b: int) -> float:
+        return float(means[a][a] + means[b][b] - 2 * means[a][b])
+
     square = trace = 0.0
     apart: dict[tuple[int, int], float] = {}
-    for a, b in itertools.combinations(some, 2):
-        n_a, n_b = float(count_K[a]), float(count_K[b])
-        apart[a, b] = harmonic = n_a * n_b / (n_a + n_b)
-        distance = float(means_KK[a, a] + means_KK[b, b] - 2 * means_KK[a, b])
-        square += float(inner_KK[a, b]) + harmonic * float(along_KK[a, b] + along_KK[b, a])
-        trace += float(trace_K[a] * trace_K[b]) + harmonic * distance * float(trace_K[a] + trace_K[b])
-    both = [
-        (apart[a, b] * apart[c, d], means_KK[[a, b]][:, [a, b, c, d]], means_KK[[c, d]][:, [c, d]])
-        for (a, b), (c, d) in itertools.combinations(apart, 2)
-        if len({a, b, c, d}) == 4
-    ]
-    if both:
-        pairs = len(apart) / len(both)
-        square += pairs * sum(w * float(m[0, 2] - m[0, 3] - m[1, 2] + m[1, 3]) ** 2 for w, m, _ in both)
-        trace += pairs * sum(w * _distance(m) * _distance(other) for w, m, other in both)
+    for a, b in itertools.combinations((group for group, rows in enumerate(count) if rows > 0), 2):
+        apart[a, b] = harmonic = count[a] * count[b] / (count[a] + count[b])
+        square += inner[a][b] + harmonic * (along[a][b] + along[b][a])
+        trace += traces[a] * traces[b] + harmonic * squared(a, b) * (traces[a] + traces[b])
+    both = [(one, other) for one, other in itertools.combinations(apart, 2) if not {*one} & {*other}]
+    for (a, b), (c, d) in both:
+        weight = apart[a, b] * apart[c, d] * len(apart) / len(both)
+        square += weight * (means[a][c] - means[a][d] - means[b][c] + means[b][d]) ** 2
+        trace += weight * squared(a, b) * squared(c, d)
     return trace / square if square > 0 else math.nan
-
-
-def _distance(means: Tensor) -> float:
-    """Square of the first mean less the second, from their products."""
-    return float(means[0, 0] + means[1, 1] - 2 * means[0, 1])
 
 
 def _of_scatters(moments: Moments, groups: Sequence[int]) -> _Parts:
@@ -182,11 +197,12 @@ def _of_scatters(moments: Moments, groups: Sequence[int]) -> _Parts:
 
 
 def _of_blocks(state: Gram, groups: Sequence[int]) -> _Parts:
-    index = [state.index_G[group] for group in groups]
-    sizes = [len(own) for own in index]
-    inner_NN = state.among(torch.cat(index))
+    sizes = [state.size(group) for group in groups]
+    inner_NN = state.among(groups)
     count_K = inner_NN.new_tensor(sizes)
-    member_NK = torch.block_diag(*(inner_NN.new_ones(size, 1) for size in sizes))[:, : len(sizes)]
+    member_NK = inner_NN.new_zeros(len(inner_NN), len(sizes))
+    for group, own_NK in enumerate(member_NK.split(sizes)):
+        own_NK[:, group] = 1
     mean_NK = inner_NN @ member_NK / count_K.clamp(min=1)  # x_i^T m_b
     means_KK = member_NK.mT @ mean_NK / count_K.clamp(min=1)[:, None]
     # |H_a K_ab H_b|^2, with H_a K = K less the mean of group a's rows
@@ -221,18 +237,18 @@ def _of_moments(moments: Moments, groups: Sequence[int]) -> Sample:
 
 
 def _of_gram(state: Gram, groups: Sequence[int]) -> Sample:
-    index_N = state.index_G[groups[0]] if len(groups) == 1 else torch.cat([state.index_G[group] for group in groups])
-    inner_NN = state.among(index_N).clone()
-    count = inner_NN.new_tensor(len(index_N))
-    scale = (count - 1).clamp(min=1)
+    inner_NN = state.among(groups, any_order=True)
+    rows = len(inner_NN)
+    count, scale = inner_NN.new_tensor(rows), max(rows - 1, 1)
     rounding = torch.finfo(state.product_dtype).eps * inner_NN.diagonal().sum() / scale
-    mean_N = inner_NN.sum(0) / count.clamp(min=1)
-    inner_NN -= mean_N
-    inner_NN -= mean_N.unsqueeze(1) - mean_N.sum() / count.clamp(min=1)
-    squares_N = inner_NN.diagonal()
-    trace, quartic = squares_N.sum() / scale, squares_N.square().sum()
-    inner_NN /= scale
-    return _with_scalars(inner_NN, state.width, state.product_dtype, count, trace, quartic, rounding)
+    mean_N = inner_NN.sum(0) / max(rows, 1)
+    # (x_i - m)^T (x_j - m) in one pass: less the means of row and column, plus that of all
+    ones_N = torch.ones_like(mean_N)
+    left_N2 = torch.stack([ones_N, mean_N - mean_N.sum() / max(rows, 1)], 1)
+    matrix_NN = torch.addmm(inner_NN, left_N2, torch.stack([mean_N, ones_N]), beta=1 / scale, alpha=-1 / scale)
+    variance_N = matrix_NN.diagonal()
+    trace, quartic = variance_N.sum(), variance_N.square().sum() * scale**2
+    return _with_scalars(matrix_NN, state.width, state.product_dtype, count, trace, quartic, rounding)
 
 
 def _with_scalars(

@@ -8,12 +8,29 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["accumulates", "callbacks_of_fabric", "device_mesh", "run_validation", "state_key", "unwrapped"]
+__all__ = [
+    "accumulates",
+    "callback_metrics",
+    "callbacks_of_fabric",
+    "device_mesh",
+    "run_validation",
+    "state_key",
+    "unwrapped",
+]
 
 
 def accumulates(trainer: Any) -> bool:
     """Whether this batch only adds to the gradients, so that the optimizer does not step after it."""
     return bool(trainer.fit_loop._should_accumulate())
+
+
+def callback_metrics(trainer: Any) -> dict[str, Any]:
+    """The metrics that ``trainer.callback_metrics`` adds to: what is put here is found there until the next fit.
+
+    The property itself would compute, and over ranks reduce, all that was logged so far.
+    """
+    metrics: dict[str, Any] = trainer._logger_connector._callback_metrics
+    return metrics
 
 
 def run_validation(trainer: Any) -> None:

@@ -219,14 +219,19 @@ def _about_positions(
     """Rows without the mean of their position, that of what was embedded, and the scale between both."""
     length = ids.ids.shape[-1]
     real_N = tokens_N >= 0
-    tokens_M = tokens_N[real_N]
-    means_TD = _means_by_position(rows_ND[real_N], tokens_M % length, length)
+    whole = bool(real_N.all())  # the common case needs no copy of the rows
+    tokens_M, rows_MD = (tokens_N, rows_ND) if whole else (tokens_N[real_N], rows_ND[real_N])
+    means_TD = _means_by_position(rows_MD, tokens_M % length, length)
     tokens_S = tokens_N[looked_S].clamp(min=0)
     centred_SD = rows_ND[looked_S].float() - means_TD[tokens_S % length]
     if ids.embedded.shape[-1] != rows_ND.shape[-1]:
         return centred_SD, None, 1.0
     embedded_MD = ids.embedded.reshape(-1, rows_ND.shape[-1])
-    mean_embedded_SD = _means_by_position(embedded_MD[tokens_M], tokens_M % length, length)[tokens_S % length]
+    if len(tokens_M) == len(embedded_MD):  # every token has its row, in whatever order
+        mean_embedded_TD = embedded_MD.view(-1, length, embedded_MD.shape[-1]).float().mean(0)
+    else:
+        mean_embedded_TD = _means_by_position(embedded_MD[tokens_M], tokens_M % length, length)
+    mean_embedded_SD = mean_embedded_TD[tokens_S % length]
     expected_SD = embedded_MD[tokens_S].float() - mean_embedded_SD
     scale = (centred_SD * expected_SD).sum() / expected_SD.square().sum().clamp(min=1e-30)
     return centred_SD, mean_embedded_SD, scale

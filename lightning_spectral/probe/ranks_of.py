@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
@@ -179,7 +178,8 @@ def _jackknife_interval(value: float, parts: Sequence[float], level: float = 0.9
     """Delete-a-shard jackknife t interval of ``ln rank``: a rank is positive and its errors are relative."""
     if len(parts) < 2 or not all(part > 0 for part in (value, *parts)):
         return None
-    logs = torch.tensor(parts, dtype=torch.float64).log()
-    standard_error = math.sqrt((len(parts) - 1) * float(logs.var(unbiased=False)))
+    logs = [math.log(part) for part in parts]
+    center = math.fsum(logs) / len(logs)
+    standard_error = math.sqrt((len(parts) - 1) / len(parts) * math.fsum((log - center) ** 2 for log in logs))
     reach = float(stdtrit(len(parts) - 1, (1 + level) / 2)) * standard_error
     return value * math.exp(-reach), value * math.exp(reach)

@@ -14,6 +14,7 @@ from lightning.fabric.strategies import ModelParallelStrategy
 import lightning_spectral
 from lightning_spectral.lightning_private import (
     accumulates,
+    callback_metrics,
     callbacks_of_fabric,
     device_mesh,
     run_validation,
@@ -96,6 +97,33 @@ def test_validation_amid_training_leaves_training_as_it_was(tmp_path):
     assert training
     assert module.trainer.global_step == 5
     assert "val_loss" in module.trainer.callback_metrics
+
+
+class Puts(pl.Callback):
+    """A metric at each batch end and after validation; what a monitor reads there."""
+
+    def __init__(self) -> None:
+        self.read: list[tuple[float, float | None]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: object) -> None:
+        callback_metrics(trainer)["rank"] = torch.tensor(float(trainer.global_step))
+        self.read.append((float(trainer.callback_metrics["rank"]), None))
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, *args: object) -> None:
+        callback_metrics(trainer)["rank.val"] = torch.tensor(7.0)
+
+    def on_validation_end(self, trainer: pl.Trainer, *args: object) -> None:
+        metrics = trainer.callback_metrics
+        self.read.append((float(metrics["rank.val"]), float(metrics["val_loss"])))
+
+
+def test_what_is_put_into_callback_metrics_is_found_there_and_in_no_log(tmp_path):
+    puts = Puts()
+    trainer = fit(puts, tmp_path, max_epochs=1, num_sanity_val_steps=0).trainer
+    assert [value for value, _ in puts.read] == [1, 2, 3, 4, 5, 7]
+    assert puts.read[-1][1] is not None  # beside what was logged
+    assert float(trainer.callback_metrics["rank"]) == 5
+    assert not {"rank", "rank.val"} & set(trainer.logged_metrics)
 
 
 def test_callbacks_of_a_fabric():

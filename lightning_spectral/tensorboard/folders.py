@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import Final
@@ -39,7 +40,12 @@ def find_runs(roots: dict[str, Path]) -> dict[str, Path]:
     for prefix, root in roots.items():
         below = {_name(prefix, root, folder): folder for folder in _below(root)}
         found |= below or _around(prefix, root)
-    return dict(sorted(found.items()))
+    return {name: found[name] for name in sorted(found, key=_naturally)}
+
+
+def _naturally(name: str) -> list[str | int]:
+    """Numbers in a name by their value, as TensorBoard orders runs: width 64 before width 128."""
+    return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def prefix_of(roots: dict[str, Path], name: str, folder: Path) -> str:

@@ -259,6 +259,35 @@ def test_twelve_runs_and_an_exponent(tmp_path: Path) -> None:
     assert result["none"] == "No run is selected."
 
 
+def test_dots_are_the_untrained_network_alone_and_twelve_seeds_have_twelve_colors(tmp_path: Path) -> None:
+    """Three runs share a chart, told apart by dashes of which none looks like the level; twelve have no levels."""
+    write_study(tmp_path / "runs", {"muon": 0.9}, (128,), seeds=tuple(range(12)), layers=1)
+    result = look(
+        tmp_path / "runs",
+        tmp_path,
+        """
+        const words = () => document.querySelector(".main section p").textContent;
+        result.colors = [...new Set(lines("hard_rank.tail").map((line) => line.getAttribute("stroke")))].length;
+        result.many = words();
+        result.levels = document.querySelectorAll('[data-chart="hard_rank.tail"] .level').length;
+        const filter = document.querySelector('[aria-label="filter runs"]');
+        await after(() => { filter.value = "_[012]$"; filter.dispatchEvent(new Event("input")); });
+        const all = (kind) => [...document.querySelectorAll(`[data-chart="hard_rank.all"] ${kind}`)];
+        const dashes = (kind) => all(kind).map((node) => node.getAttribute("stroke-dasharray"));
+        result.dashes = [...new Set(dashes(".line"))];
+        result.dots = [...new Set(dashes(".level"))];
+        result.few = words();
+        """,
+    )
+    assert result["colors"] == 12
+    assert result["levels"] == 0
+    assert "Dotted" not in result["many"]
+    assert len(result["dashes"]) == 3
+    assert len(result["dots"]) == 1
+    assert not set(result["dashes"]) & set(result["dots"])
+    assert "Dotted: the untrained network." in result["few"]
+
+
 def test_a_logdir_without_runs_says_what_to_give(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     result = look(tmp_path / "runs", tmp_path, "result.text = main().innerText;")

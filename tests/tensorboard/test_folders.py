@@ -19,6 +19,12 @@ def test_runs_at_any_depth_without_earlier_ones(tmp_path: Path) -> None:
     }
 
 
+def test_numbers_in_names_are_ordered_by_their_value(tmp_path: Path) -> None:
+    for width in (128, 64, 1024):
+        write_one(tmp_path, "muon", 0.9, width)
+    assert list(find_runs({"": tmp_path})) == ["muon_64_0", "muon_128_0", "muon_1024_0"]
+
+
 def test_the_logs_of_a_run_lead_to_it(tmp_path: Path) -> None:
     run = write_one(tmp_path, "muon", 0.9, 128)
     logs = run / "logs" / "tensorboard" / "version_0"

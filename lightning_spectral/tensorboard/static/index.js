@@ -3,7 +3,7 @@
 import { ask, askInParts, element, select, tooltip } from "./dom.js";
 import { connect, followTheme, onReturn } from "./host.js";
 import { Selection } from "./selection.js";
-import { bucketTools, curvePanels, exponentView, heatView, runColors, spectrumView } from "./views.js";
+import { bucketTools, curvePanels, drawsUntrained, exponentView, heatView, runColors, spectrumView } from "./views.js";
 
 const AT_FIRST = 12; // runs selected when the page opens
 const MAX_MAPS = 6; // heat maps at once
@@ -62,16 +62,19 @@ async function update() {
   const names = runs.map((run) => run.name);
   const of = new Map();
   try {
-    for (const metric of metricsShown()) {
+    const looks = await Promise.all(metricsShown().map(async (metric) => {
+      const parts = [];
       of.set(metric, new Map());
       await askInParts("curves", { stage: state.stage, site: state.site, metric }, names, PART, (answer) => {
         if (mine !== drawing) return false;
         for (const [name, curve] of Object.entries(answer.runs)) of.get(metric).set(name, curve);
-        merge(answer.looks);
+        parts.push(answer.looks);
         return true;
       });
-      if (mine !== drawing) return;
-    }
+      return parts;
+    }));
+    if (mine !== drawing) return;
+    looks.flat().forEach(merge); // in the metrics' order, whichever answer came first
   } catch (error) {
     say(error.message);
     return;
@@ -191,7 +194,7 @@ async function draw() {
   const losses = !isLoss() && [...state.of.get("loss").values()].some((curve) => curve.steps.length);
   const many = runs.length > 1;
   const sections = [
-    section("Rank curves", "Median over layers, as measured. Dotted: the untrained network. Hollow points: status not ok. Red: alarms.", element("div", { class: "panels" }, ...ranks)),
+    section("Rank curves", `Median over layers, as measured.${drawsUntrained(state, runs.length) ? " Dotted: the untrained network." : ""} Hollow points: status not ok. Red: alarms.`, element("div", { class: "panels" }, ...ranks)),
     isLoss() ? null : half(many, section("Layers", `${metric} of every layer and window${runs.length > MAX_MAPS ? `; the first ${MAX_MAPS} runs` : ""}.`, heat)),
     half(many, section("Eigenspectrum", "Normalised eigenvalues of one layer's covariance; move the slider through training.", spectrum)),
     losses ? half(many, section("Loss by bucket", "Cross-entropy of the token to be predicted, in nats.", curvePanels(state, "loss", runs, tip, width))) : null,

@@ -5,14 +5,16 @@ import { element, select, short } from "./dom.js";
 import { heatMap } from "./heatmap.js";
 import { mix, plasma, viridis } from "./scales.js";
 
-const DASHES = [null, "7 3", "2 3", "9 3 2 3", "12 4"];
+// of the runs of one chart, in order; dots are the untrained network's alone
+const DASHES = [["solid", null], ["dashed", "7 3"], ["dash-dotted", "9 3 2 3"], ["long dashes", "16 5"], ["short dashes", "4 2"]];
+const FEW_LEVELS = 6; // in a chart a bucket, more runs than these would be a comb of levels
 const FEW = 3; // so many runs fit into one chart of all buckets, told apart by dashes
 
 /** Line colour of every selected run: hue by optimizer (lighter: narrower), by width alone where there is one optimizer. */
 export function runColors(runs, palette) {
   const optimizers = [...new Set(runs.map((run) => run.optimizer))];
   const widths = [...new Set(runs.map((run) => run.width))].sort((a, b) => a - b);
-  const spare = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#8B6F3E", "#7A5195", "#56B4E9", "#444444"];
+  const spare = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#8B6F3E", "#7A5195", "#56B4E9", "#444444", "#A50026", "#C5A200", "#1F3A93", "#66A61E"];
   const at = (run) => (widths.length > 1 ? widths.indexOf(run.width) / (widths.length - 1) : 1);
   return new Map(runs.map((run, k) => {
     if (optimizers.length > 1) {
@@ -55,13 +57,18 @@ function lineOf(run, bucket, state, metric, extra) {
   return { x, y: scaled(own.median, divide), hollow: own.status.map((status) => status !== "ok" && status !== ""), title, ...extra, divide, own };
 }
 
+const inOneChart = (state, count) => state.panels === "one" || (state.panels === "auto" && count <= FEW);
+
+/** Whether the untrained network has a dotted line in each chart of so many runs. */
+export const drawsUntrained = (state, count) => state.relative === "untrained" || inOneChart(state, count) || count <= FEW_LEVELS;
+
 /** Rank (or loss) curves with the untrained network dotted: one chart of all buckets, or a chart a bucket. */
 export function curvePanels(state, metric, runs, tip, width) {
   const curves = state.of.get(metric) ?? new Map();
   const drawn = runs.filter((run) => curves.get(run.name)?.steps.length);
   const buckets = state.bucketNames.filter((bucket) => drawn.some((run) => curves.get(run.name).buckets[bucket]));
   if (!buckets.length) return element("p", { class: "hint" }, "The selected runs have no such number; choose another metric, site or stage.");
-  const together = state.panels === "one" || (state.panels === "auto" && drawn.length <= FEW);
+  const together = inOneChart(state, drawn.length);
   const groups = together ? [buckets] : buckets.map((bucket) => [bucket]);
   const size = halfOf(width);
   const panels = groups.map((group) => {
@@ -74,11 +81,11 @@ export function curvePanels(state, metric, runs, tip, width) {
         if (!curve.buckets[bucket]) return;
         const color = together ? state.looks.colors[bucket] : state.runColors.get(run.name);
         const label = together ? (r === 0 ? nameOf(bucket, state.looks) : "") : drawn.length <= 16 ? tail(run.name) : "";
-        const line = lineOf(run, bucket, state, metric, { color, label, dash: together ? DASHES[r % DASHES.length] : null, dots: drawn.length <= FEW && curve.steps.length <= 60 });
+        const line = lineOf(run, bucket, state, metric, { color, label, dash: together ? DASHES[r % DASHES.length][1] : null, dots: drawn.length <= FEW && curve.steps.length <= 60 });
         if (state.range) Object.assign(line, { low: scaled(line.own.low, line.divide), high: scaled(line.own.high, line.divide) });
         lines.push(line);
         const untrained = curve.steps[0] === 0 ? line.y[0] : null;
-        if (untrained !== null && !isLoss(metric) && state.relative !== "untrained" && (together || drawn.length <= 6)) levels.push({ y: untrained, color });
+        if (untrained !== null && !isLoss(metric) && state.relative !== "untrained" && drawsUntrained(state, drawn.length)) levels.push({ y: untrained, color });
         for (const alarm of curve.alarms.filter((alarm) => alarm.bucket === bucket)) {
           const k = curve.steps.indexOf(alarm.step);
           if (k >= 0) marks.push({ x: line.x[k], y: line.y[k], color, text: alarm.message });
@@ -93,7 +100,7 @@ export function curvePanels(state, metric, runs, tip, width) {
     const chart = lineChart({ lines, levels, marks, tip, title, xLabel: xName(state), yLabel: label, logX: state.logX, logY: state.logY, width: size, height: together ? 300 : 260, testId: `${metric}.${together ? "all" : group[0]}` });
     return figure(title, together ? null : state.looks.colors[group[0]], chart);
   });
-  const legend = together && drawn.length > 1 ? element("p", { class: "hint" }, drawn.map((run, r) => `${["solid", "dashed", "dotted", "dash-dotted", "long dashes"][r % 5]}: ${run.name}`).join("; ")) : null;
+  const legend = together && drawn.length > 1 ? element("p", { class: "hint" }, drawn.map((run, r) => `${DASHES[r % DASHES.length][0]}: ${run.name}`).join("; ")) : null;
   return element("div", together ? {} : { class: "whole" }, legend, element("div", { class: "panels" }, ...panels));
 }
 

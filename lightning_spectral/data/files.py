@@ -44,7 +44,7 @@ _SPLITS = {
     "testing": "test",
 }
 # what download tools, `save_to_disk` and repositories put beside the data
-_ABOUT_DATA = re.compile(
+ABOUT_DATA = re.compile(
     r"(readme|license|licence|notice|citation|changelog|requirements|contributing|dataset_infos?|dataset_dict|state|"
     r"config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|metadata)\.[a-z]+",
     re.IGNORECASE,
@@ -118,8 +118,12 @@ def find_files(path: str | Path, *, suffixes: Collection[str] = READERS) -> Foun
     if not found.train:
         not_used = [*((file, "held out by its name") for file in found.held_out), *found.left_out]
         seen = f" Left out there: {_listed(f'{file.name} ({why})' for file, why in not_used)}." if not_used else ""
+        # `owner/name`, which is no path here
+        hub = " A data set of the hub is `{class_path: HubText, init_args: {dataset: " + text + "}}`."
+        is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None and not Path(text).parent.exists()
         raise FileNotFoundError(
-            f"no text at `{path}`: give a {', '.join(suffixes)} file, a glob, or a folder that holds such files.{seen}"
+            f"no text at `{path}`: give a {', '.join(suffixes)} file, a glob, or a folder that holds such files."
+            f"{hub if is_hub_name else ''}{seen}"
         )
     return found
 
@@ -159,7 +163,7 @@ def _why_left_out(file: Path, suffixes: Collection[str], wants_markdown: bool) -
         return ""
     if _data_suffix(file) not in suffixes:
         return f"no reader for `{file.suffix}`"
-    if _ABOUT_DATA.fullmatch(file.name) and file.suffix.lower() in (".txt", ".json"):
+    if ABOUT_DATA.fullmatch(file.name) and file.suffix.lower() in (".txt", ".json"):
         return "describes the data"
     if file.suffix.lower() == ".md" and not wants_markdown:
         return "Markdown is read only where it is asked for, as `*.md`"

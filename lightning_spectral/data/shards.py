@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_spectral.data.files import digest_of, find_files
+from lightning_spectral.data.files import ABOUT_DATA, digest_of, find_files, reader_of
 from lightning_spectral.data.litdata_folder import INDEX, litdata_folders, open_chunks
 from lightning_spectral.text import one_line, whole_file
 
@@ -153,6 +153,26 @@ def _kept_counts(file: Path, vocab_size: int, num_tokens: int) -> NDArray[np.int
         return counts
     warnings.warn(f"the counts in `{file}` are damaged and are taken again.", stacklevel=3)
     return None
+
+
+def names_tokens(path: str | Path) -> bool:
+    """Whether a path, glob or folder is of tokens rather than text, by its names alone.
+
+    Args:
+        path: A file or glob that ends in one of :data:`SUFFIXES`, a folder that holds such files and no text, or one of
+            litdata's.
+    """
+    where = Path(path)
+    if where.suffix in SUFFIXES:
+        return True
+    if not where.is_dir():
+        return False
+    if litdata_folders(where) is not None:
+        return True
+    files = [file for file in where.rglob("*") if file.is_file()]
+    return any(file.suffix in SUFFIXES for file in files) and not any(
+        reader_of(file) for file in files if not ABOUT_DATA.fullmatch(file.name)
+    )
 
 
 def find_shards(path: str | Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:

@@ -17,12 +17,13 @@ from typing import Any
 import yaml
 
 from lightning_spectral.data.files import reader_of
-from lightning_spectral.data.shards import SUFFIXES
+from lightning_spectral.data.shards import names_tokens
 from lightning_spectral.text import did_you_mean, one_line, read_yaml
 
 OUR_DATA = (
     "StateOfTheUnion",
     "HubText",
+    "TokenFiles",
 )  # known by name; a bare `TextFiles` is litgpt's, ours is named by its class path or a file
 
 
@@ -96,7 +97,7 @@ def read_value(text: str) -> Any:
 
 def text_data(value: str) -> dict[str, Any] | None:
     """The data module for ``data: my.txt`` or ``data: shards/*.bin``, if the value names files."""
-    if Path(value).suffix in SUFFIXES:
+    if names_tokens(value):
         return {"class_path": "lightning_spectral.data.TokenFiles", "init_args": {"path": value}}
     if any(sign in value for sign in "/*\\") or reader_of(Path(value)) is not None or Path(value).exists():
         return {"class_path": "lightning_spectral.data.TextFiles", "init_args": {"path": value}}

@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.config import Config
@@ -116,8 +117,6 @@ def _pretrain(recipe: Recipe, *, progress_bar: bool, accept_changes: bool) -> Ru
     objects = instantiate(content, out_dir)
     data: DataModule = objects.data
     resume = _resume_path(content["resume"] or ("auto" if preemption.was_requeued() else False), out_dir)
-    if resume is None and first_rank():
-        _move_previous_run(out_dir)
     changes = check_resumed(recipe.text(), out_dir, RECIPE_FILE, accept_changes=accept_changes) if resume else []
     with _as_recipe_error():
         check_accelerator(content["accelerator"])
@@ -128,7 +127,11 @@ def _pretrain(recipe: Recipe, *, progress_bar: bool, accept_changes: bool) -> Ru
         module = _module(recipe, config, lengths, objects.train)
         pl.seed_everything(content["seed"], verbose=False)
         edges = InitialAndFinalValidation(first=objects.eval.initial_validation, last=objects.eval.final_validation)
-        trainer = _trainer(recipe, objects, lengths, edges, resuming=resume is not None, progress_bar=progress_bar)
+        strategy = make_strategy(content["strategy"], lengths.world_size)
+        if resume is None and first_rank():  # what is refused above leaves the earlier run where it is
+            _move_previous_run(out_dir)
+        resuming = resume is not None
+        trainer = _trainer(recipe, objects, lengths, edges, strategy, resuming=resuming, progress_bar=progress_bar)
     entropy = unigram_entropy(data.token_counts) if isinstance(data, TextBlocks) else None
     tokens_per_step = objects.train.global_batch_size * lengths.seq_length
     done = checkpoints.step_of(resume) if resume else None
@@ -173,6 +176,7 @@ def _trainer(
     objects: Any,
     lengths: Lengths,
     edges: InitialAndFinalValidation,
+    strategy: str | Strategy,
     *,
     resuming: bool,
     progress_bar: bool,
@@ -184,6 +188,7 @@ def _trainer(
         objects: Of :func:`~lightning_spectral.training.schema.instantiate`.
         lengths: Batch sizes and steps.
         edges: The callback that validates first and last.
+        strategy: Of :func:`~lightning_spectral.training.factories.make_strategy`.
         resuming: Whether a checkpoint is loaded.
         progress_bar: Show Lightning's progress bar.
     """
@@ -196,7 +201,7 @@ def _trainer(
         accelerator=content["accelerator"],
         devices=lengths.devices,
         num_nodes=lengths.num_nodes,
-        strategy=make_strategy(content["strategy"], lengths.world_size),
+        strategy=strategy,
         precision=content["precision"] or get_default_supported_precision(training=True),
         logger=make_logger(content, out_dir, resuming=resuming),
         callbacks=[*objects.callbacks, edges, save],

@@ -7,7 +7,7 @@ import copy
 import inspect
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -245,6 +245,31 @@ def _check_class(key: str, spec: Any) -> None:
     known = inspect.signature(found).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         refuse_unknown_arguments(key, path, init_args, known)
+    _refuse_missing_arguments(key, path, init_args, known)
+    if key == "data":
+        _refuse_values_of_other_types(f"{key}.init_args", found, init_args)
+
+
+def _refuse_missing_arguments(
+    key: str, path: str, init_args: Mapping[str, Any], known: Mapping[str, inspect.Parameter]
+) -> None:
+    fillable = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    for name, parameter in known.items():
+        if parameter.kind in fillable and parameter.default is parameter.empty and init_args.get(name) is None:
+            raise RecipeError(f"`{key}`: {path} needs `{name}`: set `{key}.init_args.{name}`.")
+
+
+def _refuse_values_of_other_types(
+    key: str, kind: type, init_args: Mapping[str, Any], skip: Collection[str] = ()
+) -> None:
+    """By the class's own signature: inside a choice of classes jsonargparse shows a tree of types."""
+    one = ArgumentParser(exit_on_error=False)
+    one.add_class_arguments(kind, key, skip=set(skip), fail_untyped=False)
+    group, _, block = key.rpartition(".")
+    try:
+        one.parse_object({group: {block: dict(init_args)}})
+    except Exception as error:  # jsonargparse's own
+        raise RecipeError(_what_does_not_fit(str(error))) from error
 
 
 def _refuse_classes_of_no_type(key: str, kind: type, init_args: Mapping[str, Any]) -> None:
@@ -286,12 +311,7 @@ def _check_optimizer(spec: Any) -> None:
     except ValueError as error:
         raise RecipeError(str(error)) from error
     init_args = class_of("optimizer", spec)[1] if isinstance(spec, dict) else {}
-    one = ArgumentParser(exit_on_error=False)
-    one.add_class_arguments(found, "optimizer.init_args", skip={"params"}, fail_untyped=False)
-    try:
-        one.parse_object({"optimizer": {"init_args": init_args}})
-    except Exception as error:  # jsonargparse's own
-        raise RecipeError(_what_does_not_fit(str(error))) from error
+    _refuse_values_of_other_types("optimizer.init_args", found, init_args, skip={"params"})
 
 
 def _refuse_what_cannot_be_honoured(content: dict[str, Any]) -> None:

@@ -198,6 +198,8 @@ def test_a_missing_path_and_a_foreign_suffix_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no text at `.*nowhere.txt`: give a .txt"):
         find_files(tmp_path / "nowhere.txt")
     (tmp_path / "a.pdf").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"hub is `{class_path: HubText, init_args: {dataset: owner/name}}`"):
+        find_files("owner/name")
     with pytest.raises(ValueError, match=r"ends in `.pdf`; the readers know .txt"):
         find_files(tmp_path / "a.pdf")
 

@@ -363,6 +363,15 @@ def test_what_does_not_fit_is_named_before_the_first_step(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("changes", [{"strategy": "dpp"}, {"accelerator": "abacus"}, {"model_config__n_head": 3}])
+def test_a_refused_run_leaves_the_earlier_one_in_its_folder(tmp_path: Path, changes: dict[str, Any]) -> None:
+    first = _run(tmp_path, callbacks=PROBES)
+    with pytest.raises(RecipeError):
+        _run(tmp_path, **changes)
+    assert (first.run_folder / "spectral.jsonl").is_file()
+    assert not (first.run_folder / "previous").exists()
+
+
 def test_an_error_after_the_first_step_keeps_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _interrupt_at(monkeypatch, 3, ValueError)
     with pytest.raises(ValueError) as caught:  # noqa: PT011  (the point is that it is not a RecipeError)

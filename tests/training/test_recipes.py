@@ -8,13 +8,14 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.config import Config
 from litgpt.pretrain import setup as litgpt_setup
 
-from lightning_spectral.training.document import find, folder_of_recipes, names, parse_words, read_value
+from lightning_spectral.training.document import find, folder_of_recipes, names, parse_words, read_value, text_data
 from lightning_spectral.training.recipe import RecipeError, load
 from lightning_spectral.training.schema import defaults
 from tests.tiny import LIGHTNING_WARNINGS, tiny_tree, write_recipe
@@ -273,3 +274,44 @@ def test_what_is_no_data_module_is_said_in_a_sentence(tmp_path: Path, path: str)
     tree = tiny_tree(tmp_path) | {"data": {"class_path": path}}
     with pytest.raises(RecipeError, match=f"`data` names `{path}`, which is no data module .*use `HubText`"):
         load(write_recipe(tmp_path, tree))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("TextFiles", r"`data`: litgpt.data.TextFiles needs `train_data_path`: set `data.init_args.train_data_path`"),
+        ("HubText", r"`data`: lightning_spectral.data.HubText needs `dataset`"),
+        (
+            {"class_path": "lightning_spectral.data.TextFiles"},
+            r"`data`: lightning_spectral.data.TextFiles needs `path`",
+        ),
+        ({"class_path": "HubText", "init_args": {"dataset": 3}}, r"`data.init_args.dataset` must be str, got 3"),
+        (
+            {"class_path": "StateOfTheUnion", "init_args": {"vocab_size": "big"}},
+            r"`data.init_args.vocab_size` must be int, got big",
+        ),
+        (
+            "HuggingFaceFW/fineweb",
+            r"no text at .* hub is `{class_path: HubText, init_args: {dataset: HuggingFaceFW/fin",
+        ),
+    ],
+)
+def test_what_a_data_module_misses_is_said_without_a_tree_of_types(tmp_path: Path, data: Any, message: str) -> None:
+    tree = tiny_tree(tmp_path) | {"data": data}
+    with pytest.raises(RecipeError, match=message) as caught:
+        load(write_recipe(tmp_path, tree))
+    assert "Union" not in str(caught.value)
+
+
+def test_a_folder_of_shards_is_tokens_and_one_with_text_is_text(tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    np.save(shards / "train_0.npy", np.arange(100, dtype=np.uint16))
+    (shards / "README.md").write_text("about")
+    assert text_data(str(shards))["class_path"] == "lightning_spectral.data.TokenFiles"
+    (shards / "more.txt").write_text("text")
+    assert text_data(str(shards))["class_path"] == "lightning_spectral.data.TextFiles"
+    litdata = tmp_path / "lit" / "train"
+    litdata.mkdir(parents=True)
+    (litdata / "index.json").write_text("{}")
+    assert text_data(str(tmp_path / "lit"))["class_path"] == "lightning_spectral.data.TokenFiles"

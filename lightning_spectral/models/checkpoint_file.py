@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import zipfile
 from pathlib import Path
@@ -41,3 +42,12 @@ def read_checkpoint(path: str | Path, *, device: str = "cpu") -> Any:
         raise CheckpointError(
             f"`{path}` cannot be read, it is incomplete or corrupted, or no file of `torch.save`."
         ) from error
+
+
+def check_entry(content: bytes) -> None:
+    """Whether what ``torch.save`` made of one value can be read without executing anything.
+
+    Raises:
+        Exception: Any of zip's, pickle's and torch's, if it cannot.
+    """
+    torch.load(io.BytesIO(content), weights_only=True)

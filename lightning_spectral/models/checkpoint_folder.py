@@ -6,7 +6,6 @@ they are read first, with what such files need and nothing else.
 
 from __future__ import annotations
 
-import io
 import pickle
 from pathlib import Path, PosixPath
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 from typing_extensions import override
 
-from lightning_spectral.models.checkpoint_file import CheckpointError
+from lightning_spectral.models.checkpoint_file import CheckpointError, check_entry
 from lightning_spectral.text import one_line
 
 METADATA = ".metadata"
@@ -45,7 +44,9 @@ def check_checkpoint_folder(folder: Path) -> None:
             if part.parent != folder or getattr(place, "transform_descriptors", None):
                 raise pickle.UnpicklingError(f"an entry lies in `{place.relative_path}`")
             if isinstance(kind, metadata.BytesStorageMetadata):
-                _check_entry(part, place.offset, place.length)
+                with part.open("rb") as file:
+                    file.seek(place.offset)
+                    check_entry(file.read(place.length))
             elif part.stat().st_size < place.offset + place.length:
                 raise EOFError(f"`{part.name}` is cut")
     except Exception as error:  # any of pickle's and torch's: the folder may be anybody's
@@ -53,13 +54,6 @@ def check_checkpoint_folder(folder: Path) -> None:
             f"`{folder}` cannot be read, it is incomplete, corrupted, or holds what could execute code: "
             f"{one_line(error)[:200]}."
         ) from error
-
-
-def _check_entry(part: Path, offset: int, length: int) -> None:
-    with part.open("rb") as file:
-        file.seek(offset)
-        entry = file.read(length)
-    torch.load(io.BytesIO(entry), weights_only=True)
 
 
 class _Unpickler(pickle.Unpickler):

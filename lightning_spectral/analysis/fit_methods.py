@@ -109,7 +109,7 @@ def errors_of(points: Sequence[Point]) -> FloatArray | None:
 def _weighted(points: Sequence[Point]) -> Estimate:
     x, y = logs(points)
     relative = np.array([point.spread / point.value for point in points])
-    if not (np.isfinite(relative) & (relative > 0)).all():
+    if not (np.isfinite(relative) & (relative > 1e-100)).all():
         raise ValueError("every point needs a positive spread for `weighted`")
     return _of_line(least_squares(x, y, 1.0 / relative**2), len(x))
 

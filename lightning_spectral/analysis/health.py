@@ -154,7 +154,9 @@ def slope_bias(points: Sequence[Point]) -> float:
         return 0.0
     x, n, measured = (np.array([getattr(point, name) for point in known]) for name in ("x", "num_tokens", "rank"))
     x = np.log(x) - np.log(x).mean()
-    return float(x @ np.log1p(-np.minimum(measured / n, 0.99)) / (x @ x))
+    with np.errstate(over="ignore"):
+        share = np.minimum(measured / n, 0.99)
+    return float(x @ np.log1p(-share) / (x @ x))
 
 
 def _across_decay(point: Point) -> bool:

@@ -63,6 +63,8 @@ def shapes_of(x: FloatArray, y: FloatArray) -> list[Shape]:
         x: (n,) positive.
         y: (n,) positive.
     """
+    if len(np.unique(x)) < 2:
+        return []
     found = [polynomial(x, y, 1), polynomial(x, y, 2), floor([x], y)]
     usable = [shape for shape in found if shape is not None]
     return sorted(usable, key=lambda shape: shape.aicc if math.isfinite(shape.aicc) else math.inf)
@@ -104,6 +106,8 @@ def floor(xs: Sequence[FloatArray], y: FloatArray) -> Shape | None:
         rest = max(float(np.median(y)) - share * float(y.min()), 1e-6 * float(y.min())) / len(xs)
         start = [math.log(share * float(y.min())), *[math.log(rest), exponent] * len(xs)]
         with np.errstate(all="ignore"):
+            if not np.isfinite(residual(np.array(start))).all():  # a variable over hundreds of decades
+                continue
             found = solve(residual, start, method="lm", max_nfev=400)
         if np.isfinite(found.cost) and (best is None or found.cost < best.cost):
             best = found

@@ -272,7 +272,11 @@ def _unusable(row: dict[str, str], x: str, y: str) -> str:
     if not _is_whole(row):
         return " has another number of cells than the header;"
     bad = next((name for name in (x, y) if _number(row[name]) is None), None)
-    return f": `{row[bad]}` in column `{bad}` is not a number;" if bad is not None else ""
+    if bad is not None:
+        return f": `{row[bad]}` in column `{bad}` is not a number;"
+    if not 0 < _optional(row, x) < math.inf:
+        return f": `{row[x]}` in column `{x}` is no positive number;"
+    return f": `{row[y]}` in column `{y}` is infinite;" if math.isinf(_optional(row, y)) else ""
 
 
 def _guarded(path: Path, read: Callable[[], T]) -> T:

@@ -127,14 +127,14 @@ def fit_rows(scene: ReportData) -> list[dict[str, Any]]:
                 "cells": list(shown.values()),
                 "color": look.color,
                 "row": row,
-                "new": cells["optimizer"] != last,
+                "new": cells[by[0]] != last,
                 "n": str(fit.n),
                 "method": fit.method,
                 "status": _status(fit),
                 "widths": f"{fit.x_min:g} to {fit.x_max:g} ({fit.num_widths})",
             }
         )
-        last = cells["optimizer"]
+        last = cells[by[0]]
     return out
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import pickle
 import stat
 import warnings
@@ -591,6 +592,30 @@ def test_texts_of_a_foreign_run_are_shown_and_not_obeyed(
     for page in pages:
         assert "<script>x" not in page
         assert "<img src=x" not in page
+
+
+@pytest.mark.parametrize("name", ["spectral.jsonl", "run.json", "losses.jsonl", "sweep_progress.json"])
+@pytest.mark.parametrize("kind", ["a pipe", "a device"])
+def test_what_is_no_file_in_a_foreign_run_is_not_read(name: str, kind: str, tmp_path: Path) -> None:
+    """An archive may hold pipes, and links to devices: reading them does not end."""
+    from lightning_spectral.analysis.reading import read_run_folder
+    from lightning_spectral.tensorboard.reader import RunReader
+
+    run = hostile_runs(tmp_path, "AdamW") / "64"
+    (run / name).unlink(missing_ok=True)
+    if kind == "a pipe":
+        os.mkfifo(run / name)
+    else:
+        (run / name).symlink_to("/dev/zero")
+    found, problems = read_run_folder(run)
+    if name == "sweep_progress.json":
+        assert found is not None
+        return
+    assert found is None
+    assert "a device or a pipe" in problems[-1].message
+    if name != "run.json":
+        reader = RunReader(run)
+        reader.refresh()
 
 
 @pytest.mark.parametrize("where", ["label", "record", "file name", "no such file"])

@@ -22,7 +22,7 @@ from lightning_spectral.records import (
     read_losses,
     read_run,
 )
-from lightning_spectral.text import parse_json
+from lightning_spectral.text import parse_json, plain_file
 
 _STAGE_ORDER: Final = (b"train", b"validation", b"measure", b"test", b"predict")
 _LOST: Final = (b"no_forward", b"not_matched", b"solve_failed")
@@ -106,7 +106,7 @@ def read_run_folder(folder: Path, choice: Choice | None = None) -> tuple[Run | N
 
 
 def _read(folder: Path, choice: Choice, problems: list[Problem]) -> Run:
-    file = folder / SPECTRAL_FILE
+    file = plain_file(folder / SPECTRAL_FILE)
     info, content, columns = read_run(folder), file.read_bytes(), scan_spectral(file)
 
     def note(kind: str, text: str) -> None:
@@ -234,7 +234,7 @@ def _losses(folder: Path, run_id: str, loader: int | None) -> tuple[tuple[LossRe
 
 def _progress(folder: Path) -> dict[str, Any]:
     try:
-        content = parse_json((folder / PROGRESS_FILE).read_bytes())
+        content = parse_json(plain_file(folder / PROGRESS_FILE).read_bytes())
     except (OSError, ValueError):
         return {}  # no sweep, or a file caught half-written: costs a digest and a duration, no number
     return content if isinstance(content, dict) and isinstance(content.get("data", {}), dict) else {}

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_spectral.records import SCHEMA_VERSION, SpectralRecord, parse_record, to_json
-from lightning_spectral.text import parse_json
+from lightning_spectral.text import parse_json, plain_file
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -119,7 +119,7 @@ def scan_spectral(path: str | Path) -> SpectralColumns:
         FileNotFoundError: If there is no such file.
     """
     parts = []
-    with Path(path).open("rb") as file:
+    with plain_file(Path(path)).open("rb") as file:
         while chunk := file.read(_CHUNK):
             part = _as_we_write_it(chunk + file.readline())
             if part is None:

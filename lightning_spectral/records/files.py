@@ -37,7 +37,7 @@ from lightning_spectral.records.schema import (
     WeightRecord,
 )
 from lightning_spectral.records.upgrade import upgraded
-from lightning_spectral.text import parse_json, write_text
+from lightning_spectral.text import parse_json, plain_file, write_text
 
 RecordT = TypeVar("RecordT", SpectralRecord, LossRecord, WeightRecord, AlarmRecord)
 Record: TypeAlias = SpectralRecord | LossRecord | WeightRecord | AlarmRecord
@@ -246,7 +246,7 @@ def _build(content: Any, kind: type[BuiltT]) -> BuiltT:
 
 def _file(path: str | Path, name: str) -> Path:
     path = Path(path)
-    return path / name if path.is_dir() else path
+    return plain_file(path / name if path.is_dir() else path)
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -26,6 +26,7 @@ from lightning_spectral.records import (
     parse_record,
     read_run,
 )
+from lightning_spectral.text import plain_file
 
 METRICS: Final = (
     "hard_rank",
@@ -161,7 +162,7 @@ class RunReader:
 
     def _first_width(self) -> int:
         try:
-            with (self.folder / SPECTRAL_FILE).open("rb") as file:
+            with plain_file(self.folder / SPECTRAL_FILE).open("rb") as file:
                 return parse_record(file.readline(), SpectralRecord).width
         except (OSError, ValueError):
             return 0
@@ -180,7 +181,7 @@ class RunReader:
         """Whole lines after the last reading; a line still being written waits for its end."""
         tail = self._tails.get(name) or _Tail()
         try:
-            with (self.folder / name).open("rb") as file:
+            with plain_file(self.folder / name).open("rb") as file:
                 file.seek(tail.offset)
                 content = file.read()
                 inode = os.fstat(file.fileno()).st_ino

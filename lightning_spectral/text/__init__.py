@@ -6,6 +6,7 @@ Imports the standard library only; YAML is imported when a file is read.
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import math
 import os
@@ -165,6 +166,17 @@ def _yaml_loader() -> Any:
     exponents = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponents, list("-+.0123456789"))
     return Loader
+
+
+def plain_file(path: Path) -> Path:
+    """The path itself; what lies there may come from anybody, and reading a device or a pipe would not end.
+
+    Raises:
+        OSError: If it is one; nothing, a file and a folder are the caller's to judge.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "a device or a pipe, not a file", str(path))
+    return path
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from lightning_spectral.callbacks.progress import Progress
+from lightning_spectral.callbacks.progress import ENTRY, Progress
 from lightning_spectral.lightning_private import state_key
 from lightning_spectral.probe.observer import Observer
 from lightning_spectral.probe.settings import BucketSettings, Measurement, ProbeSettings
@@ -52,6 +52,11 @@ class SavedState(Callback):
     ) -> None:
         self.observer.drain()  # a run resumed from here must not miss the window that is being solved
         self.progress.save(self.observer, trainer, checkpoint)
+
+    def forget_unfinished_step(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        """For who saves amid a step, of which the micro-batches will be seen again: they count as not seen."""
+        for state in (checkpoint[ENTRY], checkpoint["callbacks"].get(self.state_key, {})):
+            state["tokens_seen"] = self.observer.tokens.before(trainer.global_step)
 
     @override
     def on_load_checkpoint(

@@ -24,6 +24,11 @@ def main(argv: list[str]) -> int:
     refuse_model(options.model)
     if options.buckets < 1 or options.shards < 1:
         raise CommandError(f"--buckets and --shards must be >= 1, got {options.buckets} and {options.shards}.")
+    limit = options.memory_limit_mib
+    if options.ranks < 1 or (limit is not None and not limit > 0):
+        raise CommandError(f"--ranks must be >= 1 and --memory-limit-mib > 0, got {options.ranks} and {limit}.")
+    if options.ranks > 1 and limit is None:
+        raise CommandError("--ranks says how many share a window: give --memory-limit-mib, what each may use, too.")
     groups = options.buckets * options.shards
     rows: list[tuple[Any, ...]] = []
     said: list[str] = []
@@ -34,6 +39,9 @@ def main(argv: list[str]) -> int:
         sizes = [row[-2] for row in made]
         if None not in sizes:
             said.append(f"memory in a window: {sum(sizes):.1f} MiB of sums ({groups} groups), and the rows that wait")
+            if limit is not None:
+                sites = [site for stack in found.stacks for site in stack.sites]
+                said.append(_within(sites, sum(sizes), limit, options.ranks))
     print_table(Table(_HEADS, rows), options.format)
     out = aside(options.format)
     for sentence in said:
@@ -58,7 +66,9 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--hints", nargs="+", metavar="DOWN[,UP]", help=HINTS)
     parser.add_argument("--embedding", metavar="GLOB", help="the token embedding, where it is not found automatically")
     parser.add_argument("--buckets", type=int, default=3, help="1: pooled only; 3: head, mid, tail (default: 3)")
-    parser.add_argument("--shards", type=int, default=1, help="groups of sequences for intervals (default: 1)")
+    parser.add_argument("--shards", type=int, default=2, help="groups of sequences for unbiased ranks (default: 2)")
+    parser.add_argument("--memory-limit-mib", type=float, metavar="MIB", help="say what is kept of a window in so much")
+    parser.add_argument("--ranks", type=int, default=1, help="that share a window (default: 1)")
     add_format_option(parser)
     return parser.parse_args(argv)
 
@@ -130,6 +140,17 @@ def _mib(sites: Sequence[Site], groups: int) -> float | None:
     if None in widths:
         return None
     return sum(4 * groups * packed_size(width) for width in widths if width) / 2**20
+
+
+def _within(sites: Sequence[Site], moments_mib: float, limit_mib: float, ranks: int) -> str:
+    """How a window is held in so much memory, as :func:`~lightning_spectral.probe.memory_plan.choose` has it."""
+    from lightning_spectral.probe.memory_plan import MIN_ROWS, choose, row_widths, sample_mib
+
+    plan = choose(row_widths(sites), moments_mib, limit_mib, world_size=ranks, item_bytes=2)
+    if plan is None:
+        least = sample_mib(row_widths(sites), MIN_ROWS, ranks, 2)
+        return f"on {ranks} rank(s) with bf16 rows: {limit_mib:,.0f} MiB do not do, {MIN_ROWS} rows take {least:,.0f}"
+    return f"on {ranks} rank(s) with bf16 rows: {plan}"
 
 
 def _sentences(found: Found, layouts: Mapping[str, Rehearsed], note: str) -> Iterator[str]:

@@ -130,7 +130,8 @@ class ResumableLoader(DataLoader[Tensor]):
         """Start the next iteration at the saved position.
 
         Raises:
-            ValueError: If a step now takes another number of micro-batches: Lightning counts in micro-batches.
+            ValueError: If a step now takes another number of micro-batches and nothing has converted the position
+                (:class:`~lightning_spectral.training.checkpoints.StepCheckpoint` does, between two steps).
         """
         if state["accumulation"] != self._batches.accumulation:
             raise ValueError(

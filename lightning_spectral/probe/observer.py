@@ -127,6 +127,7 @@ class Observer:
 
     def begin_step(self, step: int, *, is_last: bool = False) -> None:
         """Before the first micro-batch of an optimizer step; further calls within it change nothing."""
+        self.tokens.begin_step(step)
         if self._window is not None or not self.is_armed or "train" not in self.measurement.settings.on:
             return
         if self.schedule.is_due(step) or (is_last and step != self.schedule.previous):

@@ -37,10 +37,12 @@ class TokenCounter:
 
     Attributes:
         seen: The number.
+        before_step: The optimizer step whose first micro-batch came last, and the number before it.
     """
 
     def __init__(self) -> None:
         self.seen: int | None = 0
+        self.before_step: tuple[int, int | None] | None = None
         self._extra_columns = 0
 
     def learn(self, batch: Any, calls: Sequence[ForwardCall]) -> None:
@@ -49,6 +51,15 @@ class TokenCounter:
         tensors = [tensor for tensor in ids_in(batch) if tensor.ndim == 2]
         if ids is not None and tensors:
             self._extra_columns = int(tensors[0].shape[1] == ids.shape[1] + 1)
+
+    def begin_step(self, step: int) -> None:
+        """Before a micro-batch of this optimizer step."""
+        if self.before_step is None or self.before_step[0] != step:
+            self.before_step = step, self.seen
+
+    def before(self, step: int) -> int | None:
+        """Tokens seen by the weights of a step, without micro-batches of the one under way that is forgotten."""
+        return self.before_step[1] if self.before_step is not None and self.before_step[0] == step else self.seen
 
     def add(self, batch: Any, num_replicas: int) -> None:
         """Count one rank's batch for all ranks with other data."""

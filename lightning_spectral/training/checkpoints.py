@@ -19,6 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_spectral.callbacks.saved_state import SavedState
 from lightning_spectral.lightning_private import accumulates
 from lightning_spectral.models.checkpoint_file import CheckpointError, read_checkpoint
 from lightning_spectral.models.checkpoint_folder import check_checkpoint_folder
@@ -162,6 +163,29 @@ class StepCheckpoint(Checkpoint):
         for counts in (progress["total"], progress["current"]):
             counts.update(ready=whole, started=whole, processed=whole, completed=whole - 1)
         loop["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step - 1
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SavedState):
+                callback.forget_unfinished_step(trainer, checkpoint)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Lightning counts in micro-batches: where a step now takes another number of them, it counts anew.
+
+        So a run goes on with other devices or another micro-batch size. A checkpoint in mid-step is left to the loader,
+        which refuses it.
+        """
+        loop = checkpoint.get("loops", {}).get("fit_loop", {})
+        loaders = [state for state in loop.get("state_dict", {}).get("combined_loader", []) if "position" in state]
+        step, accumulation = checkpoint["global_step"], trainer.accumulate_grad_batches
+        if not loaders or any(state["position"] != step * state["accumulation"] for state in loaders):
+            return
+        for state in loaders:
+            state.update(position=step * accumulation, accumulation=accumulation)
+        progress, whole = loop["epoch_loop.batch_progress"], step * accumulation
+        for counts in (progress["total"], progress["current"]):
+            waits = counts["processed"] - counts["completed"]  # 1 if it was saved at the end of the batch
+            counts.update(ready=whole, started=whole, processed=whole, completed=whole - waits)
 
     def _save(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step

@@ -14,7 +14,7 @@ from lightning_spectral.training.document import RecipeError
 # keys that may differ between two starts of one run: where it lies, what it runs on, what it prints
 MAY_DIFFER: Final = (
     *("out_dir", "resume", "devices", "num_nodes", "sweep", "smoke", "logger_name", "log"),
-    *("train.max_time", "train.save_interval", "train.log_interval"),
+    *("train.max_time", "train.save_interval", "train.log_interval", "train.micro_batch_size"),
 )
 _PLACES: Final = ("dirpath", "path")
 _SHOWN: Final = 6

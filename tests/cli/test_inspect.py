@@ -29,8 +29,8 @@ def test_stacks_sites_and_memory_of_a_hugging_face_type(capsys):
     ]
     assert "`transformer.wte`" in text
     assert [row["layout"] for row in rows] == ["(B, T)", "(B, T)"]  # proven without any block
-    # 3 buckets, 3 layers, a width of 48: packed in blocks, in fp32
-    assert rows[0]["MiB in a window"] == 3 * 3 * 4 * packed_size(48) / 2**20
+    # 3 buckets in 2 groups of sequences, 3 layers, a width of 48: packed in blocks, in fp32
+    assert rows[0]["MiB in a window"] == 3 * 2 * 3 * 4 * packed_size(48) / 2**20
 
 
 def test_what_is_not_measured_is_said(capsys, tmp_path, monkeypatch):
@@ -196,7 +196,22 @@ def test_a_script_without_a_model_says_why(tmp_path, end, message):
         inspect.main([str(tmp_path / "train.py")])
 
 
+def test_what_fits_into_a_limit_is_what_the_probe_would_choose(capsys):
+    inspect.main(["gpt2", "--model-args", *SMALL, "--memory-limit-mib", "1e6"])
+    assert "on 1 rank(s) with bf16 rows: all rows, " in capsys.readouterr().out
+    inspect.main(["Llama-3.1-8B", "--memory-limit-mib", "2048", "--ranks", "8"])
+    said = capsys.readouterr().out
+    # 32 layers x 14,336 features x 512 rows a rank x 2 bytes, twice, and one layer's rows with their products: 1,824
+    assert "on 8 rank(s) with bf16 rows: an even sample of 4,096 rows per window, 1,824 of 2,048 MiB" in said
+    inspect.main(["Llama-3.1-8B", "--memory-limit-mib", "64"])
+    assert "64 MiB do not do, 256 rows take " in capsys.readouterr().out
+
+
 def test_bad_input_is_one_sentence():
+    with pytest.raises(CommandError, match="--ranks must be >= 1 and --memory-limit-mib > 0, got 0 and 5"):
+        inspect.main(["gpt2", "--memory-limit-mib", "5", "--ranks", "0"])
+    with pytest.raises(CommandError, match="--ranks says how many share a window: give --memory-limit-mib"):
+        inspect.main(["gpt2", "--ranks", "2"])
     with pytest.raises(CommandError, match="--buckets and --shards must be >= 1"):
         inspect.main(["gpt2", "--buckets", "0"])
     with pytest.raises(CommandError, match="there is no model at `nowhere.ckpt`"):

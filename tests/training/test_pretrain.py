@@ -50,6 +50,15 @@ class _Stop(Exception):
     pass
 
 
+# a constant rate: litgpt's own counts in micro-batches, so it depends on them
+CONSTANT: dict[str, Any] = {
+    "train__lr_warmup_steps": 0,
+    "lr_schedule__kind": "constant_linear_decay",
+    "lr_schedule__decay_fraction": 1e-6,
+    "optimizer": {"class_path": "SGD", "init_args": {"lr": 0.1}},
+}
+
+
 def _interrupt_at(monkeypatch: pytest.MonkeyPatch, micro_batch: int, error: type[BaseException] = _Stop) -> None:
     """The ``micro_batch``-th training step of the process fails."""
     step, calls = LitGPT.training_step, [0]
@@ -120,6 +129,27 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     keys = [(r.step, r.layer, r.site, r.bucket) for r in records.read_spectral(resumed.run_folder).records]
     assert len(keys) == len(set(keys))
     assert set(keys) == {(r.step, r.layer, r.site, r.bucket) for r in records.read_spectral(whole.run_folder).records}
+
+
+@pytest.mark.parametrize(("before", "after", "at"), [(4, 2, 7), (2, 4, 15), (2, 1, 6), (1, 4, 29)])
+def test_a_run_goes_on_in_mid_epoch_with_another_micro_batch_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, after: int, at: int
+) -> None:
+    changes = {"callbacks": PROBES, **CONSTANT}
+    whole = _run(tmp_path, "whole", **changes)
+    with monkeypatch.context() as patch:
+        _interrupt_at(patch, at)
+        with pytest.raises(_Stop):
+            _run(tmp_path, "cut", train__micro_batch_size=before, **changes)
+    resumed = _run(tmp_path, "cut", resume="auto", train__micro_batch_size=after, **changes)
+    assert (resumed.step, resumed.tokens) == (12, whole.tokens)
+    weights = _weights(resumed)
+    for name, value in _weights(whole).items():
+        # fp32 sums in another order; a step too many or too few, or other blocks, move weights by 1e-2
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)
+    found = [records.read_spectral(run.run_folder).records for run in (whole, resumed)]
+    keys = [[(r.step, r.layer, r.bucket, r.num_tokens, r.tokens_seen) for r in one] for one in found]
+    assert sorted(keys[0]) == sorted(keys[1])
 
 
 def test_a_run_killed_in_its_last_validation_still_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,10 +291,7 @@ def test_a_fresh_run_in_a_used_folder_keeps_the_old_one(tmp_path: Path) -> None:
 
 
 def test_micro_batches_do_not_matter(tmp_path: Path) -> None:
-    # a constant rate: litgpt's own counts in micro-batches, so it depends on them
-    constant = {"train__lr_warmup_steps": 0, "lr_schedule__kind": "constant_linear_decay"}
-    constant |= {"lr_schedule__decay_fraction": 1e-6, "optimizer": {"class_path": "SGD", "init_args": {"lr": 0.1}}}
-    one, two = _run(tmp_path, "one", **constant), _run(tmp_path, "two", train__micro_batch_size=1, **constant)
+    one, two = _run(tmp_path, "one", **CONSTANT), _run(tmp_path, "two", train__micro_batch_size=1, **CONSTANT)
     for name, value in _weights(one).items():
         # fp32 sums of 64 tokens in another order, over 12 steps
         torch.testing.assert_close(value, _weights(two)[name], rtol=1e-4, atol=1e-6)

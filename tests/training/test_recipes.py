@@ -290,10 +290,6 @@ def test_what_is_no_data_module_is_said_in_a_sentence(tmp_path: Path, path: str)
             {"class_path": "StateOfTheUnion", "init_args": {"vocab_size": "big"}},
             r"`data.init_args.vocab_size` must be int, got big",
         ),
-        (
-            "HuggingFaceFW/fineweb",
-            r"no text at .* hub is `{class_path: HubText, init_args: {dataset: HuggingFaceFW/fin",
-        ),
     ],
 )
 def test_what_a_data_module_misses_is_said_without_a_tree_of_types(tmp_path: Path, data: Any, message: str) -> None:

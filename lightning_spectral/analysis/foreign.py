@@ -109,6 +109,8 @@ def read_foreign(path: str | Path, tag: str | None = None) -> list[ForeignRun]:
     if not found:
         names = list(dict.fromkeys(name for run in runs.values() for name in run.unread))[:6]
         seen = f"; it has {', '.join(f'`{name}`' for name in names)}: say what they are with --tag" if names else ""
+        if not files:
+            seen = ": it has no .txt, .log, .csv or .jsonl file and no event file; give the folder that holds the logs"
         raise ValueError(f"`{root}` holds no number that is known here{seen}.")
     return found
 

@@ -71,7 +71,9 @@ def rows(paths: str | Path | Iterable[str | Path], kind: str = "spectral") -> li
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     files = sorted({file for path in given for file in _files(str(path), name)})
     if not files:
-        raise FileNotFoundError(f"no `{name}` at or below {', '.join(f'`{path}`' for path in given)}.")
+        raise FileNotFoundError(
+            f"no `{name}` at or below {', '.join(f'`{path}`' for path in given)}. Give the `out_dir` of a run or sweep."
+        )
     found = [row for file in files for row in _rows_of(file, read)]
     keys = list(dict.fromkeys(key for row in found for key in row))
     return [{key: row.get(key) for key in keys} for row in found]

@@ -238,8 +238,8 @@ def texts_of(rows: Iterable[dict[str, object]], column: str, files: list[str]) -
     for row in rows:
         if column not in row:
             raise ValueError(
-                f"{_some(files)} has no column `{column}`, only {', '.join(f'`{name}`' for name in row)}: set "
-                "`text_column` (`--data.init_args.text_column NAME`)."
+                f"{_some(files)} has no column `{column}`, only {', '.join(f'`{name}`' for name in row)}: name "
+                "one of them by `text_column`."
             )
         text = row[column]
         if text is None:

@@ -222,7 +222,7 @@ def _build(
     units = encoded_units(folder, _blocks(corpus, encode.separator, counter), encode, say, num_proc)
     num_train, num_validation, counts = _assemble(folder, units, encode)
     if num_train == 0 or not counter.has_text:
-        raise ValueError(f"there is no text in {corpus.where}.")
+        raise ValueError(f"`data`: there is no text in {corpus.where}.")
     np.save(folder / "counts.npy", counts)
     for unit in folder.glob("unit-*"):
         unit.unlink()

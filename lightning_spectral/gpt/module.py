@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_spectral import optim
 from lightning_spectral.gpt.architecture import Architecture, adapt_config, build_gpt
 from lightning_spectral.gpt.learning_rate import LRPlan
 from lightning_spectral.lightning_private import accumulates
@@ -151,6 +152,9 @@ class LitGPT(pl.LightningModule):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+_OURS = {*optim.__all__} - {"AdamW", "SpectralOptimizer"}  # what a bare name means; AdamW stays torch's, as in litgpt
+
+
 def optimizer_class(spec: OptimizerSpec) -> type[Optimizer]:
     """The class that an optimizer entry of a recipe names.
 
@@ -160,7 +164,7 @@ def optimizer_class(spec: OptimizerSpec) -> type[Optimizer]:
     path, init_args = _optimizer_parts(spec)
     name = path.rpartition(".")[2]
     try:
-        found = import_class(path, bare_names_in="torch.optim")
+        found = import_class(path, bare_names_in="torch.optim" if path not in _OURS else "lightning_spectral.optim")
     except ImportError as error:
         raise ValueError(
             f"no optimizer `{path}` ({error}): give a name in torch.optim, such as AdamW, or a class path, such as "

@@ -154,15 +154,23 @@ def _with_axes(grid: list[Axis], given: list[Axis]) -> list[Axis]:
     return list(own.values())
 
 
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def distinct(grids: list[list[Axis]]) -> Iterator[dict[str, Any]]:
-    """Overrides of each labelled value, and of one value of each key: the rest shows in the run that has it.
+    """Overrides of each value that is a name or has a label, and of one number of each key.
 
     Checking a recipe in full takes most of a second, too long to do it for each of a hundred runs.
     """
     seen: list[Any] = []
     for axis in (axis for grid in grids for axis in grid):
         for _, overrides in axis.values:
-            key = axis.name if set(overrides) == {axis.name} else overrides
+            key = axis.name if set(overrides) == {axis.name} and _is_number(overrides[axis.name]) else overrides
             if key not in seen:
                 seen.append(key)
                 yield overrides

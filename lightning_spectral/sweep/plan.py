@@ -140,7 +140,9 @@ def plan(
     ids = [job.run_id for job in jobs]
     twice = sorted({run_id for run_id in ids if ids.count(run_id) > 1})
     if twice:
-        raise RecipeError(f"two runs of the sweep have the id `{twice[0]}`: give their axis values other labels.")
+        raise RecipeError(
+            f"two runs of the sweep have the id `{twice[0]}`: give each value of an axis once, or labels of their own."
+        )
     states = {job.run_id: state_of(job) for job in jobs}
     if rerun_changed or accept_changes:
         jobs = [_released(job, states, fresh=rerun_changed) for job in jobs]

@@ -68,11 +68,23 @@ def find_checkpoints(patterns: Sequence[str]) -> list[Path]:
         inside = [checkpoint for path in paths for checkpoint in _checkpoints_in(path)]
         if not inside:
             raise FileNotFoundError(
-                f"no checkpoint at `{pattern}`: give a litgpt folder (`lit_model.pth`), a `.ckpt` of `pretrain`, a "
-                "Hugging Face folder (`config.json`, `*.safetensors`), a glob of them, or a folder that holds them."
+                f"no checkpoint at `{pattern}`{_hub_hint(str(pattern))}: give a litgpt folder (`lit_model.pth`), a "
+                "`.ckpt` of `pretrain`, a Hugging Face folder (`config.json`, `*.safetensors`), a glob of them, or a "
+                "folder that holds them."
             )
         found |= dict.fromkeys(_in_order(inside))
     return list(found)
+
+
+def _hub_hint(pattern: str) -> str:
+    """What to do with an id of the Hugging Face Hub; empty for what cannot be one."""
+    repository, _, revision = pattern.partition("@")
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*", repository) or Path(repository).parent.is_dir():
+        return ""
+    chosen = f" --revision {revision}" if revision else ""
+    folder = repository.partition("/")[2]
+    download = f"hf download {repository}{chosen} --local-dir {folder}"
+    return f" (nothing is downloaded here: `{download}`, then `measure {folder}`)"
 
 
 def _checkpoints_in(path: Path) -> list[Path]:

@@ -170,7 +170,9 @@ def _sequences(tokens: NDArray[np.int64], length: int) -> NDArray[np.int64]:
     """Whole sequences of the tokens, and the token after the last."""
     num_sequences = (len(tokens) - 1) // length
     if num_sequences < 1:
-        raise ValueError(f"the text has {len(tokens)} tokens, one sequence needs {length + 1}: lower `seq_length`.")
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, one sequence needs {length + 1}: give more, or lower `seq_length`."
+        )
     return tokens[: num_sequences * length + 1]
 
 
@@ -195,7 +197,7 @@ def _tokens(corpus: Corpus, encoder: Encoder, enough: int) -> NDArray[np.int64]:
         if found >= enough:
             break
     if not found:
-        raise ValueError(f"there is no text in {corpus.where}.")
+        raise ValueError(f"`data`: there is no text in {corpus.where}.")
     return np.concatenate(parts)[:enough].astype(np.int64)
 
 
@@ -273,4 +275,7 @@ def _device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"`device` is `{name}`, but this machine has no CUDA device: use `cpu`.")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"`device` must be auto, cpu, cuda or one GPU, such as cuda:1, got `{name}`.") from error

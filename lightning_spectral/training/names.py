@@ -74,7 +74,8 @@ def with_class_paths(tree: Mapping[str, Any]) -> dict[str, Any]:
             f"`callbacks` must be a list of class names or `class_path`s, got {callbacks!r}; "
             "`--callbacks+ NAME` adds one."
         )
-    return {**tree, "data": _data(tree.get("data")), "callbacks": [_callback(callback) for callback in callbacks]}
+    named = {**tree, "data": _data(tree.get("data")), "callbacks": [_callback(callback) for callback in callbacks]}
+    return {**named, "optimizer": _optimizer(tree["optimizer"])} if "optimizer" in tree else named
 
 
 def _refuse_other_kinds(tree: Mapping[str, Any]) -> None:
@@ -120,6 +121,9 @@ def refuse_wrong_places(tree: Mapping[str, Any]) -> None:
     out_dir = tree.get("out_dir")
     if isinstance(out_dir, str) and Path(out_dir).exists() and not Path(out_dir).is_dir():
         raise RecipeError(f"`out_dir` is `{out_dir}`, which is a file: give a folder.")
+    resume = tree.get("resume")
+    if isinstance(resume, str) and resume != "auto" and not Path(resume).exists():
+        raise RecipeError(f"`resume` names `{resume}`, which does not exist: give a checkpoint, `auto` or `false`.")
     kinds = {"lightning_spectral.data.TextFiles": {}, "lightning_spectral.data.TokenFiles": {"suffixes": SUFFIXES}}
     path = (tree["data"].get("init_args") or {}).get("path")
     if tree["data"]["class_path"] in kinds and isinstance(path, str):
@@ -259,13 +263,30 @@ def _refuse_unknown_optimizer(spec: Any) -> None:
     full = path if "." in path else f"torch.optim.{path}"
     if is_missing(full):
         module, _, name = full.rpartition(".")
-        prefix = f"{module}." if "." in path else ""
+        if "." in path and not public_names(module):
+            raise RecipeError(
+                f"no optimizer `{path}`: there is no module `{module}` for that class path. Is its folder on "
+                "PYTHONPATH? A bare name, such as AdamW or Muon, is torch's or ours."
+            )
+        names = public_names(module) if "." in path else [*_our_optimizers(), *public_names(module)]
         otherwise = "give a name in torch.optim, such as AdamW, or a class path; there are"
-        hint = did_you_mean(name, public_names(module), prefix=prefix, otherwise=otherwise)
+        hint = did_you_mean(name, names, prefix=f"{module}." if "." in path else "", otherwise=otherwise)
         raise RecipeError(f"no optimizer `{path}`; {hint}")
     known = arguments_of(full)
     if isinstance(spec, dict) and known is not None:
         refuse_unknown_arguments("optimizer", path, class_of("optimizer", spec)[1], known)
+
+
+def _our_optimizers() -> list[str]:
+    """Names that mean our class where no module is named: all but AdamW, which stays torch's, as in litgpt."""
+    return [name for name in public_names("lightning_spectral.optim") if name not in ("AdamW", "SpectralOptimizer")]
+
+
+def _optimizer(value: Any) -> Any:
+    """``Muon`` -> ``lightning_spectral.Muon``, alone or as ``class_path``; everything else as it is."""
+    if isinstance(value, dict):
+        return {**value, "class_path": _optimizer(value["class_path"])} if "class_path" in value else value
+    return f"lightning_spectral.{value}" if value in _our_optimizers() else value
 
 
 def _data(value: Any) -> Any:

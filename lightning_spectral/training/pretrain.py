@@ -6,6 +6,7 @@ The run folder holds the callbacks' records, ``checkpoints/`` (to resume), ``fin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,11 +36,13 @@ from lightning_spectral.text import one_line, write_text
 from lightning_spectral.training import checkpoints, preemption
 from lightning_spectral.training.document import RecipeError
 from lightning_spectral.training.factories import check_accelerator, make_logger, make_strategy
+from lightning_spectral.training.names import keys
 from lightning_spectral.training.preemption import first_rank
 from lightning_spectral.training.recipe import Recipe
 from lightning_spectral.training.same_recipe import check_resumed, shown
 from lightning_spectral.training.schema import instantiate
 from lightning_spectral.training.sizes import Lengths, checkpoint_dir, connect, model_config
+from lightning_spectral.training.sources import arguments_of
 from lightning_spectral.training.trial import try_out
 from lightning_spectral.training.validation import InitialAndFinalValidation
 
@@ -122,8 +125,9 @@ def _pretrain(recipe: Recipe, *, progress_bar: bool, accept_changes: bool) -> Ru
         check_accelerator(content["accelerator"])
         try_out(recipe)
         tokenizer_dir = checkpoint_dir(content, "tokenizer_dir")
-        config = model_config(recipe, data, tokenizer_dir)
-        lengths = connect(data, objects.train, config, tokenizer_dir, content)
+        with _in_words_of_a_recipe(content["data"]["class_path"]):
+            config = model_config(recipe, data, tokenizer_dir)
+            lengths = connect(data, objects.train, config, tokenizer_dir, content)
         module = _module(recipe, config, lengths, objects.train)
         pl.seed_everything(content["seed"], verbose=False)
         edges = InitialAndFinalValidation(first=objects.eval.initial_validation, last=objects.eval.final_validation)
@@ -254,6 +258,17 @@ def _move_previous_run(out_dir: Path) -> None:
         rank_zero_info(
             f"moved the previous run in `{out_dir}` to `{target}` (use `resume: auto` to continue it instead)"
         )
+
+
+@contextmanager
+def _in_words_of_a_recipe(class_path: str) -> Iterator[None]:
+    """Errors of the data name their own arguments: where a recipe has them below ``data``, say so."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        below = {*(arguments_of(class_path) or [])} - {*keys()}
+        unnamed = re.compile(rf"`({'|'.join(map(re.escape, below)) or '(?!)'})`")
+        raise RecipeError(unnamed.sub(r"`data.init_args.\1`", one_line(error))) from error
 
 
 @contextmanager

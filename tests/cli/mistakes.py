@@ -1,7 +1,8 @@
 """What people get wrong: a command, and what its answer must name: the key, the value seen, the remedy.
 
 Each is one line of the terminal, with ``RECIPE`` (a tiny one), ``TEXT``, ``RUNS`` (a study of three widths), ``POINTS``
-(a table of points), ``FILE`` (a file where a folder is wanted) and ``EMPTY`` (an empty folder) in the place of paths.
+(a table of points), ``KEYED`` (JSON lines whose text is called ``txt``), ``BLANK`` (a text file without text), ``FILE``
+(a file where a folder is wanted) and ``EMPTY`` (an empty folder) in the place of paths.
 A group of mistakes ends before Lightning is imported unless its name says ``full``.
 """
 
@@ -95,9 +96,13 @@ PRETRAIN: Final = [
     ("pretrain --config probe", ["`callbacks`", "LIGHTNING_SPECTRAL"]),
     ("pretrain --config POINTS", ["POINTS", "keys and values"]),
     ("pretrain --config EMPTY", ["EMPTY", "YAML file"]),
+    ("pretrain --config RECIPE --optimizer my_package.Foo", ["`my_package.Foo`", "module `my_package`", "PYTHONPATH"]),
+    ("pretrain --config RECIPE --optimizer Muonn", ["`Muonn`", "`Muon`"]),
+    ("pretrain --config RECIPE --optimizer Muon --optimizer.init_args.momentumm 1", ["`momentumm`", "`momentum`"]),
+    ("pretrain --config RECIPE --resume latest", ["`resume`", "`latest`", "`auto`"]),
 ]
 
-PRETRAIN_FULL: Final = [
+PRETRAIN_FULL = [
     ("pretrain --config RECIPE --train.max_steps many", ["`train.max_steps`", "many", "int"]),
     ("pretrain --config RECIPE --train.max_steps 0", ["`train.max_steps`", "0", ">= 1"]),
     ("pretrain --config RECIPE --train.max_steps -5", ["`train.max_steps`", "-5", ">= 1"]),
@@ -148,6 +153,12 @@ PRETRAIN_FULL: Final = [
     ),
 ]
 
+PRETRAIN_FULL += [
+    ("pretrain --config RECIPE --optimizer torch.optim.Muon", ["`optimizer`", "Muon", "2D"]),
+    ("pretrain --config RECIPE --data KEYED", ["`text`", "`txt`", "`data.init_args.text_column`"]),
+    ("pretrain --config RECIPE --data BLANK", ["`data`", "no text", "BLANK"]),
+]
+
 SWEEP: Final = [
     ("sweep quikstart", ["`quikstart`", "`quickstart`"]),
     ("sweep", ["recipe", "YAML file"]),
@@ -177,6 +188,8 @@ SWEEP_FULL: Final = [
     ("sweep RECIPE --axis train.max_steps=0,4 --dry-run", ["`train.max_steps`", "0", ">= 1"]),
     ("sweep RECIPE --axis optimizer.init_args.lr=fast --dry-run", ["optimizer.init_args.lr", "fast", "float"]),
     ("sweep RECIPE --axis model_config.n_head=3,2 --dry-run", ["n_head", "n_embd"]),
+    ("sweep RECIPE --axis optimizer=AdamW,torch.optim.Muon --dry-run", ["`optimizer`", "Muon", "2D"]),
+    ("sweep debug --axis seed=0,0 --dry-run", ["`seed-0`", "once"]),
 ]
 
 ANALYSIS: Final = [
@@ -214,6 +227,8 @@ ANALYSIS: Final = [
     ("report nowhere", ["`nowhere`", "run folder"]),
     ("report RUNS --by optimizer", ["--by", "label"]),
     ("records nowhere", ["`nowhere`", "spectral.jsonl"]),
+    ("records EMPTY", ["EMPTY", "spectral.jsonl", "`out_dir` of a run"]),
+    ("import EMPTY --out imported", ["EMPTY", ".jsonl", "event file"]),
     ("records RUNS --kind spectrl", ["spectrl", "spectral"]),
     ("records RUNS --out table.xlsx", ["table.xlsx", "--format"]),
     ("records RUNS --format parquet", ["parquet", "--out"]),
@@ -225,6 +240,12 @@ ANALYSIS: Final = [
 MODELS: Final = [
     ("measure nowhere --data TEXT", ["`nowhere`", "checkpoint"]),
     ("measure EMPTY", ["--data"]),
+    (
+        "measure EleutherAI/pythia-14m@step1 --data TEXT",
+        ["hf download EleutherAI/pythia-14m --revision step1", "`measure pythia-14m`"],
+    ),
+    ("count-tokens --data BLANK --out counts.npy", ["`--data`", "no text", "BLANK"]),
+    ("count-tokens --data KEYED --out counts.npy", ["`text`", "`txt`", "`--text_column`"]),
     ("measure EMPTY --data TEXT --tokens few", ["--tokens", "few", "whole number"]),
     ("measure EMPTY --data TEXT --sites psot", ["--sites", "psot", "post"]),
     ("measure EMPTY --data TEXT --token 10", ["`--token`", "`--tokens`"]),

@@ -21,10 +21,14 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     write_study(folder / "runs", {"muon": 0.9, "adamw": 0.3}, (64, 128, 256), layers=2, steps=(0, 20, 40))
     (folder / "empty").mkdir()
     (folder / "file.txt").write_text("not a folder\n")
+    (folder / "keyed.jsonl").write_text('{"txt": "one"}\n')
+    (folder / "blank.txt").write_text("\n")
     rows = [f"{name},{width},{width**beta}" for name, beta in (("a", 0.3), ("b", 0.9)) for width in (64, 128, 256)]
     (folder / "points.csv").write_text("\n".join(["optimizer,width,value", *rows]) + "\n")
     here = {"RECIPE": recipe, "TEXT": folder / "text.txt", "RUNS": folder / "runs", "POINTS": folder / "points.csv"}
-    return {name: str(path) for name, path in (here | {"FILE": folder / "file.txt", "EMPTY": folder / "empty"}).items()}
+    here |= {"FILE": folder / "file.txt", "EMPTY": folder / "empty"}
+    here |= {"KEYED": folder / "keyed.jsonl", "BLANK": folder / "blank.txt"}
+    return {name: str(path) for name, path in here.items()}
 
 
 def answer(command: str, places: dict[str, str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

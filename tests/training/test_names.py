@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import lightning_spectral
+from lightning_spectral.gpt.module import optimizer_class
 from lightning_spectral.text import import_class
-from lightning_spectral.training import names, sources
+from lightning_spectral.training import measure, names, sources
 from lightning_spectral.training.schema import defaults
 
 HEAVY = ("torch", "lightning", "litgpt", "jsonargparse", "transformers", "datasets", "scipy", "matplotlib")
@@ -112,3 +113,25 @@ def test_help_and_version_import_nothing_heavy(words):
     assert not imported & set(HEAVY)
     if words == ("--version",):
         assert done.stdout == f"lightning-spectral {lightning_spectral.__version__}\n"
+
+
+@pytest.mark.parametrize("name", ["Muon", "NorMuon", "Dion", "SOAP"])
+@pytest.mark.parametrize("short", [lambda name: name, lambda name: {"class_path": name, "init_args": {"lr": 1e-3}}])
+def test_a_bare_name_of_a_matrix_optimizer_is_ours(name, short):
+    """torch has a Muon, too, which takes matrices alone and so no model."""
+    tree = names.with_class_paths({"data": "StateOfTheUnion", "optimizer": short(name)})
+    path = tree["optimizer"] if isinstance(tree["optimizer"], str) else tree["optimizer"]["class_path"]
+    assert path == f"lightning_spectral.{name}"
+    assert optimizer_class(short(name)) is getattr(lightning_spectral, name)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "torch.optim.Muon", "lightning_spectral.optim.Muon", None])
+def test_every_other_name_stays_as_it_is(name):
+    assert names.with_class_paths({"data": "StateOfTheUnion", "optimizer": name})["optimizer"] == name
+    if name is not None:
+        assert optimizer_class(name).__module__.startswith("torch" if "spectral" not in name else "lightning_spectral")
+
+
+def test_a_device_that_does_not_exist_is_named_with_those_that_do():
+    with pytest.raises(ValueError, match=r"`device` must be auto, cpu, cuda .* got `gpu0`"):
+        measure._device("gpu0")

@@ -131,12 +131,15 @@ def read_settings(path: Path) -> dict[str, Any]:
     """A YAML file of names and values, which may be anybody's.
 
     Raises:
+        FileNotFoundError: If it is not there.
         ValueError: If it cannot be read, or holds something else; the message names it.
     """
     import yaml
 
     try:
         content = read_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"`{path}` cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):

@@ -179,8 +179,10 @@ def _usable_steps(run: Run, until_step: int | Mapping[str, int] | None) -> NDArr
         return run.steps
     if isinstance(until_step, int):
         return run.steps[run.steps <= until_step]
+    if run.run_id not in until_step:
+        return run.steps[:0]  # also where the step of its window is not known, which is below all others
     trained = ~np.isin(run.steps, NULL_STEPS)
-    return run.steps[trained & (run.steps <= until_step.get(run.run_id, -1))]
+    return run.steps[trained & (run.steps <= until_step[run.run_id])]
 
 
 class _Windows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,19 @@ def test_where_there_is_no_state_before(tmp_path: Path) -> None:
     assert "All windows lie before the learning-rate decay (step 80)" in said["b"]
     assert "Not finished: muon_128_0 (last window at step 40 of 100)" in said["b"]
     assert "no run records a schedule" in said["c"]
+
+
+def test_a_checkpoint_of_unknown_step_has_no_state_before_a_decay(tmp_path: Path) -> None:
+    for width in (128, 256, 512):
+        write_one(tmp_path, "muon", 0.9, width, steps=(5,))
+    for file in tmp_path.rglob("spectral.jsonl"):
+        text = file.read_text()
+        assert '"step": 5' in text
+        file.write_text(text.replace('"step": 5', '"step": null'))
+    fitted, runs = fitted_of(tmp_path)
+    assert len(runs.runs) == 3
+    assert decay_sentences(fitted) == []
+    assert all(math.isnan(fit.before_beta) for fit in fitted.fits)
 
 
 def test_windows_that_mix_states_are_flagged(tmp_path: Path) -> None:

@@ -90,6 +90,8 @@ def load_final(folder: str | Path) -> GPT:
         ValueError: If weights and config do not fit.
     """
     folder = Path(folder)
+    if not (folder / "model_config.yaml").exists():
+        raise FileNotFoundError(f"`{folder}` holds no model: there is no `model_config.yaml` in it.")
     content = read_settings(folder / "model_config.yaml")
     architecture = Architecture(**content.pop("architecture", {}))
     model = build_gpt(adapt_config(Config(**content), architecture), architecture, seed=0)

@@ -224,7 +224,7 @@ def test_the_same_text_in_three_formats(tmp_path: Path) -> None:
 
 def test_a_missing_column_names_those_that_are_there(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"body": "x"}) + "\n")
-    with pytest.raises(ValueError, match=r"no column `text`, only `body`: set `text_column`"):
+    with pytest.raises(ValueError, match=r"no column `text`, only `body`: name one of them by `text_column`"):
         list(documents(Corpus((tmp_path / "rows.jsonl",))))
 
 

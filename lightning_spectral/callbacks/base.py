@@ -20,7 +20,7 @@ from lightning_spectral.callbacks.evaluation import EvaluationHooks
 from lightning_spectral.callbacks.fit_start import BeginsFit
 from lightning_spectral.callbacks.trainer_host import publish_medians
 from lightning_spectral.callbacks.turns import leave
-from lightning_spectral.probe.settings import ProbeSettings, SharedArguments, Unpack
+from lightning_spectral.probe.settings import ProbeSettings, SharedArguments, Unpack, refuse_unknown
 
 
 class SpectralCallback(BeginsFit, AttachedToTrainer, EvaluationHooks):
@@ -32,6 +32,7 @@ class SpectralCallback(BeginsFit, AttachedToTrainer, EvaluationHooks):
     """
 
     def __init__(self, every_n_steps: int = 200, **shared: Unpack[SharedArguments]) -> None:
+        refuse_unknown(type(self).__name__, shared)
         self.begin(ProbeSettings(every_n_steps=every_n_steps, **shared), None)
 
     @override

@@ -13,7 +13,14 @@ from typing_extensions import Self
 from lightning_spectral.probe.host import Host, Scalars
 from lightning_spectral.probe.loop import LoopObserver
 from lightning_spectral.probe.run_folder import RunFolder, new_run_id
-from lightning_spectral.probe.settings import BucketSettings, Measurement, ProbeSettings, SharedArguments, Unpack
+from lightning_spectral.probe.settings import (
+    BucketSettings,
+    Measurement,
+    ProbeSettings,
+    SharedArguments,
+    Unpack,
+    refuse_unknown,
+)
 
 
 class HuggingFaceProbe(TrainerCallback):  # type: ignore[misc]  # transformers has no types
@@ -39,6 +46,7 @@ class HuggingFaceProbe(TrainerCallback):  # type: ignore[misc]  # transformers h
 
     def __init__(self, every_n_steps: int = 200, *, counts: Any = None, **shared: Unpack[SharedArguments]) -> None:
         buckets = None if counts is None else BucketSettings(counts=counts)
+        refuse_unknown(type(self).__name__, shared)
         self._begin(Measurement(ProbeSettings(every_n_steps=every_n_steps, **shared), buckets))
 
     @classmethod

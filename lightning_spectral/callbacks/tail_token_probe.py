@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lightning_spectral.callbacks.base import SpectralCallback
-from lightning_spectral.probe.settings import BucketSettings, ProbeSettings, SharedArguments, Unpack
+from lightning_spectral.probe.settings import BucketSettings, ProbeSettings, SharedArguments, Unpack, refuse_unknown
 
 
 class TailTokenProbe(SpectralCallback):
@@ -64,4 +64,5 @@ class TailTokenProbe(SpectralCallback):
             num_position_groups=num_position_groups,
             losses=losses,
         )
+        refuse_unknown(type(self).__name__, shared)
         self.begin(ProbeSettings(every_n_steps=every_n_steps, **shared), buckets)

@@ -114,7 +114,8 @@ def load_counts(source: Any) -> Tensor:
 def _counts_file(path: Path) -> Tensor:
     if not path.is_file():
         raise ValueError(
-            f"`counts`: no file `{path}`. Make one: `lightning-spectral count-tokens --data TEXT --out {path}`."
+            f"`counts`: no file `{path}`. Make one: `lightning-spectral count-tokens --data TEXT --out "
+            f"{path.with_suffix('.npy')}`, or count the training's own tokens: `counts='stream'`."
         )
     try:
         if path.suffix == ".pt":

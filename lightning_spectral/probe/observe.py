@@ -26,7 +26,14 @@ from typing_extensions import Self
 from lightning_spectral.probe.host import Host, Scalars
 from lightning_spectral.probe.loop import LoopObserver
 from lightning_spectral.probe.run_folder import RunFolder, new_run_id
-from lightning_spectral.probe.settings import BucketSettings, Measurement, ProbeSettings, SharedArguments, Unpack
+from lightning_spectral.probe.settings import (
+    BucketSettings,
+    Measurement,
+    ProbeSettings,
+    SharedArguments,
+    Unpack,
+    refuse_unknown,
+)
 
 
 class Observation:
@@ -117,6 +124,7 @@ def observe(
     Raises:
         ValueError: If an argument is out of range, or the model has no feed-forward network that is found.
     """
+    refuse_unknown("observe", shared)
     settings = replace(ProbeSettings(every_n_steps=every_n_steps, **shared), dirpath=str(out))
     buckets = None if counts is None else BucketSettings(counts=counts)
     loop = LoopObserver(Measurement(settings, buckets), name="observe", num_steps=num_steps)

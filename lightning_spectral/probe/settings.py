@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -22,6 +23,7 @@ from lightning_spectral.models.families import Hint, as_hints
 from lightning_spectral.probe.grouping import Grouping, by_frequency, by_position, load_counts, pooled_only
 from lightning_spectral.probe.options import CONVENTIONS, PAPER_EPSILON, ProbeOptions, conventions_of
 from lightning_spectral.records import STAGES
+from lightning_spectral.text import did_you_mean
 from lightning_spectral.text.arguments import require_choice, require_count, require_run_id
 
 *LOOPS, MEASURE = STAGES  # a trainer knows the loops, `measure` passes over a finished model
@@ -137,10 +139,44 @@ class ProbeSettings:
             raise ValueError(f"`memory_limit_mib` must be > 0, got {self.memory_limit_mib}.")
         if self.eigenvalues and self.soft != "exact":
             raise ValueError("`eigenvalues=True` needs `soft='exact'`: the approximation knows no eigenvalues.")
+        self._require_kinds()
         require_run_id(self.run_id)
         require_count("every_n_steps", self.every_n_steps)
         if self.hints is not None:
             object.__setattr__(self, "hints", as_hints(self.hints))
+
+    def _require_kinds(self) -> None:
+        """Refuse what would only show at the first window; a string is no list, though Python would go through it."""
+        for name in ("sites", "modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise ValueError(f"`{name}` must be a list, got {value!r}: write {name}=[{value!r}].")
+        if self.mask_fn is not None and not callable(self.mask_fn):
+            raise ValueError(f"`mask_fn` must be a function of a batch, got {self.mask_fn!r}.")
+        if self.dirpath is not None and not isinstance(self.dirpath, (str, os.PathLike)):
+            raise ValueError(f"`dirpath` must be the path of a folder, got {self.dirpath!r}.")
+        if self.labels is not None and not isinstance(self.labels, Mapping):
+            raise ValueError(
+                f"`labels` must be names with values, got {self.labels!r}: write labels={{'name': 'value'}}."
+            )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"`seed` must be a whole number, got {self.seed!r}.")
+
+
+def refuse_unknown(kind: str, shared: Iterable[str]) -> None:
+    """Refuse shared arguments that are not there; before ``ProbeSettings(**shared)``, which would name itself.
+
+    Args:
+        kind: What the user has called, for the message.
+        shared: Names of the arguments.
+
+    Raises:
+        TypeError: With the nearest argument that there is.
+    """
+    known = [one.name for one in fields(ProbeSettings)]
+    for name in shared:
+        if name not in known:
+            raise TypeError(f"{kind} has no argument `{name}`: {did_you_mean(name, known)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,13 @@ from tests.callbacks import tiny
         (SpectralRankCallback, {"on_nonfinite": "ignore"}, "`on_nonfinite` must be one of"),
         (SpectralRankCallback, {"convention": "mine"}, "`convention` must be one of"),
         (SpectralRankCallback, {"memory_limit_mib": -1}, "`memory_limit_mib` must be > 0"),
+        (SpectralRankCallback, {"sites": "post"}, r"`sites` must be a list, got 'post': write sites=\['post'\]"),
+        (SpectralRankCallback, {"modules": "*.mlp"}, r"`modules` must be a list, got '\*.mlp'"),
+        (SpectralRankCallback, {"mask_fn": 3}, "`mask_fn` must be a function of a batch, got 3"),
+        (SpectralRankCallback, {"dirpath": 3}, "`dirpath` must be the path of a folder, got 3"),
+        (SpectralRankCallback, {"labels": ["a"]}, r"`labels` must be names with values, got \['a'\]"),
+        (SpectralRankCallback, {"seed": 1.5}, "`seed` must be a whole number, got 1.5"),
+        (TailTokenProbe, {"counts": "Stream"}, "no file `Stream`.*`counts='stream'`"),
         (TailTokenProbe, {"head_share": 0.8}, "`head_share` < `mid_share`"),
         (TailTokenProbe, {"attribute_to": "both"}, "`attribute_to`"),
         (TailTokenProbe, {"group_by": "length"}, "`group_by`"),
@@ -38,6 +45,12 @@ from tests.callbacks import tiny
 def test_bad_arguments(callback, arguments, message):
     with pytest.raises(ValueError, match=message):
         callback(**arguments)
+
+
+def test_an_argument_that_is_not_there_is_answered_with_the_nearest():
+    for kind in (SpectralRankCallback, TailTokenProbe):
+        with pytest.raises(TypeError, match=rf"{kind.__name__} has no argument `site`: did you mean `sites`\?"):
+            kind(site=["post"])
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x93NUMPY\x01"])

@@ -221,6 +221,8 @@ class TextFiles(TextBlocks):
     """Your own text: a ``.txt``, ``.jsonl`` or ``.parquet`` file (also compressed), a glob, or a folder of such files.
 
     Files whose names say ``validation`` (or, without such, ``test``) are held out; test text is never trained on.
+    Documents are packed as the paper's data and litgpt's are: one end-of-text token between two, sequences cut from the
+    stream wherever they end, attention and targets across the token, no padding.
 
     Args:
         path: File, glob or folder.

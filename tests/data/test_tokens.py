@@ -12,6 +12,7 @@ import pytest
 
 from lightning_spectral.data import encode as encode_module
 from lightning_spectral.data import tokens
+from lightning_spectral.data.batches import TokenBlocks
 from lightning_spectral.data.corpus import Corpus, blocks
 from lightning_spectral.data.files import find_files
 from lightning_spectral.data.tokens import prepare_tokens, unigram_entropy
@@ -52,6 +53,21 @@ def test_documents_end_in_the_end_of_text_token(tmp_path: Path) -> None:
     corpus = Corpus(tuple(sorted(tmp_path.glob("*.txt"))))
     cache = prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache")
     assert int((cache.train == 0).sum() + (cache.validation == 0).sum()) == 4
+
+
+def test_documents_are_packed_and_sequences_cross_them(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{f"{letter} " * 300}"}}\n' for letter in "abcdefgh"))
+    (tmp_path / "held.txt").write_text("z z")
+    corpus = Corpus((tmp_path / "a.jsonl",), held_out=(tmp_path / "held.txt",))
+    cache = prepare_tokens(corpus, vocab_size=257, cache_dir=tmp_path / "cache")
+    # 256 bytes and the end of text: 8 documents of 600 bytes, 7 ends between them
+    assert len(cache.train) == 8 * 600 + 7
+    assert np.flatnonzero(cache.train == 0).tolist() == [600 + 601 * k for k in range(7)]
+    blocks_of_500 = TokenBlocks(cache.train, 500)
+    assert [len(blocks_of_500), len(blocks_of_500[0])] == [9, 501]  # no padding: 306 tokens are left
+    second = blocks_of_500[1].tolist()
+    assert second.index(0) == 100
+    assert second[98] != second[101]  # the second document's bytes are targets in the first one's sequence
 
 
 def test_a_second_run_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

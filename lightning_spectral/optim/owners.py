@@ -67,8 +67,16 @@ def find_owners(params: Any, shards: Shards | None = None) -> list[NamedParamete
 
 
 def params_of(params: Iterable[Any]) -> list[Tensor]:
-    """The parameters of an iterable of parameters or ``(name, parameter)`` pairs."""
-    return [entry[1] if isinstance(entry, tuple) else entry for entry in params]
+    """The parameters of an iterable of parameters or ``(name, parameter)`` pairs.
+
+    Raises:
+        TypeError: If something else is in it.
+    """
+    found = [entry[1] if isinstance(entry, tuple) else entry for entry in params]
+    other = next((entry for entry in found if not isinstance(entry, Tensor)), None)
+    if other is not None:
+        raise TypeError(f"`params` holds {other!r}, which is no parameter. {REMEDY}")
+    return found
 
 
 def _module_behind(params: Any) -> nn.Module | None:

@@ -93,3 +93,9 @@ def test_precision_of_the_products(precision, weights, device, products):
 def test_a_cpu_multiplies_in_bf16_where_it_has_units_for_it(monkeypatch, has_units, products):
     monkeypatch.setattr(matrix_rule, "_cpu_multiplies_bf16", lambda: has_units)
     assert compute_dtype("auto", torch.float32, torch.device("cpu")) == products
+
+
+def test_what_is_no_parameter_is_named():
+    for wrong in ("model", [torch.nn.Linear(2, 2)]):
+        with pytest.raises(TypeError, match=r"`params` holds .*, which is no parameter. Pass the module itself"):
+            Muon(wrong)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from lightning_spectral.cli.parser import VerbParser, data_files
+from lightning_spectral.cli.parser import VerbParser, at_least, data_files
 from lightning_spectral.records import STATUSES, SpectralRecord
 from lightning_spectral.text import CommandError
 from lightning_spectral.text.tables import Column, Table, add_format_option, aside, print_table
@@ -54,7 +55,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--stream_weights", action="store_true", default=None, help="one block in memory (default: of large models)"
     )
-    parser.add_argument("--workers", type=int, default=1, help="models measured side by side (default: 1)")
+    parser.add_argument("--workers", type=at_least(1), help="models side by side (default: 1; on Ray, what it takes)")
+    parser.add_argument("--launcher", choices=["local", "ray"], default="local", help="of a series (default: local)")
     add_format_option(parser)
     options = parser.parse_args(argv)
     with parser.own_words():
@@ -66,6 +68,8 @@ def _measured(options: argparse.Namespace) -> int:
     checkpoints = _found(options.checkpoints)
     if len(checkpoints) > 2:
         return _series(checkpoints, options)
+    if options.launcher != "local":
+        raise CommandError(f"`--launcher {options.launcher}` is for a series of three checkpoints or more.")
     measured = _measure(checkpoints, options)
     print_table(table(measured[0]) if len(measured) == 1 else side_by_side(*measured), options.format)
     out = aside(options.format)
@@ -125,6 +129,7 @@ def _series(checkpoints: list[Path], options: argparse.Namespace) -> int:
     """More than two: run folders that `fit` and `report` read, and one line per checkpoint."""
     from lightning_spectral.probe.guard import DeliberateError
     from lightning_spectral.records import read_spectral
+    from lightning_spectral.sweep.launchers import calls_on_ray
     from lightning_spectral.training.measure_series import measure_series
 
     out = aside(options.format)
@@ -133,7 +138,8 @@ def _series(checkpoints: list[Path], options: argparse.Namespace) -> int:
             checkpoints,
             _corpus(options),
             options.out,
-            workers=options.workers,
+            workers=options.workers or 1,
+            spread=partial(calls_on_ray, workers=options.workers) if options.launcher == "ray" else None,
             report=lambda line: print(line, file=out, flush=True),
             **_arguments(options),
         )

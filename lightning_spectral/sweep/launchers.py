@@ -17,13 +17,16 @@ from importlib.util import find_spec
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from lightning_spectral.sweep.plan import JOB_FILE, Job, write_json
 
+K = TypeVar("K")
+T = TypeVar("T")
 LOG_FILE: Final = "sweep_worker.log"
 PARENT: Final = "LIGHTNING_SPECTRAL_PARENT"
 _WORKER: Final = "lightning_spectral.sweep.worker"
+_RESTARTS: Final = 2  # of a call whose worker dies
 _THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # What a run imports, torch and Lightning with it: 5 to 10 seconds, which workers forked from one process share.
 PRELOADED: Final = [
@@ -178,6 +181,53 @@ def _one_thread() -> Iterator[None]:
         os.environ.update(before)
 
 
+def _cluster() -> tuple[Any, int, int]:
+    """Ray, connected; how many GPUs it has, and how many tasks it takes: one a GPU, or one a CPU.
+
+    Raises:
+        ValueError: If Ray is not installed.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise ValueError("`--launcher ray` needs Ray: pip install 'lightning-spectral[ray]'.") from None
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, include_dashboard=False)
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    return ray, gpus, gpus or max(1, int(resources.get("CPU", 1)))
+
+
+def calls_on_ray(calls: Mapping[K, Callable[[], T]], workers: int | None = None) -> Iterator[tuple[K, T | Exception]]:
+    """Make calls as tasks of a Ray cluster; (key, result, or what its worker died of) as each is done.
+
+    A call whose worker dies is made again, twice at most. What it reads and writes must be on shared storage.
+
+    Args:
+        calls: What can be pickled, by key.
+        workers: Tasks at a time; by default as many as the cluster takes.
+    """
+    ray, gpus, count = _cluster()
+    options: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": 1}
+    task = ray.remote(max_retries=_RESTARTS, **options)(_call_in)
+    waiting, running = list(calls.items()), dict[Any, K]()
+    while waiting or running:
+        while waiting and len(running) < (workers or count):
+            key, call = waiting.pop(0)
+            running[task.remote(os.getcwd(), call)] = key
+        (done, *_), _ = ray.wait(list(running))
+        key = running.pop(done)
+        try:
+            yield key, ray.get(done)
+        except Exception as error:  # of the call, or of a worker or node that died
+            yield key, error
+
+
+def _call_in(folder: str, call: Callable[[], T]) -> T:
+    os.chdir(folder)  # names of files are relative to it
+    return call()
+
+
 class RayLauncher:
     """Tasks on a Ray cluster, or on a local Ray when there is no address; the run folders must be on shared storage.
 
@@ -186,17 +236,8 @@ class RayLauncher:
     """
 
     def __init__(self, workers: int | None = None) -> None:
-        try:
-            import ray
-        except ModuleNotFoundError:
-            raise ValueError("`--launcher ray` needs Ray: pip install 'lightning-spectral[ray]'.") from None
-        self._ray = ray
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, include_dashboard=False)
-        resources = ray.cluster_resources()
-        self._gpus = int(resources.get("GPU", 0))
-        count = workers or self._gpus or max(1, int(resources.get("CPU", 1)))
-        self.slots = [f"ray#{k}" for k in range(count)]
+        self._ray, self._gpus, count = _cluster()
+        self.slots = [f"ray#{k}" for k in range(workers or count)]
 
     def start(self, job: Job, slot: str) -> Any:
         """See :class:`Launcher`."""

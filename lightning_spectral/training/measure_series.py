@@ -1,14 +1,14 @@
 """Many checkpoints in one call: one run folder a model, its steps in order, what is measured already skipped.
 
 Interrupted at any moment it goes on where it was; a checkpoint that cannot be read is named at the end and does not
-keep the others. With ``workers`` models are measured side by side, each worker with its share of the threads.
+keep the others. Models can be measured side by side: in processes of this machine, or wherever a ``Spread`` puts them.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,10 @@ from lightning_spectral.data.corpus import Corpus
 from lightning_spectral.text import one_line
 from lightning_spectral.training.checkpoint_names import folders_of, progress_of
 from lightning_spectral.training.measure import asked, measure_checkpoint
+
+Outcomes = list[tuple[Path, str]]  # of the checkpoints of a model: each, and why it was not measured
+# Makes one call a model, side by side: (model, its outcomes, or what its worker died of) as each is done.
+Spread = Callable[[Mapping[Path, Callable[[], Outcomes]]], Iterator[tuple[Path, Outcomes | Exception]]]
 
 
 @dataclass
@@ -45,6 +49,7 @@ def measure_series(
     out: Path,
     *,
     workers: int = 1,
+    spread: Spread | None = None,
     report: Callable[[str], None] | None = None,
     **options: Any,
 ) -> SeriesResult:
@@ -54,7 +59,8 @@ def measure_series(
         checkpoints: From :func:`~lightning_spectral.training.checkpoint_names.find_checkpoints`.
         corpus: The text.
         out: Folder of the run folders.
-        workers: Processes side by side, one model each.
+        workers: Processes of this machine side by side, one model each.
+        spread: Puts the models elsewhere, instead of ``workers``.
         report: Told of every checkpoint that is done.
         options: Of :func:`~lightning_spectral.training.measure.measure_checkpoint`.
 
@@ -81,7 +87,9 @@ def measure_series(
     for member, folder in waiting:
         by_folder.setdefault(folder, []).append(member)
     measure = partial(_measure_members, corpus=corpus, options=options)
-    for folder, outcomes in _outcomes(by_folder, measure, workers):
+    if spread is None and workers > 1 and len(by_folder) > 1:
+        spread = partial(_in_processes, workers=workers)
+    for folder, outcomes in _outcomes(by_folder, measure, spread):
         for member, reason in outcomes:
             say(f"{member}: {reason or f'records in `{folder}`'}")
             if reason:
@@ -91,24 +99,32 @@ def measure_series(
     return result
 
 
-def _outcomes(by_folder: dict[Path, list[Path]], measure: Callable[..., Any], workers: int) -> Any:
-    """(folder, what became of its members), as each is done."""
-    if workers <= 1 or len(by_folder) <= 1:
+def _outcomes(
+    by_folder: Mapping[Path, list[Path]], measure: Callable[[Path, list[Path]], Outcomes], spread: Spread | None
+) -> Iterator[tuple[Path, Outcomes]]:
+    """(folder, what became of its members), as each is done; one member after another where nothing spreads them."""
+    if spread is None:
         for folder, members in by_folder.items():
             for member in members:
                 yield folder, measure(folder, [member])
         return
-    count = min(workers, len(by_folder))
+    for folder, found in spread({folder: partial(measure, folder, members) for folder, members in by_folder.items()}):
+        if isinstance(found, Exception):  # what it had not measured is measured by the next call
+            found = [(folder, f"its worker died ({one_line(found) or type(found).__name__}): call again.")]
+        yield folder, found
+
+
+def _in_processes(
+    calls: Mapping[Path, Callable[[], Outcomes]], workers: int
+) -> Iterator[tuple[Path, Outcomes | Exception]]:
+    """A :data:`Spread` over processes of this machine, each with its share of the threads."""
+    count = min(workers, len(calls))
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // count)
     with ProcessPoolExecutor(count, context, initializer=_begin, initargs=(threads,)) as pool:
-        futures = {pool.submit(measure, folder, members): folder for folder, members in by_folder.items()}
+        futures = {pool.submit(call): folder for folder, call in calls.items()}
         for future in as_completed(futures):
-            folder = futures[future]
-            try:
-                yield folder, future.result()
-            except Exception as error:  # the worker died: what it had not measured is measured by the next call
-                yield folder, [(folder, f"its worker died ({one_line(error) or type(error).__name__}): call again.")]
+            yield futures[future], future.exception() or future.result()  # type: ignore[misc]  # an Exception
 
 
 def _begin(threads: int) -> None:
@@ -117,12 +133,14 @@ def _begin(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _measure_members(
-    folder: Path, members: Sequence[Path], *, corpus: Corpus, options: dict[str, Any]
-) -> list[tuple[Path, str]]:
-    """Each member and why it could not be measured; empty if it was."""
-    outcomes = []
+def _measure_members(folder: Path, members: Sequence[Path], *, corpus: Corpus, options: dict[str, Any]) -> Outcomes:
+    """Each member and why it could not be measured; empty if it was, also by a worker that died after it."""
+    outcomes, done = [], _steps_in(folder)
     for member in members:
+        step = progress_of(member).step
+        if step is not None and step in done:
+            outcomes.append((member, ""))
+            continue
         try:
             measure_checkpoint(member, corpus, folder, resume=True, **options)
             outcomes.append((member, ""))

@@ -275,7 +275,7 @@ def test_text_that_is_not_there_or_too_short(hugging_face, tmp_path, capsys):
         cli.main(["measure", str(hugging_face), "--data", str(tmp_path / "short.txt"), "--out", str(tmp_path / "o")])
         == 2
     )
-    assert "one sequence needs 33: lower `--seq_length`" in capsys.readouterr().err
+    assert "one sequence needs 33: give more, or lower `--seq_length`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("no room")])

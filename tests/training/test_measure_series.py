@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -160,6 +163,90 @@ def test_a_checkpoint_that_cannot_be_read_does_not_keep_the_others(family, tmp_p
     assert cli.main(words(some, text, tmp_path / "out")) == 2
     assert "step100: " in capsys.readouterr().out
     assert {r.step for r in read_spectral(tmp_path / "out" / "m16").records} == {0, 1000}
+
+
+class PretendRay(ModuleType):
+    """Tasks made when they are waited for, through a pickle; those of a model in ``dies`` kill their worker."""
+
+    def __init__(self, dies=()):
+        super().__init__("ray")
+        self.dies, self.running, self.most, self.settings = list(dies), 0, 0, None
+
+    def is_initialized(self):
+        return True
+
+    def cluster_resources(self):
+        return {"CPU": 2.0}
+
+    def remote(self, **settings):
+        self.settings = settings
+
+        def of(function):
+            return SimpleNamespace(remote=lambda *arguments: self._start(function, arguments))
+
+        return of
+
+    def _start(self, function, arguments):
+        self.running += 1
+        self.most = max(self.most, self.running)
+        return pickle.dumps((function, arguments))
+
+    def wait(self, handles):
+        return handles[:1], handles[1:]
+
+    def get(self, handle):
+        self.running -= 1
+        function, (folder, call) = pickle.loads(handle)
+        if call.args[0].name in self.dies:
+            raise RuntimeError("the node died")
+        return function(folder, call)
+
+
+def test_a_series_on_ray_measures_the_same(family, tmp_path, monkeypatch, capsys):
+    hub, text = family
+    monkeypatch.setitem(sys.modules, "ray", PretendRay())
+    assert cli.main(words(hub, text, tmp_path / "here")) == 0
+    assert cli.main([*words(hub, text, tmp_path / "ray"), "--launcher", "ray"]) == 0
+    ray = sys.modules["ray"]
+    assert ray.most == 2  # of three models: what the cluster takes
+    assert ray.settings == {"max_retries": 2, "num_cpus": 1}
+    for folder in ("m16", "m32", "m48"):
+        here, there = (
+            {r.key: r.hard_rank for r in read_spectral(tmp_path / out / folder).records} for out in ("here", "ray")
+        )
+        assert here == there
+
+
+def test_a_worker_of_ray_that_dies_loses_its_model_for_now(family, tmp_path, monkeypatch, capsys):
+    hub, text = family
+    monkeypatch.setitem(sys.modules, "ray", PretendRay(dies=["m16"]))
+    assert cli.main([*words(hub, text, tmp_path / "out"), "--launcher", "ray", "--workers", "1"]) == 2
+    assert "m16: its worker died (the node died): call again." in capsys.readouterr().out
+    assert sys.modules["ray"].most == 1
+    assert {r.step for r in read_spectral(tmp_path / "out" / "m32").records} == {0, 100, 1000}
+    assert cli.main(words(hub, text, tmp_path / "out")) == 0
+    assert {r.step for r in read_spectral(tmp_path / "out" / "m16").records} == {0, 100, 1000}
+
+
+def test_a_call_that_is_made_again_keeps_what_its_worker_had_measured(family, tmp_path, monkeypatch):
+    hub, text = family
+    found = [path for path in find_checkpoints([str(hub)]) if path.parent.name == "m16"]
+    out, corpus, options = tmp_path / "m16", Corpus((text,)), {"num_tokens": 320, "seq_length": 16}
+    series.measure_checkpoint(found[0], corpus, out, resume=True, **options)
+    calls, measure = [], series.measure_checkpoint
+    monkeypatch.setattr(series, "measure_checkpoint", lambda c, *a, **k: (calls.append(c), measure(c, *a, **k)))
+    again = series._measure_members(out, found, corpus=corpus, options=options)
+    assert (calls, again) == (found[1:], [(path, "") for path in found])
+
+
+def test_ray_is_for_a_series_and_must_be_there(family, tmp_path, monkeypatch, capsys):
+    hub, text = family
+    one = [str(next(iter(find_checkpoints([str(hub)]))))]
+    assert cli.main(["measure", *one, "--data", str(text), "--launcher", "ray"]) == 2
+    assert "`--launcher ray` is for a series of three checkpoints or more" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert cli.main([*words(hub, text, tmp_path / "out"), "--launcher", "ray"]) == 2
+    assert "`--launcher ray` needs Ray: pip install 'lightning-spectral[ray]'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ _BETAS: Final = {"beta_soft": "soft_rank", "beta_hard": "hard_rank"}
 _ENDS: Final = (("beta_lower", "beta_upper"), ("ci_low", "ci_high"), ("beta_low", "beta_high"))
 _FACTORS: Final = ("head_count", "heads", "n_head", "norm", "positions", "architecture", "model_scale")
 MEASURED: Final = ("site", "bucket", "metric")
+Series = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,32 @@ class Estimate:
     high: float = math.nan
     std_err: float = math.nan
     df: float = math.nan
+
+
+Drawn = TypeVar("Drawn", bound=RankCurve | Estimate | Trajectory)
+
+
+def named_as(drawn: Sequence[Drawn], num_labels: int, known: Sequence[Series]) -> list[Drawn]:
+    """The same with as many labels as the points beside them have, and under their name where it is the same.
+
+    Args:
+        drawn: Series (labels ..., site, bucket, metric).
+        num_labels: Labels of the points.
+        known: Labels of each series of points; ``Dion (1/16)`` is the one of ``Dion`` and ``1/16``.
+    """
+    names = {_plain(labels): labels for labels in known}
+
+    def labels_of(series: Series) -> Series:
+        labels = series[:-3]
+        if len(labels) != num_labels:
+            labels = (" ".join(filter(None, labels)), *[""] * (num_labels - 1))
+        return names.get(_plain(labels), labels)
+
+    return [replace(own, series=(*labels_of(own.series), *own.series[-3:])) for own in drawn]
+
+
+def _plain(labels: Series) -> str:
+    return " ".join(filter(None, labels)).replace("(", "").replace(")", "").lower()
 
 
 def kind_of(path: str | Path) -> Kind:
@@ -200,7 +227,7 @@ def read_estimates(path: str | Path, where: Sequence[str] = ()) -> list[Estimate
 
 def effect_of(estimates: Sequence[Estimate]) -> EffectComparison | None:
     """The first label's shift of beta against the factor's; ``None`` where a cell or a standard error is missing."""
-    slopes = {(own.series[0], own.factor): (own.beta, own.std_err, own.df) for own in estimates}
+    slopes = {(" ".join(own.series[:-3]), own.factor): (own.beta, own.std_err, own.df) for own in estimates}
     try:
         return compare_effects(slopes) if all(math.isfinite(se) for _, se, _ in slopes.values()) else None
     except ValueError:
@@ -209,9 +236,9 @@ def effect_of(estimates: Sequence[Estimate]) -> EffectComparison | None:
 
 def shifts_of(estimates: Sequence[Estimate]) -> tuple[float, float] | None:
     """Root mean square shift of beta between labels, and between levels of the factor; noise is not taken off."""
-    labels = list(dict.fromkeys(own.series[0] for own in estimates))
+    labels = list(dict.fromkeys(own.series[:-3] for own in estimates))
     levels = list(dict.fromkeys(own.factor for own in estimates))
-    grid = {(own.series[0], own.factor): own.beta for own in estimates}
+    grid = {(own.series[:-3], own.factor): own.beta for own in estimates}
     if len(labels) < 2 or len(levels) < 2 or len(grid) < len(labels) * len(levels):
         return None
     beta = np.array([[grid[label, level] for level in levels] for label in labels])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -17,6 +18,8 @@ _LABELS: Final = (
     *("optimizer", "model", "dion_rank_fraction", "rank_fraction", "heads", "n_head", "norm", "positions"),
     *("learning_rate", "lr", "site", "bucket", "metric", "layer"),
 )
+_OF_A_TABLE: Final = ("model_scale",)  # a label where tables of several are read together
+_SAME: Final = 1e-9  # of two tables of one run: the last bits of a median depend on who took it
 _MEASURED: Final = {"site": "post", "bucket": "pooled", "metric": "hard_rank", "layer": LAYER_MEDIAN}
 
 
@@ -60,6 +63,37 @@ def recognised(names: Sequence[str], x: str | None = None, by: Sequence[str] | N
     rows = next((name for name in _ROWS_NAMES if name in free), None)
     spread, steps = ("spread" if own else None), ("steps" if own else None)
     return Columns(chosen, tuple(by), seed, spread, rows, steps)
+
+
+def differing(tables: Sequence[Sequence[Mapping[str, str]]]) -> list[str]:
+    """Columns that say what a table is about, as the size of the model, where not all rows of all tables agree.
+
+    Args:
+        tables: Rows of each table.
+    """
+    rows = [row for table in tables for row in table]
+    return [name for name in _OF_A_TABLE if all(name in row for row in rows) and len({row[name] for row in rows}) > 1]
+
+
+def one_table(tables: Sequence[PointTable]) -> PointTable:
+    """The points of several tables: labels that a table has not are empty, a point that two have is one."""
+    by = tuple(dict.fromkeys(name for own in tables for name in own.by))
+    by = (*(name for name in by if name not in _MEASURED), *(name for name in _MEASURED if name in by))
+    points: list[Point] = []
+    seen: dict[tuple[object, ...], list[float]] = {}
+    for own in tables:
+        of_own: dict[tuple[object, ...], list[float]] = {}
+        for point in own.points:
+            cells = dict(zip(own.by, point.series, strict=True))
+            series = tuple(cells.get(name, _MEASURED.get(name, "")) for name in by)
+            key: tuple[object, ...] = (series, point.x, point.seed, point.source)
+            of_own.setdefault(key, []).append(point.value)
+            same = point.source and any(math.isclose(point.value, value, rel_tol=_SAME) for value in seen.get(key, []))
+            if not same:
+                points.append(replace(point, series=series))
+        for known, values in of_own.items():
+            seen.setdefault(known, []).extend(values)
+    return PointTable(by, tuple(points), tables[0].x_name)
 
 
 def telling_apart(rows: Sequence[Mapping[str, str]], columns: Columns, used: Sequence[str]) -> str | None:

@@ -138,18 +138,19 @@ def _load(options: argparse.Namespace) -> tuple[Fitted, RunSet | None]:
 def read_tables(options: argparse.Namespace, files: list[str]) -> tuple[PointTable, list[Problem]]:
     """All points of some tables as one, without duplicates if that is asked for."""
     from lightning_spectral.analysis.health import without_duplicates
-    from lightning_spectral.analysis.points import PointTable
-    from lightning_spectral.analysis.tidy import read_points_csv
+    from lightning_spectral.analysis.tables import differing, one_table, recognised
+    from lightning_spectral.analysis.tidy import column_names, csv_rows, read_points_csv
 
-    what = {"x": options.x, "y": options.y, "by": options.by, "seed": options.seed, "source": options.id}
+    what = {"x": options.x, "y": options.y, "seed": options.seed, "source": options.id}
     what |= {"spread": options.spread, "rows": options.rows, "where": options.where}
-    parts = [read_points_csv(file, **what) for file in files]
-    different = [own.by for own, _ in parts if own.by != parts[0][0].by]
-    if different:
-        raise CommandError(
-            f"the tables have different columns ({', '.join(parts[0][0].by)} and {', '.join(different[0])}): give --by."
+    apart = [] if options.by or len(files) < 2 else differing([csv_rows(file) for file in files])
+    parts = [
+        read_points_csv(
+            file, by=[*recognised(column_names(file), options.x).by, *apart] if apart else options.by, **what
         )
-    table = PointTable(parts[0][0].by, tuple(p for own, _ in parts for p in own.points), parts[0][0].x_name)
+        for file in files
+    ]
+    table = one_table([own for own, _ in parts])
     problems = [problem for _, own in parts for problem in own]
     if options.drop_duplicates:
         table, dropped = without_duplicates(table)

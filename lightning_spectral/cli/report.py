@@ -70,8 +70,10 @@ def _report(options: argparse.Namespace, argv: list[str]) -> int:
 def scene_of_tables(options: argparse.Namespace, files: list[str]):  # type: ignore[no-untyped-def]  # lazy class
     """What can be shown of tables of points."""
     from lightning_spectral.analysis.published import (
+        MEASURED,
         kind_of,
         last_points,
+        named_as,
         paths_of,
         read_curves,
         read_estimates,
@@ -97,8 +99,13 @@ def scene_of_tables(options: argparse.Namespace, files: list[str]):  # type: ign
         table, problems = inputs.read_tables(options, of("points"))
         table = as_of_runs(table, options.y)
     else:
-        labels = tuple(f"label_{k}" for k in range(1, len(curves[0].series) - 3)) if curves else ()
-        table = last_points(curves, ("optimizer", *labels))
+        most = max((len(curve.series) - 3 for curve in curves), default=1)
+        curves = named_as(curves, most, ())
+        table = last_points(curves, ("optimizer", *(f"label_{k}" for k in range(1, most))))
+    num_labels = len(table.by) - len(MEASURED) - 1  # and the layer
+    known = list(dict.fromkeys(point.series[:num_labels] for point in table.points))
+    curves, paths = named_as(curves, num_labels, known), named_as(paths, num_labels, known)
+    estimates = named_as(estimates, num_labels, known)
     fitted = fit_points(table, method=options.method, problems=problems)
     paths += paths_of(curves)
     compared = tuple(comparisons_of(fitted))

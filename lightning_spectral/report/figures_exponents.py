@@ -24,7 +24,7 @@ def betas(scene: ReportData) -> ReportFigure:
         return ReportFigure(None, "No exponent could be fitted.", _NO_FIT)
     buckets = scene.buckets
     metrics = [metric for metric in _RANKS if metric in scene.metrics] or scene.metrics[:2]
-    rows = len(scene.series)
+    rows = len(scene.fitted_series)
     figure = Figure(figsize=(11.5, 0.9 + len(metrics) * (0.6 + 0.26 * rows)))
     axes = figure.subplots(len(metrics), len(buckets), squeeze=False, sharex="row", sharey=True)
     _tight(figure, len(metrics))
@@ -33,7 +33,7 @@ def betas(scene: ReportData) -> ReportFigure:
             ax = axes[r, c]
             ax.axvline(1.0, color="#777777", lw=1, ls=":")
             ax.axvline(0.0, color="#BBBBBB", lw=1)
-            for k, key in enumerate(scene.series):
+            for k, key in enumerate(scene.fitted_series):
                 look, fit = scene.looks[key], scene.fit(key, bucket, metric)
                 y = rows - 1 - k
                 if fit is None or fit.refused:
@@ -55,8 +55,10 @@ def betas(scene: ReportData) -> ReportFigure:
                 if np.isfinite(fit.null_beta):
                     ax.plot([fit.null_beta] * 2, [y - 0.35, y + 0.35], color="#555555", lw=1.6)
             ax.set_title(f"{bucket_name(bucket)}, {metric_name(metric)}", fontsize=9)
-            _rows(scene, ax, scene.series)
-        found = [f for key in scene.series for b in buckets if (f := scene.fit(key, b, metric)) and not f.refused]
+            _rows(scene, ax, scene.fitted_series)
+        found = [
+            f for key in scene.fitted_series for b in buckets if (f := scene.fit(key, b, metric)) and not f.refused
+        ]
         if found:
             ends = [v for f in found for v in (f.ci_low, f.ci_high, f.null_beta) if np.isfinite(v)] or [0, 1]
             axes[r, 0].set_xlim(max(-1.6, min(*ends, -0.05) - 0.05), min(2.6, max(*ends, 1.05) + 0.05))
@@ -77,7 +79,7 @@ def asymmetry(scene: ReportData) -> ReportFigure:
     if not scene.any_fit:
         return ReportFigure(None, "No asymmetry: no exponent could be fitted.", _NO_FIT)
     buckets = [bucket for bucket in ("head", "mid", "tail") if bucket in scene.buckets] or scene.buckets[:3]
-    rows = len(scene.series)
+    rows = len(scene.fitted_series)
     figure = Figure(figsize=(11.5, 0.95 + 0.3 * rows))
     axes = figure.subplots(1, len(buckets), squeeze=False, sharex=True, sharey=True)[0]
     _tight(figure)
@@ -89,7 +91,7 @@ def asymmetry(scene: ReportData) -> ReportFigure:
             tuple(c.where[name] for name in scene.fitted.table.by[: len(scene.series[0])]): c
             for c in scene.compared("asymmetry", bucket)
         }
-        for k, key in enumerate(scene.series):
+        for k, key in enumerate(scene.fitted_series):
             look, y = scene.looks[key], rows - 1 - k
             hard, soft = scene.fit(key, bucket, "hard_rank"), scene.fit(key, bucket, "soft_rank")
             if hard is None or soft is None or hard.refused or soft.refused:
@@ -104,7 +106,7 @@ def asymmetry(scene: ReportData) -> ReportFigure:
                 if c.separated and bucket == scene.focus and not look.variant:
                     separated.append(f"{look.name} ({c.estimate:+.2f} [{c.ci_low:.2f}, {c.ci_high:.2f}])")
         ax.set_title(bucket_name(bucket))
-        _rows(scene, ax, scene.series)
+        _rows(scene, ax, scene.fitted_series)
         ax.set_xlabel("beta (filled: hard, open: soft)")
     axes[0].set_xlim(min(lows) - 0.08, max(lows) + 0.42)
     where = bucket_name(scene.focus)

@@ -25,6 +25,7 @@ from lightning_spectral.report.style import (
 
 _RANKS = ("hard_rank", "soft_rank")
 _LEGEND_COLUMNS = 6
+_LETTER = 0.07  # inches of a label
 
 
 def _limits(scene: ReportData, panels: list[tuple[str, str]]) -> list[tuple[float, float]]:
@@ -124,11 +125,12 @@ def scaling_laws(scene: ReportData) -> ReportFigure:
     metrics = [metric for metric in _RANKS if metric in scene.metrics] or scene.metrics[:2]
     figure = Figure(figsize=(11.5, tall(4.6, len(scene.series) + 1)))
     axes = figure.subplots(1, len(metrics), squeeze=False)[0]
-    figure.subplots_adjust(left=0.05, right=0.85, top=0.92, bottom=0.12, wspace=0.52)
     limits = _limits(scene, [(scene.focus, metric) for metric in metrics])
-    for ax, metric, ends in zip(axes, metrics, limits, strict=True):
+    labels = [_ends(scene, metric) for metric in metrics]
+    _beside(figure, len(metrics), max((len(text) for own in labels for _, text, _ in own), default=0))
+    for ax, metric, ends, own in zip(axes, metrics, limits, labels, strict=True):
         _law(scene, ax, scene.focus, metric, ends)
-        label_right(ax, [(min(y, ends[1]), text, color) for y, text, color in _ends(scene, metric)])
+        label_right(ax, [(min(y, ends[1]), text, color) for y, text, color in own])
         ax.set_title(f"{bucket_name(scene.focus)}: {metric_name(metric)}")
         ax.set_xlabel("FFN width D")
     return ReportFigure(
@@ -137,6 +139,16 @@ def scaling_laws(scene: ReportData) -> ReportFigure:
         "Point: median of the last windows in each layer, then of the layers; thin bar: one SD over layers; small "
         "dots: single seeds. Line and band: fit with its 95 % interval over widths (no band over fewer than 4). "
         "Dotted: slope 1. Grey dashed: the untrained network, whose slope training must be judged against.",
+    )
+
+
+def _beside(figure: Figure, panels: int, letters: int) -> None:
+    """Room at the right of each panel for labels of so many letters, and for the ticks of the next panel."""
+    width, ticks = figure.get_figwidth(), 0.55
+    label = max(0.2 + _LETTER * letters, 0.15 * width)
+    panel = (width - panels * (ticks + label)) / panels
+    figure.subplots_adjust(
+        left=ticks / width, right=1 - label / width, top=0.92, bottom=0.12, wspace=(label + ticks) / panel
     )
 
 

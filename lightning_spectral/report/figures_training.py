@@ -89,8 +89,11 @@ def _decay_line(scene: ReportData, ax: Axes) -> None:
 def rank_curves(scene: ReportData) -> ReportFigure:
     """Rank over training, one panel per series, one line per width."""
     metric = "hard_rank" if "hard_rank" in scene.metrics else scene.metrics[0]
-    columns = min(len(scene.series), 5)
-    rows = math.ceil(len(scene.series) / columns)
+    curves = {key: found for key in scene.series if (found := scene.ranks_of(key, scene.focus, metric))}
+    if not curves:
+        return ReportFigure(None, "No rank curves: no window holds a number.")
+    columns = min(len(curves), 5)
+    rows = math.ceil(len(curves) / columns)
     figure = Figure(figsize=(11.5, 2.6 * rows + 0.3))
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     figure.subplots_adjust(
@@ -104,10 +107,10 @@ def rank_curves(scene: ReportData) -> ReportFigure:
     map_ = colormaps["viridis"]
     low, high = math.inf, 0.0
     labels: list[tuple[int, list[tuple[float, str, str]]]] = []
-    for k, key in enumerate(scene.series):
+    for k, (key, own) in enumerate(curves.items()):
         ax = axes.flat[k]
         ends: list[tuple[float, str, str]] = []
-        for width, steps, ranks in scene.ranks_of(key, scene.focus, metric):
+        for width, steps, ranks in own:
             place = scene.widths.index(width) / max(1, len(scene.widths) - 1)
             color = map_(0.8 * (1 - place))
             first = not any(text == str(width) for _, text, _ in ends)
@@ -119,12 +122,10 @@ def rank_curves(scene: ReportData) -> ReportFigure:
         _decay_line(scene, ax)
         ax.set_title(scene.looks[key].name, color=scene.looks[key].text_color)
         ax.margins(x=0.01)
-    if not high:
-        return ReportFigure(None, "No rank curves: no window holds a number.")
     for k, ends in labels:
         log2_axis(axes.flat[k], "y", low / 1.2, high * 1.2)
         label_right(axes.flat[k], ends, size=7.5)
-    for ax in list(axes.flat)[len(scene.series) :]:
+    for ax in list(axes.flat)[len(curves) :]:
         ax.set_visible(False)
     for ax in axes[-1]:
         ax.set_xlabel("optimizer step")

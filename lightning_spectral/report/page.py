@@ -155,12 +155,16 @@ def warnings_of(scene: ReportData) -> list[str]:
 
 
 def _level_warnings(scene: ReportData) -> list[str]:
-    return [
-        f"A slope is not a level: on {focus_name(scene)} the hard-rank lines of {c.a} and {c.b} cross at "
-        f"D = {c.estimate:.0f}, inside the measured widths."
-        for c in scene.compared("crossover_width", scene.focus, "hard_rank")
-        if math.isfinite(c.estimate) and not c.note
-    ][:3]
+    out = []
+    for c in scene.compared("crossover_width", scene.focus, "hard_rank"):
+        shared = [c.where.get(label, "") for label in scene.fitted.table.by[:-4]]
+        a, b = (" ".join(filter(None, (*shared, own))) for own in (c.a, c.b))  # `Dion 1/2`, not `1/2`
+        if math.isfinite(c.estimate) and not c.note:
+            out.append(
+                f"A slope is not a level: on {focus_name(scene)} the hard-rank lines of {a} and {b} cross at "
+                f"D = {c.estimate:.0f}, inside the measured widths."
+            )
+    return out[:3]
 
 
 def _null_warnings(scene: ReportData) -> list[str]:

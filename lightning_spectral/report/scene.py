@@ -101,14 +101,18 @@ class ReportData:
 
     @cached_property
     def all_series(self) -> list[Series]:
-        """AdamW first, then in the palette's order; an optimizer before its variants, those by learning rate."""
+        """AdamW first, then in the palette's order; an optimizer before its variants, those by learning rate.
 
-        def rank(key: Series) -> tuple[int, bool, float, str]:
+        Of a table, series with points before those that are only an exponent or a curve.
+        """
+        with_points = {series[:-4] for series in self.fitted.table.groups()}
+
+        def rank(key: Series) -> tuple[int, bool, bool, float, str]:
             base, rest = family(key[0])
             known = list(OPTIMIZERS)
             place = known.index(base) if base in known else len(known)
             rates = [rate for run in self.groups.get(key, []) if (rate := learning_rate(run)) is not None]
-            return place, bool(rest), min(rates, default=0.0), " ".join(key)
+            return place, key not in with_points, bool(rest), min(rates, default=0.0), " ".join(key)
 
         return sorted(self.groups or self._labels, key=rank)
 
@@ -156,6 +160,12 @@ class ReportData:
     def plain(self) -> list[Series]:
         """One series an optimizer, for headlines: variants (other learning rates, ...) are in the figures."""
         return [key for key in self.series if not self.looks[key].variant]
+
+    @cached_property
+    def fitted_series(self) -> list[Series]:
+        """Series with points in any bucket, for the figures of exponents."""
+        with_points = {series[:-4] for series in self._points}
+        return [key for key in self.series if key in with_points]
 
     @cached_property
     def looks(self) -> dict[Series, SeriesStyle]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ import pytest
 from lightning_spectral.analysis.conditions import condition
 from lightning_spectral.analysis.health import without_duplicates
 from lightning_spectral.analysis.study import fit_points
-from lightning_spectral.analysis.tables import as_of_runs, recognised
-from lightning_spectral.analysis.tidy import cell_text, points_table, read_points_csv, write_csv
+from lightning_spectral.analysis.tables import as_of_runs, differing, one_table, recognised
+from lightning_spectral.analysis.tidy import cell_text, csv_rows, points_table, read_points_csv, write_csv
 from tests.analysis.synthetic import power_law_points, table
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -118,3 +119,36 @@ def test_a_cell_that_a_spreadsheet_would_run_is_text(tmp_path: Path, text: str) 
     assert f"'{text}" in path.read_text()
     assert cell_text(-0.25) == "-0.25"
     assert cell_text("AdamW") == "AdamW"
+
+
+def two_tables(tmp_path: Path) -> tuple[Path, Path]:
+    """Dion's points at two ranks, and again one of the runs, its last bits rounded otherwise, with a larger model."""
+    one, two = tmp_path / "one.csv", tmp_path / "two.csv"
+    lines = ["run_id,model_scale,optimizer,dion_rank_fraction,ffn_hidden_dim,metric,value"]
+    lines += [f"d{r}_{w},160m,Dion,1/{r},{w},hard_rank,{w**0.5 / r!r}" for r in (2, 16) for w in (256, 512, 1024)]
+    one.write_text("\n".join(lines) + "\n")
+    lines = ["run_id,model_scale,optimizer,ffn_hidden_dim,metric,value"]
+    lines += [f"large_{w},350m,Dion,{w},hard_rank,{w**0.8!r}" for w in (256, 512, 1024)]
+    two.write_text("\n".join(lines) + "\n")
+    return one, two
+
+
+def test_tables_with_other_labels_are_read_together(tmp_path: Path) -> None:
+    one, two = two_tables(tmp_path)
+    assert differing([csv_rows(one), csv_rows(two)]) == ["model_scale"]
+    assert differing([csv_rows(one)]) == []
+    joined = one_table([read_points_csv(path)[0] for path in (one, two)])
+    assert joined.by == ("optimizer", "dion_rank_fraction", "metric")
+    assert [p.series[1] for p in joined.points] == ["1/2"] * 3 + ["1/16"] * 3 + [""] * 3
+
+
+def test_a_run_in_two_tables_is_one_point(tmp_path: Path) -> None:
+    points = read_points_csv(two_tables(tmp_path)[0])[0]
+    again = replace(points, points=tuple(replace(p, value=p.value * (1 + 2e-16)) for p in points.points))
+    assert one_table([points, again]).points == points.points
+    other = replace(points, points=tuple(replace(p, value=p.value * 1.01) for p in points.points))
+    assert len(one_table([points, other]).points) == 2 * len(points.points)
+    # within a table, equal rows stay: that they are repeated is said of them
+    assert len(one_table([replace(points, points=points.points * 2)]).points) == 2 * len(points.points)
+    nameless = replace(points, points=tuple(replace(p, source="") for p in points.points))
+    assert len(one_table([nameless, nameless]).points) == 2 * len(points.points)

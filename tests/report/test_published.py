@@ -121,3 +121,57 @@ def test_an_empty_table_is_a_sentence(
     (tmp_path / "t.csv").write_text(text)
     assert main(["report", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_points_and_tables_with_other_labels_are_one_report(tmp_path: Path) -> None:
+    points, betas, larger = tmp_path / "points.csv", tmp_path / "betas.csv", tmp_path / "larger.csv"
+    cells = [
+        (name, rank, width) for name, rank in (("AdamW", ""), ("Dion", "1/2"), ("Dion", "1/16")) for width in WIDTHS
+    ]
+    lines = [
+        f"{name}{rank}{w},160m,{name},{rank},{w},tail,hard_rank,{w ** (0.4 + len(rank) / 10)!r}"
+        for name, rank, w in cells
+    ]
+    head = "run_id,model_scale,optimizer,dion_rank_fraction,ffn_hidden_dim,bucket,metric,value"
+    points.write_text("\n".join([head, *lines]) + "\n")
+    betas.write_text(
+        "optimizer,optimizer_display_name,bucket,metric,beta\nDion,Dion (1/16),tail,hard_rank,.8\n"
+        "AdamW,AdamW 12K,tail,hard_rank,.5\n"
+    )
+    larger.write_text(
+        "run_id,model_scale,optimizer,ffn_hidden_dim,bucket,metric,value\n"
+        + "".join(f"large{w},350m,AdamW,{w},tail,hard_rank,{w**0.3!r}\n" for w in WIDTHS)
+    )
+    out = tmp_path / "one"
+    assert main(["report", str(points), str(betas), "--out", str(out)]) == 0
+    # what has the name of points is drawn as they are, what has not is a series of its own
+    drawn = {row["series"] for row in rows(out / "figures" / "estimates.csv")}
+    assert drawn == {"Dion 1/16", "AdamW 12k"}
+    assert {row["series"] for row in rows(out / "figures" / "betas.csv")} == {"AdamW", "Dion 1/2", "Dion 1/16"}
+    assert main(["report", str(points), str(larger), str(betas), "--out", str(tmp_path / "all")]) == 0
+    fits = {(r["optimizer"], r["dion_rank_fraction"], r["model_scale"]): r for r in rows(tmp_path / "all" / "fits.csv")}
+    assert float(fits["AdamW", "", "350m"]["beta"]) == pytest.approx(0.3)
+    assert float(fits["AdamW", "", "160m"]["beta"]) == pytest.approx(0.4)
+
+
+def test_long_labels_stay_out_of_the_next_panel(tmp_path: Path) -> None:
+    from lightning_spectral.analysis.points import Point, PointTable
+    from lightning_spectral.analysis.runs import RunSet
+    from lightning_spectral.analysis.study import fit_points
+    from lightning_spectral.report.figures_scaling import scaling_laws
+    from lightning_spectral.report.scene import ReportData
+
+    name = "AdamW with a rather long name"
+    points = [
+        Point((name, "post", "tail", metric, "median"), float(width), width**0.5 * (1 + 0.3 * (width == 512)))
+        for metric in ("hard_rank", "soft_rank")
+        for width in WIDTHS
+    ]
+    table = PointTable(("optimizer", "site", "bucket", "metric", "layer"), tuple(points))
+    figure = scaling_laws(ReportData(RunSet((), ()), fit_points(table), (), (), ())).figure
+    assert figure is not None
+    figure.canvas.draw()
+    left, right = figure.axes
+    ends = [text.get_window_extent().x1 for text in left.texts if text.get_text().startswith("AdamW")]
+    assert ends and max(ends) < right.get_tightbbox().x0
+    assert max(text.get_window_extent().x1 for text in right.texts) < figure.bbox.x1

@@ -174,5 +174,7 @@ def test_long_labels_stay_out_of_the_next_panel(tmp_path: Path) -> None:
     left, right = figure.axes
     ends = [text.get_window_extent().x1 for text in left.texts if text.get_text().startswith("AdamW")]
     assert ends
-    assert max(ends) < right.get_tightbbox().x0
+    beside = right.get_tightbbox()
+    assert beside is not None
+    assert max(ends) < beside.x0
     assert max(text.get_window_extent().x1 for text in right.texts) < figure.bbox.x1

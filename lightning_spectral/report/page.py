@@ -157,8 +157,7 @@ def warnings_of(scene: ReportData) -> list[str]:
 def _level_warnings(scene: ReportData) -> list[str]:
     out = []
     for c in scene.compared("crossover_width", scene.focus, "hard_rank"):
-        shared = [c.where.get(label, "") for label in scene.fitted.table.by[:-4]]
-        a, b = (" ".join(filter(None, (*shared, own))) for own in (c.a, c.b))  # `Dion 1/2`, not `1/2`
+        a, b = scene.sides(c)
         if math.isfinite(c.estimate) and not c.note:
             out.append(
                 f"A slope is not a level: on {focus_name(scene)} the hard-rank lines of {a} and {b} cross at "

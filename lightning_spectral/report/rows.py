@@ -48,12 +48,13 @@ def comparison_headline(scene: ReportData) -> str:
     metric = "hard_rank" if "hard_rank" in scene.metrics else scene.metrics[0]
     # learning rates beside the main one are no claims: a section of their own shows them
     plain = {" ".join(filter(None, key)) for key in scene.plain}
-    compared = [c for c in scene.compared("slope_difference", scene.focus, metric) if {c.a, c.b} <= plain]
+    compared = [c for c in scene.compared("slope_difference", scene.focus, metric) if set(scene.sides(c)) <= plain]
     found = with_holm([c for c in compared if math.isfinite(c.p)])
     if not found:
         return "No two series could be compared."
     best = min(found, key=lambda c: c.p)
-    a, b, sign = (best.a, best.b, 1) if best.estimate >= 0 else (best.b, best.a, -1)
+    a, b = scene.sides(best)
+    a, b, sign = (a, b, 1) if best.estimate >= 0 else (b, a, -1)
     low, high = sorted((sign * best.ci_low, sign * best.ci_high))
     corrected = f" (corrected for {len(found)} pairs: {best.p_holm:.2g})" if len(found) > 1 else ""
     gap = f"by {sign * best.estimate:.2f} [{low:.2f}, {high:.2f}], p = {best.p:.2g}{corrected}"
@@ -92,8 +93,9 @@ def _gaps(scene: ReportData, metric: str, kind: str) -> dict[str, str]:
     reference = " ".join(filter(None, scene.series[0]))
     out = {reference: ""}
     for c in scene.compared(kind, scene.focus, metric):
-        if reference in (c.a, c.b) and math.isfinite(c.ci_low):
-            other, sign = (c.b, -1) if c.a == reference else (c.a, 1)
+        a, b = scene.sides(c)
+        if reference in (a, b) and math.isfinite(c.ci_low):
+            other, sign = (b, -1) if a == reference else (a, 1)
             low, high = sorted((sign * c.ci_low, sign * c.ci_high))
             out[other] = f"{sign * c.estimate:+.2f} [{low:.2f}, {high:.2f}]"
     return out
@@ -166,15 +168,16 @@ def comparison_rows(scene: ReportData) -> list[dict[str, Any]]:
     ]
     # pairs that cannot be compared (too few widths) say nothing: comparisons.csv has them
     useful = [(row, c) for row, c in shown if not c.status.startswith("refused")]
-    return [_comparison_row(row, c) for row, c in useful or shown[:20]]
+    return [_comparison_row(scene, row, c) for row, c in useful or shown[:20]]
 
 
-def _comparison_row(row: int, c: Comparison) -> dict[str, Any]:
+def _comparison_row(scene: ReportData, row: int, c: Comparison) -> dict[str, Any]:
+    a, b = scene.sides(c)
     digits = 0 if c.kind == "crossover_width" and c.estimate >= 10 else 3
     ci = f"{_text(c.ci_low, digits)} to {_text(c.ci_high, digits)}" if math.isfinite(c.ci_low) else "-"
     return {
-        "a": c.a,
-        "b": c.b,
+        "a": a,
+        "b": b,
         "metric": metric_name(c.where.get("metric", "")),
         "kind": c.kind.replace("_", " "),
         "estimate": _text(c.estimate, digits),

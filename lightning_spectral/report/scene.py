@@ -238,6 +238,19 @@ class ReportData:
         """Its beta(t)."""
         return self._paths.get((*series, self.site, bucket, metric))
 
+    def sides(self, c: Comparison) -> tuple[str, str]:
+        """Full names of what a comparison compares: with the labels that both have in common, as ``Dion 1/2``."""
+        return self._side(c, c.a), self._side(c, c.b)
+
+    def _side(self, c: Comparison, own: str) -> str:
+        labels = self.fitted.table.by[:-4]
+        for key in self.all_series:
+            cells = list(zip(labels, key, strict=False))
+            differing = " ".join(filter(None, (cell for name, cell in cells if name not in c.where)))
+            if differing == own and all(c.where.get(name, cell) == cell for name, cell in cells):
+                return " ".join(filter(None, key))
+        return own
+
     def compared(self, kind: str, bucket: str, metric: str | None = None) -> list[Comparison]:
         """Comparisons of layer medians at the headline's site."""
         wanted = {"bucket": bucket, "site": self.site, "layer": LAYER_MEDIAN} | ({"metric": metric} if metric else {})

@@ -149,6 +149,9 @@ def test_points_and_tables_with_other_labels_are_one_report(tmp_path: Path) -> N
     assert drawn == {"Dion 1/16", "AdamW 12k"}
     assert {row["series"] for row in rows(out / "figures" / "betas.csv")} == {"AdamW", "Dion 1/2", "Dion 1/16"}
     assert main(["report", str(points), str(larger), str(betas), "--out", str(tmp_path / "all")]) == 0
+    page = unescape((tmp_path / "all" / "report.html").read_text())
+    assert "No two series could be compared" not in page  # what both sides have in common is part of their name
+    assert ">Dion 1/2 160m<" in page
     fits = {(r["optimizer"], r["dion_rank_fraction"], r["model_scale"]): r for r in rows(tmp_path / "all" / "fits.csv")}
     assert float(fits["AdamW", "", "350m"]["beta"]) == pytest.approx(0.3)
     assert float(fits["AdamW", "", "160m"]["beta"]) == pytest.approx(0.4)

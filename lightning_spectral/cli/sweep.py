@@ -101,8 +101,9 @@ def _run(found, launcher) -> int:  # type: ignore[no-untyped-def]
         return 130
     ended = sum(sweep.state_of(job).has_ended for job in found.jobs)
     where = "all runs" if ended == len(found.jobs) else f"the {ended} of {len(found.jobs)} runs that have ended"
-    for split, digests in sweep.same_data(found).items():
-        if sweep.one_digest_a_seed(found, split) and len(digests) > 1:
+    for split, pairs in sweep.seen_data(found).items():
+        digests = sorted({digest for _, digest in pairs})
+        if sweep.one_digest_a_seed(pairs) and len(digests) > 1:
             print(f"{split} data: the same in {where} for each seed ({len(digests)} seeds)")
         elif len(digests) > 1:
             print(f"WARNING the {split} data differ between runs: {len(digests)} digests.", file=sys.stderr)

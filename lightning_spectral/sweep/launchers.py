@@ -26,7 +26,7 @@ T = TypeVar("T")
 LOG_FILE: Final = "sweep_worker.log"
 PARENT: Final = "LIGHTNING_SPECTRAL_PARENT"
 _WORKER: Final = "lightning_spectral.sweep.worker"
-_RESTARTS: Final = 2  # of a call whose worker dies
+RESTARTS: Final = 2  # of a run or a call whose worker is killed
 _THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # What a run imports, torch and Lightning with it: 5 to 10 seconds, which workers forked from one process share.
 PRELOADED: Final = [
@@ -209,7 +209,7 @@ def calls_on_ray(calls: Mapping[K, Callable[[], T]], workers: int | None = None)
     """
     ray, gpus, count = _cluster()
     options: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": 1}
-    task = ray.remote(max_retries=_RESTARTS, **options)(_call_in)
+    task = ray.remote(max_retries=RESTARTS, **options)(_call_in)
     waiting, running = list(calls.items()), dict[Any, K]()
     while waiting or running:
         while waiting and len(running) < (workers or count):

@@ -245,20 +245,24 @@ def write_summary(found: Plan, wall_s: float = 0.0) -> Path:
 
 def same_data(found: Plan) -> dict[str, list[str]]:
     """Digests of the training order and of the evaluation tokens over all finished runs; one each when they agree."""
-    return {name: sorted({digest for _, digest in _digests(found, name)}) for name in ("train", "validation")}
+    return {name: sorted({digest for _, digest in pairs}) for name, pairs in seen_data(found).items()}
 
 
-def one_digest_a_seed(found: Plan, name: str) -> bool:
+def one_digest_a_seed(pairs: set[tuple[str, str]]) -> bool:
     """Whether all runs of one seed saw the same: the seed may draw the data order."""
-    pairs = set(_digests(found, name))
     return len(pairs) == len({seed for seed, _ in pairs})
 
 
-def _digests(found: Plan, name: str) -> list[tuple[str, str]]:
-    """(seed, digest) of every run that has ended and says what it saw."""
-    ended = [job for job in found.jobs if state_of(job).has_ended]
-    seen = [(job, (read_json(Path(job.folder) / PROGRESS_FILE).get("data") or {}).get(name)) for job in ended]
-    return [(job.labels.get("seed", ""), str(digest)) for job, digest in seen if digest]
+def seen_data(found: Plan) -> dict[str, set[tuple[str, str]]]:
+    """Split -> (seed, digest) of the runs that have ended and say what they saw."""
+    out: dict[str, set[tuple[str, str]]] = {"train": set(), "validation": set()}
+    for job in found.jobs:
+        if state_of(job).has_ended:
+            data = read_json(Path(job.folder) / PROGRESS_FILE).get("data") or {}
+            for name, pairs in out.items():
+                if data.get(name):
+                    pairs.add((job.labels.get("seed", ""), str(data[name])))
+    return out
 
 
 def load_job(path: Path) -> tuple[Job, Recipe]:

@@ -11,11 +11,10 @@ from typing import Any, Final
 
 from lightning_spectral.records import PROGRESS_FILE
 from lightning_spectral.sweep import plan as sweep
-from lightning_spectral.sweep.launchers import LOG_FILE, Launcher, LocalLauncher
+from lightning_spectral.sweep.launchers import LOG_FILE, RESTARTS, Launcher, LocalLauncher
 from lightning_spectral.sweep.plan import Job, Plan
 
 _POLL_S: Final = 0.5
-_RESTARTS: Final = 2  # of a run whose workers are killed
 _KILLED: Final = (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
@@ -121,7 +120,7 @@ def _ended_slots(board: SweepProgress, launcher: Launcher) -> list[str]:
             if state.name == "diverged":
                 board.diverged.append(run.job.run_id)
             board.done[run.job.run_id] = time.monotonic() - run.started
-        elif code in _KILLED and board.restarts.get(run.job.run_id, 0) < _RESTARTS:
+        elif code in _KILLED and board.restarts.get(run.job.run_id, 0) < RESTARTS:
             board.restarts[run.job.run_id] = board.restarts.get(run.job.run_id, 0) + 1
             board.waiting.append(run.job)
         else:

@@ -303,11 +303,11 @@ def test_different_data_show(found: Plan) -> None:
         sweep.write_state(job, "finished")
     assert sweep.same_data(found) == {"train": ["d0", "d1"], "validation": ["v"]}
     assert [job.labels["seed"] for job in found.jobs[:2]] == ["0", "1"]
-    assert sweep.one_digest_a_seed(found, "train")
+    assert sweep.one_digest_a_seed(sweep.seen_data(found)["train"])
     job = found.jobs[2]  # of seed 0 again
     sweep.write_json(Path(job.folder) / PROGRESS_FILE, {"data": {"train": "d2", "validation": "v"}})
     sweep.write_state(job, "finished")
-    assert not sweep.one_digest_a_seed(found, "train")
+    assert not sweep.one_digest_a_seed(sweep.seen_data(found)["train"])
 
 
 def test_what_is_said_of_the_data_is_of_the_runs_that_ended(

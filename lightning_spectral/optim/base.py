@@ -117,6 +117,8 @@ class SpectralOptimizer(Optimizer):
         for member in members:
             if id(member.param) in usable and not self.state[member.param]:  # unfrozen, or its device was not known
                 self._init_state(member)
+                if plan is not None:
+                    plan.forget(member)
         rest = [m for m in members if m.algorithm not in self.matrix_rules and id(m.param) in usable]
         vector_step(rest, usable, self.state, settings.bf16_weights)
         if plan is not None and presence is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +41,13 @@ class Extra:
         return sum(high - low for low, high in self.spans)
 
 
+@dataclass
+class HostCount:
+    """A count that lies on the device, as far as the host knows it; None until it has asked."""
+
+    known: int | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Matrix:
     """One matrix of one parameter: shape, local blocks, extra state, rule and settings."""
@@ -51,6 +58,7 @@ class Matrix:
     blocks: tuple[Block, ...]
     extra: dict[str, Extra]
     position: int | None
+    count: HostCount = field(default_factory=HostCount)
 
     @property
     def param(self) -> Tensor:
@@ -124,16 +132,27 @@ def spans_of(targets: Sequence[Rectangle], columns: int, length: int) -> tuple[R
 
 
 def runs_of(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
-    """Matrices that go through one ``update_matrices``: one group, one shape, as many as are worth one batch."""
+    """Matrices that go through one ``update_matrices``: one group, one shape, as many as are worth one batch.
+
+    An accelerator, where launches cost more than products, takes those of the transposed shape along if the rule knows
+    no rows from columns: the two projections of an MLP are one chain of launches. They come last.
+    """
     by_group: dict[int, list[Matrix]] = {}
     for matrix in matrices:
         by_group.setdefault(id(matrix.group), []).append(matrix)
     runs: list[list[Matrix]] = []
     for members in by_group.values():
         device = local(members[0].param).device
-        shells = [torch.empty(m.shape, dtype=m.dtype, device="meta") for m in members]
-        runs.extend([members[i] for i in indices] for indices in same_shape_runs(shells, device=device))
+        turn = _saves_launches(device) and members[0].rule.is_transposable(members[0].group)
+        shapes = [min(m.shape, m.shape[::-1]) if turn else m.shape for m in members]
+        shells = [torch.empty(shape, dtype=m.dtype, device="meta") for shape, m in zip(shapes, members, strict=True)]
+        alike = [[members[i] for i in indices] for indices in same_shape_runs(shells, device=device)]
+        runs.extend(sorted(run, key=lambda matrix: matrix.shape) for run in alike)
     return runs
+
+
+def _saves_launches(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -194,17 +213,56 @@ def run_rule(
     """Updates (B, M, N) of whole directions, extra state changed in place."""
     first = run[0]
     entering = stacked.clone() if observe is not None else stacked
+    if "count" in extra:
+        extra = {**extra, "steps": [torch.tensor(step) for step in _step_numbers(run, extra["count"])]}
     # Rounded to the wire's dtype everywhere: otherwise an owner would apply another update than it sends.
     updates = first.rule.update_matrices(stacked, extra, first.group).to(first.dtype)
     if observe is not None:
-        for matrix, direction, update in zip(run, entering.unbind(0), updates.unbind(0), strict=True):
+        for matrix, direction, update in zip(run, facing(run, entering), facing(run, updates), strict=True):
             observe(matrix.name, direction, update, matrix.group)
     return updates
 
 
+def _step_numbers(run: Sequence[Matrix], counts: Sequence[Tensor]) -> list[int]:
+    """Number of the step that each matrix takes now, from 1; the host asks the device once and counts along."""
+    if any(matrix.count.known is None for matrix in run):
+        for matrix, taken in zip(run, torch.cat(list(counts)).tolist(), strict=True):
+            matrix.count.known = int(taken)
+    numbers = [(matrix.count.known or 0) + 1 for matrix in run]
+    for matrix, number in zip(run, numbers, strict=True):
+        matrix.count.known = number
+    return numbers
+
+
 def empty_stack(run: Sequence[Matrix], device: torch.device) -> Tensor:
-    """Room for the directions of a run, (B, M, N)."""
+    """Room for the directions of a run, (B, M, N); the wide shape where a run has both."""
     return torch.empty((len(run), *run[0].shape), dtype=run[0].dtype, device=device)
+
+
+def facing(run: Sequence[Matrix], stacked: Tensor) -> list[Tensor]:
+    """Each matrix of a stack as its parameter has it, (M, N); writing to one writes to the stack."""
+    return [one if one.shape == m.shape else one.mT for m, one in zip(run, stacked.unbind(0), strict=True)]
+
+
+def standing(run: Sequence[Matrix], stacked: Tensor) -> list[Tensor]:
+    """As ``facing`` but each C-contiguous; those that lie across are turned in one launch."""
+    straight = _straight(run)
+    return [*stacked[:straight].unbind(0), *stacked[straight:].mT.contiguous().unbind(0)]
+
+
+def fill_stack(run: Sequence[Matrix], stacked: Tensor, grads: dict[int, Tensor], states: States) -> None:
+    """``write_inputs`` into a stack, whatever lies across in it."""
+    straight = _straight(run)
+    across = stacked[straight:].mT
+    apart = torch.empty(across.shape, dtype=across.dtype, device=across.device)
+    write_inputs(run, [*stacked[:straight].unbind(0), *apart.unbind(0)], grads, states)
+    if straight < len(run):
+        across.copy_(apart)
+
+
+def _straight(run: Sequence[Matrix]) -> int:
+    """How many matrices lie in the stack as in their parameters: the first ones."""
+    return sum(matrix.shape == run[0].shape for matrix in run)
 
 
 def entries(matrix: Tensor, rectangle: Rectangle) -> Tensor:

@@ -61,8 +61,16 @@ class MatrixRule:
     decays_weights = True  # decoupled weight decay acts beside the update
     also_sees: tuple[str, ...] = ()  # names in ``SEEN`` that `update_matrices` gets beside the direction, in `extra`
 
+    def is_transposable(self, group: Group) -> bool:
+        """Whether the transpose of a matrix becomes the transpose of its update, whatever its extra state."""
+        return False
+
     def extra_state(self, shape: tuple[int, int], group: Group) -> dict[str, int]:
-        """Name -> number of fp32 values kept with a matrix; at most M * N. Overriding methods add to it."""
+        """Name -> number of fp32 values kept with a matrix; at most M * N. Overriding methods add to it.
+
+        One called ``count`` is the number of steps taken, which the rule moves; it then finds ``steps`` in ``extra``,
+        on the host.
+        """
         return {"peak": 1} if group["norm_eps_style"] == "relative" and group["norm_eps"] > 0 else {}
 
     def initial_state(self, name: str, shape: tuple[int, int], group: Group, index: int) -> Tensor | None:

@@ -23,6 +23,7 @@ from lightning_spectral.optim.matrices import (
     WeightUpdate,
     empty_stack,
     extra_here,
+    fill_stack,
     flat,
     keep_momentum,
     matrices_of_member,
@@ -30,6 +31,7 @@ from lightning_spectral.optim.matrices import (
     pieces_of,
     run_rule,
     runs_of,
+    standing,
     write_inputs,
 )
 from lightning_spectral.optim.matrix_rule import MatrixRule
@@ -80,6 +82,12 @@ class MatrixStep:
             if whole:
                 self._exchanges.append(Exchange.plan(whole, group, bucket_bytes))
 
+    def forget(self, member: Member) -> None:
+        """Ask anew what lies in the state of a parameter: it is another one now."""
+        for matrix in [*self._own, *(m for exchange in self._exchanges for m in exchange.matrices)]:
+            if matrix.member is member:
+                matrix.count.known = None
+
     def ask(self, grads: dict[int, Tensor]) -> Presence:
         """Begin to ask which matrices have a gradient, on all ranks that hold them."""
         return Presence([*self._low_rank, *self._exchanges], grads)
@@ -118,7 +126,7 @@ class MatrixStep:
             self._runs_of = (key, runs_of(matrices))
         for run in self._runs_of[1]:
             stacked = empty_stack(run, local(run[0].param).device)
-            write_inputs(run, stacked.unbind(0), grads, states)
+            fill_stack(run, stacked, grads, states)
             extra = {name: [extra_here(m, name, states) for m in run] for name in run[0].extra}
             for name in run[0].rule.also_sees:
                 extra[name] = list(torch.empty_like(stacked, dtype=run[0].dtype_of(name)).unbind(0))
@@ -128,7 +136,7 @@ class MatrixStep:
                     _whole_momentum(m, states, one) for m, one in zip(run, stacked.unbind(0), strict=True)
                 ]
             updates = run_rule(run, stacked, extra, observe)
-            update.apply(pieces_of(run), parts_of(run, updates))
+            update.apply(pieces_of(run), parts_of(run, standing(run, updates)))
             if run[0].rule.rewrites_momentum:
                 for matrix, momentum in zip(run, extra["momentum_buffer"], strict=True):
                     keep_momentum(matrix, states, momentum)

@@ -15,6 +15,10 @@ from lightning_spectral.optim.settings import ORTHOGONAL_PAPER, OrthogonalArgume
 class MuonRule(MatrixRule):
     """Replace the direction by (nearly) its polar factor."""
 
+    def is_transposable(self, group: Group) -> bool:
+        """But for torch's digits, see ``newton_schulz``."""
+        return absolute_eps(group) == 0
+
     def update_matrices(self, inputs_BMN: Tensor, extra: dict[str, list[Tensor]], group: Group) -> Tensor:
         """Orthogonalise a stack; see ``MatrixRule``."""
         factors = fading(inputs_BMN, extra, group)

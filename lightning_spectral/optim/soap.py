@@ -51,10 +51,9 @@ class SOAPRule(MatrixRule):
         factors = fading(inputs_BMN, extra, group)
         wide = inputs_BMN.shape[-2] <= inputs_BMN.shape[-1]
         torch._foreach_add_(extra["count"], 1)
-        steps = [int(count) for count in torch.cat(extra["count"]).tolist()]  # one wait for all matrices of a shape
-        names = ("gradient", "gram", "basis", "second_moment", "unit")
-        for one_MN, step, *state in zip(inputs_BMN.unbind(0), steps, *(extra[name] for name in names), strict=True):
-            self._update_one(one_MN if wide else one_MN.mT, wide, step, state, group)
+        names = ("steps", "gradient", "gram", "basis", "second_moment", "unit")
+        for one_MN, step, *state in zip(inputs_BMN.unbind(0), *(extra[name] for name in names), strict=True):
+            self._update_one(one_MN if wide else one_MN.mT, wide, int(step), state, group)
         return faded(inputs_BMN, factors)
 
     def _update_one(self, direction_SL: Tensor, wide: bool, step: int, state: list[Tensor], group: Group) -> None:
@@ -85,6 +84,7 @@ class SOAP(SpectralOptimizer):
 
     Adam in the eigenbasis of Shampoo's preconditioner, one-sided: the reference's ``max_precond_dim`` between the two
     sides. For comparisons: a decomposition of the short side per matrix, and state of up to four times the matrix.
+    From the checkpoint of another optimizer it begins anew, momentum included.
 
     Args:
         params: A module, ``named_parameters()``, ``parameters()``, or a list of group dicts.

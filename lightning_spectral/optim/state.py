@@ -99,6 +99,8 @@ class StateLayout:
                 kept[name] = saved_to_param_layout(saved[name], member.param, member.shard)
             except ValueError as error:
                 raise ValueError(f"`{name}` of `{member.name}` does not fit: {error}.") from None
+        if matrices and "count" in matrices[0].extra and "count" not in saved:
+            kept["momentum_buffer"].zero_()  # its bias is corrected by steps that nobody counted
         fresh = self.fresh(member)
         kept.update({name: kept[name].to(fresh[name].dtype).contiguous() for name in wanted})
         for name in fresh.keys() - kept.keys():

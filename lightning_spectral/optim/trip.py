@@ -25,6 +25,7 @@ from lightning_spectral.optim.matrices import (
     entering,
     entries,
     extra_here,
+    facing,
     flat,
     keep_momentum,
     parts_of,
@@ -107,7 +108,7 @@ class Trip:
         for run in runs:  # directions arrive where the batched product reads them
             stacked = empty_stack(run, self.device)
             stacks.append(stacked)
-            for matrix, target in zip(run, stacked.unbind(0), strict=True):
+            for matrix, target in zip(run, facing(run, stacked), strict=True):
                 self._begin_whole(index_of[id(matrix)], matrix, target, whole)
         if arriving is not None:
             incoming, work, _ = arriving
@@ -122,9 +123,9 @@ class Trip:
             if run[0].rule.rewrites_momentum:
                 extra["momentum_buffer"] = [one.clone() for one in stacked.unbind(0)]
             updates = run_rule(run, stacked, {**extra, **also_sees}, self.observe)
-            for position, i in enumerate(indices):
+            for position, (i, result) in enumerate(zip(indices, facing(run, updates), strict=True)):
                 self.results[i] = {name: arrays[position] for name, arrays in extra.items()}
-                self.results[i]["update"] = updates[position]
+                self.results[i]["update"] = result
 
     def _begin_whole(self, i: int, matrix: Matrix, target: Tensor, whole: dict[tuple[int, str], Tensor]) -> None:
         """What of a matrix is here already."""
@@ -162,9 +163,11 @@ class Trip:
 
     def _deliver(self, bucket: Bucket, leaving: Any) -> None:
         for i in bucket.owned:
-            result = self.results.pop(i)
+            result, matrix = self.results.pop(i), self.exchange.matrices[i]
             if self.present[i]:
-                self._deliver_own(self.exchange.matrices[i], result)
+                self._deliver_own(matrix, result)
+            else:  # nothing was kept of the step that its rule took
+                matrix.count.known = None
         if leaving is not None:
             incoming, work, _ = leaving
             work.wait()

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_spectral.models.views import Rectangle
-from lightning_spectral.optim import SOAP, AdaMuon, AdamW, Dion, Dion2, Muon, MuonH, NorDion2, NorMuon
+from lightning_spectral.optim import SOAP, AdaMuon, AdamW, Dion, Dion2, Muon, MuonH, NorDion2, NorMuon, matrices
 from lightning_spectral.optim.low_rank import factor_bytes, whole_bytes
 from lightning_spectral.optim.matrices import matrices_of_member
 from tests.distributed.harness import run_ranks
@@ -30,8 +31,10 @@ STEPS = 20
 # Of the update. Everything is fp64, so that no sign, order or eigenvector hangs on the order of a sum, but moments and
 # factors are kept in fp32.
 TOLERANCE = 1e-6
+LAUNCHES_SAVED = "muon, transposed shapes together as on an accelerator"
 KINDS: dict[str, Callable[..., Any]] = {
     "muon": lambda m: Muon(m, lr=1e-2, bucket_mib=0.005),  # several buckets
+    LAUNCHES_SAVED: lambda m: Muon(m, lr=1e-2),
     "normuon": lambda m: NorMuon(m, lr=1e-2, split="projections"),
     "dion": lambda m: Dion(m, lr=1e-2, rank_fraction=0.5),  # matrices travel
     "dion, factors": lambda m: Dion(m, lr=1e-2, rank_fraction=0.1),
@@ -170,17 +173,23 @@ def run(rank: int, world_size: int, placement: str, steps: int) -> dict[str, Wei
     """Every optimizer, each on a new model."""
     found = {}
     for kind, make in KINDS.items():
-        model = Net()
-        placed = PLACEMENTS[placement][0](model) if placement else model
-        optimizer = make(placed)
-        train(placed, optimizer, steps // 2)
-        if placement:  # state on its way through a state dict of its own kind
-            state = copy.deepcopy(optimizer.state_dict())
-            optimizer = make(placed)
-            optimizer.load_state_dict(state)
-        train(placed, optimizer, steps // 2, steps // 2)
-        found[kind] = weights_of(placed)
+        together = bool(placement) and kind == LAUNCHES_SAVED
+        with patch.object(matrices, "_saves_launches", return_value=together):
+            found[kind] = trained(make, placement, steps)
     return found
+
+
+def trained(make: Callable[..., Any], placement: str, steps: int) -> Weights:
+    model = Net()
+    placed = PLACEMENTS[placement][0](model) if placement else model
+    optimizer = make(placed)
+    train(placed, optimizer, steps // 2)
+    if placement:  # state on its way through a state dict of its own kind
+        state = copy.deepcopy(optimizer.state_dict())
+        optimizer = make(placed)
+        optimizer.load_state_dict(state)
+    train(placed, optimizer, steps // 2, steps // 2)
+    return weights_of(placed)
 
 
 @lru_cache(maxsize=2)

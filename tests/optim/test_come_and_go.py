@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_spectral.optim import AdamW, Muon, NorMuon
+from lightning_spectral.optim import SOAP, AdamW, Muon, NorMuon
 from tests.optim.models import TinyLM, train
 
 
@@ -190,3 +190,23 @@ def test_backbone_finetuning_schedules_every_parameter_of_its_group():
     trainer.fit(Net(), data)
     rates = {member.name: member.lr for member in trainer.optimizers[0]._members()}
     assert rates["backbone.weight"] == rates["backbone.bias"] == pytest.approx(4e-4)
+
+
+def test_soap_from_a_checkpoint_of_adamw_takes_steps_of_its_own_size():
+    """Momentum of 50 steps under the bias correction of the first one moved weights by a hundred learning rates."""
+    torch.manual_seed(0)
+    model = nn.Linear(32, 64, bias=False)
+    before = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    signal = torch.randn_like(model.weight)
+
+    def move(optimizer: torch.optim.Optimizer) -> float:
+        start = model.weight.detach().clone()
+        model.weight.grad = signal + 0.1 * torch.randn_like(signal)
+        optimizer.step()
+        return float((model.weight.detach() - start).square().mean().sqrt())
+
+    for _ in range(50):
+        move(before)
+    after = SOAP(model, lr=1e-3)
+    after.load_state_dict(before.state_dict())
+    assert all(0.5e-3 < move(after) < 1.5e-3 for _ in range(15))

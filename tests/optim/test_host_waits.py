@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -95,19 +97,51 @@ def test_a_look_at_nonfinite_gradients_waits_once(monkeypatch):
     assert len(waits) == 1
 
 
-def test_soap_waits_once_for_all_matrices_of_a_shape(monkeypatch):
-    waits = []
-    ask, ask_one = torch.Tensor.tolist, torch.Tensor.__int__
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: waits.append(tensor.shape) or ask(tensor))
-    monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: waits.append(tensor.shape) or ask_one(tensor))
+def soap_waits(monkeypatch) -> list[str]:
+    """What the host asks of tensors that would lie on a device, as it is asked; matrices are 0-d only in steps."""
+    waits: list[str] = []
+    for name in ("tolist", "item", "__bool__", "__float__"):
+        ask = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, ask=ask, name=name: waits.append(name) or ask(tensor))
+    return waits
+
+
+def random_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+
+
+def test_soap_waits_for_the_numbers_of_its_steps_once(monkeypatch):
     model = model_of(5)
-    optimizer = SOAP(model)
-    for _ in range(2):
-        for p in model.parameters():
-            p.grad = torch.randn_like(p)
-        waits.clear()
-        optimizer.step()
-        assert waits == [(5,), (5,)]  # up and down projections
+    optimizer = SOAP(model, basis_every=2)
+    waits = soap_waits(monkeypatch)
+    random_step(model, optimizer)
+    assert waits == ["tolist", "tolist"]  # up and down projections
+    for _ in range(3):
+        random_step(model, optimizer)
+    assert waits == ["tolist", "tolist"]
+
+
+def test_soap_asks_again_after_its_state_was_loaded_or_cleared():
+    model, same = model_of(1), model_of(1)
+    same.load_state_dict(model.state_dict())
+    optimizer, other = SOAP(model, basis_every=2), SOAP(same, basis_every=2)
+    torch.manual_seed(0)
+    for _ in range(3):
+        random_step(model, optimizer)
+    torch.manual_seed(0)
+    random_step(same, other)
+    other.state.clear()  # a first step again, with a basis of its own
+    random_step(same, other)
+    assert [int(state["count"]) for state in other.state.values() if "count" in state] == [1, 1]
+    assert all(p.isfinite().all() for p in same.parameters())
+    same.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, its in ((model, optimizer), (same, other)):
+        torch.manual_seed(1)
+        random_step(one, its)  # the fourth: the basis is renewed
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), same.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(("kind", "at_most"), [("muon", 40), ("dion", 60), ("muon, stochastic bf16", 130)])
@@ -128,6 +162,28 @@ def launches_on_an_accelerator(width: int, layers: int) -> list[str]:
         with Launches() as seen:
             optimizer.step()
     return [name for name in seen.names if not name.startswith("prim::")]
+
+
+def launches_of_an_mlp(layers: int, optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> int:
+    """Of one step on ``layers`` pairs of 512 x 128 and 128 x 512."""
+    with torch.device("meta"):
+        sides = [(128, 512), (512, 128)] * layers
+        model = nn.ModuleList(nn.Linear(*side, bias=False) for side in sides)
+    its = optimizer(model)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        with Launches() as seen:
+            its.step()
+    return len([name for name in seen.names if not name.startswith("prim::")])
+
+
+@pytest.mark.parametrize("layers", [1, 6])
+def test_on_an_accelerator_the_two_projections_of_an_mlp_are_one_chain(layers):
+    """Two launches turn the matrices that lie across on their way in and out; torch's digits need two chains."""
+    one_shape = len(launches_on_an_accelerator(128, 2 * layers))
+    assert launches_of_an_mlp(layers, Muon) == one_shape + 2
+    assert launches_of_an_mlp(layers, Muon.like_torch) > 1.5 * one_shape
 
 
 def test_on_an_accelerator_more_matrices_of_a_shape_are_not_more_launches():

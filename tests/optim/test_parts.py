@@ -15,7 +15,7 @@ from torch import nn
 from lightning_spectral import optim
 from lightning_spectral.models.placement import Block, Shard
 from lightning_spectral.models.views import Rectangle
-from lightning_spectral.optim import SOAP, Muon, MuonH, NorMuon, gradients
+from lightning_spectral.optim import SOAP, Muon, MuonH, NorMuon, gradients, matrices
 from lightning_spectral.optim.checkpoint import make_uniform, saved_to_param_layout
 from lightning_spectral.optim.dion import DionRule
 from lightning_spectral.optim.factors import orthonormal_columns
@@ -331,3 +331,32 @@ def test_the_routing_table_is_seen_where_nobody_configured_logging(
         assert ("matrix" in capsys.readouterr().err) is seen
     monkeypatch.undo()
     package.manager._clear_cache()
+
+
+@pytest.mark.parametrize("bf16", ["", "nearest", "compensated"])
+def test_matrices_that_lie_across_move_as_those_alone(monkeypatch: pytest.MonkeyPatch, bf16: str) -> None:
+    """An accelerator stacks 6 x 10 and 10 x 6; also where a weight does not lie in order, and telemetry looks on."""
+
+    def moved(together: bool) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        monkeypatch.setattr(matrices, "_saves_launches", lambda device: together)
+        torch.manual_seed(0)
+        model = nn.ModuleList(nn.Linear(*side, bias=False) for side in [(6, 10), (10, 6), (6, 10), (10, 6), (7, 7)])
+        model[1].weight = nn.Parameter(model[1].weight.detach().T.contiguous().T)
+        model.to(torch.bfloat16 if bf16 else torch.float32)
+        optimizer = Muon(model, precision="fp64", lr=0.01, **({"bf16_weights": bf16} if bf16 else {}))
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.observe_next_step()
+            optimizer.step()
+        runs = optimizer._matrix_step[1]._runs_of[1]  # type: ignore[index]
+        assert sorted(len(run) for run in runs) == ([1, 4] if together else [1, 2, 2])
+        return [p.detach().float() for p in model.parameters()], optimizer.observed
+
+    (one, seen), (other, seen_alone) = moved(True), moved(False)
+    for p, q in zip(one, other, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0 if bf16 else 1e-7)
+    assert seen.keys() == seen_alone.keys()
+    for name, telemetry in seen.items():
+        torch.testing.assert_close(telemetry.momentum_spectrum, seen_alone[name].momentum_spectrum)
+        torch.testing.assert_close(telemetry.update_spectrum, seen_alone[name].update_spectrum)

@@ -21,15 +21,13 @@ from lightning_spectral.models.views import Views
 from lightning_spectral.optim.announcement import LOG, show_table, warn_of_few, warn_of_lost_updates
 from lightning_spectral.optim.checkpoint import make_uniform
 from lightning_spectral.optim.gradients import local_gradients, usable_gradients
-from lightning_spectral.optim.grouping import group_entries, make_names_unique, role_groups, single_group
+from lightning_spectral.optim.grouping import Grouping
 from lightning_spectral.optim.matrix_rule import MatrixRule
 from lightning_spectral.optim.matrix_step import MatrixStep
 from lightning_spectral.optim.members import PARALLEL, Group, Member, members_of
 from lightning_spectral.optim.migrate import Found, find_states, settings_from
-from lightning_spectral.optim.owners import NamedParameter, find_owners
-from lightning_spectral.optim.routing import ROLES, Route, route, routing_table, share_under_rule
+from lightning_spectral.optim.routing import Route, routing_table, share_under_rule
 from lightning_spectral.optim.settings import (
-    HEAD_LR_SCALES,
     CommonSettings,
     MatrixSettings,
     fallback_ratio,
@@ -79,14 +77,14 @@ class SpectralOptimizer(Optimizer):
         self, params: Any, lr: float, algorithm: str, settings: CommonSettings, own: dict[str, Any] | None = None
     ) -> None:
         self._algorithm, self._settings = algorithm, settings
-        self._fallback_ratio = fallback_ratio(lr, settings.fallback_lr)
+        self._grouping = Grouping(algorithm, settings, fallback_ratio(lr, settings.fallback_lr))
         self._known: tuple[tuple[int, ...], list[Member]] | None = None
         self._matrix_step: tuple[tuple[int, ...], MatrixStep] | None = None
         self._observed: dict[str, MatrixTelemetry] | None = None
         defaults = {"lr": lr, **group_settings(settings), **(own or {})}
-        defaults.update(algorithm="", role="", fallback_weight_decay=self._rest_decay)
+        defaults.update(algorithm="", role="", fallback_weight_decay=self._grouping.rest_decay)
         shards = Shards()
-        groups, routes = self._groups_of(params, shards)
+        groups, routes = self._grouping.groups(params, shards)
         super().__init__(groups, defaults)
         self._members(shards)
         self._given = [id(one.named.param) for one in routes]
@@ -222,9 +220,7 @@ class SpectralOptimizer(Optimizer):
             super().add_param_group(param_group)
             return
         shards = Shards()
-        routes = self._routes([find_owners(group_entries(param_group), shards)])[0]
-        group = single_group(param_group, routes, self._ratio, self._algorithms, self._rest_decay)
-        make_names_unique([*self.param_groups, group])
+        group, routes = self._grouping.further(param_group, self.param_groups, shards)
         super().add_param_group(group)
         self._given += [id(one.named.param) for one in routes]
         members = self._members(shards)
@@ -237,7 +233,7 @@ class SpectralOptimizer(Optimizer):
         """What a copy or a pickle needs; the order in which parameters were given as positions."""
         place = {id(member.param): i for i, member in enumerate(self._members())}
         given = [place[key] for key in self._given if key in place]
-        kept = {name: self.__dict__[name] for name in ("_algorithm", "_settings", "_fallback_ratio")}
+        kept = {name: self.__dict__[name] for name in ("_algorithm", "_settings", "_grouping")}
         return {**super().__getstate__(), **kept, "_given": given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -254,7 +250,7 @@ class SpectralOptimizer(Optimizer):
         key = tuple(id(thing) for group in self.param_groups for thing in (group, *group["params"]))
         if self._known is None or self._known[0] != key:
             before = None if self._known is None else self._known[1]
-            members = members_of(self.param_groups, self._algorithm, self._fallback, shards or Shards())
+            members = members_of(self.param_groups, self._algorithm, self._grouping.fallback, shards or Shards())
             self._known = (key, members)
             if before is not None:
                 self._carry_over(before, members)
@@ -280,45 +276,6 @@ class SpectralOptimizer(Optimizer):
         for orphan in old.values():
             self.state.pop(orphan.param, None)
 
-    def _routes(self, owned: Sequence[list[NamedParameter]]) -> list[list[Route]]:
-        """Roles of every entry's parameters, found with all entries in view."""
-        split = getattr(self._settings, "split", "none")
-        everything = iter(route([one for entry in owned for one in entry], self._settings.roles, split))
-        return [[next(everything) for _ in entry] for entry in owned]
-
-    def _groups_of(self, params: Any, shards: Shards) -> tuple[list[Group], list[Route]]:
-        if isinstance(params, (list, tuple)) and params and all(isinstance(entry, dict) for entry in params):
-            routed = self._routes([find_owners(group_entries(entry), shards) for entry in params])
-            groups = [
-                single_group(entry, routes, self._ratio, self._algorithms, self._rest_decay)
-                for entry, routes in zip(params, routed, strict=True)
-            ]
-        else:
-            routed = self._routes([find_owners([params] if isinstance(params, Tensor) else params, shards)])
-            decays = (self._settings.weight_decay, self._rest_decay)
-            groups = role_groups(routed[0], self._ratio, self._algorithms, *decays)
-        make_names_unique(groups)
-        return groups, [one for routes in routed for one in routes]
-
-    @property
-    def _algorithms(self) -> dict[str, str]:
-        return {role: self._algorithm if role == "matrix" else self._fallback for role in ROLES}
-
-    @property
-    def _fallback(self) -> str:
-        return str(getattr(self._settings, "fallback", "adamw"))
-
-    @property
-    def _rest_decay(self) -> float:
-        decay = self._settings.fallback_weight_decay
-        return self._settings.weight_decay if decay is None else decay
-
-    def _ratio(self, one: Route) -> float:
-        if one.role == "matrix":
-            return 1.0
-        scale = HEAD_LR_SCALES[self._settings.head_lr_scale](one.named.shape[-1]) if one.role == "head" else 1.0
-        return self._fallback_ratio * scale
-
     def _announce(self, routes: Sequence[Route]) -> None:
         """Log where everything went, and warn where that can hardly be meant."""
         self.routing = self._routing(routes)
@@ -330,7 +287,7 @@ class SpectralOptimizer(Optimizer):
         if self._settings.bf16_weights == "nearest":
             warn_of_lost_updates(self._members())
         if self._algorithm in self.matrix_rules:
-            warn_of_few(type(self).__name__, share_under_rule(routes), self._fallback, table)
+            warn_of_few(type(self).__name__, share_under_rule(routes), self._grouping.fallback, table)
 
     def _routing(self, routes: Sequence[Route]) -> Table:
         by_id = {id(member.param): member for member in self._members()}

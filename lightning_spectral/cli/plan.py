@@ -51,12 +51,12 @@ def main(argv: list[str]) -> int:
 def _costs(options: argparse.Namespace, words: Sequence[str]) -> list[RunCost]:
     from lightning_spectral.sweep.axes import read
     from lightning_spectral.training import document
-    from lightning_spectral.training.names import check_names
+    from lightning_spectral.training.values import check_without_imports
 
     file = document.find(options.recipe)
     tree = document.read_tree(file)
     if not options.axis and not options.smoke and not tree.get("sweep"):
-        check_names(options.recipe, words)
+        check_without_imports(options.recipe, words)
         return [run_cost(file.stem, document.overridden(tree, words))]
     _, tree, common, grids = read(options.recipe, axes=options.axis, overrides=words, smoke=options.smoke)
     costs = []

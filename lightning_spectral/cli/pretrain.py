@@ -48,8 +48,10 @@ _CHATTER = ("Tip:", "`weights_only` was not set", "TPU available", "Restored all
 
 def main(argv: list[str]) -> int:
     """Run the verb; 0 done, 2 bad input, 143 stopped by SIGTERM."""
+    from lightning_spectral.training.devices import refuse_surely_absent
     from lightning_spectral.training.document import RecipeError, names
-    from lightning_spectral.training.names import check_names, keys, refuse_wrong_places, with_defaults
+    from lightning_spectral.training.names import keys, refuse_wrong_places, with_defaults
+    from lightning_spectral.training.values import check_without_imports
 
     if not argv or argv[0] in ("-h", "--help"):
         print(_HELP.format(names=", ".join(names())))
@@ -67,13 +69,14 @@ def main(argv: list[str]) -> int:
     if config is None:
         raise CommandError("no recipe: give `--config FILE` or a shipped name, e.g. `--config quickstart`.")
     try:
-        tree = check_names(config, words)  # a misspelled name is said before litgpt and Lightning are imported
+        tree = check_without_imports(config, words)  # before litgpt and Lightning are imported
         if show == "--print_config":
             print(yaml.safe_dump(with_defaults(tree), sort_keys=False), end="")
             return 0
         if show:
             return _show(config, words)
         refuse_wrong_places(tree)
+        refuse_surely_absent(tree.get("accelerator", "auto"))
         return _train(config, words, style, accept_changes)
     except RecipeError as error:
         raise CommandError(str(error)) from error

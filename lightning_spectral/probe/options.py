@@ -11,7 +11,6 @@ from lightning_spectral.text.arguments import require_choice, require_count
 
 # The paper's code adds this to `sum l^2`, whatever the scale of the activations.
 PAPER_EPSILON = 1e-12
-CONVENTIONS = ("default", "paper")
 SOFT_METHODS = ("exact", "approx")
 
 

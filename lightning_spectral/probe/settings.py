@@ -14,31 +14,37 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, get_args
 
 from torch import Tensor
 
 from lightning_spectral.functional.rank import DEFAULT_RENYI_ORDERS
 from lightning_spectral.models.families import Hint, as_hints
 from lightning_spectral.probe.grouping import Grouping, by_frequency, by_position, load_counts, pooled_only
-from lightning_spectral.probe.options import CONVENTIONS, PAPER_EPSILON, ProbeOptions, conventions_of
+from lightning_spectral.probe.options import PAPER_EPSILON, ProbeOptions, conventions_of
 from lightning_spectral.records import STAGES
 from lightning_spectral.text import did_you_mean
 from lightning_spectral.text.arguments import require_choice, require_count, require_run_id
 
-*LOOPS, MEASURE = STAGES  # a trainer knows the loops, `measure` passes over a finished model
-NONFINITE_POLICIES = ("warn", "record", "raise")
+MEASURE: Final = "measure"  # a pass over a finished model; a trainer knows the loops
+LOOPS = [stage for stage in STAGES if stage != MEASURE]
 STREAM = "stream"
+
+
+Site = Literal["post", "pre"]
+Stage = Literal["train", "validation", "test", "predict", "measure"]  # as records.STAGES
+NonfinitePolicy = Literal["warn", "record", "raise"]
+Convention = Literal["default", "paper"]
 
 
 class SharedArguments(TypedDict, total=False):
     """Types of the arguments that :class:`ProbeSettings` documents, for ``**shared``."""
 
-    sites: Sequence[str]
+    sites: Sequence[Site]
     modules: list[str] | None
     embedding: str | None
     hints: Sequence[Hint | dict[str, str] | str] | None
-    on: Sequence[str]
+    on: Sequence[Stage]
     token_fraction: float
     num_jackknife_groups: int
     renyi_orders: Sequence[float]
@@ -48,9 +54,9 @@ class SharedArguments(TypedDict, total=False):
     run_id: str | None
     labels: dict[str, str] | None
     mask_fn: Callable[[Any], Tensor | None] | None
-    on_nonfinite: str
+    on_nonfinite: NonfinitePolicy
     memory_limit_mib: float | None
-    convention: str
+    convention: Convention
     background: bool | None
     seed: int
     strict: bool
@@ -109,11 +115,11 @@ class ProbeSettings:
     """
 
     every_n_steps: int = 200
-    sites: Sequence[str] = ("post",)
+    sites: Sequence[Site] = ("post",)
     modules: list[str] | None = None
     embedding: str | None = None
     hints: Sequence[Hint | dict[str, str] | str] | None = None
-    on: Sequence[str] = ("train",)
+    on: Sequence[Stage] = ("train",)
     token_fraction: float = 1.0
     num_jackknife_groups: int = 2
     renyi_orders: Sequence[float] = DEFAULT_RENYI_ORDERS
@@ -123,9 +129,9 @@ class ProbeSettings:
     run_id: str | None = None
     labels: dict[str, str] | None = None
     mask_fn: Callable[[Any], Tensor | None] | None = None
-    on_nonfinite: str = "warn"
+    on_nonfinite: NonfinitePolicy = "warn"
     memory_limit_mib: float | None = None
-    convention: str = "default"
+    convention: Convention = "default"
     background: bool | None = None
     seed: int = 0
     strict: bool = False
@@ -133,8 +139,8 @@ class ProbeSettings:
     def __post_init__(self) -> None:
         if isinstance(self.on, str) or not self.on or set(self.on) - {*STAGES}:
             raise ValueError(f"`on` must be a list of stages from {LOOPS}, got {self.on!r}.")
-        require_choice("on_nonfinite", self.on_nonfinite, NONFINITE_POLICIES)
-        require_choice("convention", self.convention, CONVENTIONS)
+        require_choice("on_nonfinite", self.on_nonfinite, get_args(NonfinitePolicy))
+        require_choice("convention", self.convention, get_args(Convention))
         if self.memory_limit_mib is not None and self.memory_limit_mib <= 0:
             raise ValueError(f"`memory_limit_mib` must be > 0, got {self.memory_limit_mib}.")
         if self.eigenvalues and self.soft != "exact":

@@ -25,6 +25,7 @@ from typing import Any
 from lightning_spectral.training import document
 from lightning_spectral.training.document import RecipeError
 from lightning_spectral.training.names import refuse_unknown_names, with_class_paths
+from lightning_spectral.training.values import refuse_wrong_values
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ def read(
         raise RecipeError(f"`{file}` has no `sweep:` block and no --axis was given: nothing varies.")
     values = [own for grid in grids for axis in grid for _, own in axis.values]
     for own in ({}, *values):
-        refuse_unknown_names(with_class_paths(document.overridden(tree, {**common, **own})))
+        named = with_class_paths(document.overridden(tree, {**common, **own}))
+        refuse_unknown_names(named)
+        refuse_wrong_values(named)
     return file, tree, common, grids
 
 

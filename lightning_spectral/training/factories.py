@@ -2,57 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from litgpt.model import Block
 
-from lightning_spectral.text import did_you_mean, import_class, one_line
+from lightning_spectral.text import import_class, one_line
+from lightning_spectral.training.devices import check_strategy, spread_of
 from lightning_spectral.training.document import RecipeError
 
 
-def check_accelerator(wanted: Any) -> None:
-    """Whether ``accelerator:`` of a recipe names something that this machine has.
+def refuse_absent(accelerator: str) -> None:
+    """Refuse an ``accelerator:`` that this machine has not, as torch sees it.
 
     Raises:
         RecipeError: If not.
     """
-    known = ["auto", "gpu", *AcceleratorRegistry]
-    if not isinstance(wanted, str) or wanted not in known:
-        raise RecipeError(f"`accelerator` is {wanted}; {did_you_mean(wanted, known, otherwise='there are')}")
-    kinds = ["cuda", "mps"] if wanted == "gpu" else [] if wanted == "auto" else [wanted]
+    kinds = ["cuda", "mps"] if accelerator == "gpu" else [] if accelerator == "auto" else [accelerator]
     if kinds and not any(AcceleratorRegistry[kind]["accelerator"].is_available() for kind in kinds):
-        raise RecipeError(f"`accelerator` is {wanted}, and this machine has none: use `auto` or `cpu`.")
-
-
-@dataclass(frozen=True)
-class Spread:
-    """How many processes share one copy of the data's stream and of the weights.
-
-    Attributes:
-        kind: ``fsdp1``, ``fsdp2``, ``hsdp``, ``tp``, or empty for any other strategy.
-        number: Replicas of ``hsdp``, slices of ``tp``; else 1.
-    """
-
-    kind: str = ""
-    number: int = 1
-
-    def data_parallel(self, world_size: int) -> int:
-        """Ranks with data of their own.
-
-        Raises:
-            RecipeError: If the number does not divide the processes.
-        """
-        if world_size % self.number:
-            raise RecipeError(
-                f"`strategy: {self.kind}:{self.number}` does not divide {world_size} process(es): change it, or "
-                "`devices` and `num_nodes`."
-            )
-        return world_size // self.number if self.kind == "tp" else world_size
+        raise RecipeError(f"`accelerator` is {accelerator}, and this machine has none: use `auto` or `cpu`.")
 
 
 class HybridShardStrategy(ModelParallelStrategy):
@@ -68,23 +39,6 @@ class HybridShardStrategy(ModelParallelStrategy):
         self.num_replicas = num_replicas
 
 
-def spread_of(wanted: Any) -> Spread:
-    """What ``strategy:`` of a recipe says about it.
-
-    Raises:
-        RecipeError: If the number behind the colon is missing or none.
-    """
-    kind, _, number = str(wanted).partition(":") if isinstance(wanted, str) else ("", "", "")
-    if kind in ("fsdp1", "fsdp2") and not number:
-        return Spread(kind)
-    if kind not in ("hsdp", "tp"):
-        return Spread()
-    if not number.isdigit() or int(number) < 1:
-        what = "replicas" if kind == "hsdp" else "slices"
-        raise RecipeError(f"`strategy: {wanted}` needs a number of {what}, such as `{kind}:2`.")
-    return Spread(kind, int(number))
-
-
 def make_strategy(wanted: Any, world_size: int) -> str | Strategy:
     """``strategy:`` of a recipe: a Lightning name, one of ours, or ``{class_path, init_args}``.
 
@@ -94,6 +48,7 @@ def make_strategy(wanted: Any, world_size: int) -> str | Strategy:
     Raises:
         RecipeError: If it cannot be made.
     """
+    check_strategy(wanted)
     spread = spread_of(wanted)
     shards = spread.data_parallel(world_size)
     if spread.kind == "fsdp1":
@@ -109,9 +64,6 @@ def make_strategy(wanted: Any, world_size: int) -> str | Strategy:
         except (ImportError, TypeError, ValueError) as error:
             raise RecipeError(f"`strategy: {wanted}` cannot be made: {one_line(error)}") from error
         return made
-    known = ["auto", "fsdp1", "fsdp2", "hsdp:2", "tp:2", *StrategyRegistry.available_strategies()]
-    if wanted not in known:
-        raise RecipeError(f"`strategy` is {wanted}; {did_you_mean(wanted, known, otherwise='there are')}")
     return str(wanted)
 
 

@@ -5,7 +5,7 @@ What exists is read from the sources of the installed packages (:mod:`.sources`)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
@@ -16,17 +16,13 @@ from lightning_spectral.text import did_you_mean
 from lightning_spectral.training.document import (
     OUR_DATA,
     RecipeError,
-    find,
     named_config,
     named_models,
-    overridden,
-    read_tree,
     text_data,
 )
 from lightning_spectral.training.sources import (
     arguments_of,
     assigned_strings,
-    choices,
     defaults_of,
     fields_of,
     is_missing,
@@ -89,17 +85,6 @@ def _refuse_other_kinds(tree: Mapping[str, Any]) -> None:
             "the recipe has `callbacks` and nothing else: `LIGHTNING_SPECTRAL=FILE python train.py` puts them into a "
             "script of your own; to train, give a recipe with a model and `data`."
         )
-
-
-def check_names(source: str | Path, words: Sequence[str]) -> dict[str, Any]:
-    """The tree of a recipe with its overrides, every name in it checked; imports neither torch nor litgpt.
-
-    Raises:
-        RecipeError: As :func:`refuse_unknown_names`.
-    """
-    tree = with_class_paths(overridden(read_tree(find(source)), words))
-    refuse_unknown_names(tree)
-    return tree
 
 
 def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,7 +157,6 @@ def refuse_unknown_names(tree: Mapping[str, Any]) -> None:
         _refuse_unknown(value, fields_of(path), f"{group}.")
     if isinstance(tree.get("model_name"), str) and tree.get("model_config") is None:
         named_config(tree["model_name"])
-    _refuse_unknown_logger(tree.get("logger_name"))
     _refuse_unknown_class("data", tree["data"])
     for callback in tree["callbacks"]:
         _refuse_unknown_class("callbacks", callback)
@@ -184,12 +168,6 @@ def _refuse_unknown(given: Iterable[str], known: Iterable[str], prefix: str) -> 
     for key in given:
         if key not in known:
             raise RecipeError(f"unknown key `{prefix}{key}`; {did_you_mean(key, known, prefix=prefix)}")
-
-
-def _refuse_unknown_logger(name: Any) -> None:
-    known = choices("litgpt.types.LoggerChoice")
-    if isinstance(name, str) and known and name not in known:
-        raise RecipeError(f"`logger_name` must be one of {', '.join(known)}, got {name}.")
 
 
 def _nearest_key(key: str, tree: Mapping[str, Any]) -> str:
@@ -258,8 +236,10 @@ def _refuse_unknown_class(key: str, spec: Any) -> None:
 
 def _refuse_unknown_optimizer(spec: Any) -> None:
     path = spec.get("class_path") if isinstance(spec, dict) else spec
-    if not isinstance(path, str):
+    if spec is None:
         return
+    if not isinstance(path, str):
+        raise RecipeError(f"`optimizer` must be a class name or have a `class_path`, got {spec!r}.")
     full = path if "." in path else f"torch.optim.{path}"
     if is_missing(full):
         module, _, name = full.rpartition(".")

@@ -7,11 +7,11 @@ import copy
 import inspect
 import pickle
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -31,6 +31,7 @@ from lightning_spectral.training.names import (
     refuse_unknown_names,
     with_class_paths,
 )
+from lightning_spectral.training.values import refuse_wrong_values
 
 _APART = ("model_config", "data", "callbacks", "optimizer")  # what takes jsonargparse most of its time
 
@@ -85,6 +86,7 @@ def check(tree: dict[str, Any]) -> dict[str, Any]:
     }
     tree = with_class_paths(tree)
     refuse_unknown_names(tree)
+    refuse_wrong_values(tree)
     if tree.get("model_name") is None and tree.get("model_config") is None:
         raise RecipeError(
             "the recipe names no model: set `model_name` (litgpt's names) or describe one in `model_config`."
@@ -99,7 +101,6 @@ def check(tree: dict[str, Any]) -> dict[str, Any]:
     content = defaults()
     content.update(_parsed(tree))
     content["model_config"] = given_config
-    _refuse_what_cannot_be_honoured(content)
     return content
 
 
@@ -200,30 +201,11 @@ def _what_does_not_fit(message: str) -> str:
     value = re.search(r"Given value: (.+)", message) or re.search(r"Got value: (.+)", message)
     if not key:
         return one_line(message)
-    choices = _choices(key[1])
-    if choices:
-        return f"`{key[1]}` must be one of {', '.join(map(str, choices))}{f', got {value[1]}' if value else ''}."
     tried = re.findall(r"Expected an? (?:<class '([\w.]+)'>|([^.\n]+))", message)
     wanted = [name or text for name, text in tried if name != "NoneType"]
     if not value or not wanted:
         return one_line(message)
     return f"`{key[1]}` must be {' or '.join(dict.fromkeys(wanted))}, got {value[1].strip().rstrip('.')}."
-
-
-def _choices(key: str) -> list[Any]:
-    """The values that a key with a closed choice takes."""
-    group, _, field = key.rpartition(".")
-    owners = [import_class(GROUPS[group])] if group in GROUPS else [litgpt_setup, our_keys]
-    found: list[Any] = []
-    for owner in owners:
-        waiting = [get_type_hints(owner).get(field)]
-        while waiting:
-            hint = waiting.pop()
-            if get_origin(hint) is Literal:
-                found += get_args(hint)
-            else:
-                waiting += get_args(hint)
-    return found
 
 
 def _check_class(key: str, spec: Any) -> None:
@@ -312,39 +294,3 @@ def _check_optimizer(spec: Any) -> None:
         raise RecipeError(str(error)) from error
     init_args = class_of("optimizer", spec)[1] if isinstance(spec, dict) else {}
     _refuse_values_of_other_types("optimizer.init_args", found, init_args, skip={"params"})
-
-
-def _refuse_what_cannot_be_honoured(content: dict[str, Any]) -> None:
-    for reason in (*_bad_numbers(content), *_bad_combinations(content)):
-        raise RecipeError(reason)
-
-
-# (group, keys, whether an empty value means no limit): each must be at least 1
-_COUNTS = (
-    ("eval", ("interval", "max_iters"), False),
-    ("train", ("global_batch_size", "micro_batch_size", "log_interval"), False),
-    ("train", ("max_steps", "max_tokens", "epochs", "max_seq_length", "save_interval"), True),
-)
-
-
-def _bad_numbers(content: dict[str, Any]) -> Iterator[str]:
-    for group, names, may_be_empty in _COUNTS:
-        for name in names:
-            value = content[group][name]
-            if value is not None and value < 1:
-                remedy = "; leave it empty for no limit" if may_be_empty else ""
-                yield f"`{group}.{name}` must be >= 1, got {value}{remedy}."
-
-
-def _bad_combinations(content: dict[str, Any]) -> Iterator[str]:
-    train, evaluation = content["train"], content["eval"]
-    if evaluation["max_new_tokens"] is not None:
-        yield f"`eval.max_new_tokens: {evaluation['max_new_tokens']}` is for fine-tuning. Leave it empty."
-    if evaluation["evaluate_example"] != "first":
-        yield f"`eval.evaluate_example: {evaluation['evaluate_example']}` is for fine-tuning. Leave it out."
-    if all(train[key] is None for key in ("max_steps", "max_tokens", "epochs")):
-        yield "the run has no end: set `train.max_tokens`, `train.max_steps` or `train.epochs`."
-    if content["initial_checkpoint_dir"] and content["resume"]:
-        yield "`resume` and `initial_checkpoint_dir` both say where to start: set one of them."
-    if content["logger_name"] != "wandb" and any(content["log"][key] for key in ("project", "run", "group")):
-        yield f"`log.project`, `log.run` and `log.group` are for `logger_name: wandb`, got {content['logger_name']}."

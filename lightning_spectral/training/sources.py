@@ -7,7 +7,8 @@ A function here that cannot tell returns ``None``; the full check after the impo
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,18 +18,36 @@ _HOPS = 6  # imports followed from a package's front page to the module that def
 
 _READ: dict[str, Callable[[Any], Any]] = {"int": int, "float": float, "Path": str}  # calls whose value is known
 
+PLAIN: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str, "Path": Path}
+
 Definition = ast.ClassDef | ast.FunctionDef
+Hint = tuple[str, ast.expr | None]  # the module in which an annotation stands, and the annotation
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One value of a ``Literal``."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class ListOf:
+    """A list, each item of which is one of these."""
+
+    items: tuple[Any, ...]
 
 
 @lru_cache(maxsize=256)
 def tree_of(module: str) -> ast.Module | None:
     """The parsed source of an installed module; ``None`` if it has no Python source."""
-    file = _file_of(module)
+    file = file_of(module)
     return ast.parse(file.read_text(encoding="utf-8")) if file else None
 
 
 @lru_cache(maxsize=256)
-def _file_of(module: str) -> Path | None:
+def file_of(module: str) -> Path | None:
+    """Where the source of an installed module lies; imports nothing."""
     top, *rest = module.split(".")
     spec = find_spec(top) if top else None  # of a top-level name: imports nothing
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
@@ -76,19 +95,23 @@ def assigned_strings(module: str, name: str) -> list[str]:
 
 def fields_of(path: str) -> list[str]:
     """Annotated names in a class body, bases first: the fields of a dataclass or of a ``TypedDict``."""
+    return list(_fields(path))
+
+
+def _fields(path: str) -> dict[str, Hint]:
     found = _definition(path)
     if found is None:
-        return []
+        return {}
     module, node = found
     if not isinstance(node, ast.ClassDef):
-        return []
+        return {}
     bases: list[ast.expr] = node.bases
-    inherited = [name for base in bases for name in fields_of(_path_in(module, base))]
+    inherited = {name: hint for base in bases for name, hint in _fields(_path_in(module, base)).items()}
     if not (inherited or _is_dataclass(node) or any(_last_name(base) == "TypedDict" for base in bases)):
-        return []
+        return {}
     annotated = [item for item in node.body if isinstance(item, ast.AnnAssign) and not _is_no_argument(item.value)]
-    own = [item.target.id for item in annotated if isinstance(item.target, ast.Name)]
-    return list(dict.fromkeys([*inherited, *own]))
+    own = {item.target.id: (module, item.annotation) for item in annotated if isinstance(item.target, ast.Name)}
+    return {**inherited, **own}
 
 
 def _is_dataclass(node: ast.ClassDef) -> bool:
@@ -105,6 +128,12 @@ def _is_no_argument(value: ast.expr | None) -> bool:
 
 def arguments_of(path: str) -> list[str] | None:
     """Names that a function or a class takes; ``None`` if the source alone does not say."""
+    hints = hints_of(path)
+    return None if hints is None else list(hints)
+
+
+def hints_of(path: str) -> dict[str, Hint] | None:
+    """Annotations of what a function or a class takes, by name; ``None`` if the source alone does not say."""
     found = _definition(path)
     if found is None:
         return None
@@ -114,25 +143,75 @@ def arguments_of(path: str) -> list[str] | None:
     return _arguments_of_class(path, module, node)
 
 
-def _arguments_of_class(path: str, module: str, node: ast.ClassDef) -> list[str] | None:
+def _arguments_of_class(path: str, module: str, node: ast.ClassDef) -> dict[str, Hint] | None:
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
             known = _arguments(module, item.args)
-            return None if known is None else known[1:]  # without ``self``
+            return None if known is None else dict(list(known.items())[1:])  # without ``self``
     if _is_dataclass(node):
-        return fields_of(path)
-    return arguments_of(_path_in(module, node.bases[0])) if node.bases else None
+        return _fields(path)
+    return hints_of(_path_in(module, node.bases[0])) if node.bases else None
 
 
-def _arguments(module: str, args: ast.arguments) -> list[str] | None:
-    known = [arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+def _arguments(module: str, args: ast.arguments) -> dict[str, Hint] | None:
+    known = {arg.arg: (module, arg.annotation) for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs)}
     if args.kwarg is None:
         return known
     hint = args.kwarg.annotation  # ``**shared: Unpack[SomeTypedDict]``
     if isinstance(hint, ast.Subscript) and _last_name(hint.value) == "Unpack":
-        shared = fields_of(_path_in(module, hint.slice))
-        return [*known, *shared] if shared else None
+        shared = _fields(_path_in(module, hint.slice))
+        return {**known, **shared} if shared else None
     return None
+
+
+def alternatives(hint: Hint) -> Iterator[Any]:
+    """What an annotation allows, one by one: a plain type, ``Choice``, ``ListOf``, ``None``; ``...`` for any other.
+
+    Aliases (``Name = Literal["a", "b"]``) are followed; a tensor, which no recipe can hold, is left out.
+    """
+    module, node = hint
+    if isinstance(node, ast.BinOp):
+        yield from alternatives((module, node.left))
+        yield from alternatives((module, node.right))
+    elif isinstance(node, ast.Subscript):
+        yield from _of_subscript(module, node)
+    elif isinstance(node, ast.Constant) and node.value is None:
+        yield None
+    elif not isinstance(node, (ast.Name, ast.Attribute)):
+        yield ...
+    elif _last_name(node) in PLAIN:
+        yield PLAIN[_last_name(node)]
+    elif _last_name(node) != "Tensor":
+        alias = _alias(module, _last_name(node)) if isinstance(node, ast.Name) else None
+        yield from alternatives(alias) if alias else [...]
+
+
+def _of_subscript(module: str, node: ast.Subscript) -> Iterator[Any]:
+    kind = _last_name(node.value)
+    inside = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+    if kind == "Literal":
+        constants = [item.value if isinstance(item, ast.Constant) else ... for item in inside]
+        yield from (value if value in (None, ...) else Choice(value) for value in constants)
+    elif kind in ("list", "Sequence"):
+        yield ListOf(tuple(alternatives((module, node.slice))))
+    elif kind in ("Optional", "Union"):
+        yield from (one for item in inside for one in alternatives((module, item)))
+        if kind == "Optional":
+            yield None
+    else:
+        yield ...
+
+
+def _alias(module: str, name: str, hops: int = _HOPS) -> Hint | None:
+    """What a module assigns to a name, imports followed."""
+    tree = tree_of(module)
+    if tree is None or not hops:
+        return None
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(_is_name(target, name) for target in node.targets):
+            return module, node.value
+    home = _imported_from(tree, module, name)
+    return _alias(home.rpartition(".")[0], home.rpartition(".")[2], hops - 1) if home else None
 
 
 def defaults_of(path: str) -> dict[str, Any]:
@@ -204,7 +283,7 @@ def _imported_from(tree: ast.Module, module: str, name: str) -> str | None:
 def _absolute(module: str, node: ast.ImportFrom) -> str:
     if not node.level:
         return node.module or ""
-    file = _file_of(module)
+    file = file_of(module)
     is_package = file is not None and file.name == "__init__.py"
     parts = module.split(".")
     parts = parts[: len(parts) - node.level + is_package]

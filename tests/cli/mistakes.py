@@ -84,11 +84,11 @@ PRETRAIN: Final = [
     ("pretrain --config RECIPE --format tabel", ["`--format`", "tabel", "table"]),
     (
         "pretrain --config debug --callbacks.SpectralRankCallback.init_args.soft aprox",
-        ["SpectralRankCallback", "`soft`", "aprox", "'approx'"],
+        ["`callbacks.SpectralRankCallback.init_args.soft`", "aprox", "`approx`"],
     ),
     (
         "pretrain --config debug --callbacks.SpectralRankCallback.init_args.on_nonfinite ignore",
-        ["SpectralRankCallback", "`on_nonfinite`", "ignore", "'record'"],
+        ["`callbacks.SpectralRankCallback.init_args.on_nonfinite`", "ignore", "record"],
     ),
     ("pretrain --config RECIPE --print_confg", ["`--print_confg`", "`--print_config`"]),
     ("pretrain --config RECIPE --out_dir FILE", ["`out_dir`", "FILE", "folder"]),
@@ -102,23 +102,68 @@ PRETRAIN: Final = [
     ("pretrain --config RECIPE --resume latest", ["`resume`", "`latest`", "`auto`"]),
 ]
 
-PRETRAIN_FULL = [
+# values of another type or outside of a closed choice
+PRETRAIN += [
     ("pretrain --config RECIPE --train.max_steps many", ["`train.max_steps`", "many", "int"]),
     ("pretrain --config RECIPE --train.max_steps 0", ["`train.max_steps`", "0", ">= 1"]),
     ("pretrain --config RECIPE --train.max_steps -5", ["`train.max_steps`", "-5", ">= 1"]),
     ("pretrain --config RECIPE --train.max_steps 1.5", ["`train.max_steps`", "1.5", "int"]),
     ("pretrain --config RECIPE --optimizer.init_args.lr fast", ["`optimizer.init_args.lr`", "fast", "float"]),
-    ("pretrain --config RECIPE --optimizer.init_args.lr -1", ["optimizer", "lr", "-1"]),
-    ("pretrain --config RECIPE --optimizer.init_args.betas 0.9", ["optimizer", "betas", "0.9"]),
     ("pretrain --config RECIPE --accelerator gpu", ["`accelerator`", "gpu", "cpu"]),
     ("pretrain --config RECIPE --accelerator tpu", ["`accelerator`", "tpu", "cpu"]),
     ("pretrain --config RECIPE --devices none", ["`devices`", "none", "auto"]),
     ("pretrain --config RECIPE --strategy fdsp", ["`strategy`", "fdsp", "fsdp"]),
     ("pretrain --config RECIPE --precision fp16", ["`precision`", "fp16", "16-true"]),
+    ("pretrain --config RECIPE --model_config.n_embd wide", ["`model_config.n_embd`", "wide"]),
+    ("pretrain --config RECIPE --architecture.activation rellu", ["`architecture.activation`", "rellu", "relu"]),
+    ("pretrain --config RECIPE --lr_schedule.kind cosin", ["`lr_schedule.kind`", "cosin", "cosine"]),
+    ("pretrain --config RECIPE --eval.interval 0", ["`eval.interval`", "0", ">= 1"]),
+    ("pretrain --config RECIPE --seed lucky", ["`seed`", "lucky", "int"]),
+    ("pretrain --config RECIPE --log.project mine", ["`log.project`", "wandb", "csv"]),
+    ("pretrain --config RECIPE --precision bf16", ["`precision`", "bf16", "`bf16-mixed`"]),
+    ("pretrain --config RECIPE --strategy ddpp", ["`strategy`", "ddpp", "`ddp`"]),
+    ("pretrain --config RECIPE --strategy hsdp", ["`strategy: hsdp`", "replicas", "`hsdp:2`"]),
+    (
+        "pretrain --config RECIPE --strategy {class_path:\\ lightning.pytorch.strategies.DDPP}",
+        ["`strategy`", "DDPP", "class path"],
+    ),
+    ("pretrain --config RECIPE --accelerator gup", ["`accelerator`", "gup", "`gpu`"]),
+    ("pretrain --config RECIPE --devices 0", ["`devices`", "0", "auto"]),
+    ("pretrain --config RECIPE --devices 0,1", ["`devices`", "0,1", "auto"]),
+    ("pretrain --config RECIPE --num_nodes two", ["`num_nodes`", "two", "int"]),
+    ("pretrain --config RECIPE --architecture.positions ropee", ["`architecture.positions`", "ropee", "`rope`"]),
+    ("pretrain --config RECIPE --architecture.init papre", ["`architecture.init`", "papre", "`paper`"]),
+    (
+        "pretrain --config RECIPE --model_config.norm_class_name RMSnorm",
+        ["`model_config.norm_class_name`", "RMSnorm", "`RMSNorm`"],
+    ),
+    ("pretrain --config RECIPE --train.tie_embeddings maybe", ["`train.tie_embeddings`", "maybe", "bool"]),
+    (
+        "pretrain --config debug --callbacks.TailTokenProbe.init_args.attribute_to inptu",
+        ["`callbacks.TailTokenProbe.init_args.attribute_to`", "inptu", "`input`"],
+    ),
+    (
+        "pretrain --config RECIPE --optimizer Muon --optimizer.init_args.nesterov maybe",
+        ["`optimizer.init_args.nesterov`", "maybe", "bool"],
+    ),
+    (
+        "pretrain --config debug --callbacks.TailTokenProbe.init_args.sites [psot]",
+        ["`callbacks.TailTokenProbe.init_args.sites`", "psot", "`post`"],
+    ),
+    (
+        "pretrain --config debug --callbacks.TailTokenProbe.init_args.modules x.down",
+        ["`callbacks.TailTokenProbe.init_args.modules`", "list", "[x.down]"],
+    ),
+    ("pretrain --config RECIPE --data.init_args.seed lucky", ["`data.init_args.seed`", "lucky", "int"]),
+]
+
+PRETRAIN_FULL = [
+    ("pretrain --config RECIPE --resume true", ["`resume: true`", "`resume: auto`"]),
+    ("pretrain --config RECIPE --optimizer.init_args.lr -1", ["optimizer", "lr", "-1"]),
+    ("pretrain --config RECIPE --optimizer.init_args.betas 0.9", ["optimizer", "betas", "0.9"]),
     ("pretrain --config RECIPE --tokenizer_dir nope", ["`tokenizer_dir`", "`nope`"]),
     ("pretrain --config RECIPE --initial_checkpoint_dir nope", ["`initial_checkpoint_dir`", "`nope`"]),
     ("pretrain --config RECIPE --resume nope.ckpt", ["`resume`", "`nope.ckpt`", "`auto`"]),
-    ("pretrain --config RECIPE --resume true", ["`resume: true`", "`resume: auto`"]),
     (
         "pretrain --config RECIPE --train.global_batch_size 6",
         ["`train.global_batch_size`", "6", "`train.micro_batch_size`"],
@@ -127,14 +172,8 @@ PRETRAIN_FULL = [
     ("pretrain --config RECIPE --train.max_steps null", ["`train.max_tokens`", "`train.max_steps`"]),
     ("pretrain --config RECIPE --train.max_tokens 3 --train.max_steps null", ["`train.max_tokens`", "one takes"]),
     ("pretrain --config RECIPE --model_config.n_head 3", ["n_head", "n_embd"]),
-    ("pretrain --config RECIPE --model_config.n_embd wide", ["`model_config.n_embd`", "wide"]),
     ("pretrain --config RECIPE --model_config.padded_vocab_size 100", ["`padded_vocab_size`", "100", "raise"]),
-    ("pretrain --config RECIPE --architecture.activation rellu", ["`architecture.activation`", "rellu", "relu"]),
     ("pretrain --config RECIPE --architecture.ffn_multiplier 0", ["`architecture.ffn_multiplier`", "0"]),
-    ("pretrain --config RECIPE --lr_schedule.kind cosin", ["`lr_schedule.kind`", "cosin", "cosine"]),
-    ("pretrain --config RECIPE --eval.interval 0", ["`eval.interval`", "0", ">= 1"]),
-    ("pretrain --config RECIPE --seed lucky", ["`seed`", "lucky", "int"]),
-    ("pretrain --config RECIPE --log.project mine", ["`log.project`", "wandb", "csv"]),
     (
         "pretrain --config RECIPE --callbacks+ lightning.pytorch.Trainer",
         ["`callbacks`", "lightning.pytorch.Trainer", "Callback"],
@@ -146,10 +185,6 @@ PRETRAIN_FULL = [
     (
         "pretrain --config RECIPE --callbacks+ {class_path:\\ TailTokenProbe,\\ init_args:\\ {counts:\\ no.npy}}",
         ["counts", "no.npy", "count-tokens"],
-    ),
-    (
-        "pretrain --config RECIPE --callbacks+ {class_path:\\ SpectralRankCallback,\\ init_args:\\ {sites:\\ [psot]}}",
-        ["sites", "psot", "post"],
     ),
 ]
 
@@ -184,9 +219,14 @@ SWEEP: Final = [
     ("plan RECIPE --train.max_step 3", ["`train.max_step`", "`train.max_steps`"]),
 ]
 
-SWEEP_FULL: Final = [
+SWEEP += [
     ("sweep RECIPE --axis train.max_steps=0,4 --dry-run", ["`train.max_steps`", "0", ">= 1"]),
     ("sweep RECIPE --axis optimizer.init_args.lr=fast --dry-run", ["optimizer.init_args.lr", "fast", "float"]),
+    ("sweep RECIPE --axis strategy=ddp,fdsp --dry-run", ["`strategy`", "fdsp", "`fsdp`"]),
+    ("plan RECIPE --precision bf16", ["`precision`", "bf16", "`bf16-mixed`"]),
+]
+
+SWEEP_FULL: Final = [
     ("sweep RECIPE --axis model_config.n_head=3,2 --dry-run", ["n_head", "n_embd"]),
     ("sweep RECIPE --axis optimizer=AdamW,torch.optim.Muon --dry-run", ["`optimizer`", "Muon", "2D"]),
     ("sweep debug --axis seed=0,0 --dry-run", ["`seed-0`", "once"]),
@@ -244,7 +284,6 @@ MODELS: Final = [
         "measure EleutherAI/pythia-14m@step1 --data TEXT",
         ["hf download EleutherAI/pythia-14m --revision step1", "`measure pythia-14m`"],
     ),
-    ("count-tokens --data BLANK --out counts.npy", ["`--data`", "no text", "BLANK"]),
     ("count-tokens --data KEYED --out counts.npy", ["`text`", "`txt`", "`--text_column`"]),
     ("measure EMPTY --data TEXT --tokens few", ["--tokens", "few", "whole number"]),
     ("measure EMPTY --data TEXT --sites psot", ["--sites", "psot", "post"]),
@@ -257,7 +296,6 @@ MODELS: Final = [
     ("count-tokens --data TEXT --out counts.npy --text_column body --tokenizer_dir nope", ["nope", "--tokenizer_dir"]),
     ("memory one-stp", ["one-stp", "`one-step`"]),
     ("memory", ["one-step"]),
-    ("memory one-step --rules moun", ["moun", "muon"]),
     ("memory one-step --d -8", ["--d", "-8"]),
     ("memory one-step --d wide", ["--d", "wide"]),
     ("memory one-step --alpha 0", ["--alpha", "0"]),
@@ -268,6 +306,8 @@ MODELS: Final = [
 ]
 
 MODELS_FULL: Final = [
+    ("memory one-step --rules moun", ["moun", "muon"]),
+    ("count-tokens --data BLANK --out counts.npy", ["`--data`", "no text", "BLANK"]),
     ("measure EMPTY --data TEXT", ["EMPTY", "lit_model.pth"]),
     ("measure EMPTY --data nowhere.txt", ["`nowhere.txt`", "--data"]),
     ("inspect pythia-14", ["pythia-14", "`pythia-14m`"]),

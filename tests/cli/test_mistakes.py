@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning.pytorch  # noqa: F401 - else its log goes to the stderr of the test that imports it first
 import pytest
@@ -61,3 +65,37 @@ def test_the_answer_names_key_value_and_remedy(command, wanted, places, capsys, 
 def test_there_are_more_than_120_of_them_and_none_twice() -> None:
     commands = [command for command, _ in mistakes.ALL]
     assert len(set(commands)) == len(commands) > 120
+
+
+EARLY = [
+    command
+    for group in (mistakes.VERBS, mistakes.PRETRAIN, mistakes.SWEEP, mistakes.ANALYSIS, mistakes.MODELS)
+    for command, _ in group
+]
+COSTS = """
+import contextlib, io, json, shlex, sys, time
+from lightning_spectral.cli import main
+found = {}
+for command in json.loads(sys.argv[1]):
+    start = time.process_time()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()):
+            main(shlex.split(command))
+    imported = [name for name in ("lightning", "litgpt", "jsonargparse") if name in sys.modules]
+    found[command] = [time.process_time() - start, imported]
+    for name in [name for name in sys.modules if name.partition(".")[0] in imported]:
+        del sys.modules[name]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow  # two hundred commands
+def test_early_answers_import_no_lightning_and_take_less_than_a_second_of_cpu(places, tmp_path: Path) -> None:
+    spelled = [shlex.join(places.get(word, word) for word in shlex.split(command)) for command in EARLY]
+    words = [sys.executable, "-c", COSTS, json.dumps(spelled)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
+    costs = json.loads(done.stdout.splitlines()[-1])
+    assert len(costs) == len(EARLY)
+    assert [command for command, (_, imported) in costs.items() if imported] == []
+    slow = [command for command, (seconds, _) in costs.items() if seconds > 1]
+    assert [command for command in slow if not command.startswith("memory ")] == []  # whose settings need torch

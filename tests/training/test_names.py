@@ -6,16 +6,23 @@ import inspect
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import litgpt.data
 import pytest
 import torch
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_spectral
 from lightning_spectral.gpt.module import optimizer_class
+from lightning_spectral.optim.settings import OrthogonalArguments
+from lightning_spectral.probe.settings import SharedArguments
 from lightning_spectral.text import import_class
-from lightning_spectral.training import measure, names, sources
+from lightning_spectral.training import devices, document, measure, names, sources, values
 from lightning_spectral.training.schema import defaults
 
 HEAVY = ("torch", "lightning", "litgpt", "jsonargparse", "transformers", "datasets", "scipy", "matplotlib")
@@ -68,6 +75,71 @@ def test_public_names_are_those_of_the_package():
 @pytest.mark.parametrize("path", ["torch.optim.Adamw", "lightning_spectral.Moun", "lightning_spectral.optim.X", "no.X"])
 def test_missing(path):
     assert sources.is_missing(path)
+
+
+def test_names_of_strategies_and_accelerators_are_those_that_lightning_registers():
+    assert devices.strategy_names() == sorted(StrategyRegistry.available_strategies())
+    assert devices.accelerator_names() == sorted(AcceleratorRegistry.available_accelerators())
+
+
+def _alternatives(hint):
+    """What :func:`sources.alternatives` reads in a source, of an annotation that was imported."""
+    kind, inside = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return [one for part in inside for one in _alternatives(part)]
+    if kind is Literal:
+        return [value if value is None else sources.Choice(value) for value in inside]
+    if kind in (list, Sequence):
+        return [sources.ListOf(tuple(_alternatives(inside[0])))]
+    if hint is torch.Tensor:
+        return []
+    return [None if hint is NoneType else hint if hint in sources.PLAIN.values() else ...]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(names.SETUP, names.OUR_KEYS, *names.GROUPS.values()),
+        *("lightning_spectral.Muon", "lightning_spectral.SpectralRankCallback", "lightning_spectral.data.TextFiles"),
+    ],
+)
+def test_alternatives_are_those_of_the_annotation(path):
+    found = import_class(path)
+    hints = get_type_hints(found if not isinstance(found, type) or is_dataclass(found) else found.__init__)
+    if "shared" in hints:
+        hints |= get_type_hints(OrthogonalArguments if path.endswith("Muon") else SharedArguments)
+    for name, hint in sources.hints_of(path).items():
+        read = list(sources.alternatives(hint))
+        assert sorted(map(str, read)) == sorted(map(str, _alternatives(hints[name]))), name
+
+
+@pytest.mark.parametrize("recipe", document.names())
+def test_no_shipped_recipe_is_refused(recipe):
+    assert values.check_without_imports(recipe, [])["data"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("devices", -1),
+        ("devices", "auto"),
+        ("strategy", "ddp_find_unused_parameters_true"),
+        ("strategy", "tp:2"),
+        ("strategy", {"class_path": "lightning.pytorch.strategies.DDPStrategy"}),
+        ("accelerator", "mps"),  # whether there is one is asked when it trains
+        ("train.max_steps", "7"),
+        ("optimizer.init_args.lr", "1e-3"),
+        ("optimizer.init_args.lr", 1),
+        ("precision", None),
+        ("resume", "auto"),
+        ("resume", True),
+        ("resume", "somewhere/last.ckpt"),
+        ("seed", 1.0),
+    ],
+)
+def test_what_may_be_meant_is_left_to_the_full_check(key, value):
+    tree = names.with_class_paths(document.overridden(document.read_tree(document.find("debug")), {key: value}))
+    values.refuse_wrong_values(tree)
 
 
 QUICK = ("pretrain", "--config", "quickstart")

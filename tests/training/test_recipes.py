@@ -195,7 +195,7 @@ def test_a_path_is_data(tmp_path: Path, text: str) -> None:
         ({"callbacks": ["SpectralRank"]}, r"SpectralRank"),
         (
             {"callbacks": [{"class_path": "SpectralRankCallback", "init_args": {"every_n_steps": "often"}}]},
-            r"`callbacks`: SpectralRankCallback: .*every_n_steps.*often",
+            r"`callbacks.SpectralRankCallback.*every_n_steps` must be int, got often",
         ),
         ({"callbacks.3.init_args.x": 1}, r"`callbacks.3`: the list is empty"),
         ({"train.max_steps.x": 1}, r"`train.max_steps` is 12 and has nothing below it"),

@@ -117,7 +117,7 @@ class Grouping:
     def _ratio(self, one: Route) -> float:
         if one.role == "matrix":
             return 1.0
-        scale = HEAD_LR_SCALES[self.settings.head_lr_scale](one.named.shape[-1]) if one.role == "head" else 1.0
+        scale = HEAD_LR_SCALES[self.settings.head_lr_scale](one.inputs) if one.role == "head" else 1.0
         return self.fallback_ratio * scale
 
 

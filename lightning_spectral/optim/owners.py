@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import GeneratorType
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_spectral.models.names import clean_name
 from lightning_spectral.models.placement import Shards
-from lightning_spectral.models.places import Place
+from lightning_spectral.models.places import Place, places_in
 
 REMEDY = (
     "Pass the module itself, `module.named_parameters()`, or an unstarted `module.parameters()` of a live module, "
@@ -102,7 +101,7 @@ def _walk(
     places: dict[int, list[Place]] = {}
     found: dict[int, nn.Parameter] = {}
     for root in roots:
-        for param, place in _places_in(root):
+        for param, place in places_in(root):
             if wanted is not None and id(param) not in wanted:
                 continue
             known = places.setdefault(id(param), [])
@@ -120,27 +119,6 @@ def _walk(
     if not result:
         raise ValueError(f"`params` holds no parameter. {REMEDY}")
     return result
-
-
-def _places_in(root: nn.Module) -> Iterator[tuple[nn.Parameter, Place]]:
-    modules = dict(root.named_modules(remove_duplicate=False))
-    in_block = {"": False}
-    for path, module in modules.items():
-        parent, _, last = path.rpartition(".")
-        if path:
-            in_block[path] = in_block[parent] or (last.isdecimal() and _is_repeated(modules[parent], module))
-        for attribute, param in module._parameters.items():
-            if param is not None:
-                yield param, Place(clean_name(path), module, attribute, in_block[path], root)
-
-
-def _is_repeated(container: nn.Module, child: nn.Module) -> bool:
-    """Whether a numbered child is one of several alike blocks; a single layer (a Linear of a Sequential) is none."""
-    if not child._modules:
-        return False
-    if isinstance(container, nn.ModuleList):
-        return True
-    return sum(type(other) is type(child) for other in container._modules.values()) > 1
 
 
 def _orphan_message(orphans: Sequence[Tensor], total: int) -> str:

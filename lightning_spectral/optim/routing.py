@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lightning_spectral.models.layouts import convolution, is_linear, matrices_of
-from lightning_spectral.models.names import clean_name
+from lightning_spectral.models.layouts import convolution, input_layer, matrices_of
 from lightning_spectral.models.places import Place
 from lightning_spectral.models.views import Views
+from lightning_spectral.optim.heads import Heads
 from lightning_spectral.optim.owners import NamedParameter
 from lightning_spectral.text.tables import Column, Table
 
@@ -27,14 +27,10 @@ ROLES: tuple[Role, ...] = ("matrix", "embedding", "head", "vector")
 TRANSPOSED = "transposed matrix"  # an override only
 _COLUMNS = ("role", "tensors", Column("elements", ","), Column("share", ".1%"), "example", "why", "matrices", "rule")
 
-_HEAD = re.compile(
-    r"^(lm_heads?|heads?|classifier|unembed\w*|to_logits|logits|embed_out|score|qa_outputs|output_projection|cls"
-    r"|codebooks_head|\w+_(lm_head|classifier))$"
+_TABLE = re.compile(  # of bare parameters
+    r"embed|pos|token|table|^(A_log|D)$|sinks|probe|latents|prompt|code(book|vector)|centroid|prototype", re.I
 )
-_TABLE = re.compile(r"embed|pos|token|table|^A_log$|sinks|probe|latents|prompt", re.I)  # of bare parameters
-_POSITIONS = re.compile(
-    r"(^|[._])(pos\w*|wpe|\w*position\w*|\w*type\w*|seg\w*|time\w*|level\w*)($|[._])", re.IGNORECASE
-)
+_BIAS = re.compile(r"bias(es)?(_|$)")
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,12 @@ class Route:
         """Entries of the whole parameter."""
         return int(torch.Size(self.named.shape).numel())
 
+    @property
+    def inputs(self) -> int:
+        """How many values one output is made of."""
+        views = matrices_of(self.named.places[0], self.named.shape)
+        return self.named.shape[-1] if views is None else views.matrix[1]
+
 
 def route(named: Sequence[NamedParameter], overrides: dict[str, str] | None = None, split: str = "none") -> list[Route]:
     """Give every parameter a role, and every matrix parameter its views.
@@ -75,7 +77,7 @@ def route(named: Sequence[NamedParameter], overrides: dict[str, str] | None = No
             dimensions a matrix.
     """
     overrides = overrides or {}
-    heads = _Heads(named)
+    heads = Heads(named)
     used: set[str] = set()
     routes = []
     for one in named:
@@ -93,93 +95,30 @@ def route(named: Sequence[NamedParameter], overrides: dict[str, str] | None = No
     return routes
 
 
-class _Heads:
-    """What is known about output layers before single parameters are looked at."""
-
-    def __init__(self, named: Sequence[NamedParameter]) -> None:
-        self._owned: set[int] = set()  # weights that the model itself calls its output embeddings
-        self._declared: set[int] = set()  # modules inside a model that says what its output embeddings are
-        self._vocabularies: dict[int, set[int]] = {}  # id of the root -> rows of its token tables
-        self._last: dict[
-            tuple[int, str], str
-        ] = {}  # (root, path of a module, "" for itself) -> last linear layer in it
-        for root in {id(one.places[0].root): one.places[0].root for one in named}.values():
-            self._ask(root)
-            self._walk(root)
-
-    def _ask(self, root: nn.Module) -> None:
-        for module in root.modules():
-            ask = getattr(type(module), "get_output_embeddings", None)
-            if ask is None:
-                continue
-            self._declared.update(id(child) for child in module.modules())
-            try:
-                weight = getattr(ask(module), "weight", None)
-            except Exception:  # noqa: S112 - a foreign method; some models have none and say so by raising
-                continue
-            if weight is not None:
-                self._owned.add(id(weight))
-
-    def _walk(self, root: nn.Module) -> None:
-        for raw, module in root.named_modules(remove_duplicate=False):
-            path = clean_name(raw)
-            if isinstance(module, nn.Embedding) and not _POSITIONS.search(path):
-                self._vocabularies.setdefault(id(root), set()).add(module.num_embeddings)
-            if is_linear(module):
-                parts = path.split(".")
-                for depth in range(len(parts)):
-                    self._last[id(root), ".".join(parts[:depth])] = path
-
-    def reason(self, one: NamedParameter) -> str | None:
-        """Why this matrix is a head; None when it is none."""
-        if id(one.param) in self._owned:
-            return "output embeddings"
-        place = one.places[0]
-        root = id(place.root)
-        as_wide = one.shape[0] in self._vocabularies.get(root, set())
-        if any(self._is_named_head(each, as_wide) for each in one.places):
-            return "head by name"
-        is_last = self._last.get((root, "")) == place.path
-        if is_last and as_wide and not place.in_block and id(place.module) not in self._declared:
-            return "last layer, as wide as the tokens"
-        return None
-
-    def _is_named_head(self, place: Place, as_wide: bool) -> bool:
-        """A layer called a head, or the last layer right inside something called so.
-
-        Inside a repeated block (multi-token prediction) it must also be as wide as the token table.
-        """
-        parent, _, last = place.path.rpartition(".")
-        container = parent.rpartition(".")[2]
-        if _HEAD.match(last) and not place.module._modules:
-            return as_wide or not place.in_block
-        if place.in_block or not _HEAD.match(container) or self._last.get((id(place.root), parent)) != place.path:
-            return False
-        # what is inside a `head` may also be a last transformation before a decoder that stands elsewhere
-        return container not in ("head", "heads") or self._last.get((id(place.root), "")) == place.path
-
-
-def _rule(one: NamedParameter, heads: _Heads, split: str) -> Route:
-    kinds = [place.module for place in one.places]
+def _rule(one: NamedParameter, heads: Heads, split: str) -> Route:
+    place = one.places[0]
+    owner = type(place.module).__name__
     if any(_is_table(place) for place in one.places):
-        return Route(one, "embedding", "embedding" if len(kinds) == 1 else "embedding, tied")
+        return Route(one, "embedding", "embedding" if len(one.places) == 1 else "embedding, tied")
     if len(one.shape) < 2:
         return Route(one, "vector", f"{len(one.shape)}-D")
-    if re.search(r"bias(_|$)", one.places[0].attribute):
+    if _BIAS.search(place.tensor) or place.path.endswith("_bias"):  # also over one-hot positions
         return Route(one, "vector", "bias")
-    head = heads.reason(one) if one.places[0].attribute.endswith("weight") else None
-    if head is not None and min(one.shape) > 1:
+    if len([side for side in one.shape if side > 1]) < 2:
+        return Route(one, "vector", "one row or column")
+    head = heads.reason(one) if place.tensor.endswith("weight") else None
+    if head is not None:
         return Route(one, "head", head)
-    excluded = convolution(one.places[0], one.shape)
+    excluded = convolution(place, one.shape) or input_layer(place)
     if isinstance(excluded, str):
         return Route(one, "vector", excluded)
-    views = matrices_of(one.places[0], one.shape, split)
-    if views is None:
-        thin = len([side for side in one.shape if side > 1]) < 2
-        if thin or _TABLE.search(one.places[0].attribute):
-            return Route(one, "vector", "one row or column" if thin else "bare table or state, see `roles`")
-        return Route(one, "vector", f"{len(one.shape)}-D of {type(kinds[0]).__name__}, see `roles`", certain=False)
-    return Route(one, "matrix", type(kinds[0]).__name__, views)
+    views = matrices_of(place, one.shape, split)
+    if views is not None:
+        return Route(one, "matrix", owner, views)
+    leads = one.shape[0] == 1 and not place.tensor.endswith("weight")  # what is one of a batch
+    if leads or _TABLE.search(place.attribute) or "Embedding" in owner:
+        return Route(one, "vector", "bare table or state, see `roles`")
+    return Route(one, "vector", f"{len(one.shape)}-D of {owner}, see `roles`", certain=False)
 
 
 def _is_table(place: Place) -> bool:

@@ -29,8 +29,8 @@ from lightning_spectral.functional.flattening import FLAT_BAND, spectrum_flatten
 from lightning_spectral.functional.matrix_spectrum import spectrum_measures
 from lightning_spectral.functional.orthogonalize import coefficient_set
 from lightning_spectral.models.layouts import matrices_of
-from lightning_spectral.models.names import clean_name, clean_names
-from lightning_spectral.models.places import Place
+from lightning_spectral.models.names import clean_names
+from lightning_spectral.models.places import places_in
 from lightning_spectral.models.views import Views
 from lightning_spectral.probe.agreement import Agreement, MissingRankError
 from lightning_spectral.probe.guard import DeliberateError, Guard
@@ -305,12 +305,10 @@ def _choose(model: nn.Module, patterns: Sequence[str] | None) -> Iterator[tuple[
 def _views_in(model: nn.Module) -> dict[int, Views]:
     """The matrices that the model's structure tells, by the parameter's id."""
     found: dict[int, Views] = {}
-    for path, module in model.named_modules():
-        for attribute, parameter in module.named_parameters(recurse=False):
-            place = Place(clean_name(path), module, attribute, False, model)
-            views = matrices_of(place, tuple(parameter.shape))
-            if views is not None:
-                found[id(parameter)] = views
+    for parameter, place in places_in(model):
+        views = matrices_of(place, tuple(parameter.shape))
+        if views is not None:
+            found[id(parameter)] = views
     return found
 
 

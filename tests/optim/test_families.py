@@ -82,6 +82,7 @@ STACKED = "experts.gate_up_proj experts.down_proj"
 MLA = "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj o_proj"
 NEOX = "query_key_value dense dense_h_to_4h dense_4h_to_h"
 LM = "lm_head"
+WAVES = f"{OUT} conv_layers.1.conv feature_projection.projection intermediate_dense output_dense"
 
 # class: (more sizes, matrices, heads, embeddings); everything else is a vector
 FAMILIES: dict[str, tuple[dict[str, object], str, str, str]] = {
@@ -122,7 +123,7 @@ FAMILIES: dict[str, tuple[dict[str, object], str, str, str]] = {
         "embeddings",
     ),
     "JambaForCausalLM": (
-        {**EXPERTS, "attn_layer_period": 2},
+        {**EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1},
         f"{LLAMA} in_proj x_proj dt_proj out_proj router {STACKED}",
         LM,
         TOKENS,
@@ -189,11 +190,180 @@ FAMILIES: dict[str, tuple[dict[str, object], str, str, str]] = {
         "classifier.1",
         "",
     ),
-    "Wav2Vec2ForCTC": (
-        SOUND,
-        f"{OUT} conv_layers.1.conv feature_projection.projection intermediate_dense output_dense",
+    "Wav2Vec2ForCTC": (SOUND, f"{WAVES} parametrizations.weight.original1", LM, ""),
+    "HubertForCTC": (SOUND, f"{WAVES} parametrizations.weight.original1", LM, ""),  # positions
+    "Data2VecAudioForCTC": (
+        {**SOUND, "conv_pos_kernel_size": 5, "num_conv_pos_embeddings": 2},
+        f"{WAVES} pos_conv_embed.layers.0.conv pos_conv_embed.layers.1.conv",
         LM,
         "",
+    ),
+    "UniSpeechForPreTraining": (
+        SOUND,
+        f"{WAVES} parametrizations.weight.original1 weight_proj project_q project_hid",
+        "ctc_proj",
+        "",
+    ),
+    "MobileNetV2ForImageClassification": (
+        {"num_labels": SIZE},
+        "reduce_1x1.convolution expand_1x1.convolution conv_1x1.convolution",
+        "classifier",
+        "",
+    ),
+    "SegformerForSemanticSegmentation": (
+        {
+            "hidden_sizes": [8, 16, 24, 32],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 2, 2, 4],
+            "decoder_hidden_size": SIZE,
+            "num_labels": SIZE,
+        },
+        "self.query self.key self.value self.sr output.dense mlp.dense1 mlp.dense2 linear_fuse "
+        "patch_embeddings.1.proj patch_embeddings.2.proj patch_embeddings.3.proj "  # between stages
+        "linear_c.0.proj linear_c.1.proj linear_c.2.proj linear_c.3.proj",
+        "decode_head.classifier",
+        "",
+    ),
+    "DPTForSemanticSegmentation": (
+        {
+            **IMAGE,
+            "num_hidden_layers": 4,
+            "backbone_out_indices": [0, 1, 2, 3],
+            "neck_hidden_sizes": [8, 8, 8, 8],
+            "fusion_hidden_size": SIZE,
+            "is_hybrid": False,
+        },
+        f"{VISION} layers.0.projection layers.1.projection layers.2.projection layers.3.projection resize "
+        "convs.0 convs.1 convs.2 convs.3 convolution1 convolution2 head.head.0 "
+        "readout_projects.0.0 readout_projects.1.0 readout_projects.2.0 readout_projects.3.0",
+        "head.head.4",
+        "",
+    ),
+    "YolosForObjectDetection": (
+        {**IMAGE, "image_size": [32, 32], "num_detection_tokens": SIZE},
+        f"{VISION} classifier.layers.0 classifier.layers.1 predictor.layers.0 predictor.layers.1",
+        "class_labels_classifier.layers.2 bbox_predictor.layers.2",
+        "",
+    ),
+    "LayoutLMv3ForSequenceClassification": (
+        {
+            **IMAGE,
+            "input_size": 32,
+            "rel_pos_bins": SIZE,
+            "rel_2d_pos_bins": SIZE,
+            "coordinate_size": 6,
+            "shape_size": 4,
+        },
+        f"{ENCODER} classifier.dense",
+        "classifier.out_proj",
+        f"{BERT} x_position_embeddings y_position_embeddings h_position_embeddings w_position_embeddings",
+    ),
+    "MusicgenForCausalLM": (
+        {"num_codebooks": 2, "ffn_dim": SIZE},
+        f"{OUT} fc1 fc2",
+        "lm_heads.0 lm_heads.1",
+        "embed_tokens.0 embed_tokens.1",
+    ),
+    "ModernBertDecoderForCausalLM": ({}, "q_proj k_proj v_proj Wo Wi lm_head.dense", "", "tok_embeddings"),
+    "DistilBertForSequenceClassification": (
+        {"dim": SIZE, "n_layers": 2, "n_heads": 4, "hidden_dim": SIZE, "num_labels": SIZE},
+        "q_lin k_lin v_lin out_lin lin1 lin2 pre_classifier",
+        "classifier",
+        "word_embeddings position_embeddings",
+    ),
+    "BartForSequenceClassification": (
+        {**SEQ2SEQ, "num_labels": SIZE},
+        f"{OUT} fc1 fc2 classification_head.dense",
+        "classification_head.out_proj",
+        "shared embed_positions",
+    ),
+    "XLMForSequenceClassification": (
+        {"emb_dim": SIZE, "n_layers": 2, "n_heads": 4, "n_langs": SIZE, "num_labels": SIZE},
+        "q_lin k_lin v_lin out_lin lin1 lin2",
+        "sequence_summary.summary",
+        "embeddings position_embeddings lang_embeddings",
+    ),
+    "ReformerForMaskedLM": (
+        {
+            "axial_pos_embds": True,
+            "axial_pos_shape": [4, 8],
+            "axial_pos_embds_dim": [16, 16],
+            "attention_head_size": 8,
+            "attn_layers": ["local", "lsh"],
+            "num_buckets": 4,
+        },
+        "query key value query_key dense.dense output.dense",
+        "decoder",
+        "word_embeddings",
+    ),
+    "RecurrentGemmaForCausalLM": (
+        {"lru_width": SIZE, "num_hidden_layers": 3},
+        f"{LLAMA} linear_x linear_y linear_out input_gate_weight recurrent_gate_weight",
+        "",
+        TOKENS,
+    ),
+    "Mamba2ForCausalLM": (
+        {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1},
+        "in_proj out_proj",
+        LM,
+        "embeddings",
+    ),
+    "BambaForCausalLM": (
+        {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "attn_layer_indices": [1]},
+        f"{LLAMA} in_proj out_proj",
+        LM,
+        TOKENS,
+    ),
+    "FalconMambaForCausalLM": ({"state_size": 8}, "in_proj x_proj dt_proj out_proj", "", "embeddings"),
+    "Lfm2ForCausalLM": ({"layer_types": ["conv", "full_attention"]}, f"in_proj {OUT} w1 w2 w3", "", TOKENS),
+    "Qwen3NextForCausalLM": (
+        {
+            **EXPERTS,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+        f"{LLAMA} in_proj_qkvz in_proj_ba out_proj {STACKED} mlp.gate",
+        LM,
+        TOKENS,
+    ),
+    "MiniMaxForCausalLM": (EXPERTS, f"{QKVO} qkv_proj out_proj output_gate {STACKED} mlp.gate", LM, TOKENS),
+    "Ernie4_5_MoeForCausalLM": (
+        {**EXPERTS, "moe_num_experts": 4, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
+        f"{LLAMA} {STACKED} mlp.gate",
+        LM,
+        TOKENS,
+    ),
+    "GraniteMoeHybridForCausalLM": (
+        {
+            **EXPERTS,
+            "layer_types": ["mamba", "attention"],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 8,
+            "shared_intermediate_size": SIZE,
+        },
+        f"{QKVO} in_proj out_proj input_linear output_linear router.layer",
+        LM,
+        TOKENS,
+    ),
+    "Gemma3nForCausalLM": (
+        {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "vocab_size_per_layer_input": SIZE,
+            "hidden_size_per_layer_input": 8,
+            "num_kv_shared_layers": 0,
+            "laurel_rank": 8,
+            "activation_sparsity_pattern": None,
+        },
+        f"{LLAMA} correction_coefs prediction_coefs modality_router linear_left linear_right per_layer_input_gate "
+        "per_layer_projection per_layer_model_projection "
+        + " ".join(f"altup_{un}projections.{i}" for un in ("", "unembed_") for i in range(3)),
+        "",
+        "embed_tokens embed_tokens_per_layer",
     ),
 }
 

@@ -320,3 +320,124 @@ def test_a_model_that_says_it_has_no_output_embeddings_is_believed(says):
             return None
 
     assert roles_of(Saying() if says else Plain())["out.weight"] == ("matrix" if says else "head")
+
+
+@pytest.mark.parametrize(
+    ("norm", "vectors"),
+    [
+        (torch.nn.utils.parametrizations.weight_norm, {"parametrizations.weight.original0"}),
+        (torch.nn.utils.parametrizations.spectral_norm, set()),
+        (torch.nn.utils.parametrizations.orthogonal, set()),
+        (torch.nn.utils.weight_norm, {"weight_g"}),
+        (torch.nn.utils.spectral_norm, set()),
+    ],
+    ids=["weight", "spectral", "orthogonal", "old weight", "old spectral"],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_a_norm_of_the_weight_keeps_is_the_weight(norm, vectors):
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 8), "up": nn.Linear(8, 12, bias=False), "lm_head": nn.Linear(8, 9)})
+    model["conv"] = nn.Conv1d(8, 12, 3, groups=2, bias=False)
+    for name in ("up", "conv", "lm_head"):
+        norm(model[name])
+    routes = {one.named.name: one for one in route(find_owners(model)) if "bias" not in one.named.name}
+    assert {name for name, one in routes.items() if one.role == "vector"} == {
+        f"{owner}.{name}" for owner in ("up", "conv", "lm_head") for name in vectors
+    }
+    assert {name.split(".")[0]: one.views.label for name, one in routes.items() if one.role == "matrix"} == {
+        "up": "12 x 8",
+        "conv": "2 x (6 x 12)",
+    }
+    assert [name.split(".")[0] for name, one in routes.items() if one.role == "head"] == ["lm_head"]
+    assert set(routes) == {name for name, _ in model.named_parameters() if "bias" not in name}
+    assert all(one.certain for one in routes.values())
+
+
+class Mixture(nn.Module):
+    """Experts kept in every way but as modules."""
+
+    def __init__(self, width: int = 6, inner: int = 10) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, width)
+        self.experts_up = nn.Parameter(torch.zeros(3, width, inner))  # x @ up
+        self.experts_down = nn.Parameter(torch.zeros(3, inner, width))
+        self.expert_gates = nn.ParameterList([nn.Parameter(torch.zeros(3, inner, width)) for _ in range(2)])
+        self.pair = nn.ParameterDict({"lora_A": torch.zeros(2, width), "latents": torch.zeros(4, width)})
+        self.text_projection = nn.Parameter(torch.zeros(width, inner))  # x @ projection, as CLIP's
+        self.in_proj_weight = nn.Parameter(torch.zeros(inner, width))
+        self.codebook = nn.Parameter(torch.zeros(7, width))
+        self.attention_biases = nn.Parameter(torch.zeros(4, 9))
+        self.query = nn.Parameter(torch.zeros(1, 3, width))
+
+
+def test_bare_parameters_lists_and_dicts_are_what_their_owner_calls_them():
+    routes = {one.named.name: one for one in route(find_owners(Mixture()))}
+    views = {name: (one.views.shape, one.views.label) for name, one in routes.items() if one.views is not None}
+    assert views == {
+        "experts_up": ((3, 6, 10), "3 x (10 x 6), transposed"),
+        "experts_down": ((3, 10, 6), "3 x (6 x 10), transposed"),
+        "expert_gates.0": ((3, 10, 6), "3 x (10 x 6)"),
+        "expert_gates.1": ((3, 10, 6), "3 x (10 x 6)"),
+        "text_projection": ((6, 10), "10 x 6, transposed"),
+        "in_proj_weight": ((10, 6), "10 x 6"),
+        "pair.lora_A": ((2, 6), "2 x 6"),
+    }
+    assert all(one.certain for one in routes.values())
+
+
+class Experts(nn.Module):
+    """As torchtitan keeps them: `dim` is the model's width, `hidden_dim` the inner one."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.dim, self.hidden_dim = dim, hidden_dim
+        self.w1 = nn.Parameter(torch.zeros(2, hidden_dim, dim))
+        self.w2 = nn.Parameter(torch.zeros(2, dim, hidden_dim))
+
+
+def test_an_inner_width_beside_the_models_is_not_taken_for_it():
+    views = {one.named.name: one.views for one in route(find_owners(Experts(6, 10)))}
+    assert [view.shape for view in views["w1"]] == [(10, 6)] * 2
+    assert [view.shape for view in views["w2"]] == [(6, 10)] * 2
+
+
+class Heads(nn.Module):
+    """Several outputs: lists, dicts and multilayer ones, over convolutions and vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+        self.blocks = nn.ModuleList(nn.ModuleDict({"q_head": nn.Linear(8, 8), "score": nn.Linear(8, 8)}) for _ in "ab")
+        self.pre_classifier = nn.Linear(8, 8)
+        self.class_embed = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.bbox_embed = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(2))
+        self.heads = nn.ModuleDict({"value": nn.Linear(8, 8), "policy": nn.Linear(8, 8)})
+        self.decode_head = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1))
+        self.fc = nn.Linear(8, 8)
+
+
+def test_lists_dicts_and_sequences_of_heads():
+    found = {name.removesuffix(".weight") for name, role in roles_of(Heads()).items() if role == "head"}
+    assert found == {
+        *("class_embed.0", "class_embed.1", "bbox_embed.0.2", "bbox_embed.1.2", "decode_head.1", "fc"),
+        *("heads.value", "heads.policy"),
+    }
+
+
+def test_a_head_divides_its_learning_rate_by_its_inputs():
+    conv = nn.ModuleDict({"body": nn.Linear(8, 8), "classifier": nn.Conv2d(16, 8, 1)})
+    optimizer = Muon(conv, head_lr_scale="inverse_width")
+    assert {group["name"]: group["lr_ratio"] for group in optimizer.param_groups}["head"] == 1 / 16
+
+
+def test_hidden_convolutions_under_an_embedder_are_matrices():
+    model = nn.ModuleDict(
+        {
+            "patch_embed": nn.Sequential(nn.Conv2d(5, 8, 3), nn.Conv2d(8, 8, 3)),
+            "patch_merging": nn.Conv2d(8, 8, 2),
+            "pos_conv_embed": nn.Conv1d(8, 8, 3, groups=2),
+            "to_patch_embedding": nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(8)),
+            "patch_embedding_projection": nn.Linear(8, 8),
+        }
+    )
+    matrices = {name.removesuffix(".weight") for name, role in roles_of(model).items() if role == "matrix"}
+    assert matrices == {"patch_embed.1", "patch_merging", "pos_conv_embed", "patch_embedding_projection"}

@@ -27,7 +27,7 @@ from lightning_spectral.records import (
     read_alarms,
 )
 from lightning_spectral.text import did_you_mean
-from lightning_spectral.text.arguments import require_count
+from lightning_spectral.text.arguments import require_count, require_kinds
 
 RELATIVE_TO = ("width", "untrained", "past")
 
@@ -77,13 +77,12 @@ class SpectralAlarm(Callback):
         on_alarm: Callable[[AlarmRecord], Any] | None = None,
         stop: bool = False,
     ) -> None:
+        require_kinds(SpectralAlarm.__init__, locals())
         if (below is None) == (above is None):
             raise ValueError(f"give one of `below` and `above`, got below={below!r}, above={above!r}.")
         threshold = below if below is not None else above
-        if not isinstance(threshold, (int, float)) or not threshold > 0:
+        if threshold is None or not threshold > 0:
             raise ValueError(f"`{'below' if above is None else 'above'}` must be a share > 0, got {threshold!r}.")
-        if relative_to not in RELATIVE_TO:
-            raise ValueError(f"unknown `relative_to` {relative_to!r}: {did_you_mean(relative_to, RELATIVE_TO)}")
         require_count("patience", patience)
         known = (*RANK_METRICS, "hard_rank_debiased", "soft_rank_debiased", "asymmetry")
         if metric not in known:

@@ -21,6 +21,7 @@ from lightning_spectral.lightning_private import unwrapped
 from lightning_spectral.probe.host import Host, Scalars
 from lightning_spectral.probe.loop import LoopObserver
 from lightning_spectral.probe.run_folder import RunFolder
+from lightning_spectral.text.arguments import require_count
 
 
 class FabricSpectralProbe:
@@ -53,6 +54,8 @@ class FabricSpectralProbe:
                 f"FabricSpectralProbe drives SpectralRankCallback and TailTokenProbe, not {type(callback).__name__}: "
                 "that one needs a Trainer."
             )
+        if num_steps is not None:
+            require_count("num_steps", num_steps)
         self.callback = callback
         name = f"{type(self).__name__}({type(callback).__name__})"
         self.loop = LoopObserver(callback.measurement, name=name, num_steps=num_steps)

@@ -16,7 +16,7 @@ from lightning_spectral.callbacks.trainer_host import log_scalars
 from lightning_spectral.models.placement import Shards, blocks_of, local
 from lightning_spectral.models.query_key import Attention, HeadRows, LargestLogits, find_attentions
 from lightning_spectral.probe.guard import warn
-from lightning_spectral.text.arguments import require_count
+from lightning_spectral.text.arguments import require_count, require_kinds
 
 # H query heads, G key heads
 
@@ -45,6 +45,7 @@ class QKClipCallback(Callback):
     """
 
     def __init__(self, threshold: float = 100.0, *, every_n_steps: int = 1) -> None:
+        require_kinds(QKClipCallback.__init__, locals())
         if not threshold > 0:
             raise ValueError(f"`threshold` must be > 0, got {threshold!r}.")
         require_count("every_n_steps", every_n_steps)

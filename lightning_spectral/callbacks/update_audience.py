@@ -41,9 +41,10 @@ from lightning_spectral.probe.grouping import load_counts
 from lightning_spectral.probe.guard import DeliberateError, Guard
 from lightning_spectral.probe.run_folder import new_run_id
 from lightning_spectral.probe.schedule import Schedule
+from lightning_spectral.probe.settings import STREAM
 from lightning_spectral.records import append_lines
 from lightning_spectral.text import parse_json
-from lightning_spectral.text.arguments import require_count, require_run_id
+from lightning_spectral.text.arguments import require_count, require_kinds, require_run_id
 
 AUDIENCE_FILE = "audience.jsonl"
 _WAITING_AT_MOST = 50_000  # records kept in memory while they cannot be written
@@ -120,12 +121,19 @@ class UpdateAudience(BeginsFit):
         dirpath: str | None = None,
         run_id: str | None = None,
     ) -> None:
+        require_kinds(UpdateAudience.__init__, locals())
         require_count("every_n_steps", every_n_steps)
         if group_by not in ("frequency", "octave"):
             raise ValueError(f"`group_by` must be `frequency` or `octave`, got {group_by!r}.")
         self.rules = audience.check_rules(rules, coefficients, ns_steps)
         self.schedule = Schedule(every_n_steps)
-        self.counts, self.group_by = counts, group_by
+        if isinstance(counts, str) and counts == STREAM:
+            raise ValueError(
+                "`counts='stream'` is for TailTokenProbe: here pass an array or a file, as `lightning-spectral "
+                "count-tokens` writes it."
+            )
+        self.counts = None if counts is None else load_counts(counts)  # a wrong path fails before any training
+        self.group_by = group_by
         self.coefficients, self.ns_steps = coefficients, ns_steps
         self.losses_fn = losses_fn or token_losses
         require_run_id(run_id)

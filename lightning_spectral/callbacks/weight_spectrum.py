@@ -17,7 +17,7 @@ from lightning_spectral.callbacks.turns import LastStep, come_first, leave
 from lightning_spectral.lightning_private import state_key
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.weight_spectra import WHAT, WeightObserver, WeightSettings
-from lightning_spectral.text.arguments import require_run_id
+from lightning_spectral.text.arguments import require_kinds, require_run_id
 
 
 class WeightSpectrumCallback(BeginsFit):
@@ -60,6 +60,7 @@ class WeightSpectrumCallback(BeginsFit):
         run_id: str | None = None,
         strict: bool = False,
     ) -> None:
+        require_kinds(WeightSpectrumCallback.__init__, locals())
         kinds = what if isinstance(what, str) else tuple(what)
         named = None if parameters is None else tuple(parameters)
         self.settings = WeightSettings(every_n_steps, kinds, named, coefficients, ns_steps, strict)

@@ -36,16 +36,9 @@ def frequency_buckets(
         ValueError: If there are fewer than three ids, a negative or fractional count, or no occurrence at all.
     """
     counts_V = torch.as_tensor(counts_V)
-    if counts_V.ndim != 1 or counts_V.numel() < 3:
-        raise ValueError(f"Token counts must be one number per id for >= 3 ids, got shape {tuple(counts_V.shape)}.")
-    if counts_V.is_floating_point() and not bool((counts_V == counts_V.floor()).all()):
-        raise ValueError("Token counts must be whole numbers: pass occurrences, not frequencies.")
+    require_counts(counts_V)
     counts_V = counts_V.to(torch.int64)
-    if bool((counts_V < 0).any()):
-        raise ValueError(f"Token counts must be >= 0, got {int(counts_V.min())} for id {int(counts_V.argmin())}.")
     total = int(counts_V.sum())
-    if total == 0:
-        raise ValueError("Token counts are all zero: count the training corpus first.")
     if not 0 < head_share < mid_share < 1:
         raise ValueError(f"Need 0 < head_share < mid_share < 1, got {head_share} and {mid_share}.")
     vocab = counts_V.numel()
@@ -58,6 +51,22 @@ def frequency_buckets(
     buckets_V[counts_V >= mid_min] = MID
     buckets_V[counts_V >= head_min] = HEAD
     return buckets_V
+
+
+def require_counts(counts_V: Tensor) -> None:
+    """Raise unless these can be occurrences of token ids.
+
+    Raises:
+        ValueError: If they are not whole numbers >= 0, one per id, of three ids or more, or all are zero.
+    """
+    if counts_V.ndim != 1 or counts_V.numel() < 3:
+        raise ValueError(f"Token counts must be one number per id for >= 3 ids, got shape {tuple(counts_V.shape)}.")
+    if counts_V.is_complex() or (counts_V.is_floating_point() and not bool((counts_V == counts_V.floor()).all())):
+        raise ValueError("Token counts must be whole numbers: pass occurrences, not frequencies.")
+    if bool((counts_V < 0).any()):
+        raise ValueError(f"Token counts must be >= 0, got {int(counts_V.min())} for id {int(counts_V.argmin())}.")
+    if not bool((counts_V > 0).any()):
+        raise ValueError("Token counts are all zero: count the training corpus first.")
 
 
 def look_up(ids: Int[Tensor, "*shape"], table_V: Int[Tensor, " V"]) -> Int[Tensor, "*shape"]:

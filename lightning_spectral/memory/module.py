@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_spectral.functional.matrix_spectrum import MatrixSpectrum, matrix_spectrum
+from lightning_spectral.text.arguments import require_kinds
 from lightning_spectral.theory.embeddings import Embeddings
 from lightning_spectral.theory.gradient import negative_gradient, negative_gradient_at_zero
 from lightning_spectral.theory.problem import MemoryProblem, require_integer
@@ -68,6 +69,7 @@ class AssociativeMemory(pl.LightningModule):
         eval_every_n_steps: int = 1,
         chunk_size: int = 1024,
     ) -> None:
+        require_kinds(AssociativeMemory.__init__, locals())
         super().__init__()
         require_integer("eval_every_n_steps", eval_every_n_steps, 1, "it is a number of optimizer steps")
         require_integer("chunk_size", chunk_size, 1, "it is a number of items")
@@ -156,6 +158,7 @@ class AssociativeMemoryDataModule(pl.LightningDataModule):
         seed: int = 0,
         num_batches: int = 1000,
     ) -> None:
+        require_kinds(AssociativeMemoryDataModule.__init__, locals())
         super().__init__()
         require_integer("num_batches", num_batches, 1, "an epoch has at least one batch")
         self.save_hyperparameters()

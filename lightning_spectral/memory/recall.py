@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from lightning_spectral.text.arguments import require_kinds
 from lightning_spectral.theory.problem import MemoryProblem, power_law, require_integer
 
 OptimizerFactory = Callable[[nn.Module], Optimizer]
@@ -118,7 +119,9 @@ class FactRecall(pl.LightningModule):
         num_steps: int | None = None,
         eval_every_n_steps: int = 10,
     ) -> None:
+        require_kinds(FactRecall.__init__, locals())
         super().__init__()
+        require_integer("num_facts", num_facts, 2, "with a single fact every map recalls it")
         require_integer("hidden", hidden if hidden is not None else 4 * d, 2, "it is a number of features")
         require_integer("eval_every_n_steps", eval_every_n_steps, 1, "it is a number of optimizer steps")
         require_integer("num_relations", num_relations, 1, "a subject has at least one relation")
@@ -235,7 +238,9 @@ class FactRecallDataModule(pl.LightningDataModule):
         seed: int = 0,
         num_relations: int = 0,
     ) -> None:
+        require_kinds(FactRecallDataModule.__init__, locals())
         super().__init__()
+        require_integer("num_facts", num_facts, 2, "with a single fact every map recalls it")
         require_integer("num_batches", num_batches, 1, "an epoch has at least one batch")
         self.save_hyperparameters()
         self.problem = MemoryProblem(

@@ -16,6 +16,7 @@ from lightning_spectral.functional import rank as ranks
 from lightning_spectral.functional.buckets import sort_by_group
 from lightning_spectral.functional.covariance import Moments, covariance, empty_moments, merge, pool, update_
 from lightning_spectral.probe.sync import reduce_
+from lightning_spectral.text.arguments import require_count
 
 _STATES = ("shift_D", "count_G", "sum_GD", "scatter_GP", "cubic_GD", "quartic_G")
 
@@ -42,6 +43,8 @@ class StreamingCovariance(Metric):
 
     def __init__(self, width: int, num_groups: int = 1, dtype: torch.dtype = torch.float32, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        require_count("width", width)
+        require_count("num_groups", num_groups)
         self.width, self.num_groups = width, num_groups
         start = empty_moments(num_groups, width, dtype=dtype)
         for name in _STATES:

@@ -11,6 +11,7 @@ from lightning_spectral.functional.orthogonalize import orthogonalize_stack
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule, absolute_eps, faded, fading
 from lightning_spectral.optim.settings import OrthogonalArguments, OrthogonalSettings, Unpack
+from lightning_spectral.text.arguments import require_kinds
 
 # B matrices of one shape, M rows, N columns
 _EPS = 1e-8  # added to the root of the second moment
@@ -61,6 +62,7 @@ class AdaMuon(SpectralOptimizer):
     def __init__(
         self, params: Any, lr: float = 1e-3, *, moment_beta: float = 0.95, **shared: Unpack[OrthogonalArguments]
     ) -> None:
+        require_kinds(AdaMuon.__init__, locals())
         if not 0 <= moment_beta < 1:
             raise ValueError(f"`moment_beta` in [0, 1) needed, got {moment_beta!r}.")
         super().__init__(params, lr, "adamuon", OrthogonalSettings(**shared), {"moment_beta": moment_beta})

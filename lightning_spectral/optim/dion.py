@@ -14,7 +14,7 @@ from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.factors import next_right_factor, orthonormal_columns
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule, faded, fading
 from lightning_spectral.optim.settings import MATRIX_PAPER, MatrixArguments, MatrixSettings, Unpack
-from lightning_spectral.text.arguments import require_count
+from lightning_spectral.text.arguments import require_count, require_kinds
 
 # B matrices of one shape, M rows, N columns, R rank of the update
 
@@ -127,6 +127,7 @@ class Dion(SpectralOptimizer):
         rank_rms_match: bool = False,
         **shared: Unpack[MatrixArguments],
     ) -> None:
+        require_kinds(Dion.__init__, locals())
         if not 0 < rank_fraction <= 1:
             raise ValueError(f"`rank_fraction` must be in (0, 1], got {rank_fraction!r}.")
         require_count("power_iterations", power_iterations)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_spectral.functional.orthogonalize import check_method, orthogonalize_stack
+from lightning_spectral.functional.orthogonalize import METHODS, orthogonalize_stack
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule, absolute_eps, faded, fading
 from lightning_spectral.optim.normuon import normalize_neurons
 from lightning_spectral.optim.settings import MatrixArguments, MatrixSettings, Unpack
+from lightning_spectral.text.arguments import require_choice, require_kinds
 
 # B matrices of one shape, M rows, N columns, S slices (rows or columns, whichever are fewer), K of them selected
 
@@ -109,6 +110,7 @@ class Dion2(SpectralOptimizer):
         steps: int | None = None,
         **shared: Unpack[MatrixArguments],
     ) -> None:
+        require_kinds(Dion2.__init__, locals())
         super().__init__(params, lr, "dion2", MatrixSettings(**shared), _selection(fraction, orthogonalize, steps))
 
 
@@ -145,6 +147,7 @@ class NorDion2(SpectralOptimizer):
         steps: int | None = None,
         **shared: Unpack[MatrixArguments],
     ) -> None:
+        require_kinds(NorDion2.__init__, locals())
         if not 0 <= moment_beta < 1:
             raise ValueError(f"`moment_beta` in [0, 1) needed, got {moment_beta!r}.")
         own = {**_selection(fraction, orthogonalize, steps), "moment_beta": moment_beta}
@@ -154,5 +157,5 @@ class NorDion2(SpectralOptimizer):
 def _selection(fraction: float, orthogonalize: str, steps: int | None) -> dict[str, Any]:
     if not 0 < fraction <= 1:
         raise ValueError(f"`fraction` must be in (0, 1], got {fraction!r}.")
-    check_method(orthogonalize)
+    require_choice("orthogonalize", orthogonalize, METHODS)
     return {"fraction": fraction, "orthogonalize": orthogonalize, "steps": steps}

@@ -11,6 +11,7 @@ from lightning_spectral.functional.orthogonalize import orthogonalize_stack
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule, absolute_eps, faded, fading
 from lightning_spectral.optim.settings import ORTHOGONAL_PAPER, OrthogonalArguments, OrthogonalSettings, Unpack
+from lightning_spectral.text.arguments import require_kinds
 
 # B matrices of one shape, M rows, N columns
 NORMALIZERS = ("rows", "long_side", "none")
@@ -98,6 +99,7 @@ class NorMuon(SpectralOptimizer):
         normalize: str = "rows",
         **shared: Unpack[OrthogonalArguments],
     ) -> None:
+        require_kinds(NorMuon.__init__, locals())
         if normalize not in NORMALIZERS:
             raise ValueError(f"`normalize` must be one of {list(NORMALIZERS)}, got {normalize!r}.")
         if not 0 <= moment_beta < 1:

@@ -10,17 +10,14 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from numbers import Real
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from torch import Tensor
-
-from lightning_spectral.functional.orthogonalize import check_method
+from lightning_spectral.functional.orthogonalize import METHODS
 from lightning_spectral.models.layouts import SPLITS
 from lightning_spectral.optim.matrix_rule import EPS_STYLES, LR_SCALES, MOMENTUM_STYLES, PRECISIONS
 from lightning_spectral.optim.vector_rules import VECTOR_RULES
 from lightning_spectral.optim.weights import BF16_WEIGHTS
-from lightning_spectral.text.arguments import require_choice
+from lightning_spectral.text.arguments import require_choice, require_kinds
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack as Unpack
@@ -112,7 +109,7 @@ class CommonSettings:
 
     def __post_init__(self) -> None:
         """Raise ValueError with the name, the value and what is allowed."""
-        _require_numbers(self)
+        require_kinds(type(self), vars(self))
         object.__setattr__(self, "betas", tuple(self.betas))  # schedulers rewrite a tuple; YAML gives a list
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"`betas` must be two numbers in [0, 1), got {self.betas!r}.")
@@ -195,7 +192,7 @@ class OrthogonalSettings(MatrixSettings):
         """Raise ValueError with the name, the value and what is allowed."""
         super().__post_init__()
         require_choice("momentum_style", self.momentum_style, MOMENTUM_STYLES)
-        check_method(self.orthogonalize)
+        require_choice("orthogonalize", self.orthogonalize, METHODS)
         if self.steps is not None and self.steps < 0:
             raise ValueError(f"`steps` must be >= 0 or None, got {self.steps!r}.")
 
@@ -243,7 +240,7 @@ def fallback_ratio(lr: float, fallback_lr: float | None) -> float:
     Raises:
         ValueError: If a learning rate is no number, or out of range.
     """
-    _require_number("lr", lr)
+    require_kinds(fallback_ratio, {"lr": lr})
     if not (math.isfinite(lr) and lr >= 0):
         raise ValueError(f"`lr` must be finite and >= 0, got {lr!r}.")
     if fallback_lr is None:
@@ -266,16 +263,3 @@ def full_signature(own: Callable[..., Any], settings: type[CommonSettings]) -> i
         if f.name not in known
     ]
     return inspect.Signature([*named, *shared])
-
-
-def _require_numbers(settings: CommonSettings) -> None:
-    for field in fields(settings):
-        if field.type in ("float", "float | None"):
-            _require_number(field.name, getattr(settings, field.name))
-
-
-def _require_number(name: str, value: Any) -> None:
-    if value is None or isinstance(value, Tensor) or (isinstance(value, Real) and not isinstance(value, bool)):
-        return
-    hint = " YAML reads `3e-4` as text: write `3.0e-4`." if isinstance(value, str) else ""
-    raise ValueError(f"`{name}` must be a number, got {value!r} of type {type(value).__name__}.{hint}")

@@ -13,7 +13,7 @@ from lightning_spectral.functional.magnitude import unit_scale
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule, faded, fading
 from lightning_spectral.optim.settings import MatrixArguments, MatrixSettings, Unpack
-from lightning_spectral.text.arguments import require_count
+from lightning_spectral.text.arguments import require_count, require_kinds
 
 # B matrices of one shape, S short side, L long side
 
@@ -110,6 +110,7 @@ class SOAP(SpectralOptimizer):
         basis_every: int = 10,
         **shared: Unpack[MatrixArguments],
     ) -> None:
+        require_kinds(SOAP.__init__, locals())
         if not 0 <= moment_beta < 1:
             raise ValueError(f"`moment_beta` in [0, 1) needed, got {moment_beta!r}.")
         require_count("basis_every", basis_every)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_spectral.functional.buckets import EXCLUDED, frequency_buckets, look_up, position_groups
+from lightning_spectral.functional.buckets import EXCLUDED, frequency_buckets, look_up, position_groups, require_counts
 from lightning_spectral.models.checkpoint_file import read_checkpoint
 from lightning_spectral.records import BUCKETS
 
@@ -104,18 +104,32 @@ def load_counts(source: Any) -> Tensor:
     """Token counts from a ``.npy`` / ``.pt`` / text file, an array, or a sequence.
 
     Raises:
-        ValueError: If the file is missing or holds no vector of counts; the message names it.
+        ValueError: If the file is missing, or what it holds are no counts; the message names it.
     """
-    if isinstance(source, (str, Path)):
-        return _counts_file(Path(source))
-    return torch.as_tensor(np.asarray(source) if not isinstance(source, Tensor) else source)
+    is_file = isinstance(source, (str, Path))
+    counts = _counts_file(Path(source)) if is_file else _counts_array(source)
+    try:
+        require_counts(counts)
+    except ValueError as error:
+        raise ValueError(f"`counts`{f' (`{source}`)' if is_file else ''}: {error}") from error
+    return counts
+
+
+def _counts_array(source: Any) -> Tensor:
+    try:
+        return torch.as_tensor(source if isinstance(source, Tensor) else np.asarray(source))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`counts` must be a file, an array with one count per token id, or 'stream', got {source!r}."
+        ) from error
 
 
 def _counts_file(path: Path) -> Tensor:
     if not path.is_file():
+        made = path.with_suffix(".npy") if path.name else Path("counts.npy")
         raise ValueError(
             f"`counts`: no file `{path}`. Make one: `lightning-spectral count-tokens --data TEXT --out "
-            f"{path.with_suffix('.npy')}`, or count the training's own tokens: `counts='stream'`."
+            f"{made}`, or count the training's own tokens: `counts='stream'`."
         )
     try:
         if path.suffix == ".pt":

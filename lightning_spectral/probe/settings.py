@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
 
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from lightning_spectral.probe.grouping import Grouping, by_frequency, by_positio
 from lightning_spectral.probe.options import PAPER_EPSILON, ProbeOptions, conventions_of
 from lightning_spectral.records import STAGES
 from lightning_spectral.text import did_you_mean
-from lightning_spectral.text.arguments import require_choice, require_count, require_run_id
+from lightning_spectral.text.arguments import require_choice, require_count, require_kinds, require_run_id
 
 MEASURE: Final = "measure"  # a pass over a finished model; a trainer knows the loops
 LOOPS = [stage for stage in STAGES if stage != MEASURE]
@@ -137,36 +136,17 @@ class ProbeSettings:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.on, str) or not self.on or set(self.on) - {*STAGES}:
+        if isinstance(self.on, Collection) and (isinstance(self.on, str) or not self.on or {*self.on} - {*STAGES}):
             raise ValueError(f"`on` must be a list of stages from {LOOPS}, got {self.on!r}.")
-        require_choice("on_nonfinite", self.on_nonfinite, get_args(NonfinitePolicy))
-        require_choice("convention", self.convention, get_args(Convention))
+        require_kinds(ProbeSettings, vars(self))
         if self.memory_limit_mib is not None and self.memory_limit_mib <= 0:
             raise ValueError(f"`memory_limit_mib` must be > 0, got {self.memory_limit_mib}.")
         if self.eigenvalues and self.soft != "exact":
             raise ValueError("`eigenvalues=True` needs `soft='exact'`: the approximation knows no eigenvalues.")
-        self._require_kinds()
         require_run_id(self.run_id)
         require_count("every_n_steps", self.every_n_steps)
         if self.hints is not None:
             object.__setattr__(self, "hints", as_hints(self.hints))
-
-    def _require_kinds(self) -> None:
-        """Refuse what would only show at the first window; a string is no list, though Python would go through it."""
-        for name in ("sites", "modules"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                raise ValueError(f"`{name}` must be a list, got {value!r}: write {name}=[{value!r}].")
-        if self.mask_fn is not None and not callable(self.mask_fn):
-            raise ValueError(f"`mask_fn` must be a function of a batch, got {self.mask_fn!r}.")
-        if self.dirpath is not None and not isinstance(self.dirpath, (str, os.PathLike)):
-            raise ValueError(f"`dirpath` must be the path of a folder, got {self.dirpath!r}.")
-        if self.labels is not None and not isinstance(self.labels, Mapping):
-            raise ValueError(
-                f"`labels` must be names with values, got {self.labels!r}: write labels={{'name': 'value'}}."
-            )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"`seed` must be a whole number, got {self.seed!r}.")
 
 
 def refuse_unknown(kind: str, shared: Iterable[str]) -> None:
@@ -199,9 +179,9 @@ class BucketSettings:
     losses: bool = True
 
     def __post_init__(self) -> None:
+        require_kinds(BucketSettings, vars(self))
         if not 0 < self.head_share < self.mid_share < 1:
             raise ValueError(f"Need 0 < `head_share` < `mid_share` < 1, got {self.head_share} and {self.mid_share}.")
-        require_choice("attribute_to", self.attribute_to, ("input", "target"))
         require_choice("group_by", self.group_by, BUCKET_RULES)
         require_count("num_position_groups", self.num_position_groups)
         if self.count_batches is not None:

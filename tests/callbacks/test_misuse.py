@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import numpy as np
@@ -20,7 +21,11 @@ from tests.callbacks import tiny
     [
         (SpectralRankCallback, {"every_n_steps": 0}, "`every_n_steps` must be an integer >= 1, got 0"),
         (SpectralRankCallback, {"every_n_steps": 2.5}, "got 2.5"),
-        (SpectralRankCallback, {"sites": ["middle"]}, "`sites` must list"),
+        (
+            SpectralRankCallback,
+            {"sites": ["middle"]},
+            "`sites` must be a list, each item one of .*middle",
+        ),
         (SpectralRankCallback, {"on": ["training"]}, "`on` must be a list of stages"),
         (SpectralRankCallback, {"on": []}, "`on` must be"),
         (SpectralRankCallback, {"token_fraction": 0.0}, r"`token_fraction` must be in \(0, 1\], got 0.0"),
@@ -31,14 +36,16 @@ from tests.callbacks import tiny
         (SpectralRankCallback, {"memory_limit_mib": -1}, "`memory_limit_mib` must be > 0"),
         (SpectralRankCallback, {"sites": "post"}, r"`sites` must be a list, got 'post': write sites=\['post'\]"),
         (SpectralRankCallback, {"modules": "*.mlp"}, r"`modules` must be a list, got '\*.mlp'"),
-        (SpectralRankCallback, {"mask_fn": 3}, "`mask_fn` must be a function of a batch, got 3"),
-        (SpectralRankCallback, {"dirpath": 3}, "`dirpath` must be the path of a folder, got 3"),
+        (SpectralRankCallback, {"mask_fn": 3}, "`mask_fn` must be a function, got 3"),
+        (SpectralRankCallback, {"dirpath": 3}, "`dirpath` must be text, got 3"),
         (SpectralRankCallback, {"labels": ["a"]}, r"`labels` must be names with values, got \['a'\]"),
         (SpectralRankCallback, {"seed": 1.5}, "`seed` must be a whole number, got 1.5"),
         (TailTokenProbe, {"counts": "Stream"}, "no file `Stream`.*`counts='stream'`"),
         (TailTokenProbe, {"head_share": 0.8}, "`head_share` < `mid_share`"),
         (TailTokenProbe, {"attribute_to": "both"}, "`attribute_to`"),
         (TailTokenProbe, {"group_by": "length"}, "`group_by`"),
+        (TailTokenProbe, {"counts": [0] * 64}, "`counts`.*all zero"),
+        (TailTokenProbe, {"counts": [-1] * 64}, "`counts`.*must be >= 0"),
         (TailTokenProbe, {"counts": "nowhere.npy"}, "no file `nowhere.npy`.*count-tokens"),
     ],
 )
@@ -60,13 +67,8 @@ def test_a_corrupt_counts_file_is_named(tmp_path, name, content):
     path.write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy says that the file is empty, too
-        try:
-            counts = TailTokenProbe(counts=str(path)).measurement.buckets.counts
-        except ValueError as error:
-            assert str(path) in str(error)  # noqa: PT017
-            return
-    with pytest.raises(MisconfigurationException, match="counts"):
-        tiny.trainer(tmp_path, [TailTokenProbe(counts=counts)]).fit(tiny.Module(), tiny.loader())
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            TailTokenProbe(counts=str(path))
 
 
 def test_counts_of_every_kind_give_the_same_buckets(tmp_path):
@@ -141,8 +143,6 @@ def test_a_litgpt_model_with_padding_trains_and_an_id_from_the_padding_is_refuse
     [
         (TailTokenProbe(), "no token counts.*counts='stream'"),
         (TailTokenProbe(counts=[3, 2, 1]), "embeds 64 token ids but the token counts have 3"),
-        (TailTokenProbe(counts=[0] * 64), "all zero"),
-        (TailTokenProbe(counts=[-1] * 64), "must be >= 0"),
         (SpectralRankCallback(modules=["*.ffn.down"]), "No module matches"),
         (SpectralRankCallback(memory_limit_mib=1e-3), "9/16 D\\^2 x 4 bytes"),
     ],

@@ -105,7 +105,7 @@ def test_token_counts_are_those_of_the_questions():
     [
         ({"network": "rnn"}, "network"),
         ({"hidden": 1}, "hidden"),
-        ({"num_facts": 1}, "n_items"),
+        ({"num_facts": 1}, "num_facts"),
         ({"alpha": 0.0}, "alpha"),
         ({"eval_every_n_steps": 0}, "eval_every_n_steps"),
         ({"num_relations": 0}, "num_relations"),

@@ -395,7 +395,7 @@ def test_grad_scaler_and_several_dtypes():
     [
         (Muon, {"lr": -1.0}, "`lr` must be finite and >= 0, got -1.0"),
         (Muon, {"lr_scale": "adam"}, "`lr_scale` must be one of"),
-        (Muon, {"orthogonalize": "qr"}, "`method` must be one of"),
+        (Muon, {"orthogonalize": "qr"}, "`orthogonalize` must be one of"),
         (Muon, {"momentum": 1.0}, r"`momentum` must be in \[0, 1\)"),
         (Muon, {"betas": (0.9, 1.0)}, "`betas` must be two numbers"),
         (Muon, {"fallback": "sgd"}, "`fallback` must be one of"),

@@ -81,7 +81,7 @@ def test_the_trainers_own_command_line(tmp_path: Any) -> None:
         ({"run_id": "../other"}, "`run_id` must be a plain name"),
         ({"run_id": ""}, "`run_id` must be a plain name"),
         ({"on": "train"}, "`on` must be a list of stages"),
-        ({"every_n_steps": True}, "`every_n_steps` must be an integer >= 1, got True"),
+        ({"every_n_steps": True}, "`every_n_steps` must be a whole number, got True"),
         ({"eigenvalues": True, "soft": "approx"}, "needs `soft='exact'`"),
     ],
 )
@@ -129,7 +129,7 @@ def test_how_a_run_is_watched_does_not_change_what_is_resumed() -> None:
 
 
 def test_what_a_probe_covers() -> None:
-    tail = Measurement(ProbeSettings(every_n_steps=2), BucketSettings(counts=[1, 2]))
+    tail = Measurement(ProbeSettings(every_n_steps=2), BucketSettings(counts=[1, 2, 3]))
     assert tail.covers(Measurement(ProbeSettings(every_n_steps=2)))
     assert not tail.covers(Measurement(ProbeSettings(every_n_steps=3)))
     assert not tail.covers(Measurement(ProbeSettings(every_n_steps=2, on=["train", "test"])))

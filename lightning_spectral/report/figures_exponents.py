@@ -67,7 +67,7 @@ def betas(scene: ReportData) -> ReportFigure:
     return ReportFigure(
         figure,
         "Exponents side by side: where intervals overlap, the order of two optimizers is not settled by the points.",
-        "Line: 95 % interval over widths. Pale bar below: 95 % interval over seeds (where seeds exist). Black tick: "
+        "Line: 95 % interval over widths. Pale bar below: 95 % interval over seeds (where seeds exist). Tick: "
         "the untrained network. Differences with their p values stand in comparisons.csv.",
     )
 
@@ -172,7 +172,7 @@ def decay(scene: ReportData) -> ReportFigure:
         figure,
         _decay_headline(scene, metrics[0]),
         "Same runs, same method: open at the last window of the full learning rate, filled at the end; line: 95 % "
-        "interval over widths; black tick: untrained. The change itself, run by run, is `decay_change` in "
+        "interval over widths; tick: untrained. The change itself, run by run, is `decay_change` in "
         "comparisons.csv.",
     )
 

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_spectral.records.looks import bucket_name, metric_name
+from lightning_spectral.report.dark import ON_CELL
 from lightning_spectral.report.scene import ReportData, ReportFigure, joined
 from lightning_spectral.report.style import label_right, log2_axis, tall
 
@@ -34,7 +35,9 @@ def layer_map(scene: ReportData) -> ReportFigure:
         for c in range(grid.shape[1]):
             if np.isfinite(grid[r, c]):
                 shade = "white" if abs(grid[r, c]) > 0.65 * limit else "#222222"
-                left.text(c + 0.5, r + 0.5, f"{grid[r, c]:.2f}", ha="center", va="center", fontsize=8, color=shade)
+                name = f"{ON_CELL}{r}-{c}"
+                at = (c + 0.5, r + 0.5, f"{grid[r, c]:.2f}")
+                left.text(*at, ha="center", va="center", fontsize=8, color=shade, gid=name)
     left.invert_yaxis()
     left.grid(visible=False)
     left.set_xticks(np.arange(len(scene.series)) + 0.5, [scene.looks[key].name for key in scene.series], fontsize=8)

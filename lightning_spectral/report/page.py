@@ -23,6 +23,7 @@ from lightning_spectral.analysis.health import FLAG_TEXT
 from lightning_spectral.analysis.learning_rates import learning_rate_table
 from lightning_spectral.analysis.matched import matched_table
 from lightning_spectral.analysis.tidy import fit_table, points_table, write_atomic, write_csv
+from lightning_spectral.report.dark import palette, themed, variable
 from lightning_spectral.report.figures import FIGURES, draw_all, inline, png_of, svg_of
 from lightning_spectral.report.figures_run import sweep_command
 from lightning_spectral.report.numbers import rows_of, thinned, views_over_steps
@@ -199,32 +200,26 @@ def render(
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     summaries = [run_summary(run) for run in scene.runs.runs]
     versions = {f"{name} {version}" for run in scene.runs.runs for name, version in run.info.versions.items()}
+    sections = _sections(scene, drawings, pictures)
+    headline, fits = headline_rows(scene), fit_rows(scene)
+    inks = [variable(row["color"], "text") for row in headline] + [variable(row["color"]) for row in fits]
     return environment.from_string(TEMPLATE).render(
         title=title,
+        ink=variable,
+        palette=palette([*inks, *(str(view["svg"]) for section in sections for view in section["views"])]),
         subtitle=_subtitle(scene),
         leads=summary_sentences(scene),
         warnings=found,
-        headline=headline_rows(scene),
+        headline=headline,
         headline_what=headline_name(scene),
         reference=scene.looks[scene.series[0]].name,
         before_step=_before_step(scene),
-        sections=[
-            {
-                "key": key,
-                "title": FIGURES[key].title,
-                "headline": drawing.headline,
-                "note": drawing.note,
-                "numbers": number_rows(drawing.figure),
-                "views": views_of(key, pictures[key], drawing.figure, scene.tokens_per_step) if key in pictures else [],
-            }
-            for key, drawing in drawings.items()
-            if key in pictures or len(scene.runs.runs) != 1
-        ],
+        sections=sections,
         table_note="The interval is over widths, and over seeds where there are any (mixed model). Seeds: one slope "
         "a seed. The range of beta with one width left out shows what hangs on a single width; that over the layers, "
         "what the median hides. Before decay: the last windows at the full learning rate, same method.",
         fit_names=[name for name in scene.fitted.table.by if name not in ("layer", "site")],
-        fits=fit_rows(scene),
+        fits=fits,
         focus=focus_name(scene),
         comparison_headline=comparison_headline(scene),
         comparisons=comparison_rows(scene) if len(scene.runs.runs) != 1 else [],
@@ -245,12 +240,27 @@ def render(
     )
 
 
+def _sections(scene: ReportData, drawings: dict[str, ReportFigure], pictures: dict[str, str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "key": key,
+            "title": FIGURES[key].title,
+            "headline": drawing.headline,
+            "note": drawing.note,
+            "numbers": number_rows(drawing.figure),
+            "views": views_of(key, pictures[key], drawing.figure, scene.tokens_per_step) if key in pictures else [],
+        }
+        for key, drawing in drawings.items()
+        if key in pictures or len(scene.runs.runs) != 1
+    ]
+
+
 def views_of(key: str, picture: str, figure: Figure | None, tokens_per_step: float | None) -> list[dict[str, Any]]:
     """The figure, and the same over other axes of training."""
-    views = [{"name": "steps", "svg": Markup(inline(picture, key))}]  # noqa: S704 - drawn by us
+    views = [{"name": "steps", "svg": Markup(themed(inline(picture, key)))}]  # noqa: S704 - drawn by us
     found = views_over_steps(figure, key, tokens_per_step) if figure is not None else {}
     for what in sorted(found):
-        svg = Markup(inline(found[what], f"{key}-{what.replace(', ', '-')}"))  # noqa: S704 - drawn by us
+        svg = Markup(themed(inline(found[what], f"{key}-{what.replace(', ', '-')}")))  # noqa: S704 - drawn by us
         views += [{"name": what, "svg": svg}]
     return views
 

@@ -51,9 +51,10 @@ code { font: 12px "DejaVu Sans Mono", Menlo, monospace; background: #f5f5f5; pad
 .swatch { display: inline-block; width: 10px; height: 10px; margin-right: 6px; border-radius: 2px; }
 details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 @media screen and (prefers-color-scheme: dark) { :root { color-scheme: dark; } body { background: #16181c; color: #ddd; }
-  h2, .sub, .note, th { color: #aaa; } figure { background: #fff; } .warnings { background: #33291b; }
+  :root { {{ palette }} } figure svg { fill: #ededed; } .views label { color: #aaa; }
+  h2, .sub, .note, th { color: #aaa; } .warnings { background: #33291b; }
   code { background: #2a2d33; } td, th { border-color: #3a3d43; } nav a, details summary { color: #6db3e8; }
-  td b, .warnings b { filter: brightness(1.9); } }
+  .warnings b, td .wide, td.flag { color: #ff9d57; } h2 { border-color: #3a3d43; } }
 @page { size: A4; margin: 14mm 12mm; }
 @media print { body { font-size: 11px; max-width: none; padding: 0; print-color-adjust: exact; }
   nav, details, .views input, .views label { display: none; } .note, .sub { font-size: 10px; }
@@ -70,7 +71,7 @@ details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 {% if warnings %}<div class="warnings" role="alert"><b>Read this before quoting a number</b>
 <ul>{% for warning in warnings %}<li>{{ warning }}</li>{% endfor %}</ul></div>{% endif %}
 {% if headline %}<div class="scroll"><table class="headline"><thead><tr><th scope="col"></th><th scope="col" class="num">beta</th><th scope="col">95 % CI</th><th scope="col">95 % CI, seeds</th><th scope="col">before decay{{ before_step }}</th><th scope="col" class="num">untrained</th><th scope="col">layers</th><th scope="col">minus {{ reference }}</th><th scope="col">the same before decay</th><th scope="col">over</th></tr></thead>
-<tbody>{% for row in headline %}<tr><td><b style="color:{{ row.color }}">{{ row.name }}</b></td>
+<tbody>{% for row in headline %}<tr><td><b style="color:{{ ink(row.color, "text") }}">{{ row.name }}</b></td>
 <td class="num beta" data-csv="fits.csv" data-row="{{ row.row }}" data-column="beta">{{ row.beta }}</td>
 <td>{{ row.ci }}{% if row.wide %} <span class="wide">wide</span>{% endif %}</td><td>{{ row.seeds }}</td><td>{{ row.before or "-" }}</td>
 <td class="num" data-csv="fits.csv" data-row="{{ row.row }}" data-column="null_beta">{{ row.null }}</td><td>{{ row.layers }}</td><td>{{ row.gap_0 }}</td><td>{{ row.gap_1 }}</td>
@@ -94,7 +95,7 @@ details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 {% for name in fit_names %}<th scope="col">{{ name }}</th>{% endfor %}
 <th scope="col" class="num">beta</th><th scope="col">95 % CI</th><th scope="col">status</th><th scope="col">95 % CI, seeds</th><th scope="col">one width left out</th><th scope="col">before decay</th><th scope="col">layers</th><th scope="col" class="num">untrained</th><th scope="col" class="num">ln A</th><th scope="col" class="num">R2</th><th scope="col" class="num">n</th><th scope="col">widths</th><th scope="col">method</th></tr></thead>
 <tbody>{% for fit in fits %}<tr{% if fit.new %} class="new"{% endif %}>
-{% for cell in fit.cells %}<td>{% if loop.first %}<span class="swatch" style="background:{{ fit.color }}"></span>{% endif %}{{ cell }}</td>{% endfor %}
+{% for cell in fit.cells %}<td>{% if loop.first %}<span class="swatch" style="background:{{ ink(fit.color) }}"></span>{% endif %}{{ cell }}</td>{% endfor %}
 <td class="num" data-csv="fits.csv" data-row="{{ fit.row }}" data-column="beta">{{ fit.beta }}</td>
 <td><span data-csv="fits.csv" data-row="{{ fit.row }}" data-column="ci_low">{{ fit.ci_low }}</span> to <span data-csv="fits.csv" data-row="{{ fit.row }}" data-column="ci_high">{{ fit.ci_high }}</span>{% if fit.wide %} <span class="wide">wide</span>{% endif %}</td>
 <td class="{{ '' if fit.status == 'ok' else 'flag' }}">{{ fit.status }}</td><td>{{ fit.seeds }}</td><td>{{ fit.loo }}</td><td>{{ fit.before or "-" }}</td><td>{{ fit.layers }}</td>

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from lightning_spectral.cli import main
+from lightning_spectral.report.dark import BACKGROUND, contrast
 from lightning_spectral.report.figures import FIGURES
 from tests.report.test_page import rows_of, write_whole_study
 
@@ -35,6 +36,8 @@ window.addEventListener("load", () => {
     const name = `${figure.dataset.figure} ${figure.className}`;
     figures[name] = {width: box.width, height: box.height, marks: marks.length};
   }
+  const box = document.querySelector("figure svg [id$='patch_1'] path");
+  const ink = document.querySelector("figure svg [id*='matplotlib.axis_1'] text");
   const cells = [...document.querySelectorAll("[data-csv]")].map(
     cell => [cell.dataset.csv, cell.dataset.row, cell.dataset.column, cell.textContent]);
   const result = document.createElement("script");
@@ -42,6 +45,7 @@ window.addEventListener("load", () => {
   result.id = "probe-result";
   result.textContent = JSON.stringify({
     tables: [...document.querySelectorAll("table")].map(table => table.getBoundingClientRect().right),
+    colors: [getComputedStyle(document.body).backgroundColor, getComputedStyle(box).fill, getComputedStyle(ink).fill],
     figures, cells, errors: window.errors, requests: performance.getEntriesByType("resource").length,
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     alert: document.querySelector("[role=alert]")?.getBoundingClientRect().top});
@@ -69,11 +73,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "out"
 
 
-def seen(page: str, tmp_path: Path, width: int = 1200) -> dict[str, Any]:
-    """What a browser makes of a page, in a window of this width."""
+def seen(page: str, tmp_path: Path, width: int = 1200, *, dark: bool = False) -> dict[str, Any]:
+    """What a browser makes of a page, in a window of this width, on a bright or a dark screen."""
     probed = tmp_path / "probed.html"
     probed.write_text(page.replace("</head>", _PROBE + "</head>"))
     command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
+    command += [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0", probed.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
@@ -93,6 +98,19 @@ def test_no_table_is_cut_off_in_print(report: Path, tmp_path: Path) -> None:
     assert max(result["tables"]) <= 703
     assert result["overflow"] <= 0
     assert max(seen(page, tmp_path, 703)["tables"]) > 703  # on a screen one scrolls
+
+
+def test_figures_are_dark_on_a_dark_screen_and_white_on_a_bright_one(report: Path, tmp_path: Path) -> None:
+    page = (report / "report.html").read_text()
+    text = [seen(page, tmp_path, dark=dark)["colors"] for dark in (False, True)]
+    (bright_page, bright_box, bright_ink), (dark_page, dark_box, dark_ink) = [
+        ["#" + "".join(f"{int(channel):02x}" for channel in re.findall(r"\d+", color)[:3]) for color in colors]
+        for colors in text
+    ]
+    assert bright_page == bright_box == "#ffffff"
+    assert dark_page == dark_box == BACKGROUND
+    assert contrast(bright_ink, bright_box) > 4.5
+    assert contrast(dark_ink, dark_box) > 4.5
 
 
 def test_the_page_in_chromium(report: Path, tmp_path: Path) -> None:

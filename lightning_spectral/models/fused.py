@@ -16,11 +16,18 @@ _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "enc
 _GROUPS = ("num_key_value_heads", "n_query_groups", "num_kv_heads", "kv_n_heads", "n_kv_heads", "num_query_groups")
 _SIZES = ("head_dim", "head_size", "d_kv", "d_head", "attention_head_size")
 
-_FUSED = re.compile(r"^(qkv|qkv_proj|c_attn|query_key_value|wqkv|in_proj|attn_qkv|qkv_net)$", re.IGNORECASE)
+_FUSED = re.compile(r"^(qkv|qkv_proj|c_attn|query_key_value|wqkv|in_proj|attn_qkv|att_proj|qkv_net)$", re.IGNORECASE)
+_KEYS_VALUES = re.compile(r"^(kv|kv_proj|to_kv|c_attn|wkv|kv_b_proj)$", re.IGNORECASE)
 _GATE_UP = re.compile(r"^(gate_up_proj|w12|gate_up|fc_gate_up)$")
-_SINGLE = re.compile(r"^(q|k|v|query|key|value|[qkv]_proj|[qkv]_lin|wq|wk|wv)$", re.IGNORECASE)
+# (class that holds the projection, its name): gate and up under a name that elsewhere is that of one matrix
+_GATE_UP_OF = re.compile(r"ModernBert\w*MLP:Wi|(Granite|JetMoe)\w*(MoE|MLP|Moe):input_linear|AriaGroupedExpertsMLP:fc1")
+_SINGLE = re.compile(
+    r"^(q|k|v|q_b_proj|(query|key|value)(_proj)?|[qkv]_(proj|lin|head)|(linear_|to_|w)[qkv])$", re.IGNORECASE
+)
 # q, k and v of a head lie beside each other: (heads, 3, head size)
-_PER_HEAD = re.compile(r"GPTNeoX\w*Attention|BloomAttention|PersimmonAttention|GPTNeoXJapanese\w*")
+_PER_HEAD = re.compile(
+    r"(GPTNeoX\w*|Bloom|Persimmon|MiniMaxLightning)Attention|GPTNeoXJapanese\w*|DisentangledSelfAttention"
+)
 
 
 @dataclass(frozen=True)
@@ -42,21 +49,71 @@ def parts_of(place: Place, views: Views, by_head: bool) -> tuple[Part, ...] | No
     """
     name = _projection_name(place)
     rows = views.matrix[0]
-    if _GATE_UP.match(name) and rows % 2 == 0 and type(place.module).__name__ != "GptOssExperts":  # interleaved there
-        return ((0, rows // 2),), ((rows // 2, rows),)
-    if views.stack > 1 or not (_FUSED.match(name) or (by_head and _SINGLE.match(name))):
+    if rows % 2 == 0 and _holds_gate_and_up(place, name):
+        return _gate_and_up(place, rows)
+    single = bool(_SINGLE.match(name))
+    if views.stack > 1 or not (by_head if single else _FUSED.match(name) or _KEYS_VALUES.match(name)):
         return None
     heads = _heads(place)
     if heads is None:
         return None
-    if _SINGLE.match(name):
+    if single:
         return _chop(((0, rows),), heads.size) if rows % heads.size == 0 else None
-    if rows != (heads.queries + 2 * heads.groups) * heads.size:
-        return None
-    parts = _interleaved(heads) if _lies_per_head(place, heads) else _one_after_the_other(heads)
-    if not by_head:
+    parts = _fused_parts(place, name, rows, heads)
+    if parts is None or not by_head:
         return parts
-    return tuple(single for part in parts for single in _chop(part, heads.size))
+    if name == "kv_b_proj":
+        return tuple((head,) for part in parts for head in part)
+    return tuple(head for part in parts for head in _chop(part, heads.size))
+
+
+def _holds_gate_and_up(place: Place, name: str) -> bool:
+    if _GATE_UP.match(name):
+        return True
+    return bool(_GATE_UP_OF.fullmatch(f"{type(_attention(place)).__name__}:{name}"))
+
+
+def _gate_and_up(place: Place, rows: int) -> tuple[Part, ...]:
+    if type(place.module).__name__ == "GptOssExperts":  # row by row in turns
+        return ((0, rows, 2),), ((1, rows, 2),)
+    return ((0, rows // 2),), ((rows // 2, rows),)
+
+
+def _fused_parts(place: Place, name: str, rows: int, heads: Heads) -> tuple[Part, ...] | None:
+    """Rows of q, k and v, or of k and v alone; None where the numbers of heads do not fit."""
+    if name == "kv_b_proj":
+        return _latent(place, rows, heads)
+    if rows == 3 * heads.queries * heads.size:  # also beside a configuration that says something of another attention
+        heads = Heads(heads.queries, heads.queries, heads.size)
+    if _FUSED.match(name) and rows == (heads.queries + 2 * heads.groups) * heads.size:
+        if type(_attention(place)).__name__ == "CodeGenAttention":
+            return _codegen(rows)
+        return _interleaved(heads) if _lies_per_head(place, heads) else _one_after_the_other(heads)
+    if (
+        _KEYS_VALUES.match(name)
+        and rows % 2 == 0
+        and (rows // 2) % heads.size == 0
+        and rows < 3 * heads.queries * heads.size
+    ):
+        return ((0, rows // 2),), ((rows // 2, rows),)
+    return None
+
+
+def _latent(place: Place, rows: int, heads: Heads) -> tuple[Part, ...] | None:
+    """Per head a key (what of it has no position) and a value, from a latent vector."""
+    sources = _sources(place)
+    key, value = _first(sources, ("qk_nope_head_dim",)), _first(sources, ("v_head_dim",))
+    if key is None or value is None or rows != heads.queries * (key + value):
+        return None
+    starts = range(0, rows, key + value)
+    return tuple((s, s + key) for s in starts), tuple((s + key, s + key + value) for s in starts)
+
+
+def _codegen(rows: int) -> tuple[Part, ...]:
+    """Four blocks of queries, values and keys each, as the model was cut over four devices."""
+    block, third = rows // 4, rows // 12
+    q, v, k = (tuple((b + i * third, b + (i + 1) * third) for b in range(0, rows, block)) for i in range(3))
+    return q, k, v
 
 
 def is_fused_name(name: str) -> bool:
@@ -75,9 +132,10 @@ def head_rows(place: Place, rows: int) -> tuple[tuple[Part, ...], tuple[Part, ..
         return None
     if not is_fused_name(name):
         return (_chop(((0, rows),), heads.size), ()) if rows % heads.size == 0 else None
-    if rows != (heads.queries + 2 * heads.groups) * heads.size:
+    parts = _fused_parts(place, name, rows, heads)
+    if parts is None or len(parts) != 3:
         return None
-    q, k, _ = _interleaved(heads) if _lies_per_head(place, heads) else _one_after_the_other(heads)
+    q, k, _ = parts
     return _chop(q, heads.size), _chop(k, heads.size)
 
 
@@ -107,7 +165,7 @@ def _interleaved(heads: Heads) -> tuple[Part, ...]:
 
 
 def _chop(part: Part, size: int) -> tuple[Part, ...]:
-    return tuple(((row, row + size),) for low, high in part for row in range(low, high, size))
+    return tuple(((row, row + size),) for low, high, *_ in part for row in range(low, high, size))
 
 
 def _lies_per_head(place: Place, heads: Heads) -> bool:
@@ -132,8 +190,7 @@ def _attention(place: Place) -> Any:
 
 
 def _heads(place: Place) -> Heads | None:
-    attention = _attention(place)
-    sources = [attention, getattr(attention, "config", None), *_configs_above(place)]
+    sources = _sources(place)
     queries = _first(sources, _HEADS)
     if queries is None:
         return None
@@ -141,13 +198,25 @@ def _heads(place: Place) -> Heads | None:
     if groups is None:
         shared = _first(sources, ("multi_query",)) and not _first(sources, ("new_decoder_architecture",))
         groups = 1 if shared else queries
-    size = _first(sources, _SIZES)
+    size = _latent_size(sources) or _first(sources, _SIZES)
     if size is None:
         width = _first(sources, ("embed_dim", "hidden_size", "n_embd", "d_model", "dim"))
         if width is None or width % queries:
             return None
         size = width // queries
     return Heads(queries, groups, size)
+
+
+def _latent_size(sources: list[Any]) -> int | None:
+    """Size of a query of latent attention: with and without position."""
+    with_position, without = _first(sources, ("qk_rope_head_dim",)), _first(sources, ("qk_nope_head_dim",))
+    return None if with_position is None or without is None else with_position + without
+
+
+def _sources(place: Place) -> list[Any]:
+    """Who may say numbers of heads, the nearest first."""
+    attention = _attention(place)
+    return [attention, getattr(attention, "config", None), *_configs_above(place)]
 
 
 def _configs_above(place: Place) -> list[Any]:

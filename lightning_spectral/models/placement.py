@@ -127,43 +127,50 @@ class Block:
         offset: Begin in the flat local storage.
         stride: From one stored row to the next.
         transposed: Stored as the transpose of ``target``.
+        step: From one stored column to the next.
     """
 
     target: Rectangle
     offset: int
     stride: int
     transposed: bool
+    step: int = 1
 
     def of(self, flat: Tensor) -> Tensor:
         """The entries inside a flat local tensor, in the matrix's orientation; shares memory with it."""
         stored = self.target.mirrored if self.transposed else self.target
         size = (stored.rows[1] - stored.rows[0], stored.columns[1] - stored.columns[0])
-        found = flat.as_strided(size, (self.stride, 1), flat.storage_offset() + self.offset)
+        found = flat.as_strided(size, (self.stride, self.step), flat.storage_offset() + self.offset)
         return found.mT if self.transposed else found
 
 
 def blocks_of(view: MatrixView, shard: Shard) -> list[Block]:
     """The parts of one matrix that this rank holds."""
     blocks = []
+    across = view.views.transposed
     for held, begin in shard.rectangles(view.views):
         stride = held.columns[1] - held.columns[0]
-        for source, target in view.places():
-            common = source.meets(held)
-            if common is None:
+        for source, step, target in view.places():
+            down, right = (1, step) if across else (step, 1)
+            rows, columns = _every(source.rows, down, held.rows), _every(source.columns, right, held.columns)
+            if rows is None or columns is None:
                 continue
-            down, right = common.rows[0] - source.rows[0], common.columns[0] - source.columns[0]
-            inside = Rectangle(
-                (down, down + common.rows[1] - common.rows[0]), (right, right + common.columns[1] - common.columns[0])
-            )
-            if view.views.transposed:
-                inside = inside.mirrored
+            inside = Rectangle(columns, rows) if across else Rectangle(rows, columns)
             moved = Rectangle(
                 (target.rows[0] + inside.rows[0], target.rows[0] + inside.rows[1]),
                 (target.columns[0] + inside.columns[0], target.columns[0] + inside.columns[1]),
             )
-            offset = begin + (common.rows[0] - held.rows[0]) * stride + common.columns[0] - held.columns[0]
-            blocks.append(Block(moved, offset, stride, view.views.transposed))
+            row, column = source.rows[0] + rows[0] * down, source.columns[0] + columns[0] * right
+            offset = begin + (row - held.rows[0]) * stride + column - held.columns[0]
+            blocks.append(Block(moved, offset, stride * down, across, right))
     return blocks
+
+
+def _every(source: Range, step: int, held: Range) -> Range | None:
+    """Which of the places ``source[0]``, ``source[0] + step``, ... below ``source[1]`` are held, by their number."""
+    low = max(0, -((source[0] - held[0]) // step))
+    high = -((source[0] - min(source[1], held[1])) // step)
+    return (low, high) if high > low else None
 
 
 def local(tensor: Tensor) -> Tensor:

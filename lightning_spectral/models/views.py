@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 Range = tuple[int, int]
-Part = tuple[Range, ...]  # output rows of one matrix, in order
+# output rows of one matrix, in order: (low, high), or (low, high, step) for every step-th one
+Part = tuple[tuple[int, int] | tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,6 @@ class Rectangle:
     def mirrored(self) -> Rectangle:
         """The same entries of the transpose."""
         return Rectangle(self.columns, self.rows)
-
-    def meets(self, other: Rectangle) -> Rectangle | None:
-        """What both have; None when that is nothing."""
-        rows, columns = _overlap(self.rows, other.rows), _overlap(self.columns, other.columns)
-        return None if rows is None or columns is None else Rectangle(rows, columns)
-
-
-def _overlap(one: Range, other: Range) -> Range | None:
-    low, high = max(one[0], other[0]), min(one[1], other[1])
-    return (low, high) if high > low else None
 
 
 @dataclass(frozen=True)
@@ -112,29 +103,28 @@ class MatrixView:
     @property
     def shape(self) -> tuple[int, int]:
         """Outputs M and inputs N."""
-        return sum(high - low for low, high in self.part), self.views.matrix[1]
+        return sum(len(range(*rows)) for rows in self.part), self.views.matrix[1]
 
-    def places(self) -> Iterator[tuple[Rectangle, Rectangle]]:
-        """Pairs (where it lies in the stored rows and columns, which entries of the M x N matrix that is)."""
+    def places(self) -> Iterator[tuple[Rectangle, int, Rectangle]]:
+        """Where it lies in the stored rows and columns, at every which output, which entries of the matrix that is."""
         inputs = self.views.matrix[1]
         height = self.views.stored[0] // self.views.stack
         first = self.index * height
         row = 0
-        for low, high in self.part:
-            target = Rectangle((row, row + high - low), (0, inputs))
+        for low, high, *step in self.part:
+            count = len(range(low, high, *step))
+            target = Rectangle((row, row + count), (0, inputs))
             if self.views.transposed:
-                yield Rectangle((first, first + inputs), (low, high)), target
+                yield Rectangle((first, first + inputs), (low, high)), step[0] if step else 1, target
             else:
-                yield Rectangle((first + low, first + high), (0, inputs)), target
-            row += high - low
+                yield Rectangle((first + low, first + high), (0, inputs)), step[0] if step else 1, target
+            row += count
 
     def of(self, tensor: Tensor) -> Tensor:
         """The M x N matrix of a whole tensor of the parameter's shape; shares its memory where that is possible."""
         stored = tensor.reshape(self.views.stored)
-        pieces = [
-            stored[source.rows[0] : source.rows[1], source.columns[0] : source.columns[1]]
-            for source, _ in self.places()
-        ]
-        if self.views.transposed:
-            pieces = [piece.mT for piece in pieces]
+        pieces = []
+        for source, step, _ in self.places():
+            piece = stored[source.rows[0] : source.rows[1], source.columns[0] : source.columns[1]]
+            pieces.append((piece.mT if self.views.transposed else piece)[::step])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -82,7 +82,7 @@ def _positions_in(matrix: Matrix, extra: Extra) -> Tensor:
         r1 = min(r1, rows)
         if r1 <= r0:
             continue
-        down, right = (1, block.stride) if block.transposed else (block.stride, 1)
+        down, right = (block.step, block.stride) if block.transposed else (block.stride, block.step)
         grid = torch.arange(r1 - r0).unsqueeze(1) * down + torch.arange(c1 - c0).unsqueeze(0) * right
         place[r0:r1, c0:c1] = grid + block.offset
     spans = [torch.arange(low, high) for low, high in extra.spans]

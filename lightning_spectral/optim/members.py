@@ -100,7 +100,7 @@ def _encode(views: Views | None) -> str | None:
 
 def _decode(text: str) -> Views:
     shape, row_dims, stack, transposed, parts = json.loads(text)
-    decoded = None if parts is None else tuple(tuple((low, high) for low, high in part) for part in parts)
+    decoded = None if parts is None else tuple(tuple(tuple(rows) for rows in part) for part in parts)
     return Views(tuple(shape), row_dims, stack, transposed, decoded)
 
 

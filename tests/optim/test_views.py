@@ -69,6 +69,49 @@ class GPTNeoXAttention(nn.Module):
         self.query_key_value = nn.Linear(7, 18, bias=False)
 
 
+class GptOssExperts(nn.Module):
+    """Gate and up in turns, as (inputs, outputs)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_transposed = True
+        self.gate_up_proj = nn.Parameter(torch.randn(2, 6, 10))
+
+
+class DisentangledSelfAttention(nn.Module):
+    """DeBERTa's: per head its query, key and value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_attention_heads, self.attention_head_size = 2, 3
+        self.in_proj = nn.Linear(7, 18, bias=False)
+
+
+class CodeGenAttention(nn.Module):
+    """Four blocks of queries, values and keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_attention_heads, self.head_dim = 4, 3
+        self.qkv_proj = nn.Linear(7, 36, bias=False)
+
+
+class LatentAttention(nn.Module):
+    """Per head a key of four and a value of two, from a latent vector; queries with and without position."""
+
+    def __init__(self, name: str, rows: int) -> None:
+        super().__init__()
+        self.num_heads, self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim = 3, 4, 1, 2
+        self.head_dim = self.qk_rope_head_dim  # as DeepSeek's configuration says it
+        self.add_module(name, nn.Linear(7, rows, bias=False))
+
+
+class ModernBertMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.Wi = nn.Linear(6, 10, bias=False)
+
+
 def convolutional(layer: nn.Module) -> nn.Module:
     return nn.ModuleDict({"stem": nn.Conv2d(3, 8, 3, bias=False), "hidden": layer})
 
@@ -105,6 +148,38 @@ CASES = {
         "projections",
         lambda t: [torch.cat([t[s : s + 3], t[s + 9 : s + 12]]) for s in (0, 3, 6)],
     ),
+    "interleaved gate and up": (
+        GptOssExperts,
+        "gate_up_proj",
+        "projections",
+        lambda t: [m.mT for one in t.unbind(0) for m in (one[:, ::2], one[:, 1::2])],
+    ),
+    "per head": (
+        DisentangledSelfAttention,
+        "in_proj.weight",
+        "projections",
+        lambda t: [torch.cat([t[s : s + 3], t[s + 9 : s + 12]]) for s in (0, 3, 6)],
+    ),
+    "four blocks": (
+        CodeGenAttention,
+        "qkv_proj.weight",
+        "projections",
+        lambda t: [torch.cat([b[s : s + 3] for b in t.chunk(4)]) for s in (0, 3, 6)],
+    ),
+    "keys and values": (lambda: Attention("kv_proj"), "kv_proj.weight", "projections", lambda t: list(t.chunk(2))),
+    "latent keys and values": (
+        lambda: LatentAttention("kv_b_proj", 18),
+        "kv_b_proj.weight",
+        "projections",
+        lambda t: [torch.cat([t[s : s + n] for s in (b, b + 6, b + 12)]) for b, n in ((0, 4), (4, 2))],
+    ),
+    "latent queries by heads": (
+        lambda: LatentAttention("q_b_proj", 15),
+        "q_b_proj.weight",
+        "heads",
+        lambda t: list(t.chunk(3)),
+    ),
+    "input and gate": (ModernBertMLP, "Wi.weight", "projections", lambda t: list(t.chunk(2))),
     "in_proj": (
         lambda: nn.MultiheadAttention(6, 2, bias=False),
         "in_proj_weight",
@@ -190,6 +265,8 @@ VIEWS = [
     Views((12, 5), parts=(((0, 2), (6, 8)), ((2, 4), (8, 10)), ((4, 6), (10, 12)))),
     Views((5, 12), transposed=True, parts=(((0, 2), (6, 8)), ((2, 6), (8, 12)))),
     Views((6, 2, 5), 1, transposed=True),
+    Views((2, 5, 12), 2, 2, transposed=True, parts=(((0, 12, 2),), ((1, 12, 2),))),
+    Views((11, 5), parts=(((0, 11, 3), (1, 5)), ((5, 6), (2, 11, 3)))),
 ]
 
 

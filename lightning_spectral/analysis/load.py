@@ -22,6 +22,7 @@ from lightning_spectral.records import (
     read_spectral,
     read_weights,
 )
+from lightning_spectral.text import PREVIOUS, folders_below
 
 # what can be loaded -> (file, its reader)
 KINDS: Final = {
@@ -83,8 +84,9 @@ def _files(path: str, name: str) -> Iterator[Path]:
     fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(path).parts))
     for place in map(Path, glob.glob(path, recursive=True)):
         if place.is_dir():
-            yield from (file for file in place.rglob(name) if "previous" not in file.relative_to(fixed).parts)
-        elif "previous" in place.relative_to(fixed).parts:
+            if PREVIOUS not in place.relative_to(fixed).parts:
+                yield from (folder / name for folder in folders_below(place) if (folder / name).is_file())
+        elif PREVIOUS in place.relative_to(fixed).parts:
             continue
         elif place.name in (name, RUN_FILE) and (place.parent / name).is_file():
             yield place.parent / name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from lightning_spectral.records import (
     read_losses,
     read_run,
 )
-from lightning_spectral.text import parse_json, plain_file
+from lightning_spectral.text import folders_below, parse_json, plain_file
 
 _STAGE_ORDER: Final = (b"train", b"validation", b"measure", b"test", b"predict")
 _LOST: Final = (b"no_forward", b"not_matched", b"solve_failed")
@@ -203,7 +204,7 @@ def _run_files(root: Path) -> Sequence[Path]:
 
 def _below(root: Path, name: str) -> list[Path]:
     """Files of that name, without those of earlier runs that a fresh run moved to ``previous/``."""
-    return [file for file in root.rglob(name) if "previous" not in file.relative_to(root).parts]
+    return [folder / name for folder in folders_below(root) if os.path.lexists(folder / name)]
 
 
 def _one_stage(columns: SpectralColumns, stage: str | None) -> tuple[SpectralColumns, str]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Final
 
 from lightning_spectral.records import EIGENVALUES_FOLDER, RUN_FILE, SPECTRAL_FILE
+from lightning_spectral.text import PREVIOUS, folders_below
 
 # what a run folder holds beside its records: nothing in these is a run of its own
-_NOT_LOOKED_INTO: Final = {EIGENVALUES_FOLDER, "previous", "checkpoints", "final"}
+_NOT_LOOKED_INTO: Final = {EIGENVALUES_FOLDER, PREVIOUS, "checkpoints", "final"}
 _LEVELS_ABOVE: Final = 3  # `out/run/logs/tensorboard/version_0` belongs to the run folder `out/run`
 RESCAN_SECONDS: Final = 2.0
 
@@ -71,12 +72,11 @@ class FoundRuns:
 
 
 def _below(root: Path) -> list[Path]:
-    folders = []
-    for folder, below, files in os.walk(root):
-        below[:] = sorted(name for name in below if name not in _NOT_LOOKED_INTO and not name.startswith("."))
-        if RUN_FILE in files or SPECTRAL_FILE in files:
-            folders.append(Path(folder))
-    return folders
+    return [folder for folder in folders_below(root, _NOT_LOOKED_INTO) if _holds_run(folder)]
+
+
+def _holds_run(folder: Path) -> bool:
+    return any(os.path.lexists(folder / name) for name in (RUN_FILE, SPECTRAL_FILE))
 
 
 def _around(prefix: str, root: Path) -> dict[str, Path]:

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
@@ -169,6 +169,37 @@ def _yaml_loader() -> Any:
     exponents = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponents, list("-+.0123456789"))
     return Loader
+
+
+def folders_below(root: Path, skip: Collection[str] = (PREVIOUS,)) -> Iterator[Path]:
+    """A folder and those below it, each once, in the order of their names.
+
+    Links are followed to a folder and to what lies directly in it: a folder of links to runs or to a sweep is common,
+    and a link to a whole disk is not walked through.
+
+    Args:
+        root: Where to look.
+        skip: Names that are not looked into, as hidden folders are not.
+    """
+    seen: set[str] = set()
+    waiting: list[tuple[str, int | None]] = [(str(root), None)]  # a folder, and how many levels below it
+    while waiting:
+        folder, levels = waiting.pop()
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        yield Path(folder)
+        if levels == 0:
+            continue
+        try:
+            found = [entry for entry in os.scandir(folder) if entry.is_dir()]
+        except OSError:
+            continue  # gone since, or not ours to read
+        below = None if levels is None else levels - 1
+        inside = [entry for entry in found if entry.name not in skip and not entry.name.startswith(".")]
+        inside.sort(key=lambda entry: (entry.is_symlink(), entry.name), reverse=True)  # the last is next
+        waiting += [(entry.path, 1 if entry.is_symlink() else below) for entry in inside]
 
 
 def plain_file(path: Path) -> Path:

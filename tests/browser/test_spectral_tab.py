@@ -20,6 +20,7 @@ from werkzeug.serving import make_server
 
 from lightning_spectral.records import ALARMS_FILE, SPECTRAL_FILE, AlarmRecord, append_records, read_spectral
 from lightning_spectral.records.looks import BUCKET_COLORS
+from lightning_spectral.report.dark import contrast
 from lightning_spectral.tensorboard.plugin import SpectralPlugin
 from tests.analysis.synthetic import write_one, write_spectra, write_study
 from tests.browser.test_report_page import chromium
@@ -286,6 +287,37 @@ def test_dots_are_the_untrained_network_alone_and_twelve_seeds_have_twelve_color
     assert len(result["dots"]) == 1
     assert not set(result["dashes"]) & set(result["dots"])
     assert "Dotted: the untrained network." in result["few"]
+
+
+def test_lines_and_their_names_can_be_seen_in_the_dark_theme_and_a_saved_chart_keeps_its_colors(tmp_path: Path) -> None:
+    write_study(tmp_path / "runs", {"muon": 0.9}, (64, 128, 256), layers=1)
+    result = look(
+        tmp_path / "runs",
+        tmp_path,
+        """
+        const styles = () => {
+          const of = (kind, what) => [...document.querySelectorAll(`[data-chart] ${kind}`)].map((node) => getComputedStyle(node)[what]);
+          return {lines: of(".line", "stroke"), names: of(".end", "fill"), page: getComputedStyle(document.body).backgroundColor};
+        };
+        document.documentElement.classList.remove("dark");
+        result.bright = styles();
+        document.documentElement.classList.add("dark");
+        result.dark = styles();
+        result.attributes = [...document.querySelectorAll("[data-chart] .line")].map((node) => node.getAttribute("stroke"));
+        """,  # noqa: E501
+    )
+    bright, dark = result["bright"], result["dark"]
+    assert _hex(bright["page"]) == "#ffffff"
+    assert _hex(dark["page"]) == "#303030"
+    assert len(dark["lines"]) > 4
+    assert len(dark["names"]) > 3
+    assert min(contrast(_hex(color), "#303030") for color in dark["lines"]) >= 2.95  # 8 bits a channel
+    assert min(contrast(_hex(color), "#303030") for color in dark["names"]) >= 4.4
+    assert [_hex(color) for color in bright["lines"]] == [color.lower() for color in result["attributes"]]
+
+
+def _hex(color: str) -> str:
+    return "#" + "".join(f"{int(channel):02x}" for channel in re.findall(r"\d+", color)[:3])
 
 
 def test_a_logdir_without_runs_says_what_to_give(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 // A line chart in SVG: lines with bands, dotted levels, markers, labels at the right end, a tooltip at the nearest point.
 
 import { element, short, svg } from "./dom.js";
-import { scale } from "./scales.js";
+import { onDark, scale } from "./scales.js";
+
+/** What style.css takes in the dark theme for the colour of a mark; a saved chart keeps the colour. */
+const ink = (color, contrast) => ({ style: `--dark: ${onDark(color, contrast)}` });
 
 const MARGIN = { top: 8, bottom: 38, left: 56 };
 
@@ -27,7 +30,7 @@ export function lineChart(options) {
   const clip = (path, attributes) => root.append(svg("path", { d: path, fill: "none", ...attributes }));
   for (const line of lines) {
     if (line.low) {
-      root.append(svg("path", { d: bandPath(line, x, y), fill: line.color, opacity: line.bandOpacity ?? 0.12, stroke: "none", class: "band" }));
+      root.append(svg("path", { d: bandPath(line, x, y), fill: line.color, opacity: line.bandOpacity ?? 0.12, stroke: "none", class: "band", ...ink(line.color) }));
     }
   }
   for (const level of levels) {
@@ -41,12 +44,12 @@ export function lineChart(options) {
     root.append(svg("text", { x: at + 3, y: height - MARGIN.bottom - 5, class: "note" }, vertical.label));
   }
   for (const line of lines) {
-    clip(linePath(line, x, y), { stroke: line.color, "stroke-width": line.width ?? 1.8, "stroke-dasharray": line.dash, opacity: line.opacity ?? 1, "stroke-linejoin": "round", class: "line" });
+    clip(linePath(line, x, y), { stroke: line.color, "stroke-width": line.width ?? 1.8, "stroke-dasharray": line.dash, opacity: line.opacity ?? 1, "stroke-linejoin": "round", class: "line", ...ink(line.color) });
     line.x.forEach((at, k) => {
       const [px, py] = [x(at), y(line.y[k])];
       if (line.y[k] === null || !Number.isFinite(px) || !Number.isFinite(py)) return;
-      if (line.hollow?.[k]) root.append(svg("circle", { cx: px, cy: py, r: 3, class: "hollow", stroke: line.color }));
-      else if (line.dots) root.append(svg("circle", { cx: px, cy: py, r: 2, fill: line.color }));
+      if (line.hollow?.[k]) root.append(svg("circle", { cx: px, cy: py, r: 3, class: "hollow", stroke: line.color, ...ink(line.color) }));
+      else if (line.dots) root.append(svg("circle", { cx: px, cy: py, r: 2, fill: line.color, class: "point", ...ink(line.color) }));
     });
   }
   for (const mark of marks) {
@@ -123,7 +126,7 @@ function endLabels(root, lines, y, at, height) {
     label.y = Math.min(label.y, floor);
     floor = label.y - 12;
   }
-  for (const label of labels) root.append(svg("text", { x: at, y: label.y + 4, class: "end", fill: label.line.color }, label.line.label));
+  for (const label of labels) root.append(svg("text", { x: at, y: label.y + 4, class: "end", fill: label.line.color, ...ink(label.line.color, 4.5) }, label.line.label));
 }
 
 function hover(root, { lines, marks, x, y, width, height, right, tip }) {
@@ -170,6 +173,6 @@ export function figure(title, color, chart) {
     },
   }, "SVG");
   const heading = element("figcaption", {}, element("span", {}, title), save);
-  if (color) heading.firstChild.style.color = color;
+  if (color) heading.firstChild.style = `color: ${color}; --dark: ${onDark(color, 4.5)}`;
   return element("figure", {}, heading, chart);
 }

@@ -67,6 +67,26 @@ function between(stops, at) {
   return mix(stops[first], stops[first + 1], place - first);
 }
 
+const DARK_PAGE = "#303030"; // --page of style.css in the dark theme
+
+/** A colour mixed with white until it can be seen on the dark page: contrast 3 (WCAG 2.1, graphics), 4.5 for text. */
+export function onDark(color, wanted = 3) {
+  if (!/^#[0-9a-f]{6}$/i.test(color ?? "")) return color;
+  let seen = color;
+  while (contrast(seen, DARK_PAGE) < wanted) seen = mix(seen, "#ffffff", 0.06);
+  return seen;
+}
+
+function contrast(one, other) {
+  const [low, high] = [luminance(one), luminance(other)].sort((a, b) => a - b);
+  return (high + 0.05) / (low + 0.05);
+}
+
+function luminance(color) {
+  const linear = [1, 3, 5].map((k) => parseInt(color.slice(k, k + 2), 16) / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+}
+
 /** Mix two #rrggbb colours. */
 export function mix(one, other, share) {
   const channel = (color, k) => parseInt(color.slice(1 + 2 * k, 3 + 2 * k), 16);

@@ -1,7 +1,8 @@
 """How far off is beta when every width is measured on few rows of sequences whose rows are alike?
 
-Spectra of known rank at four widths, 1,350 rows each (a quickstart batch) in sequences of 128: independent rows, or
-rows that share a fifth of their variance with their sequence, in all directions or in the largest ones. Recorded by the
+Spectra of known rank at four widths, 1,350 rows each (a quickstart batch) in sequences of 128: independent rows, rows
+of unlike length, or rows that share a fifth of their variance with their sequence, in all directions or in the largest
+ones. Recorded by the
 code that records a window; the slope of each rank minus that of the true ranks, mean over draws.
 """
 
@@ -26,7 +27,14 @@ SPECTRA = {
     "rank ~ D^.44": lambda d, i: torch.exp(-i / (1.9 * d**0.44)),
     "i^-.7": lambda d, i: i**-0.7,
 }
-SHARED = {"nothing": 0.0, "all directions": 0.2, "the largest, half of each": 0.5, "the largest, .8 of each": 0.8}
+UNEVEN = "nothing, but their lengths differ"  # log-normal with sigma = .7
+SHARED = {
+    "nothing": 0.0,
+    UNEVEN: 0.0,
+    "all directions": 0.2,
+    "the largest, half of each": 0.5,
+    "the largest, .8 of each": 0.8,
+}
 NAMES = ("hard, raw", "hard, across", "soft, raw", "soft, extrapolated")
 
 
@@ -40,7 +48,9 @@ def share_of(spectrum: torch.Tensor, kind: str) -> torch.Tensor:
     return (left / spectrum).clamp(0, share)
 
 
-def ranks(spectrum: torch.Tensor, share: torch.Tensor, rows: int, generator: torch.Generator) -> list[float]:
+def ranks(
+    spectrum: torch.Tensor, share: torch.Tensor, sigma: float, rows: int, generator: torch.Generator
+) -> list[float]:
     """One window's raw and corrected ranks."""
     count = math.ceil(rows / LENGTH)
     own = torch.randn(rows, len(spectrum), generator=generator) * (1 - share).sqrt()
@@ -49,8 +59,9 @@ def ranks(spectrum: torch.Tensor, share: torch.Tensor, rows: int, generator: tor
     group = torch.arange(rows) // LENGTH % GROUPS
     order = torch.cat([(group == k).nonzero().flatten() for k in range(GROUPS)])
     sizes = [int((group == k).sum()) for k in range(GROUPS)]
-    update_(moments, (own + common * share.sqrt()) * spectrum.sqrt(), sizes, order)
-    found = measure(moments, range(GROUPS))
+    lengths = (torch.randn(rows, 1, generator=generator) * sigma).exp() if sigma else 1.0
+    update_(moments, (own + common * share.sqrt()) * lengths * spectrum.sqrt(), sizes, order)
+    found = measure(moments, range(GROUPS), num_sequences=count)
     across = found.values[HARD_RANK_ACROSS]
     return [found.hard_rank or math.nan, across, found.soft_rank or math.nan, found.soft_rank_debiased or math.nan]
 
@@ -59,8 +70,9 @@ def biases(name: str, kind: str, rows: int, draws: int, generator: torch.Generat
     """Mean over draws of beta minus the true one, and its standard error, for each of :data:`NAMES`."""
     spectra = [SPECTRA[name](d, torch.arange(1, d + 1, dtype=torch.float64)) for d in WIDTHS]
     true = np.array([[float(hard_rank(s))] * 2 + [float(soft_rank(s))] * 2 for s in spectra])
+    sigma = 0.7 if kind == UNEVEN else 0.0
     found = np.array(
-        [[ranks(s.float(), share_of(s, kind).float(), rows, generator) for s in spectra] for _ in range(draws)]
+        [[ranks(s.float(), share_of(s, kind).float(), sigma, rows, generator) for s in spectra] for _ in range(draws)]
     )
     slopes = least_squares(np.log(WIDTHS), np.log(found / true).swapaxes(1, 2)).slope
     return slopes.mean(0), slopes.std(0, ddof=1) / math.sqrt(draws)

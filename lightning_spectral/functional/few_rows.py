@@ -13,7 +13,7 @@ say what any number of rows shows, and the entropy follows from A alone, by
 
 Activations need the weights: a nonlinearity such as relu^2 makes some rows ten times as long as others.
 
-Axes: N rows, D features, M eigenvalues, J values of the grid, S places where A is known.
+Axes: N rows, W of their weights, D features, M eigenvalues, J values of the grid, S places where A is known.
 """
 
 from __future__ import annotations
@@ -28,8 +28,44 @@ from torch import Tensor
 
 _GRID, _PLACES, _NODES = 100, 60, 200
 _MAX_WEIGHTS = 64  # of rows: more are replaced by quantiles
-_HALVINGS = 44  # of the interval that a solution lies in: to 1e-11 of it
+_HALVINGS = 34  # of the interval that a solution lies in: to 1e-10 of it
 _SMALLEST = 1e-3  # eigenvalue told apart from 0, over the mean one
+
+
+@dataclass(frozen=True)
+class RowWeights:
+    """How much rows, or other independent directions of a sample, weigh.
+
+    Attributes:
+        weights_W: Weights tau, mean 1.
+        shares_W: Share of the rows that has each; they sum to 1.
+    """
+
+    weights_W: Tensor
+    shares_W: Tensor
+
+    @classmethod
+    def from_norms(cls, norms_N: Float[Tensor, " N"], hard_rank: float) -> RowWeights:
+        """From squared norms about the mean, which differ by 2 / hard rank (relative variance) without any weights.
+
+        Args:
+            norms_N: At least 4, not all zero.
+            hard_rank: Unbiased participation ratio.
+        """
+        norms_N = norms_N.detach().double().cpu()
+        logs_N = (norms_N / norms_N.mean()).clamp(min=1e-6).log()
+        variance = float((norms_N / norms_N.mean()).var())
+        own = max(0.0, 1 - 2 / max(hard_rank, 1.0) / max(variance, 1e-12))
+        weights_W = (logs_N * math.sqrt(own)).exp()
+        if len(weights_W) > _MAX_WEIGHTS:
+            weights_W = torch.quantile(weights_W, _quantiles(_MAX_WEIGHTS))
+        return cls.of(weights_W, torch.ones_like(weights_W))
+
+    @classmethod
+    def of(cls, weights_W: Tensor, counts_W: Tensor) -> RowWeights:
+        """Weights and numbers of rows, both up to a factor."""
+        shares_W = counts_W / counts_W.sum()
+        return cls(weights_W / (weights_W @ shares_W), shares_W)
 
 
 @dataclass(frozen=True)
@@ -39,13 +75,13 @@ class Population:
     Attributes:
         values_J: Eigenvalues of the covariance, over the mean eigenvalue.
         masses_J: Share of the D eigenvalues that is each; they sum to 1.
-        weights_N: Weights tau of the rows, mean 1.
+        rows: What the rows were.
         width: D.
     """
 
     values_J: Tensor
     masses_J: Tensor
-    weights_N: Tensor
+    rows: RowWeights
     width: int
 
     @property
@@ -54,24 +90,23 @@ class Population:
         return math.log(self.width) - float((self.masses_J * self.values_J * self.values_J.log()).sum())
 
 
-def population(eigs_M: Float[Tensor, " M"], norms_N: Float[Tensor, " N"], width: int, hard_rank: float) -> Population:
+def population(eigs_M: Float[Tensor, " M"], num_rows: int, width: int, rows: RowWeights) -> Population:
     """What a sample was drawn from.
 
     Args:
         eigs_M: Eigenvalues of the sample covariance (or Gram) matrix, >= 0, in any order and up to one factor.
-        norms_N: Squared norm of each row about the mean.
+        num_rows: N.
         width: D.
-        hard_rank: Unbiased participation ratio: how much norms differ without weights.
+        rows: Their weights.
 
     Raises:
         ValueError: If there are fewer than 4 rows, or no eigenvalue is above 0.
     """
-    if len(norms_N) < 4 or not float(eigs_M.sum()) > 0:
-        raise ValueError(f"a spectrum needs at least 4 rows that differ, got {len(norms_N)}.")
-    freedom = len(norms_N) - 1
+    if num_rows < 4 or not float(eigs_M.sum()) > 0:
+        raise ValueError(f"a spectrum needs at least 4 rows that differ, got {num_rows}.")
+    freedom = num_rows - 1
     eigs_M = eigs_M.detach().double().cpu().sort(descending=True).values[: min(freedom, width)]
     eigs_M = eigs_M * (width / eigs_M.sum())  # the mean over D is 1
-    weights_N = _weights(norms_N.detach().double().cpu(), hard_rank)
     largest = float(eigs_M[0])
     places_S = _between(1e-2 * min(1.0, width / freedom), 3 * largest, _PLACES)
     # s A(s), without the digits lost in 1 - (1 - x)
@@ -79,8 +114,8 @@ def population(eigs_M: Float[Tensor, " M"], norms_N: Float[Tensor, " N"], width:
     product_S = (rest_S * width / freedom).clamp(max=1 - 1e-9)  # e g
 
     def too_large(log_e_S: Tensor) -> Tensor:
-        taken_SN = weights_N * log_e_S.exp().unsqueeze(1)
-        return (taken_SN / (1 + taken_SN)).mean(1) > product_S
+        taken_SW = rows.weights_W * log_e_S.exp().unsqueeze(1)
+        return (taken_SW / (1 + taken_SW)) @ rows.shares_W > product_S
 
     e_S = _root(too_large, torch.full_like(places_S, -60), torch.full_like(places_S, 60)).exp()
     ratio_S = product_S / e_S / places_S  # g / s
@@ -94,17 +129,23 @@ def population(eigs_M: Float[Tensor, " M"], norms_N: Float[Tensor, " N"], width:
     )
     kept = masses_J > 0
     values_J, masses_J = values_J[kept], masses_J[kept] / masses_J.sum()
-    return Population(values_J / (values_J @ masses_J), masses_J, weights_N, width)
+    return Population(values_J / (values_J @ masses_J), masses_J, rows, width)
 
 
-def entropy_of_rows(behind: Population, num_rows: int) -> float:
-    """Spectral entropy, nats, that a sample of this many rows shows on average."""
-    freedom, values_J = max(num_rows - 1, 1), behind.values_J
+def entropy_of_rows(behind: Population, num_rows: int, rows: RowWeights | None = None) -> float:
+    """Spectral entropy, nats, that a sample of this many rows shows on average.
+
+    Args:
+        behind: What they are drawn from.
+        num_rows: N.
+        rows: Their weights; default those of the rows that told what is behind.
+    """
+    freedom, values_J, rows = max(num_rows - 1, 1), behind.values_J, rows or behind.rows
     nodes_S = _between(1e-7, 1e7 * float(values_J.max()), _NODES)
     gain = behind.width / freedom
 
     def g_of(e_S: Tensor) -> Tensor:
-        return (behind.weights_N / (1 + behind.weights_N * e_S.unsqueeze(1))).mean(1)
+        return (rows.weights_W / (1 + rows.weights_W * e_S.unsqueeze(1))) @ rows.shares_W
 
     def too_large(log_e_S: Tensor) -> Tensor:
         e_S = log_e_S.exp()
@@ -118,16 +159,8 @@ def entropy_of_rows(behind: Population, num_rows: int) -> float:
     return math.log(behind.width) - float(torch.trapezoid(heights_S, nodes_S.log()))
 
 
-def _weights(norms_N: Tensor, hard_rank: float) -> Tensor:
-    """Weights of rows from their norms, which differ by 2 / hard rank (relative variance) without any weights."""
-    logs_N = (norms_N / norms_N.mean()).clamp(min=1e-6).log()
-    variance = float((norms_N / norms_N.mean()).var())
-    own = max(0.0, 1 - 2 / max(hard_rank, 1.0) / max(variance, 1e-12))
-    weights_N = (logs_N * math.sqrt(own)).exp()
-    if len(weights_N) > _MAX_WEIGHTS:
-        ranks = (torch.arange(_MAX_WEIGHTS, dtype=torch.float64) + 0.5) / _MAX_WEIGHTS
-        weights_N = torch.quantile(weights_N, ranks)
-    return weights_N / weights_N.mean()
+def _quantiles(num: int) -> Tensor:
+    return (torch.arange(num, dtype=torch.float64) + 0.5) / num
 
 
 def _root(too_large: Callable[[Tensor], Tensor], low_S: Tensor, high_S: Tensor) -> Tensor:

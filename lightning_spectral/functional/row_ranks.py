@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_spectral.functional.few_rows import entropy_of_rows, population
+from lightning_spectral.functional.few_rows import RowWeights, entropy_of_rows, population
 from lightning_spectral.functional.products import full_precision
 
 MIN_ROWS = 8  # fewer say nothing about halves
@@ -111,18 +111,17 @@ def _soft(
     if not hard_rank > 0:
         return {}
     eigs_M = _eigenvalues(centred_ND)
-    behind = population(eigs_M, norms_N, centred_ND.shape[1], hard_rank)
+    num_rows, width = centred_ND.shape
+    behind = population(eigs_M, num_rows, width, RowWeights.from_norms(norms_N, hard_rank))
     entropy = entropy_of_rows(behind, num_seen)
-    alike = population(eigs_M, torch.full_like(norms_N, float(norms_N.mean())), centred_ND.shape[1], hard_rank)
+    alike = population(eigs_M, num_rows, width, RowWeights.from_norms(torch.ones_like(norms_N), hard_rank))
     halves = []
     for half in (0, 1):
         part_ND = centred_ND[_parts(sequences_N, 2) == half]
         if len(part_ND) >= MIN_ROWS:
             part_ND = part_ND - part_ND.mean(0)
-            norms_H = _norms(part_ND)
-            halves.append(
-                entropy_of_rows(population(_eigenvalues(part_ND), norms_H, part_ND.shape[1], hard_rank), num_seen)
-            )
+            rows = RowWeights.from_norms(_norms(part_ND), hard_rank)
+            halves.append(entropy_of_rows(population(_eigenvalues(part_ND), len(part_ND), width, rows), num_seen))
     error = math.nan
     if len(halves) == 2:
         apart, off = abs(halves[0] - halves[1]) / 2, entropy - sum(halves) / 2

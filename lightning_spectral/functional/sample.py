@@ -126,8 +126,22 @@ def sample(state: Moments | Gram, groups: Sequence[int] = (0,)) -> Sample:
     return _of_moments(state, groups) if isinstance(state, Moments) else _of_gram(state, groups)
 
 
-def hard_rank_across(state: Moments | Gram, groups: Sequence[int]) -> float:
-    """Participation ratio from products of rows of DIFFERENT groups only: no row meets itself or its own sequence.
+@dataclass(frozen=True)
+class AcrossGroups:
+    """What groups of rows say about each other.
+
+    Attributes:
+        hard_rank: Participation ratio from products of rows of different groups only; NaN where it cannot be said.
+        lean: Mean eigenvalue along the difference of two groups' means over that along a row: 1 where what rows of a
+            sequence share is spread as the rows are, above it where it lies along the larger eigenvalues.
+    """
+
+    hard_rank: float = math.nan
+    lean: float = math.nan
+
+
+def across_groups(state: Moments | Gram, groups: Sequence[int]) -> AcrossGroups:
+    """The hard rank from products of rows of DIFFERENT groups only: no row meets itself or its own sequence.
 
     With ``C_a`` the covariance of group a about its own mean, ``E <C_a, C_b>`` is ``tr C^2`` for a != b whenever groups
     are independent, whatever rows of one group share; likewise for the product of traces. What a group's mean takes
@@ -141,10 +155,10 @@ def hard_rank_across(state: Moments | Gram, groups: Sequence[int]) -> float:
         groups: Groups to use, at least two of them with rows.
 
     Returns:
-        The rank; NaN with fewer than two groups or where the estimate of ``tr C^2`` is not positive.
+        NaN with fewer than two groups or where the estimate of ``tr C^2`` is not positive.
     """
     if len(groups) < 2:
-        return math.nan
+        return AcrossGroups()
     parts = _of_scatters(state, groups) if isinstance(state, Moments) else _of_blocks(state, groups)
     return _across(*(part.to("cpu", torch.float64) for part in parts))
 
@@ -154,7 +168,7 @@ def hard_rank_across(state: Moments | Gram, groups: Sequence[int]) -> float:
 _Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _across(count_K: Tensor, inner_KK: Tensor, trace_K: Tensor, along_KK: Tensor, means_KK: Tensor) -> float:
+def _across(count_K: Tensor, inner_KK: Tensor, trace_K: Tensor, along_KK: Tensor, means_KK: Tensor) -> AcrossGroups:
     """``(tr C)^2 / tr C^2``: sums over pairs of groups of ``n_a n_b`` times either, which is all that the ratio needs.
 
     ``E d_ab d_ab^T = V_a + V_b``, the covariances of the two means, of which ``V_a`` is missing from ``C_a``; two
@@ -166,18 +180,25 @@ def _across(count_K: Tensor, inner_KK: Tensor, trace_K: Tensor, along_KK: Tensor
     def squared(a: int, b: int) -> float:
         return float(means[a][a] + means[b][b] - 2 * means[a][b])
 
-    square = trace = 0.0
+    square = trace = along_means = means_squared = 0.0
     apart: dict[tuple[int, int], float] = {}
     for a, b in itertools.combinations((group for group, rows in enumerate(count) if rows > 0), 2):
         apart[a, b] = harmonic = count[a] * count[b] / (count[a] + count[b])
         square += inner[a][b] + harmonic * (along[a][b] + along[b][a])
         trace += traces[a] * traces[b] + harmonic * squared(a, b) * (traces[a] + traces[b])
+        along_means += harmonic * (along[a][b] + along[b][a]) / (count[a] + count[b])
+        means_squared += harmonic * squared(a, b)
     both = [(one, other) for one, other in itertools.combinations(apart, 2) if not {*one} & {*other}]
     for (a, b), (c, d) in both:
         weight = apart[a, b] * apart[c, d] * len(apart) / len(both)
         square += weight * (means[a][c] - means[a][d] - means[b][c] + means[b][d]) ** 2
         trace += weight * squared(a, b) * squared(c, d)
-    return trace / square if square > 0 else math.nan
+    if not square > 0:
+        return AcrossGroups()
+    hard_rank = trace / square
+    along_rows = sum(traces) / sum(count) / hard_rank  # tr C^2 / tr C
+    lean = along_means / means_squared / along_rows if min(means_squared, along_rows) > 0 else math.nan
+    return AcrossGroups(hard_rank, lean)
 
 
 def _of_scatters(moments: Moments, groups: Sequence[int]) -> _Parts:

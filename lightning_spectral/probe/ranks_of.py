@@ -16,10 +16,14 @@ from torch import Tensor
 from lightning_spectral.functional import approximate
 from lightning_spectral.functional import rank as ranks
 from lightning_spectral.functional.covariance import Moments
-from lightning_spectral.functional.sample import Gram, Sample, hard_rank_across, sample
+from lightning_spectral.functional.few_sequences import Likeness, entropy_of_endless
+from lightning_spectral.functional.sample import Gram, Sample, across_groups, sample
 from lightning_spectral.probe.eigensolve import Eigensolver
 
 HARD_RANK_ACROSS = "hard_rank_across_sequences"  # in `extra` of a record
+# Where the whole correction (nats) or what rows have in common (second moment of their weights) is less, both ways to
+# extrapolate the soft rank agree to some thousandths.
+_LITTLE, _ALONE = 0.05, 1.25
 UNMEASURABLE = ("empty", "nonfinite", "degenerate")
 
 
@@ -59,6 +63,7 @@ def measure(
     state: Moments | Gram,
     groups: Sequence[int] = (0,),
     *,
+    num_sequences: int = 0,
     renyi_orders: Sequence[float] = ranks.DEFAULT_RENYI_ORDERS,
     absolute_epsilon: float = 0.0,
     soft: str = "exact",
@@ -69,6 +74,7 @@ def measure(
     Args:
         state: Rows of any number of groups.
         groups: Indices of the shards to merge.
+        num_sequences: That the rows come from; 0 if nobody knows.
         renyi_orders: Orders of :attr:`RankMeasurement.renyi`.
         absolute_epsilon: The paper's compatibility option of ``hard_rank``.
         soft: ``exact``; or ``approx``, where the matrix is wide enough for that to be faster: then everything that
@@ -87,22 +93,26 @@ def measure(
     entropy = values.get("spectral_entropy", math.log(soft_rank))
     hard = _hard_rank(own, absolute_epsilon)
     unbiased = ranks.debiased_hard_rank(own.num_tokens, own.trace, own.frobenius_sq, own.quartic)
-    across = _across_sequences(state, groups)
-    power = _power(own.num_tokens, hard, across.get(HARD_RANK_ACROSS))
-    hard_parts, soft_parts = _leave_one_out(state, groups, absolute_epsilon, solve if exact else None)
+    across = across_groups(state, groups)
+    parts = _leave_one_out(state, groups, absolute_epsilon, solve if exact else None)
+    hard_parts, soft_parts = [part.hard_rank for part in parts], [part.soft_rank for part in parts]
+    debiased = _extrapolated(soft_rank, soft_parts, own.width, _power(own.num_tokens, hard, across.hard_rank))
+    if debiased and eigs is not None and num_sequences > 1 and unbiased > 0 and across.hard_rank > 0:
+        likeness = Likeness.of(own.num_tokens, hard, unbiased, across.hard_rank)
+        debiased = _by_model(debiased, soft_rank, eigs, own, num_sequences, parts, likeness, across.lean)
     return RankMeasurement(
         num_tokens=own.num_tokens,
         width=own.width,
         status=status,
         values={
             **values,
-            **across,
+            **({} if math.isnan(across.hard_rank) else {HARD_RANK_ACROSS: across.hard_rank}),
             "soft_rank": soft_rank,
             "hard_rank": hard,
             "spectral_entropy": entropy,
         },
         hard_rank_debiased=None if math.isnan(unbiased) else unbiased,
-        soft_rank_debiased=_extrapolated(soft_rank, soft_parts, own.width, power),
+        soft_rank_debiased=debiased,
         trace=own.trace,
         renyi=renyi,
         hard_rank_ci=_jackknife_interval(hard, hard_parts),
@@ -112,25 +122,27 @@ def measure(
     )
 
 
+@dataclass(frozen=True)
+class _Part:
+    """All shards but one."""
+
+    num_tokens: int
+    hard_rank: float
+    soft_rank: float
+
+
 def _leave_one_out(
     state: Moments | Gram, groups: Sequence[int], absolute_epsilon: float, solve: Eigensolver | None
-) -> tuple[list[float], list[float]]:
-    """Hard and soft ranks without each of the shards in turn; nothing if one shard holds all that can be measured."""
-    hard_parts: list[float] = []
-    soft_parts: list[float] = []
+) -> list[_Part]:
+    """Without each of the shards in turn; nothing if one shard holds all that can be measured."""
+    parts = []
     for left in groups if len(groups) > 1 else ():
         part = sample(state, [group for group in groups if group != left])
         if _status(part) in UNMEASURABLE:
-            return [], []
-        hard_parts.append(_hard_rank(part, absolute_epsilon))
-        soft_parts.append(float(ranks.soft_rank(solve(part))) if solve else _approximate_soft_rank(part))
-    return hard_parts, soft_parts
-
-
-def _across_sequences(state: Moments | Gram, groups: Sequence[int]) -> dict[str, float]:
-    """The hard rank without products inside a shard, as a metric of its own; nothing with one shard."""
-    value = hard_rank_across(state, groups) if len(groups) > 1 else math.nan
-    return {} if math.isnan(value) else {HARD_RANK_ACROSS: value}
+            return []
+        soft_rank = float(ranks.soft_rank(solve(part))) if solve else _approximate_soft_rank(part)
+        parts.append(_Part(part.num_tokens, _hard_rank(part, absolute_epsilon), soft_rank))
+    return parts
 
 
 def _status(own: Sample) -> str:
@@ -163,14 +175,40 @@ def _extrapolated(value: float, parts: Sequence[float], width: int, power: float
     return min(value * (1.0 - gone) ** (-1.0 / power), float(width)) if gone < 1 else float(width)
 
 
-def _power(num_tokens: int, hard: float, across: float | None) -> float:
+def _by_model(
+    along: float,
+    shown: float,
+    eigs: Tensor,
+    own: Sample,
+    num_sequences: int,
+    parts: Sequence[_Part],
+    likeness: Likeness,
+    lean: float,
+) -> float:
+    """The extrapolated rank, moved towards that of a model of rows that are alike, as far as the model holds.
+
+    The model is right where what rows share is spread as they are, and goes too far where it lies along the larger
+    eigenvalues; the extrapolation is the other way round (`bench_finite_rows.py`). Unlike lengths of rows it knows.
+    """
+    little = math.log(along / shown) < _LITTLE or likeness.of_rows + likeness.of_sequences < _ALONE
+    if little or not lean > 0:
+        return along
+    seen = [(math.log(part.soft_rank), part.num_tokens) for part in parts]
+    entropy = entropy_of_endless(eigs, own.width, own.num_tokens, num_sequences, seen, likeness)
+    if not entropy >= math.log(shown):
+        return along
+    trust = 1 - likeness.share_of_sequences * (1 - min(1.0, lean**-3))
+    return min(float(own.width), math.exp((1 - trust) * math.log(along) + trust * entropy))
+
+
+def _power(num_tokens: int, hard: float, across: float) -> float:
     """Of the law along which a soft rank is extrapolated, from 0 (independent rows) to 1 (sequences of one direction).
 
     The bias of the hard rank, which is known, says how many rows count as one: ``1 / R_N - 1 / R`` is ``1 / N`` for
     independent rows. Their soft rank follows ``ln S_N = ln S - c / N`` closely, on every spectrum tried; the more rows
     count as one, the nearer is ``1 / S_N = 1 / S + c / N``, which the hard rank follows (`bench_finite_rows.py`).
     """
-    alike = num_tokens * (1.0 / hard - 1.0 / across) if across and hard > 0 else 1.0
+    alike = num_tokens * (1.0 / hard - 1.0 / across) if across > 0 and hard > 0 else 1.0
     return 1.0 - 1.0 / max(alike, 1.0)
 
 

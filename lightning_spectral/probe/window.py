@@ -253,7 +253,13 @@ class ClosedWindow:
         if state is None and site.key in self.unseen:
             nothing = self._result(site, bucket, RankMeasurement(0, 0, "no_forward"))
             return replace(nothing, reason=self.unseen[site.key])
-        return self._result(site, bucket, _measure(state, self.buckets, bucket, self.options, eigensolver))
+        num_sequences = self._num_sequences(site, bucket)
+        return self._result(
+            site, bucket, _measure(state, self.buckets, bucket, num_sequences, self.options, eigensolver)
+        )
+
+    def _num_sequences(self, site: Site, bucket: str) -> int:
+        return self.num_sequences.get(site.stack, {}).get(bucket, 0)
 
     def _result(self, site: Site, bucket: str, measurement: RankMeasurement) -> SiteResult:
         matched = site.key not in self.unmatched
@@ -264,7 +270,7 @@ class ClosedWindow:
             site.expert,
             site.site,
             bucket,
-            self.num_sequences.get(site.stack, {}).get(bucket, 0),
+            self._num_sequences(site, bucket),
             self.dtypes.get(site.key, ""),
             measurement,
             stack=site.stack,
@@ -293,6 +299,7 @@ def _measure(
     state: Moments | Gram | SampledRows | None,
     buckets: Buckets,
     bucket: str,
+    num_sequences: int,
     options: ProbeOptions,
     eigensolver: Eigensolver,
 ) -> RankMeasurement:
@@ -307,6 +314,7 @@ def _measure(
         measurement = measure(
             selected,
             shards,
+            num_sequences=num_sequences,
             renyi_orders=options.renyi_orders,
             absolute_epsilon=options.absolute_epsilon,
             soft=options.soft,

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_spectral.functional import few_rows
-from lightning_spectral.functional.few_rows import Population, entropy_of_rows, population
+from lightning_spectral.functional.few_rows import Population, RowWeights, entropy_of_rows, population
 from lightning_spectral.functional.row_ranks import _eigenvalues, _pairs, _parts, rank_rows
 
 D = 256
@@ -106,7 +105,8 @@ def test_more_rows_of_a_known_spectrum() -> None:
     torch.manual_seed(3)
     spectrum = INDEX**-1.0
     masses_J = torch.full((D,), 1 / D, dtype=torch.float64)
-    behind = Population(spectrum / spectrum.mean(), masses_J, torch.ones(1).double(), D)
+    one = torch.ones(1).double()
+    behind = Population(spectrum / spectrum.mean(), masses_J, RowWeights.of(one, one), D)
     for num in (64, 256, 1024, 4096):
         shown = torch.tensor([all_rows(gaussian(spectrum)(num))[0] for _ in range(8)]).log()
         error = float(shown.std()) / 8**0.5
@@ -154,7 +154,8 @@ def test_a_part_holds_whole_sequences_where_there_are_twice_as_many_as_parts() -
 
 
 def test_two_rows_show_one_direction() -> None:
-    behind = Population(torch.ones(1).double(), torch.ones(1).double(), torch.ones(1).double(), D)
+    one = torch.ones(1).double()
+    behind = Population(one, one, RowWeights.of(one, one), D)
     assert entropy_of_rows(behind, 2) == pytest.approx(0.0, abs=0.03)
     assert entropy_of_rows(behind, 3) == pytest.approx(math.log(2), abs=0.03)
 
@@ -165,7 +166,7 @@ def test_what_cannot_be_told() -> None:
     assert not math.isfinite(rank_rows(torch.full((64, 8), torch.nan), torch.arange(64), 64).trace)
     assert rank_rows(torch.zeros(0, 8), torch.arange(0), 0).num_rows == 0
     with pytest.raises(ValueError, match="at least 4 rows that differ, got 2"):
-        population(torch.ones(2), torch.ones(2), 8, 2.0)
+        population(torch.ones(2), 2, 8, RowWeights.from_norms(torch.ones(2), 2.0))
 
 
 @pytest.mark.parametrize(("variance", "own"), [(0.1, 0.0), (0.2, 0.0), (0.4, 0.5), (0.8, 0.75)])
@@ -174,7 +175,7 @@ def test_weights_of_rows_are_what_chance_does_not_explain_of_their_norms(varianc
     norms_N = torch.ones(41, dtype=torch.float64)
     norms_N[::2] += 0.5
     norms_N = 1 + (norms_N / norms_N.mean() - 1) * math.sqrt(variance / float((norms_N / norms_N.mean()).var()))
-    weights_N = few_rows._weights(norms_N, 10.0)
+    weights_N = RowWeights.from_norms(norms_N, 10.0).weights_W
     expected_N = norms_N ** math.sqrt(own)
     torch.testing.assert_close(weights_N, expected_N / expected_N.mean())
 
@@ -184,6 +185,6 @@ def test_the_population_behind_a_sample_has_a_mean_eigenvalue_of_one() -> None:
     rows_ND = rows_ND * torch.linspace(0.2, 3.0, 20, dtype=torch.float64)
     centred_ND = rows_ND - rows_ND.mean(0)
     eigs_M = torch.linalg.eigvalsh(centred_ND.mT @ centred_ND)
-    behind = few_rows.population(eigs_M, centred_ND.square().sum(1), 20, 10.0)
+    behind = population(eigs_M, 60, 20, RowWeights.from_norms(centred_ND.square().sum(1), 10.0))
     assert float(behind.values_J @ behind.masses_J) == pytest.approx(1.0, rel=1e-12)
     assert float(behind.masses_J.sum()) == pytest.approx(1.0, rel=1e-12)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_spectral.functional.covariance import empty_moments, take_groups, update_
-from lightning_spectral.functional.sample import gram, hard_rank_across, sample
+from lightning_spectral.functional.sample import across_groups, gram, sample
 from lightning_spectral.probe.ranks_of import measure
 
 WIDTH = 40
@@ -136,10 +136,10 @@ def test_the_rank_across_groups_is_that_of_the_products_of_different_groups(size
     rows = rows_of(30)
     few, many = both(rows, sizes)
     expected, groups = across_by_rows(rows, sizes), range(len(sizes))
-    assert hard_rank_across(few, groups) == pytest.approx(expected, rel=1e-9)
-    assert hard_rank_across(many, groups) == pytest.approx(expected, rel=1e-9)
+    assert across_groups(few, groups).hard_rank == pytest.approx(expected, rel=1e-9)
+    assert across_groups(many, groups).hard_rank == pytest.approx(expected, rel=1e-9)
     assert measure(many, groups).values["hard_rank_across_sequences"] == pytest.approx(expected, rel=1e-9)
-    assert math.isnan(hard_rank_across(many, [0]))
+    assert math.isnan(across_groups(many, [0]).hard_rank)
     assert "hard_rank_across_sequences" not in measure(many, [0]).values
 
 
@@ -167,3 +167,24 @@ def test_the_rank_across_sequences_has_no_bias_from_what_a_sequence_shares(num_g
     assert sum(across) / len(across) == pytest.approx(1.0, abs=0.01 + 2 * error)
     assert error < 0.02
     assert sum(plain) / len(plain) < 0.85
+
+
+@pytest.mark.parametrize("sizes", [[7, 23], [8, 9, 6, 7]])
+def test_the_lean_is_the_eigenvalue_along_differences_of_means_over_that_along_rows(sizes):
+    rows = rows_of(30)
+    parts = rows.split(sizes)
+    scatters = [(part - part.mean(0)).T @ (part - part.mean(0)) for part in parts]
+    along = squared = 0.0
+    for a, b in itertools.combinations(range(len(sizes)), 2):
+        d, weight = parts[a].mean(0) - parts[b].mean(0), sizes[a] * sizes[b] / (sizes[a] + sizes[b])
+        along += weight * float(d @ (scatters[a] + scatters[b]) @ d) / (sizes[a] + sizes[b])
+        squared += weight * float(d @ d)
+    along_rows = float(sum(scatters).trace()) / 30 / across_by_rows(rows, sizes)
+    for state in both(rows, sizes):
+        assert across_groups(state, range(len(sizes))).lean == pytest.approx(along / squared / along_rows, rel=1e-9)
+
+
+def test_no_lean_without_two_groups_or_a_difference():
+    rows = rows_of(30)
+    assert math.isnan(across_groups(gram(rows, [30]), [0]).lean)
+    assert math.isnan(across_groups(gram(torch.cat([rows[:9], rows[:9]]), [9, 9]), [0, 1]).lean)

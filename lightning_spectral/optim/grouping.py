@@ -12,7 +12,7 @@ from lightning_spectral.models.placement import Shards
 from lightning_spectral.optim.members import MIXED, PARALLEL, Group, parallel_lists
 from lightning_spectral.optim.owners import NamedParameter, find_owners
 from lightning_spectral.optim.routing import ROLES, Route, route
-from lightning_spectral.optim.settings import HEAD_LR_SCALES, CommonSettings
+from lightning_spectral.optim.settings import HEAD_LR_SCALES, CommonSettings, check_group
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Grouping:
         """Groups and routes of whatever an optimizer can be handed; roles are found with all of it in view.
 
         Raises:
-            ValueError: If a parameter's role cannot be known.
+            ValueError: If a parameter's role cannot be known, or a group has a setting that cannot be honoured.
         """
         if isinstance(params, (list, tuple)) and params and all(isinstance(entry, dict) for entry in params):
             routed = self._routes([_owned(entry, shards) for entry in params])
@@ -70,6 +70,7 @@ class Grouping:
     def _of_dict(self, entry: dict[str, Any], routes: Sequence[Route]) -> Group:
         """One group for one dict, whatever roles are in it; its ``weight_decay``, if given, is that of all of them."""
         settings = {key: value for key, value in entry.items() if key not in ("params", *PARALLEL)}
+        check_group(self.settings, settings)
         if "weight_decay" in settings:
             settings.setdefault("fallback_weight_decay", settings["weight_decay"])
         if "betas" in settings:

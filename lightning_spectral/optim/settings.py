@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from lightning_spectral.functional.orthogonalize import METHODS
@@ -232,6 +232,24 @@ def group_settings(settings: CommonSettings) -> dict[str, Any]:
     everything = {field.name: getattr(OrthogonalSettings, field.name) for field in fields(OrthogonalSettings)}
     everything.update({field.name: getattr(settings, field.name) for field in fields(settings)})
     return {name: value for name, value in everything.items() if name not in _OF_THE_OPTIMIZER}
+
+
+def check_group(settings: CommonSettings, given: Mapping[str, Any]) -> None:
+    """Refuse a group dict whose settings cannot be honoured; keys that are no settings are the user's own.
+
+    Raises:
+        ValueError: If a value is out of range, belongs to the whole optimizer, or asks to maximise.
+    """
+    misplaced = sorted(given.keys() & set(_OF_THE_OPTIMIZER) - {"fallback_weight_decay"})
+    if misplaced:
+        raise ValueError(
+            f"{misplaced} in a parameter group: these are settings of the whole optimizer. Pass them to it."
+        )
+    if given.get("maximize"):
+        raise ValueError("`maximize` in a parameter group is not supported: minimise the negative.")
+    replace(settings, **{name: given[name] for name in given.keys() & {field.name for field in fields(settings)}})
+    if "lr" in given:
+        fallback_ratio(given["lr"], None)
 
 
 def fallback_ratio(lr: float, fallback_lr: float | None) -> float:

@@ -62,7 +62,8 @@ class SOAPRule(MatrixRule):
         grad_SL = gradient if wide else gradient.mT
         gram_SS, basis_SS, second_SL = gram.view(short, short), basis.view(short, short), second.view_as(direction_SL)
         # Squares of 1e-30 or 1e30 have no place in fp32: everything is kept in units of the first gradient.
-        unit.copy_(torch.where((gram == 0).all(), unit_scale(grad_SL).view(1).to(unit.dtype), unit))
+        first = unit_scale(grad_SL).view(1).clamp(2.0**-126, 2.0**126).to(unit.dtype)  # of fp64 it may be beyond fp32
+        unit.copy_(torch.where((gram == 0).all(), first, unit))
         grad_SL, direction = grad_SL * unit.to(grad_SL.dtype), direction_SL * unit.to(grad_SL.dtype)
         if step == 1:  # the first gradient makes the first basis
             gram_SS.copy_((1 - beta) * grad_SL @ grad_SL.mT)

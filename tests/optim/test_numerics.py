@@ -61,6 +61,18 @@ def test_gradients_of_every_scale_give_finite_updates(rule, exponent):
         assert float((layer.weight.detach() - start).norm()) > 0.01
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("exponent", [-200, -45, -40, 30])
+def test_fp64_gradients_beyond_fp32_give_finite_updates(rule, exponent):
+    layer = nn.Linear(8, 12, bias=False, dtype=torch.float64)
+    optimizer = RULES[rule](layer)
+    for seed in range(3):
+        gradient = torch.randn(12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        layer.weight.grad = gradient * 10.0**exponent
+        optimizer.step()
+    assert layer.weight.isfinite().all()
+
+
 BF16 = {
     "muon": lambda m, how, lr: Muon(m, lr=lr, weight_decay=0.0, precision="fp32", bf16_weights=how),
     "adamw": lambda m, how, lr: AdamW(m, lr=lr, weight_decay=0.0, bf16_weights=how),

@@ -99,3 +99,28 @@ def test_what_is_no_parameter_is_named():
     for wrong in ("model", [torch.nn.Linear(2, 2)]):
         with pytest.raises(TypeError, match=r"`params` holds .*, which is no parameter. Pass the module itself"):
             Muon(wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"split": "heads", "roles": {}}, r"\['roles', 'split'\] in a parameter group: .* the whole optimizer"),
+        ({"maximize": True}, "minimise the negative"),
+        ({"momentum": 1.5}, r"`momentum` must be in \[0, 1\), got 1.5"),
+        ({"lr_scale": "none such"}, "`lr_scale` must be one of"),
+        ({"lr": -1.0}, "`lr` must be finite and >= 0"),
+        ({"weight_decay": -0.1}, "`weight_decay` must be finite and >= 0"),
+    ],
+)
+def test_a_group_whose_settings_cannot_be_honoured_is_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Muon([{"params": TinyLM(), **given}])
+    optimizer = Muon(TinyLM(), roles={"head": "vector"})
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": TinyLM(), **given})
+
+
+def test_what_torch_writes_into_its_groups_and_is_off_passes() -> None:
+    off = {"maximize": False, "foreach": None, "capturable": False, "fused": None, "betas": [0.9, 0.99], "note": 1}
+    (group,) = Muon([{"params": TinyLM(), **off}]).param_groups
+    assert (group["betas"], group["note"]) == ((0.9, 0.99), 1)

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_spectral.models.names import clean_name
 from lightning_spectral.optim.members import PARALLEL, Member
+from lightning_spectral.optim.vector_rules import VECTOR_RULES
 
 State = dict[str, Any]
 _OURS_TO_SAY = ("params", *PARALLEL, "role", "algorithm", "name")
@@ -22,7 +23,7 @@ class Found:
         states: Position of a member -> its saved state.
         groups: Position of one of our groups -> the saved group it was.
         missing: Names of members without state in the checkpoint.
-        source: ``ours``, ``adamw`` or ``muon`` (torch's).
+        source: ``ours``, ``adamw`` (torch's; also ours, into a rule for matrices) or ``muon`` (torch's).
     """
 
     states: dict[int, State]
@@ -59,8 +60,14 @@ def find_states(saved: dict[str, Any], members: Sequence[Member], given_order: S
     else:
         matched = _by_position(keys, members, given_order, source)
     states = {i: saved["state"][key] for i, key in matched.items() if saved["state"].get(key)}
+    if source == "ours" and any("exp_avg" in state for i, state in states.items() if _is_matrix(members[i])):
+        source = "adamw"  # our own: what it says of learning rates is not meant for matrices
     missing = tuple(m.name for i, m in enumerate(members) if i not in matched and m.param.requires_grad)
     return Found(states, _groups(groups, members, matched), missing, source)
+
+
+def _is_matrix(member: Member) -> bool:
+    return member.algorithm not in VECTOR_RULES
 
 
 def _source(groups: Sequence[dict[str, Any]]) -> str:

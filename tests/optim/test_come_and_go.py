@@ -45,9 +45,10 @@ def test_muon_takes_momenta_from_torch_muon(named):
     assert all(torch.equal(a, b) for a, b in zip(weights(theirs), weights(ours), strict=True))
 
 
-def test_muon_begins_with_the_first_moments_of_torch_adamw():
+@pytest.mark.parametrize("adamw", [torch.optim.AdamW, AdamW])
+def test_muon_begins_with_the_first_moments_of_adamw(adamw):
     model = TinyLM()
-    reference = torch.optim.AdamW(model.named_parameters(), lr=1e-2)
+    reference = adamw(model.named_parameters(), lr=1e-2)
     train(model, reference, 3)
     optimizer = Muon(model, lr=0.02)
     optimizer.load_state_dict(reference.state_dict())

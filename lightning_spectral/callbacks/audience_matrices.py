@@ -1,9 +1,9 @@
-"""The matrices that ``UpdateAudience`` looks at, and what an optimizer keeps of them."""
+"""The matrices that ``UpdateAudience`` looks at, what an optimizer keeps of them, and what groups gain from a step."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,10 +13,12 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from lightning_spectral.models.names import clean_names
-from lightning_spectral.probe.audience_passes import whole
+from lightning_spectral.probe import audience
+from lightning_spectral.probe.audience_passes import GroupGradients, sum_over_ranks, whole
 
 _HEAD = re.compile(r"(^|\.)(lm_head|head|embed_out|unembed|output_layer)\.")
 _MOMENTUM_KEYS = ("momentum_buffer", "momentum", "exp_avg")
+Gains = dict[str, dict[str, list[float] | None]]  # rule -> matrix -> gain of each group
 
 
 def matrices_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -66,3 +68,70 @@ def states_of(optimizers: Sequence[Any]) -> dict[int, dict[str, Any]]:
         for optimizer in optimizers
         for parameter, state in getattr(optimizer, "_optimizer", optimizer).state.items()
     }
+
+
+def gains_of(
+    matrices: Mapping[str, Tensor],
+    before: Mapping[str, Tensor],
+    measured: GroupGradients,
+    states: Mapping[int, dict[str, Any]],
+    rules: Sequence[str],
+    coefficients: str,
+    ns_steps: int,
+) -> Gains:
+    """Gains of the groups from one update, by rule and matrix; one matrix at a time is whole.
+
+    Args:
+        matrices: By name, after the update.
+        before: Before it.
+        measured: Gradients of the groups.
+        states: Of the optimizer, by ``id(matrix)``.
+        rules: See ``UpdateAudience``, as the next two.
+        coefficients: Newton-Schulz set.
+        ns_steps: Its steps.
+    """
+    gains: Gains = {rule: {} for rule in rules}
+    for position, (name, matrix) in enumerate(matrices.items()):
+        gradients = [None if of is None else whole(of[position]) for of in measured.of_group]
+        applied = whole(before[name] - matrix.detach())
+        momentum, second = moments_of(matrix, states.get(id(matrix), {}))
+        for rule in rules:
+            direction: Tensor | None = applied
+            if rule != "applied":
+                direction = None if momentum is None else audience.counterfactual(
+                    rule, momentum, second, coefficients, ns_steps
+                )  # fmt: skip
+            gains[rule][name] = None if direction is None else [
+                0.0 if gradient is None else audience.gain(gradient, direction) for gradient in gradients
+            ]  # fmt: skip
+    return gains
+
+
+def records_of(
+    gains: Gains,
+    matrices: Mapping[str, Tensor],
+    measured: GroupGradients,
+    held_out: bool,
+    run_id: str,
+    step: int,
+    buckets: Sequence[str],
+) -> list[audience.AudienceRecord]:
+    """Records of one window, by rule, kind of matrix and bucket; the same on every rank. A collective."""
+    names = list(matrices)
+    device = matrices[names[0]].device
+    totals = sum_over_ranks(torch.stack([measured.tokens_G, measured.losses_G]), device)
+    records: list[audience.AudienceRecord] = []
+    for rule, of_matrix in gains.items():
+        for kind, own in audience.by_kind(of_matrix).items():
+            gain_G = torch.tensor(own, dtype=torch.float64)
+            if not measured.of_all:  # the mean over all tokens, from the means over each rank's
+                gain_G = sum_over_ranks(gain_G * measured.tokens_G, device) / totals[0]
+            alike = sum(audience.kind_of(name) == kind for name in names)
+            for group, bucket in enumerate(buckets):
+                number = int(totals[0, group])
+                mean = float(gain_G[group]) if number else None
+                loss = float(totals[1, group] / number) if number else None
+                records.append(
+                    audience.AudienceRecord(run_id, step, kind, rule, bucket, mean, loss, number, alike, held_out)
+                )
+    return records

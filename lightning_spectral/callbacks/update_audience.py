@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_spectral.callbacks.audience_matrices import (
+    gains_of,
     matrices_of,
-    moments_of,
+    records_of,
     refuse_what_hides_matrices,
     states_of,
 )
@@ -33,9 +34,7 @@ from lightning_spectral.probe.audience_passes import (
     group_gradients,
     is_sharded,
     sharded_group_gradients,
-    sum_over_ranks,
     undisturbed,
-    whole,
 )
 from lightning_spectral.probe.grouping import load_counts
 from lightning_spectral.probe.guard import DeliberateError, Guard
@@ -283,7 +282,9 @@ class UpdateAudience(BeginsFit):
         gains = None
         with self._alone("gains of the groups"):
             if self._measured is not None:
-                gains = self._gains(self._measured[0], states_of(trainer.optimizers))
+                how = (self.rules, self.coefficients, self.ns_steps)
+                states = states_of(trainer.optimizers)
+                gains = gains_of(self._matrices, self._before, self._measured[0], states, *how)
         answers = self._ask({"measured": gains is not None})
         if answers is None:
             return
@@ -295,51 +296,9 @@ class UpdateAudience(BeginsFit):
             return
         assert self._measured is not None
         assert gains is not None
-        records = self._records(step, gains, *self._measured)
+        records = records_of(gains, self._matrices, *self._measured, str(self.run_id), step, self._groups[0])
         with self._guard("publishing", "not_logged"):
             self._publish(trainer, records)
-
-    def _records(
-        self, step: int, gains: dict[str, Any], measured: GroupGradients, held_out: bool
-    ) -> list[AudienceRecord]:
-        names, (buckets, _) = list(self._matrices), self._groups
-        device = self._matrices[names[0]].device
-        totals = sum_over_ranks(torch.stack([measured.tokens_G, measured.losses_G]), device)
-        records: list[AudienceRecord] = []
-        for rule in self.rules:
-            for kind, own in audience.by_kind(gains[rule]).items():
-                gain_G = torch.tensor(own, dtype=torch.float64)
-                if not measured.of_all:  # the mean over all tokens, from the means over each rank's
-                    gain_G = sum_over_ranks(gain_G * measured.tokens_G, device) / totals[0]
-                matrices = sum(audience.kind_of(name) == kind for name in names)
-                for group, bucket in enumerate(buckets):
-                    number = int(totals[0, group])
-                    mean = float(gain_G[group]) if number else None
-                    loss = float(totals[1, group] / number) if number else None
-                    records.append(
-                        AudienceRecord(
-                            str(self.run_id), step, kind, rule, bucket, mean, loss, number, matrices, held_out
-                        )
-                    )
-        return records
-
-    def _gains(self, measured: GroupGradients, states: dict[int, dict[str, Any]]) -> dict[str, Any]:
-        """Gains of the groups, by rule and matrix; one matrix at a time is whole."""
-        gains: dict[str, dict[str, list[float] | None]] = {rule: {} for rule in self.rules}
-        for position, (name, matrix) in enumerate(self._matrices.items()):
-            gradients = [None if of is None else whole(of[position]) for of in measured.of_group]
-            applied = whole(self._before[name] - matrix.detach())
-            momentum, second = moments_of(matrix, states.get(id(matrix), {}))
-            for rule in self.rules:
-                direction: Tensor | None = applied
-                if rule != "applied":
-                    direction = None if momentum is None else audience.counterfactual(
-                        rule, momentum, second, self.coefficients, self.ns_steps
-                    )  # fmt: skip
-                gains[rule][name] = None if direction is None else [
-                    0.0 if gradient is None else audience.gain(gradient, direction) for gradient in gradients
-                ]  # fmt: skip
-        return gains
 
     def _publish(self, trainer: pl.Trainer, records: Sequence[AudienceRecord]) -> None:
         scalars = {f"audience.{r.rule}.{r.bucket}/{r.kind}": r.gain for r in records if r.gain is not None}

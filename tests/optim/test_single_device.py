@@ -433,7 +433,7 @@ def test_sparse_gradients_and_foreign_checkpoints_are_refused():
     with pytest.raises(ValueError, match="belongs to another model"):
         Muon(large).load_state_dict(Muon(small).state_dict())
     with pytest.raises(ValueError, match="written by another optimizer"):
-        Muon(small).load_state_dict(AdamW(small).state_dict())
+        AdamW(small).load_state_dict(Muon(small).state_dict())  # a momentum alone; the other way see `come_and_go`
 
 
 def test_unfrozen_and_added_parameters_are_trained():
@@ -450,3 +450,45 @@ def test_unfrozen_and_added_parameters_are_trained():
     optimizer.add_param_group({"params": list(extra.parameters()), "lr": 0.5})
     added = optimizer.param_groups[-1]
     assert (added["role"], added["param_roles"], added["lr"]) == ("mixed", ["matrix", "vector"], 0.5)
+
+
+SLACK = {dtype: torch.zeros(12, 8, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+ORDERS = {
+    "in order": [torch.Tensor.contiguous] * 3,
+    "not": [
+        lambda t: t.to(memory_format=torch.channels_last),
+        lambda t: t.t().contiguous().t(),
+        lambda t: SLACK[t.dtype][::2].copy_(t),  # every second row
+    ],
+}
+
+
+def lying(order, cls, dtype, bf16_weights):
+    """The same three weights in this order, trained for three steps; the last gradient lies across in turns."""
+    net = nn.ModuleDict({"conv": nn.Conv2d(3, 8, 2), "up": nn.Linear(8, 6), "down": nn.Linear(8, 6)}).to(dtype)
+    for seed, (layer, place) in enumerate(zip(net.values(), ORDERS[order], strict=True)):
+        value = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(seed))
+        layer.bias, layer.weight = None, nn.Parameter(place(value.to(dtype)))
+    optimizer = cls(net, lr=0.1, roles={"up|down": "vector"}, bf16_weights=bf16_weights)
+    for step in range(3):
+        for p in net.parameters():
+            grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).to(dtype)
+            across = step == (1 if order == "not" else 2)
+            p.grad = grad.transpose(0, 1).contiguous().transpose(0, 1) if across else grad
+        optimizer.step()
+    return [{"weight": p.detach(), **optimizer.state[p]} for p in net.parameters()]
+
+
+@pytest.mark.parametrize("bf16_weights", ["nearest", "stochastic", "compensated"])
+@pytest.mark.parametrize("fallback", ["adamw", "lion"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_and_gradients_that_do_not_lie_in_order_give_the_same(fallback, dtype, bf16_weights):
+    """torch's fused kernel walks along memory."""
+
+    def make(net, **settings):
+        return Muon(net, fallback=fallback, **settings)
+
+    for straight, other in zip(*(lying(order, make, dtype, bf16_weights) for order in ORDERS), strict=True):
+        for name, value in straight.items():
+            assert torch.equal(value, other[name]), name
+    assert not SLACK[dtype][1::2].any()

@@ -122,7 +122,7 @@ def _of_matrices(module: nn.Module, residual: int | None, path: str, kind: str) 
     return BareNetwork(path, module, down, tuple(ups), width, flat, _matrices(shapes, down, ups[0], width))
 
 
-def _other_side(shape: tuple[int, int], back: int) -> int | None:
+def _other_side(shape: tuple[int, int], back: int | None) -> int | None:
     """The side of a matrix that is not the residual width; ``None`` where neither is."""
     first, second = shape
     return second if first == back else first if second == back else None
@@ -158,23 +158,27 @@ def _unpacked_shape(name: str, tensor: Tensor) -> tuple[int, int, int] | None:
     return (tensor.shape[0], tensor.shape[2], tensor.shape[1]) if one_byte else None
 
 
-def _width_of(down: tuple[int, ...], up: tuple[int, ...], residual: int | None) -> int:
-    """The side of the down projection that an up projection makes: once, or twice where gate and up are one."""
+def _width_of(down: tuple[int, ...], up: tuple[int, ...], residual: int | None) -> int | None:
+    """The side of the down projection that an up projection makes: once, or twice where gate and up are one.
+
+    ``None`` where either side could be: then the first rows tell.
+    """
     first, second = down[1:]
     if residual is not None and residual in down[1:]:
         return second if first == residual else first
-    twice = [side for side in (first, second) if 2 * side in up[1:]]
-    if len(twice) == 1:
-        return twice[0]
+    sides = ((first, second), (second, first))  # the width and the residual width, or the other way round
+    fitting = {width for width, back in sides for made in (width, 2 * width) if sorted(up[1:]) == sorted((made, back))}
+    if fitting:
+        return fitting.pop() if len(fitting) == 1 else None
     return first if second in up[1:] and first not in up[1:] else min(first, second)
 
 
 def _matrices(
-    shapes: Mapping[str, tuple[int, int]], down: str, up: str, width: int
+    shapes: Mapping[str, tuple[int, int]], down: str, up: str, width: int | None
 ) -> tuple[tuple[str, int, int], ...]:
     back = _other_side(shapes[down], width)
     up_width = None if back is None else _other_side(shapes[up], back)
-    if back is None or up_width is None or (width, back) == (back, up_width):
+    if width is None or back is None or up_width is None or (width, back) == (back, up_width):
         return ()
     return (down, width, back), (up, back, up_width)
 

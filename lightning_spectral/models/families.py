@@ -64,7 +64,7 @@ class Hint:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.down, str) and self.down and isinstance(self.up, str)):
-            raise ValueError(f"A hint names down projections by a glob, got down={self.down!r} and up={self.up!r}.")
+            raise ValueError(f"`hints`: each names down projections by a glob, got {self.down!r}, {self.up!r}.")
 
 
 def as_hints(values: Iterable[Hint | Mapping[str, str] | str] | None) -> tuple[Hint, ...]:
@@ -77,7 +77,7 @@ def as_hints(values: Iterable[Hint | Mapping[str, str] | str] | None) -> tuple[H
     Raises:
         ValueError: If one is none of these; the message says what was seen.
     """
-    if isinstance(values, (str, Mapping, Hint)):
+    if isinstance(values, (str, Mapping, Hint)) or (values is not None and not isinstance(values, Iterable)):
         values = [values]
     return tuple(_as_hint(value) for value in values or ())
 

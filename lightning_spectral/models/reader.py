@@ -25,6 +25,10 @@ UNPAIRED_EXPERTS = (
     "alike (an `einsum` that adds the experts' axis cannot be followed, `bmm(x.expand(E, ...), up)` can), or leave the "
     "module out of the compiled region"
 )
+UNFOLLOWED_EXPERTS = (
+    "tokens came in, and no product with these matrices could be followed (an `einsum` that makes or adds up the "
+    "experts' axis cannot, `bmm(x.expand(E, ...), up)` can); or none of the experts of this process was chosen"
+)
 MIXED_EXPERTS = (
     "gate and up projections cannot be told apart here, where only their widths are known: measure `post` alone, or "
     "leave the module out of the compiled region"
@@ -169,7 +173,7 @@ class Reader:
             return UNPAIRED_EXPERTS.format(num_up, num_down)
         if num_down or self._sent is None or not len(self._sent):
             return ""
-        return HIDDEN_EXPERTS if is_packed else COMPILED_EXPERTS if self._traced else ""
+        return HIDDEN_EXPERTS if is_packed else COMPILED_EXPERTS if self._traced else UNFOLLOWED_EXPERTS
 
 
 # Not of the object: bound methods would hold it, and with it every tensor of the micro-batch, until the garbage

@@ -42,7 +42,7 @@ class SharedArguments(TypedDict, total=False):
     sites: Sequence[Site]
     modules: list[str] | None
     embedding: str | None
-    hints: Sequence[Hint | dict[str, str] | str] | None
+    hints: Sequence[Hint | dict[str, str] | str] | str | None
     on: Sequence[Stage]
     token_fraction: float
     num_jackknife_groups: int
@@ -117,7 +117,7 @@ class ProbeSettings:
     sites: Sequence[Site] = ("post",)
     modules: list[str] | None = None
     embedding: str | None = None
-    hints: Sequence[Hint | dict[str, str] | str] | None = None
+    hints: Sequence[Hint | dict[str, str] | str] | str | None = None
     on: Sequence[Stage] = ("train",)
     token_fraction: float = 1.0
     num_jackknife_groups: int = 2
@@ -136,6 +136,8 @@ class ProbeSettings:
     strict: bool = False
 
     def __post_init__(self) -> None:
+        if self.hints is not None:
+            object.__setattr__(self, "hints", as_hints(self.hints))
         if isinstance(self.on, Collection) and (isinstance(self.on, str) or not self.on or {*self.on} - {*STAGES}):
             raise ValueError(f"`on` must be a list of stages from {LOOPS}, got {self.on!r}.")
         require_kinds(ProbeSettings, vars(self))
@@ -145,8 +147,6 @@ class ProbeSettings:
             raise ValueError("`eigenvalues=True` needs `soft='exact'`: the approximation knows no eigenvalues.")
         require_run_id(self.run_id)
         require_count("every_n_steps", self.every_n_steps)
-        if self.hints is not None:
-            object.__setattr__(self, "hints", as_hints(self.hints))
 
 
 def refuse_unknown(kind: str, shared: Iterable[str]) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_spectral import observe, read_spectral
+from lightning_spectral.models.bare_networks import _width_of
 from lightning_spectral.models.recorder import Recorder
 from lightning_spectral.models.stacks import find_stacks
+from lightning_spectral.records import SPECTRAL_FILE, SpectralRecord
 from tests.models import tiny
 
 D, WIDTH, E = 32, 64, 4
@@ -282,3 +287,66 @@ def test_what_goes_wrong_in_ours_is_a_note(monkeypatch, where):
     assert not call.rows
     assert "of ours" in recorder.notes["hook_failed"]
     recorder.remove()
+
+
+class BareExperts(nn.Module):
+    """Every token through every expert; nothing around says which of the two widths is the residual one."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.up = nn.Parameter(torch.randn(4, 16, 32) / 4)
+        self.down = nn.Parameter(torch.randn(4, 32, 16) / 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.way == "einsum":
+            hidden = torch.einsum("nd,edh->enh", x, self.up).relu()
+            return torch.einsum("enh,ehd->nd", hidden, self.down)
+        return torch.bmm(torch.bmm(x.expand(4, *x.shape), self.up).relu(), self.down).mean(0)
+
+
+class BareBlocks(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"experts": BareExperts(way)}) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block["experts"](x)
+        return x
+
+
+def _records(model: nn.Module, path: Path) -> list[SpectralRecord]:
+    with warnings.catch_warnings(), observe(model, every_n_steps=1, out=path, background=False) as probe:
+        warnings.simplefilter("ignore")
+        model(torch.randn(300, 16)).square().mean().backward()
+        probe.step()
+    return list(read_spectral(path / SPECTRAL_FILE).records)
+
+
+def test_without_norms_and_embedding_the_rows_tell_the_width(tmp_path: Path) -> None:
+    records = _records(BareBlocks("bmm"), tmp_path)
+    assert {(record.width, record.num_tokens, record.reason) for record in records} == {(32, 1200, "")}
+    assert {record.status for record in records} == {"ok"}
+
+
+def test_experts_that_cannot_be_followed_say_why(tmp_path: Path) -> None:
+    records = _records(BareBlocks("einsum"), tmp_path)
+    assert {record.status for record in records} == {"no_forward"}
+    assert all("`einsum`" in record.reason and "`bmm(" in record.reason for record in records)
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "residual", "width"),
+    [
+        ((32, 16), (16, 32), None, None),  # either side may be the residual one
+        ((32, 16), (16, 32), 16, 32),
+        ((32, 16), (16, 32), 32, 16),
+        ((32, 16), (16, 64), None, 32),  # gate and up as one
+        ((16, 32), (32, 32), None, 16),
+        ((16, 16), (16, 16), None, 16),
+        ((32, 16), (32, 48), None, 16),  # nothing fits: as before
+    ],
+)
+def test_the_width_between_two_matrices(down, up, residual, width) -> None:
+    assert _width_of((4, *down), (4, *up), residual) == width

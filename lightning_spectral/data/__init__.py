@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_spectral.data.modules import HubText, StateOfTheUnion, TextBlocks, TextFiles, TokenFiles
+    from lightning_spectral.data.modules import HubText, StateOfTheUnion, TextFiles, TokenFiles
+    from lightning_spectral.data.text_blocks import TextBlocks
 
 __all__ = ["HubText", "StateOfTheUnion", "TextBlocks", "TextFiles", "TokenFiles"]
 
@@ -15,6 +16,6 @@ if not TYPE_CHECKING:  # a type checker knows the names above, and must not beli
     def __getattr__(name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module 'lightning_spectral.data' has no attribute {name!r}")
-        from lightning_spectral.data import modules
+        from lightning_spectral.data import modules, text_blocks
 
-        return getattr(modules, name)
+        return getattr(text_blocks if name == "TextBlocks" else modules, name)

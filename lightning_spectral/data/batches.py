@@ -21,25 +21,50 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_spectral.data.shards import TokenSequence
 
+_SCANNED_AT_ONCE = 1 << 24  # tokens
+
 
 class TokenBlocks(Dataset[Tensor]):
     """Non-overlapping sequences of T inputs and the token after each: items of shape (T + 1,), int64.
 
     A split shorter than one sequence is one shorter item; a split of fewer than two tokens has none.
+
+    Args:
+        tokens: Ids, memory-mapped or in memory.
+        seq_length: T.
+        end_of_text: Id that ends a document, if no sequence may reach into the next one; what of a document is left
+            after its last whole sequence is in none then.
     """
 
-    def __init__(self, tokens: NDArray[Any] | TokenSequence, seq_length: int) -> None:
+    def __init__(self, tokens: NDArray[Any] | TokenSequence, seq_length: int, end_of_text: int | None = None) -> None:
         self._tokens = tokens
-        self.seq_length = max(1, min(seq_length, len(tokens) - 1))
+        self._starts = None if end_of_text is None else starts_in_documents(tokens, seq_length, end_of_text)
+        self.seq_length = max(1, min(seq_length, len(tokens) - 1)) if self._starts is None else seq_length
 
     def __len__(self) -> int:
-        return max(0, (len(self._tokens) - 1) // self.seq_length)
+        return max(0, (len(self._tokens) - 1) // self.seq_length) if self._starts is None else len(self._starts)
 
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
-        start = index * self.seq_length
+        start = index * self.seq_length if self._starts is None else int(self._starts[index])
         return torch.from_numpy(self._tokens[start : start + self.seq_length + 1].astype(np.int64))
+
+
+def starts_in_documents(tokens: NDArray[Any] | TokenSequence, seq_length: int, end_of_text: int) -> NDArray[np.int64]:
+    """First token of every sequence of ``seq_length`` inputs and a target more that lies in one document.
+
+    A document's end is its last token: it may be a target, never the token before another document's.
+    """
+    ends = [
+        first + np.flatnonzero(tokens[first : first + _SCANNED_AT_ONCE] == end_of_text)
+        for first in range(0, len(tokens), _SCANNED_AT_ONCE)
+    ]
+    bounds = np.concatenate([[-1], *ends, [len(tokens) - 1]]).astype(np.int64)  # the last has no end of its own
+    num_of_document = np.maximum(np.diff(bounds) - 1, 0) // seq_length
+    before = np.cumsum(num_of_document) - num_of_document
+    place = np.arange(int(num_of_document.sum())) - np.repeat(before, num_of_document)
+    return np.repeat(bounds[:-1] + 1, num_of_document) + seq_length * place
 
 
 class StepBatches(Sampler[list[int]]):

@@ -147,7 +147,7 @@ def joined(pieces: Iterable[tuple[int, str]], separator: str) -> Iterator[str]:
         yield piece
 
 
-def blocks(text: Iterable[str], *, hold_out: bool = True) -> Iterator[Block]:
+def blocks(text: Iterable[str], *, hold_out: bool = True, separator: str = "") -> Iterator[Block]:
     """Cut a stream of text into blocks at white space and hold out every 18th.
 
     A text too short for 18 blocks of 20,000 characters is cut into 18 shorter ones, so that it too has a held-out part.
@@ -155,6 +155,7 @@ def blocks(text: Iterable[str], *, hold_out: bool = True) -> Iterator[Block]:
     Args:
         text: Pieces of any length.
         hold_out: ``False`` if held-out text comes from elsewhere.
+        separator: Of documents; never cut in two.
     """
     stream = iter(text)
     head, num_chars = [], 0
@@ -162,9 +163,10 @@ def blocks(text: Iterable[str], *, hold_out: bool = True) -> Iterator[Block]:
         head.append(piece)
         num_chars += len(piece)
         if num_chars >= HOLD_OUT_EVERY * BLOCK_CHARS:
-            yield from _numbered(_cut("".join(head), stream, BLOCK_CHARS), hold_out)
+            yield from _numbered(_cut("".join(head), stream, BLOCK_CHARS, separator), hold_out)
             return
-    short = list(_cut("".join(head), iter(()), min(BLOCK_CHARS, max(1, num_chars // HOLD_OUT_EVERY))))
+    short_chars = min(BLOCK_CHARS, max(1, num_chars // HOLD_OUT_EVERY))
+    short = list(_cut("".join(head), iter(()), short_chars, separator))
     made = list(_numbered(short, hold_out))
     if hold_out and len(made) > 1 and not any(block.held_out for block in made):
         made[-1] = Block(made[-1].text, True)  # a long last word can swallow the 18th block
@@ -176,9 +178,9 @@ def _numbered(texts: Iterable[str], hold_out: bool) -> Iterator[Block]:
         yield Block(text, hold_out and number % HOLD_OUT_EVERY == 0)
 
 
-def _cut(text: str, more: Iterator[str], block_chars: int) -> Iterator[str]:
+def _cut(text: str, more: Iterator[str], block_chars: int, separator: str) -> Iterator[str]:
     space = re.compile(r"\s")
-    reach = max(64, block_chars // 20)
+    reach = max(64, block_chars // 20, len(separator))
     start = 0
     while True:
         while len(text) - start < block_chars + reach and (piece := next(more, None)) is not None:
@@ -189,6 +191,9 @@ def _cut(text: str, more: Iterator[str], block_chars: int) -> Iterator[str]:
         after = space.search(text, end, end + reach)
         if after:  # never inside a word, unless the text has no words
             end = after.end()
+        between = text.find(separator, max(start, end - len(separator) + 1), end + len(separator) - 1)
+        if between >= 0 and separator:
+            end = between + len(separator)
         yield text[start:end]
         start = end
 

@@ -176,9 +176,8 @@ class Encoder:
             processor.get_vocab_size(with_added_tokens=True) if self._fast else int(self._tokenizer.vocab_size)
         )
         # documents are told apart by the tokenizer's own end-of-text token, where it has one that text can spell
-        end = (
-            processor.id_to_token(self._tokenizer.eos_id) if self._fast and self._tokenizer.eos_id is not None else None
-        )
+        self.end_of_text: int | None = self._tokenizer.eos_id if self._fast else None
+        end = None if self.end_of_text is None else processor.id_to_token(self.end_of_text)
         self.separator = end or "\n\n"
         self.dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
 

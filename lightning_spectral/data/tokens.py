@@ -260,10 +260,10 @@ def _blocks(corpus: Corpus, separator: str, counter: _Counter | None = None) -> 
     """Blocks of the training files, with every 18th held out, or with the held-out files' blocks after them."""
     counter = counter or _Counter()
     text = joined(counter.over(corpus.pieces()), separator)
-    yield from blocks(text, hold_out=not corpus.has_held_out)
+    yield from blocks(text, hold_out=not corpus.has_held_out, separator=separator)
     if corpus.has_held_out:
         text = joined(counter.over(corpus.pieces(held_out=True)), separator)
-        yield from (Block(block.text, True) for block in blocks(text, hold_out=False))
+        yield from (Block(block.text, True) for block in blocks(text, hold_out=False, separator=separator))
 
 
 def _assemble(

@@ -15,7 +15,7 @@ from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.model import GPT
 
-from lightning_spectral.data.modules import TextBlocks
+from lightning_spectral.data.text_blocks import TextBlocks
 from lightning_spectral.data.tokens import TOKENIZER_FILES
 from lightning_spectral.gpt.architecture import Architecture, adapt_config, build_gpt
 from lightning_spectral.gpt.module import LitGPT, load_weights

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
 
 def prepare(recipe: Recipe) -> None:
     """Build the token cache once, before several runs want it at the same time."""
-    from lightning_spectral.data.modules import TextBlocks
+    from lightning_spectral.data.text_blocks import TextBlocks
     from lightning_spectral.training.schema import instantiate
 
     data = instantiate(recipe.content, recipe.out_dir).data

@@ -24,7 +24,7 @@ from litgpt.data import DataModule
 from litgpt.utils import get_default_supported_precision
 
 from lightning_spectral import records
-from lightning_spectral.data.modules import TextBlocks
+from lightning_spectral.data.text_blocks import TextBlocks
 from lightning_spectral.data.tokens import unigram_entropy
 from lightning_spectral.gpt.export import save_final
 from lightning_spectral.gpt.learning_rate import LRPlan

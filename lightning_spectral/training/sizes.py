@@ -12,7 +12,7 @@ from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import extend_checkpoint_dir, parse_devices
 
-from lightning_spectral.data.modules import TextBlocks
+from lightning_spectral.data.text_blocks import TextBlocks
 from lightning_spectral.training.devices import spread_of
 from lightning_spectral.training.document import RecipeError, named_config
 from lightning_spectral.training.recipe import Recipe

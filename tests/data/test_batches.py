@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_spectral.data import batches
 from lightning_spectral.data.batches import ResumableLoader, StepBatches, TokenBlocks
+from lightning_spectral.data.shards import TokenSequence
 
 SETTINGS = {"seed": 3, "global_batch": 8, "num_steps": 5}
 
@@ -121,3 +124,35 @@ def test_a_run_goes_on_in_mid_epoch_with_another_number_of_ranks(
     for loader in resumed:
         loader.load_state_dict({"position": position, "accumulation": accumulation})
     assert whole[3:] == starts(resumed, 0, None)
+
+
+def naive_sequences(tokens: list[int], seq_length: int, end: int) -> list[list[int]]:
+    """Documents one by one."""
+    found, document = [], []
+    for token in tokens:
+        document.append(token)
+        if token == end:
+            found.append(document)
+            document = []
+    found.append(document)
+    return [
+        one[first : first + seq_length + 1] for one in found for first in range(0, len(one) - seq_length, seq_length)
+    ]
+
+
+@given(
+    st.lists(st.sampled_from([0, 0, 1, 2, 3, 4, 5, 6, 7, 8]), max_size=120),
+    st.integers(1, 9),
+    st.integers(1, 50),
+)
+def test_apart_no_sequence_reaches_from_one_document_into_the_next(tokens, seq_length, at_once) -> None:
+    with mock.patch.object(batches, "_SCANNED_AT_ONCE", at_once):
+        blocks = TokenBlocks(np.array(tokens, dtype=np.uint16), seq_length, end_of_text=0)
+    assert [blocks[i].tolist() for i in range(len(blocks))] == naive_sequences(tokens, seq_length, 0)
+    assert all(0 not in block[:-1] for block in blocks)
+
+
+def test_documents_of_shards_are_found_across_their_borders() -> None:
+    shards = TokenSequence([np.array([5, 6, 0, 7], dtype=np.uint16), np.array([8, 9, 0, 1, 2], dtype=np.uint16)])
+    blocks = TokenBlocks(shards, 2, end_of_text=0)
+    assert [block.tolist() for block in blocks] == [[5, 6, 0], [7, 8, 9]]

@@ -257,6 +257,25 @@ def test_nothing_is_held_out_where_held_out_text_comes_from_elsewhere() -> None:
     assert not any(block.held_out for block in blocks(["word " * 200_000], hold_out=False))
 
 
+@given(st.lists(st.integers(0, 60), min_size=30, max_size=120), st.sampled_from(["<|endoftext|>", "\n\n", "é€𝄞"]))
+def test_a_separator_is_never_cut_in_two(lengths: list[int], separator: str) -> None:
+    """Text without white space, as in Chinese: documents of any length, so that separators lie at every border."""
+    texts = ["語" * length for length in lengths]
+    made = [block.text for block in blocks(joined(enumerate(texts), separator), separator=separator)]
+    whole = separator.join(text for text in texts if text)
+    assert "".join(made) == whole
+    assert sum(text.count(separator) for text in made) == whole.count(separator)
+
+
+def test_a_separator_at_the_border_of_a_block_of_a_long_text_stays_whole() -> None:
+    separator = "<|endoftext|>"
+    for before in range(BLOCK_CHARS - len(separator), BLOCK_CHARS + 1):
+        text = "x" * before + separator + "x" * (18 * BLOCK_CHARS)
+        made = [block.text for block in blocks([text], separator=separator)]
+        assert sum(separator in block for block in made) == 1
+        assert "".join(made) == text
+
+
 def test_empty_documents_leave_no_separator() -> None:
     assert "".join(joined([(0, "a"), (0, "b"), (1, ""), (2, "c")], "|")) == "ab|c"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import torch
 from litgpt.data import DataModule
 
-from lightning_spectral.data.modules import HubText, StateOfTheUnion, TextBlocks, TextFiles
+from lightning_spectral.data.modules import HubText, StateOfTheUnion, TextFiles, TokenFiles
+from lightning_spectral.data.text_blocks import TextBlocks
 from lightning_spectral.data.tokens import prepare_tokens
 from tests.tiny import LIGHTNING_WARNINGS, write_text
 
@@ -109,3 +111,42 @@ def test_a_cache_is_not_begun_with_a_number_of_processes_that_is_none(tmp_path: 
     with pytest.raises(ValueError, match="`num_proc`"):
         prepare_tokens(_module(tmp_path).corpus(), vocab_size=300, cache_dir=tmp_path / "cache", num_proc=0)
     assert not (tmp_path / "cache").exists()
+
+
+def _documents(folder: Path, lengths: list[int]) -> TextFiles:
+    rows = [{"text": " ".join(f"w{(7 * row + k) % 90}" for k in range(length))} for row, length in enumerate(lengths)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return TextFiles(str(folder / "rows.jsonl"), vocab_size=300, cache_dir=folder / "cache", documents="apart")
+
+
+def test_documents_apart_are_in_no_sequence_together(tmp_path: Path) -> None:
+    data = _documents(tmp_path, [200, 5, 333, 90, 41, 260] * 20)
+    data.connect(batch_size=2, max_seq_length=32)
+    end = data.tokenizer.eos_id
+    blocks = [block for batch in (*data.train_dataloader(), *data.val_dataloader()) for block in batch]
+    assert len(blocks) > 100
+    assert not any((block[:-1] == end).any() for block in blocks)
+    packed = TextFiles(data.path, vocab_size=300, cache_dir=tmp_path / "cache")
+    packed.connect(batch_size=2, max_seq_length=32)
+    assert data.num_train_blocks < packed.num_train_blocks
+    assert any((block[:-1] == end).any() for batch in packed.train_dataloader() for block in batch)
+
+
+def test_documents_apart_that_are_too_short_are_said(tmp_path: Path) -> None:
+    data = _documents(tmp_path, [40, 20, 20, 20] * 30)
+    data.connect(batch_size=2, max_seq_length=4096)
+    with pytest.raises(ValueError, match="no document of the training text has more than 4096 tokens"):
+        data.train_dataloader()
+    data.connect(batch_size=2, max_seq_length=70)
+    with pytest.warns(UserWarning, match=r"whole sequences of 70 tokens hold [\d,]+ of [\d,]+ training tokens"):
+        data.train_dataloader()
+
+
+def test_documents_apart_need_a_token_that_ends_them(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(500, dtype=np.uint16) % 50)
+    data = TokenFiles(str(tmp_path / "a.npy"), vocab_size=50, cache_dir=tmp_path / "cache", documents="apart")
+    data.connect(batch_size=2, max_seq_length=16)
+    with pytest.raises(ValueError, match="needs the token that ends a document, and there is no tokenizer: set"):
+        data.train_dataloader()
+    with pytest.raises(ValueError, match=r"`documents` must be one of \['packed', 'apart'\], got 'alone'"):
+        TextFiles("x", documents="alone")  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_spectral.models.placement import Shards
 from lightning_spectral.optim.members import MIXED, PARALLEL, Group, parallel_lists
-from lightning_spectral.optim.owners import NamedParameter, find_owners
+from lightning_spectral.optim.owners import NamedParameter, find_owners, find_owners_together
 from lightning_spectral.optim.routing import ROLES, Route, route
 from lightning_spectral.optim.settings import HEAD_LR_SCALES, CommonSettings, check_group
 
@@ -47,7 +47,7 @@ class Grouping:
             ValueError: If a parameter's role cannot be known, or a group has a setting that cannot be honoured.
         """
         if isinstance(params, (list, tuple)) and params and all(isinstance(entry, dict) for entry in params):
-            routed = self._routes([_owned(entry, shards) for entry in params])
+            routed = self._routes(find_owners_together([_given(entry) for entry in params], shards))
             groups = [self._of_dict(entry, routes) for entry, routes in zip(params, routed, strict=True)]
         else:
             routed = self._routes([find_owners([params] if isinstance(params, Tensor) else params, shards)])
@@ -57,7 +57,8 @@ class Grouping:
 
     def further(self, entry: dict[str, Any], before: Sequence[Group], shards: Shards) -> tuple[Group, list[Route]]:
         """One group more, beside those ``before`` it."""
-        routes = self._routes([_owned(entry, shards)])[0]
+        known = [pair for group in before for pair in zip(group["params"], group["param_names"], strict=True)]
+        routes = self._routes(find_owners_together([_given(entry)], shards, known))[0]
         group = self._of_dict(entry, routes)
         _make_names_unique([*before, group])
         return group, routes
@@ -122,9 +123,9 @@ class Grouping:
         return self.fallback_ratio * scale
 
 
-def _owned(entry: dict[str, Any], shards: Shards) -> list[NamedParameter]:
+def _given(entry: dict[str, Any]) -> Any:
     params = entry["params"]
-    return find_owners([params] if isinstance(params, Tensor) else params, shards)
+    return [params] if isinstance(params, Tensor) else params
 
 
 def _make_names_unique(groups: Sequence[Group]) -> None:

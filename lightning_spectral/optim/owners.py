@@ -65,6 +65,49 @@ def find_owners(params: Any, shards: Shards | None = None) -> list[NamedParamete
     return _walk(_live_roots(), {id(p) for p in given}, given, shards)
 
 
+def find_owners_together(
+    entries: Sequence[Any], shards: Shards, beside: Sequence[tuple[Tensor, str]] = ()
+) -> list[list[NamedParameter]]:
+    """As ``find_owners`` for every entry, with names in the smallest module that holds all of them.
+
+    A group of ``model.lm_head.parameters()`` alone would not tell that it is the head of anything.
+
+    Args:
+        entries: What ``find_owners`` takes, each.
+        shards: What this rank holds.
+        beside: Parameters that have names already, which further ones are to fit.
+
+    Raises:
+        ValueError: If an entry is empty, or a parameter belongs to no live module.
+    """
+    given = [params_of(entry.parameters() if isinstance(entry, nn.Module) else entry) for entry in entries]
+    if not all(given):
+        raise ValueError(f"`params` holds no parameter. {REMEDY}")
+    wanted = {id(param) for params in given for param in params} | {id(param) for param, _ in beside}
+    roots = _around(wanted, beside[0] if beside else None)
+    return [_walk(roots, {id(p) for p in params}, params, shards) for params in given]
+
+
+def _around(wanted: set[int], known: tuple[Tensor, str] | None) -> list[nn.Module]:
+    """The smallest live module with all of these parameters; the one in which one has its known name, if that is given.
+
+    All live modules where none has them all.
+    """
+    roots = _live_roots()
+    root = next((root for root in roots if wanted <= {id(p) for p in root.parameters()}), None)
+    if root is None:
+        return roots
+    chain = [root]
+    while inner := [
+        m for m in chain[-1]._modules.values() if m is not None and wanted <= {id(p) for p in m.parameters()}
+    ]:
+        chain.append(inner[0])
+    if known is not None:
+        fits = [m for m in chain if any(p is known[0] and place.name == known[1] for p, place in places_in(m))]
+        return (fits or chain[-1:])[:1]
+    return chain[-1:]
+
+
 def params_of(params: Iterable[Any]) -> list[Tensor]:
     """The parameters of an iterable of parameters or ``(name, parameter)`` pairs.
 

@@ -146,10 +146,31 @@ def test_an_added_group_is_one_group_and_follows_its_learning_rate():
 def test_groups_have_names_that_a_monitor_can_tell_apart():
     optimizer = Muon(TinyLM(), head_lr_scale="inverse_sqrt_width")
     assert [g["name"] for g in optimizer.param_groups] == ["matrix", "embedding", "head", "vector"]
-    pair = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    pair = [nn.Linear(8, 8), nn.Linear(8, 8)]  # of no common module
     optimizer = Muon([{"params": layer.parameters(), "name": str(i), "mine": i} for i, layer in enumerate(pair)])
     assert [(g["name"], g["mine"]) for g in optimizer.param_groups] == [("0", 0), ("1", 1)]
     assert [n for g in optimizer.param_groups for n in g["param_names"]] == ["weight", "bias", "weight#2", "bias#2"]
+
+
+def test_groups_of_parts_of_a_model_have_its_names_and_its_head():
+    """Also those that are added later: a checkpoint goes into an optimizer of the whole model, and back."""
+    outer = nn.ModuleDict({"other": nn.Linear(2, 2), "model": TinyLM()})
+    model = outer["model"]
+    late, early = model.blocks[1], [model.embed, model.blocks[0], model.head]
+    optimizer = Muon([{"params": part.parameters()} for part in early], lr=0.02)
+    assert optimizer.param_groups[2]["param_roles"] == ["head"]
+    optimizer.add_param_group({"params": late.parameters(), "lr": 0.1})
+    assert optimizer.param_groups[3]["param_names"] == [f"blocks.1.{name}" for name, _ in late.named_parameters()]
+    train(model, optimizer, 2)
+    whole = Muon(copy.deepcopy(model), lr=0.02)
+    whole.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for name, p in model.named_parameters():
+        other = whole.state[next(m.param for m in whole._members() if m.name == name)]
+        assert optimizer.state[p]
+        assert all(torch.equal(value, other[key]) for key, value in optimizer.state[p].items())
+    within = Muon(p for name, p in outer.named_parameters() if ".1." not in name)  # named from further out
+    within.add_param_group({"params": late.parameters()})
+    assert within.param_groups[-1]["param_names"][0] == f"model.blocks.1.{next(late.named_parameters())[0]}"
 
 
 def test_flat_partitions_are_refused_with_the_remedy():

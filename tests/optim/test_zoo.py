@@ -148,7 +148,7 @@ def test_scion_moves_every_layer_by_the_steepest_direction_of_its_norm():
     [
         (lambda m: AdaMuon(m, moment_beta=1.0), "`moment_beta` in"),
         (lambda m: Dion2(m, fraction=0.0), r"`fraction` must be in \(0, 1\]"),
-        (lambda m: Dion2(m, orthogonalize="qr"), "`method` must be one of"),
+        (lambda m: Dion2(m, orthogonalize="qr"), "`orthogonalize` must be one of"),
         (lambda m: NorDion2(m, moment_beta=-0.1), "`moment_beta` in"),
         (lambda m: NorDion2(m, fraction=2), r"`fraction` must be in \(0, 1\]"),
         (lambda m: SOAP(m, moment_beta=1.0), "`moment_beta` in"),

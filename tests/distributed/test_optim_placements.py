@@ -52,7 +52,7 @@ KINDS: dict[str, Callable[..., Any]] = {
 
 
 class Feed(nn.Module):
-    """A fused attention projection (for its views), a feed-forward network and three experts; nothing is even."""
+    """Fused projections (for their views), a feed-forward network and three experts; nothing is even."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,10 +60,24 @@ class Feed(nn.Module):
         self.qkv = nn.Linear(14, 20, bias=False)
         self.up = nn.Linear(20, 34, bias=False)
         self.down = nn.Linear(34, 14, bias=False)
-        self.experts = Experts()
+        self.experts = GptOssExperts()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(torch.tanh(self.up(torch.tanh(self.qkv(x))))) + self.experts(x)
+
+
+class GptOssExperts(nn.Module):
+    """Gate and up in turns: under `split` each is every second column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_transposed = True
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 14, 22) / 4)
+        self.down_proj = nn.Parameter(torch.randn(3, 11, 14) / 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        both = torch.einsum("bn,enm->bem", x, self.gate_up_proj)
+        return torch.einsum("bem,emk->bk", both[..., ::2].tanh() * both[..., 1::2], self.down_proj).tanh()
 
 
 class Experts(nn.Module):
@@ -72,9 +86,6 @@ class Experts(nn.Module):
         self.is_transposed = True
         self.up_proj = nn.Parameter(torch.randn(3, 14, 10) / 4)
         self.down_proj = nn.Parameter(torch.randn(3, 10, 14) / 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("bn,enm,emk->bk", x, self.up_proj, self.down_proj).tanh()
 
 
 class Net(nn.Module):

@@ -70,7 +70,7 @@ class QKClipCallback(Callback):
                 f"QKClipCallback: `{normalised[0]}` normalises queries and keys, so that scaling their weights "
                 "changes no logit. Remove the callback: the norms bound the logits already."
             )
-        self._modes = [LargestLogits() for _ in self._attentions]
+        self._modes = [LargestLogits(hasattr(one.module, "sinks")) for one in self._attentions]
         for mode, attention in zip(self._modes, self._attentions, strict=True):
             self._watch(attention, mode)
 
@@ -110,7 +110,8 @@ class QKClipCallback(Callback):
         largest = self._largest(pl_module.device)
         if largest is None:
             return
-        factors = [(self.threshold / one).clamp(max=1.0) for one in largest]
+        # a largest logit below zero is no reason to scale by a negative number
+        factors = [torch.where(one > self.threshold, self.threshold / one, 1.0) for one in largest]
         if bool(torch.cat(factors).lt(1.0).any()):
             shards = Shards()
             for attention, factor_H in zip(self._attentions, factors, strict=True):
@@ -172,8 +173,8 @@ def _scale(attention: Attention, factor_H: Tensor, shards: Shards) -> None:
     of_key_G = factor_H.view(attention.num_keys, -1).amin(dim=1).sqrt()
     of_query_H = factor_H / of_key_G.repeat_interleave(attention.num_queries // attention.num_keys)
     for rows in attention.rows:
-        factors = [*(of_query_H.tolist() if rows.queries else ()), *(of_key_G.tolist() if rows.keys else ())]
-        _scale_rows(rows, factors, shards)
+        kinds = ((rows.queries, of_query_H), (rows.keys, of_key_G), (rows.alone, factor_H))
+        _scale_rows(rows, [factor for parts, each in kinds if parts for factor in each.tolist()], shards)
 
 
 def _scale_rows(rows: HeadRows, factors: list[float], shards: Shards) -> None:

@@ -103,7 +103,7 @@ def _latent(place: Place, rows: int, heads: Heads) -> tuple[Part, ...] | None:
     """Per head a key (what of it has no position) and a value, from a latent vector."""
     sources = _sources(place)
     key, value = _first(sources, ("qk_nope_head_dim",)), _first(sources, ("v_head_dim",))
-    if key is None or value is None or rows != heads.queries * (key + value):
+    if key is None or value is None or rows != heads.groups * (key + value):
         return None
     starts = range(0, rows, key + value)
     return tuple((s, s + key) for s in starts), tuple((s + key, s + key + value) for s in starts)
@@ -137,6 +137,25 @@ def head_rows(place: Place, rows: int) -> tuple[tuple[Part, ...], tuple[Part, ..
         return None
     q, k, _ = parts
     return _chop(q, heads.size), _chop(k, heads.size)
+
+
+def latent_rows(place: Place, rows: int) -> tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]] | None:
+    """Of latent attention: rows of every head's query and key without position, and of its query with position.
+
+    The key with position is one for all heads. None for a projection of anything else.
+    """
+    heads, name, sources = _heads(place), _projection_name(place), _sources(place)
+    positioned, plain = _first(sources, ("qk_rope_head_dim",)), _first(sources, ("qk_nope_head_dim",))
+    if heads is None or positioned is None or plain is None:
+        return None
+    if name == "kv_b_proj":
+        parts = _latent(place, rows, heads)
+        return None if parts is None else ((), tuple((head,) for head in parts[0]), ())
+    if name not in ("q_b_proj", "q_proj") or rows != heads.queries * (plain + positioned):
+        return None
+    starts = range(0, rows, plain + positioned)
+    queries = tuple(((s, s + plain),) for s in starts)
+    return queries, (), tuple(((s + plain, s + plain + positioned),) for s in starts)
 
 
 def _projection_name(place: Place) -> str:

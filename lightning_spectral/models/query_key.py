@@ -14,21 +14,25 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_spectral.models.fused import head_rows, is_fused_name
+from lightning_spectral.models.fused import head_rows, is_fused_name, latent_rows
 from lightning_spectral.models.layouts import is_linear
 from lightning_spectral.models.names import clean_name
 from lightning_spectral.models.places import Place
 from lightning_spectral.models.views import Part, Views
 
-_QUERY = re.compile(r"^(q|query|q_proj|q_lin|wq)$", re.IGNORECASE)
-_KEY = re.compile(r"^(k|key|k_proj|k_lin|wk)$", re.IGNORECASE)
-_NORMS = ("norm_q", "q_norm", "q_layernorm", "query_norm", "q_ln", "query_layernorm")
+_QUERY = re.compile(r"^((query|q)(_proj|_lin|_head)?|(linear_|to_|w)q)$", re.IGNORECASE)
+_KEY = re.compile(r"^((key|k)(_proj|_lin|_head)?|(linear_|to_|w)k)$", re.IGNORECASE)
+_LATENT = ("q_b_proj", "kv_b_proj")
+_NORMS = ("norm_q", "q_norm", "q_layernorm", "q_layer_norm", "query_norm", "q_ln", "query_layernorm", "qk_norm")
 _ROWS_AT_A_TIME = 256  # of the logits that are formed to find their maximum
 
 
 @dataclass(frozen=True)
 class HeadRows:
-    """The rows of one parameter (weight or bias) that make every query head, and every key head."""
+    """The rows of one parameter (weight or bias) that make every query head, and every key head.
+
+    ``alone`` are rows of queries that meet a key which all heads share (the rotated part of latent attention).
+    """
 
     owner: nn.Module
     attribute: str
@@ -36,6 +40,7 @@ class HeadRows:
     transposed: bool
     queries: tuple[Part, ...]
     keys: tuple[Part, ...]
+    alone: tuple[Part, ...] = ()
 
     @property
     def param(self) -> Tensor:
@@ -44,8 +49,8 @@ class HeadRows:
         return found
 
     def views(self, shape: tuple[int, ...]) -> Views:
-        """The heads, queries first, as matrices of a parameter of this logical shape."""
-        return Views(shape, transposed=self.transposed, parts=(*self.queries, *self.keys))
+        """The heads, queries first, then keys and queries alone, as matrices of a parameter of this logical shape."""
+        return Views(shape, transposed=self.transposed, parts=(*self.queries, *self.keys, *self.alone))
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def find_attentions(model: nn.Module) -> Iterator[Attention]:
     for raw, module in model.named_modules():
         path = clean_name(raw)
         linear = {name: child for name, child in module.named_children() if is_linear(child)}
-        used = [name for name in linear if is_fused_name(name) or _QUERY.match(name) or _KEY.match(name)]
+        used = [n for n in linear if n in _LATENT or is_fused_name(n) or _QUERY.match(n) or _KEY.match(n)]
         found = [pair for name in used for pair in _rows_of(path, name, linear[name], model)]
         queries = {len(rows.queries) for rows in found if rows.queries}
         keys = {len(rows.keys) for rows in found if rows.keys}
@@ -82,11 +87,14 @@ def _rows_of(path: str, name: str, child: nn.Module, root: nn.Module) -> Iterato
     outputs = getattr(child, "nf" if transposed else "out_features", None)  # a shard has another shape
     if not isinstance(outputs, int):
         return
-    rows = head_rows(Place(own, child, "weight", False, root), outputs)
+    place = Place(own, child, "weight", False, root)
+    rows: tuple[tuple[Part, ...], ...] | None = latent_rows(place, outputs)
+    if rows is None and name not in _LATENT:
+        rows = head_rows(place, outputs)
+        if rows is not None and not is_fused_name(name):
+            rows = (rows[0], ()) if _QUERY.match(name) else ((), rows[0])
     if rows is None:
         return
-    if not is_fused_name(name):
-        rows = (rows[0], ()) if _QUERY.match(name) else ((), rows[0])
     for attribute in ("weight", "bias"):
         if child._parameters.get(attribute) is not None:
             yield HeadRows(child, attribute, f"{own}.{attribute}", transposed and attribute == "weight", *rows)
@@ -96,11 +104,15 @@ class LargestLogits(TorchFunctionMode):
     """While active, keeps the largest logit of every head in ``largest``, (H,); -inf where none was formed.
 
     Sees ``scaled_dot_product_attention`` and, for attention written out, ``softmax`` over (B, H, T, S).
+
+    Args:
+        sinks: Logits get one column more before the softmax, and the largest is taken off.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sinks: bool = False) -> None:
         super().__init__()
         self.largest: Tensor | None = None
+        self._sinks = sinks
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at what is formed, then do it."""
@@ -108,6 +120,9 @@ class LargestLogits(TorchFunctionMode):
         if func is nn.functional.scaled_dot_product_attention:
             with torch.no_grad():
                 self._keep(largest_logits(*args, **kwargs))
+        elif self._sinks and func is torch.cat and _is_with_sinks(*args, **kwargs):
+            with torch.no_grad():
+                self._keep((args[0] if args else kwargs["tensors"])[0].detach().amax(dim=(0, 2, 3)).float())
         elif func in (torch.softmax, nn.functional.softmax, Tensor.softmax):
             logits = args[0] if args else kwargs["input"]
             if logits.ndim == 4:
@@ -117,6 +132,12 @@ class LargestLogits(TorchFunctionMode):
 
     def _keep(self, found: Tensor) -> None:
         self.largest = found if self.largest is None else torch.maximum(self.largest, found)
+
+
+def _is_with_sinks(tensors: Any, dim: int = 0, **_: Any) -> bool:
+    """Whether logits (B, H, T, S) get a last column."""
+    two = len(tensors) == 2 and all(one.ndim == 4 for one in tensors)
+    return two and dim in (-1, 3) and tensors[0].shape[-1] > 1 and tensors[1].shape[-1] == 1
 
 
 def largest_logits(

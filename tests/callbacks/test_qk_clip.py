@@ -20,6 +20,7 @@ from tests.distributed.harness import run_ranks
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on loaders and loggers
+QUERIES_AND_KEYS = ("qkv", "q_proj", "k_proj", "c_attn", "query_key_value", "q_b_proj", "kv_b_proj")
 IDS = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -31,18 +32,53 @@ def litgpt(**changes) -> nn.Module:
     }))  # fmt: skip
 
 
-def hugging_face(kind: str, attention: str = "sdpa") -> nn.Module:
+def hugging_face(kind: str, attention: str = "sdpa", **more) -> nn.Module:
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16}
     if kind in ("gpt2", "gpt_neox"):
         del sizes["head_dim"], sizes["num_key_value_heads"]
     if kind == "gpt2":  # as they are called there; training would drop entries, and with them change the logits
         sizes |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-    config = transformers.AutoConfig.for_model(kind, attn_implementation=attention, **sizes)
+    if kind == "falcon":
+        del sizes["head_dim"], sizes["num_key_value_heads"]
+        sizes |= {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}
+    if kind == "codegen":
+        del sizes["head_dim"], sizes["num_key_value_heads"]
+        sizes |= {"rotary_dim": 4, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    config = transformers.AutoConfig.for_model(kind, attn_implementation=attention, **{**sizes, **more})
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
+def latent(kind: str, q_lora_rank: int | None, attention: str = "sdpa") -> nn.Module:
+    """Multi-head latent attention: a part of every query and key with position, whose key all heads share."""
+    config = transformers.AutoConfig.for_model(
+        kind, attn_implementation=attention, vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=4, q_lora_rank=q_lora_rank, kv_lora_rank=16, qk_rope_head_dim=4,
+        qk_nope_head_dim=6, v_head_dim=5, moe_intermediate_size=16, n_routed_experts=4, n_group=1, topk_group=1,
+        num_experts_per_tok=1, first_k_dense_replace=1, max_position_embeddings=16,
+    )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def gpt_oss() -> nn.Module:
+    model = hugging_face("gpt_oss", "eager", num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"])
+    model.model.layers[0].self_attn.sinks.data.normal_()
+    return model
+
+
 MODELS = {
+    "litgpt, latent": lambda: litgpt(
+        n_query_groups=4,
+        latent_attention={
+            **{"q_lora_rank": 16, "kv_lora_rank": 16},
+            **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5},
+        },
+    ),
+    "deepseek_v3, latent": lambda: latent("deepseek_v3", 16),
+    "deepseek_v2, latent, eager": lambda: latent("deepseek_v2", None, "eager"),
+    "gpt_oss, sinks": gpt_oss,
+    "codegen, four blocks": lambda: hugging_face("codegen", "eager"),
+    "falcon, by groups": lambda: hugging_face("falcon"),
     "litgpt, grouped, biases": litgpt,
     "llama": lambda: hugging_face("llama"),
     "llama, eager": lambda: hugging_face("llama", "eager"),
@@ -70,7 +106,7 @@ def sharp(model: nn.Module) -> nn.Module:
     """Logits far above one, different in every head."""
     torch.manual_seed(1)
     for name, p in model.named_parameters():
-        if any(part in name for part in ("qkv", "q_proj", "k_proj", "c_attn", "query_key_value")):
+        if any(part in name for part in QUERIES_AND_KEYS):
             p.data.normal_(std=0.5 if p.ndim == 2 else 0.3)
     return model
 
@@ -88,15 +124,25 @@ def logits_of(model: nn.Module) -> torch.Tensor:
         return plain_attention(q, k, v, **options)
 
     def softmax(logits, *args, **options):
-        seen.append(logits.amax((0, 2, 3)))
+        if logits.ndim == 4:  # not a router's
+            seen.append(logits.amax((0, 2, 3)))
         return plain_softmax(logits, *args, **options)
 
-    nn.functional.scaled_dot_product_attention, nn.functional.softmax = attention, softmax
+    def cat(tensors, *args, **options):
+        if (
+            tensors[-1].shape[-1:] == (1,) and tensors[0].ndim == 4 and tensors[0].shape[-1] > 8
+        ):  # gpt-oss takes the largest off afterwards
+            seen.append(tensors[0].amax((0, 2, 3)))
+        return plain_cat(tensors, *args, **options)
+
+    plain_cat = torch.cat
+    nn.functional.scaled_dot_product_attention, nn.functional.softmax, torch.cat = attention, softmax, cat
     try:
         with torch.no_grad():
             model(IDS[:, :-1])
     finally:
-        nn.functional.scaled_dot_product_attention, nn.functional.softmax = plain_attention, plain_softmax
+        torch.cat, nn.functional.softmax = plain_cat, plain_softmax
+        nn.functional.scaled_dot_product_attention = plain_attention
     return seen[0].float()
 
 
@@ -120,7 +166,7 @@ def test_every_head_ends_at_the_threshold_or_where_it_was(kind):
     torch.testing.assert_close(after, before.clamp(max=threshold), rtol=1e-5, atol=1e-6)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, untouched[name])}
     assert changed
-    assert all(any(part in name for part in ("qkv", "q_proj", "k_proj", "c_attn", "query_key")) for name in changed)
+    assert all(any(part in name for part in QUERIES_AND_KEYS) for name in changed)
 
 
 def test_below_the_threshold_training_is_bit_identical():
@@ -248,3 +294,19 @@ def test_heads_are_found_in_their_order():
     # per head its query, key and value, eight rows each
     assert weight.queries == tuple((((24 * h, 24 * h + 8),)) for h in range(4))
     assert weight.keys == tuple((((24 * h + 8, 24 * h + 16),)) for h in range(4))
+
+
+def test_a_head_whose_largest_logit_is_below_zero_stays_as_it_is():
+    model = sharp(hugging_face("llama", num_key_value_heads=4))
+    attention = model.model.layers[0].self_attn
+    attention.q_proj.weight.data[:8] = -attention.k_proj.weight.data[:8] * 1e-3
+    one = IDS[:1, :2]  # a token that sees itself: -1e-3 |k|^2
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    pl.Trainer(
+        callbacks=[QKClipCallback(1e-4)], accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    ).fit(Module(model), DataLoader(one))  # fmt: skip
+    assert all(p.isfinite().all() for p in model.parameters())
+    for name in ("q_proj", "k_proj"):
+        weight = getattr(attention, name).weight
+        assert torch.equal(weight[:8], before[f"model.layers.0.self_attn.{name}.weight"][:8])

@@ -11,10 +11,12 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TextIO
 
 from lightning_spectral import __version__
 from lightning_spectral.text import CommandError, did_you_mean, visible
+from lightning_spectral.text.packages import is_installed, why_missing
 
 # verb -> (module with a ``main(argv) -> int``, one line of help)
 VERBS: dict[str, tuple[str, str]] = {
@@ -71,12 +73,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except ModuleNotFoundError as error:
+        if error.name is None or is_installed(error.name.partition(".")[0]):
+            raise  # a module of a package that is there: ours, or another version
+        print(f"lightning-spectral {verb}: {why_missing(error.name)}", file=sys.stderr)
+        return 2
     except OSError as error:
-        if error.errno not in _OF_THE_DISK:
+        if error.errno not in _OF_THE_DISK and not _was_named(error.filename, rest):
             raise
         what = f"`{error.filename}`: " if error.filename else ""
         print(f"lightning-spectral {verb}: {visible(what)}{error.strerror}.", file=sys.stderr)
         return 1
+
+
+def _was_named(path: object, words: Sequence[str]) -> bool:
+    """Whether a path is, lies below or above what the command line names: then the place is wrong, and not we."""
+    if not isinstance(path, (str, os.PathLike)):
+        return False
+    named = [Path(word.partition("=")[2] if word.startswith("--") else word) for word in words if "/" in word]
+    return any(Path(path).is_relative_to(one) or one.is_relative_to(path) for one in named)
 
 
 class _Visible:

@@ -93,7 +93,10 @@ def guarded(call: Callable[[], T]) -> T:
     """Turn what the analysis says about bad input into a sentence and exit code 2."""
     try:
         return call()
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        named = f"`{error.filename}`: {error.strerror}; give another place." if error.filename else str(error)
+        raise CommandError(named) from error
+    except ValueError as error:
         raise CommandError(str(error)) from error
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.text import CommandError, did_you_mean, import_class, one_line, read_settings, read_yaml
+from lightning_spectral.text.packages import why_missing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -268,7 +269,7 @@ def _hugging_face(name: str, settings: dict[str, Any]) -> nn.Module:
         from transformers import AutoConfig
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ImportError as error:
-        raise CommandError(f"`--model {name}` is no litgpt model, and transformers is not installed.") from error
+        raise CommandError(f"`--model {name}` is no litgpt model, and {why_missing('transformers')}") from error
     trust = {"trust_remote_code": settings.get("trust_remote_code") is True}  # without the word it would ask
     settings = {key: value for key, value in settings.items() if key not in trust}
     if Path(name).is_dir():

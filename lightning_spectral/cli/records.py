@@ -11,6 +11,7 @@ from typing import Any
 from lightning_spectral.cli import inputs
 from lightning_spectral.cli.parser import VerbParser
 from lightning_spectral.text import CommandError, write_text
+from lightning_spectral.text.packages import why_missing
 
 FORMATS = ("json", "csv", "parquet")
 
@@ -62,5 +63,5 @@ def _parquet(found: list[dict[str, Any]], out: str | None) -> None:
         import pyarrow
         from pyarrow import parquet
     except ModuleNotFoundError:
-        raise CommandError("Parquet needs pyarrow: pip install pyarrow.") from None
+        raise CommandError(f"--format parquet: {why_missing('pyarrow')}") from None
     parquet.write_table(pyarrow.Table.from_pylist(found), out)

@@ -58,9 +58,10 @@ class HubCorpus(Corpus):
         try:
             rows = datasets.load_dataset(self.dataset, self.config, split=split, revision=self.revision, streaming=True)
             yield from enumerate(texts_of(rows, self.text_column, [f"{self.dataset} ({split})"]))
-        except (OSError, datasets.exceptions.DatasetsError, ValueError) as error:
+        except Exception as error:  # of `datasets`, the hub, its HTTP client: each has its own
             raise ValueError(
-                f"cannot read split `{split}` of the data set `{self.dataset}`: {one_line(error)}"
+                f"cannot read split `{split}` of the data set `{self.dataset}`: {one_line(error)}. Without a network "
+                "give a folder of text, or what the cache of `datasets` holds."
             ) from error
 
     def fingerprint(self) -> str:
@@ -77,5 +78,5 @@ class HubCorpus(Corpus):
 
         try:
             return str(HfApi().dataset_info(self.dataset, revision=self.revision).sha)
-        except (OSError, ValueError):  # offline: what the cache of `datasets` holds
+        except Exception:  # offline, in the words of whatever client the hub uses: what the cache of `datasets` holds
             return self.revision or "main"

@@ -225,7 +225,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     _remove_partials(path.parent.resolve(), os.getpid())
     partial = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     # a new file, no link that somebody put there; the umask is the kernel's to apply: reading it would change it
-    os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except OSError as error:
+        error.filename = str(path)  # what was asked for, not our name for it
+        raise
     try:
         yield partial
         with partial.open("rb") as written:

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from litgpt.model import Block
 
 from lightning_spectral.text import import_class, one_line
+from lightning_spectral.text.packages import why_missing
 from lightning_spectral.training.devices import check_strategy, spread_of
 from lightning_spectral.training.document import RecipeError
 
@@ -93,7 +94,7 @@ def make_logger(content: dict[str, Any], out_dir: Path, *, resuming: bool) -> Lo
         logger = LitLogger(root_dir=logs, name=name, **settings)  # type: ignore[assignment]
         return logger
     except ModuleNotFoundError as error:
-        raise RecipeError(f"`logger_name: {kind}` needs a package that is not installed: {one_line(error)}") from error
+        raise RecipeError(f"`logger_name: {kind}`: {why_missing(error.name or kind)}") from error
 
 
 def _last_version(folder: Path) -> int | None:

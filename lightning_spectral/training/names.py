@@ -13,6 +13,7 @@ from typing import Any, Final
 from lightning_spectral.data.files import find_files
 from lightning_spectral.data.shards import SUFFIXES
 from lightning_spectral.text import did_you_mean
+from lightning_spectral.text.packages import is_installed, why_missing
 from lightning_spectral.training.document import (
     OUR_DATA,
     RecipeError,
@@ -98,7 +99,7 @@ def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_wrong_places(tree: Mapping[str, Any]) -> None:
-    """Refuse a run folder that is a file, and data that are not there.
+    """Refuse a run folder that is a file, data that are not there, and a logger without its package.
 
     Raises:
         RecipeError: One sentence with the path.
@@ -109,6 +110,9 @@ def refuse_wrong_places(tree: Mapping[str, Any]) -> None:
     resume = tree.get("resume")
     if isinstance(resume, str) and resume != "auto" and not Path(resume).exists():
         raise RecipeError(f"`resume` names `{resume}`, which does not exist: give a checkpoint, `auto` or `false`.")
+    logger = tree.get("logger_name")
+    if logger in ("wandb", "mlflow", "tensorboard") and not is_installed(logger):
+        raise RecipeError(f"`logger_name: {logger}`: {why_missing(logger)}")
     kinds = {"lightning_spectral.data.TextFiles": {}, "lightning_spectral.data.TokenFiles": {"suffixes": SUFFIXES}}
     path = (tree["data"].get("init_args") or {}).get("path")
     if tree["data"]["class_path"] in kinds and isinstance(path, str):
@@ -143,6 +147,9 @@ def refuse_unknown_names(tree: Mapping[str, Any]) -> None:
     Raises:
         RecipeError: One sentence with the name, and the nearest one that exists.
     """
+    for package in ("torch", "lightning", "litgpt"):
+        if not is_installed(package):
+            raise RecipeError(f"recipes need litgpt, Lightning and torch, and {why_missing(package)}")
     for key in tree:
         if key not in keys():
             raise RecipeError(f"unknown key `{key}`; {_nearest_key(str(key), tree)}")

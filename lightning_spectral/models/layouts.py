@@ -119,7 +119,7 @@ def _two_dimensional(module: nn.Module, name: str, kind: str, shape: Shape) -> V
         return Views(shape)
     if isinstance(module, nn.MultiheadAttention) and name.endswith("proj_weight"):
         return Views(shape)
-    if isinstance(module, nn.RNNBase) and name.startswith("weight"):
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and name.startswith("weight"):
         return Views(shape)
     if re.search(r"Router$|Gate$", kind) and name == "weight":
         return Views(shape)
@@ -160,7 +160,8 @@ def convolution(place: Place, shape: Shape) -> Views | str | None:
     """The matrices of a convolution, why it has none, or None when the owner is no convolution.
 
     Filters are rows, flattened over inputs and positions; every group is a matrix of its own. Depthwise filters see one
-    channel and are vectors; a layer that reads raw inputs (patches, pixels, waveforms) plays the part of an embedding.
+    channel and are vectors; a layer that reads or makes what is raw (patches, pixels, waveforms) plays the part of an
+    embedding or a head.
     """
     module: Any = place.module
     if not is_convolution(module) or len(shape) < 3:
@@ -169,7 +170,10 @@ def convolution(place: Place, shape: Shape) -> Views | str | None:
         return "depthwise convolution"
     if module.in_channels <= 4 or _is_first_in(place, _INPUT_NAMES) or _first_layer(place.root) is module:
         return "convolution of the input"
-    return Views(shape, 1, module.groups, isinstance(module, _TRANSPOSED_CONVOLUTIONS))
+    views = Views(shape, 1, module.groups, isinstance(module, _TRANSPOSED_CONVOLUTIONS))
+    if min(views.matrix) <= 1:
+        return "one row or column"
+    return "convolution of the output" if module.out_channels <= 4 else views
 
 
 def _is_first_in(place: Place, names: re.Pattern[str]) -> bool:

@@ -21,8 +21,8 @@ _HEAD = re.compile(
 _INNER_HEAD = re.compile(r"^(lm_heads?|heads?|unembed\w*|(to_)?logits|embed_out|output_projection)$")
 # outside of blocks only
 _OUTER_HEAD = re.compile(
-    r"^((\w+_)?(answer|audio|auxiliary|bbox|box|class|classification|ctc|decode|dist|generation|image|itm|mim|mlm|output"
-    r"|policy|prediction|regression|reward|score|segmentation|text|value|vision)_heads?"
+    r"^((\w+_)?(answer|audio|auxiliary|bbox|box|class|classification|cls|ctc|decode|dist|generation|image|itm|mim|mlm|mlp|output"
+    r"|policy|prediction|regression|reward|score|segmentation|text|value|vision)_heads?|tail"
     r"|\w*(class|bbox)_embed|(class|bbox|box|mask)_predictor|logit_fc|seq_relationship)$"
 )
 _OUTPUT = re.compile(r"(^|_)out(put)?(_proj|_layer)?$|^decoder$")  # how a head calls its last layer, wherever it stands

@@ -123,7 +123,8 @@ def _rule(one: NamedParameter, heads: Heads, split: str) -> Route:
 
 def _is_table(place: Place) -> bool:
     module = place.module
-    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or type(module).__name__.endswith("Embedding")
+    table = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or type(module).__name__.endswith("Embedding")
+    return table or place.tensor == "lora_embedding_A"  # its columns are looked up one at a time
 
 
 def _override(one: NamedParameter, pattern: str, role: str, split: str) -> Route:

@@ -441,3 +441,37 @@ def test_hidden_convolutions_under_an_embedder_are_matrices():
     )
     matrices = {name.removesuffix(".weight") for name, role in roles_of(model).items() if role == "matrix"}
     assert matrices == {"patch_embed.1", "patch_merging", "pos_conv_embed", "patch_embedding_projection"}
+
+
+class Plain(nn.Module):
+    """Parts of plain torch; everything that can be is eight wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 8)
+        self.cell = nn.GRUCell(8, 8)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 2)
+        self.lora_embedding_A = nn.ParameterDict({"default": torch.zeros(4, 8)})
+        self.decode = nn.ModuleList([nn.Conv1d(8, 8, 3), nn.Conv1d(8, 3, 3), nn.Conv1d(8, 1, 3)])
+        self.mlp_head = nn.Linear(8, 8)
+        self.loss = nn.AdaptiveLogSoftmaxWithLoss(8, 8, [2, 4], div_value=2.0)
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_parts_of_plain_torch():
+    routes = {one.named.name.removesuffix(".weight"): one for one in route(find_owners(Plain()))}
+    found = {
+        role: {name for name, one in routes.items() if one.role == role} for role in ("matrix", "head", "embedding")
+    }
+    layers = ("self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2")
+    assert found["matrix"] == {
+        *("cell.weight_ih", "cell.weight_hh", "decode.0", "loss.tail.0.0", "loss.tail.1.0"),
+        *(f"encoder.layers.{i}.{name}" for i in range(2) for name in layers),
+    }
+    assert found["head"] == {"mlp_head", "loss.head", "loss.tail.0.1", "loss.tail.1.1"}
+    assert found["embedding"] == {"embed", "lora_embedding_A.default"}
+    assert {name: routes[name].reason for name in ("decode.1", "decode.2")} == {
+        "decode.1": "convolution of the output",
+        "decode.2": "one row or column",
+    }
+    assert all(one.certain for one in routes.values())

@@ -53,7 +53,8 @@ def agree_to_measure(
     except ValueError as error:
         refusal = str(error) or type(error).__name__
     said: dict[str, Any] = {"refusal": refusal, "beside": beside, "folder": str(host.folder), "run_id": host.run_id}
-    said["limit_mib"], said["sites"] = limit_mib, _sites_of(probe)
+    said["limit_mib"], said["sites"], said["group"] = limit_mib, _sites_of(probe), host.group_ranks
+    said["keys"] = [site.key for site in probe.sites] if host.is_stage and probe is not None else []
     on_accelerator = probe is not None and probe.device.type != "cpu"
     said["host_mib"] = default_limit_mib(torch.device("cpu"), host.num_local_processes) if on_accelerator else 0.0
     try:
@@ -61,10 +62,11 @@ def agree_to_measure(
         refusals = [(rank, part["refusal"]) for rank, part in enumerate(parts) if part["refusal"]]
         if probe is None or refusals:
             raise ValueError(refusal or f"rank {refusals[0][0]}: {refusals[0][1]}")
-        if measurement.options.reduce:
-            _require_same_sites([part["sites"] for part in parts])
         beside = all(part["beside"] for part in parts)
-        plan = _plan_of_all(probe, measurement, parts, beside=beside, trains=trains)
+        alike = _of_stage(parts, host.group_ranks)
+        if measurement.options.reduce:
+            _require_same_sites([part["sites"] for part in alike])
+        plan = _plan_of_all(probe, measurement, alike, beside=beside, trains=trains)
     except (ValueError, MissingRankError):
         remove(probe)
         raise
@@ -88,6 +90,32 @@ def _plan_of_all(
         host_mib=min(part["host_mib"] for part in parts),
         may_rotate=trains,
     )
+
+
+def _of_stage(parts: list[dict[str, Any]], ranks: list[int] | None) -> list[dict[str, Any]]:
+    """The parts of the ranks that hold this rank's layers: all, unless the groups of pipeline stages were named.
+
+    Raises:
+        ValueError: On every rank, if these groups do not divide the ranks, or two of them hold one layer.
+    """
+    groups = [part["group"] for part in parts]
+    if not any(groups):
+        return parts
+    holder: dict[str, list[int]] = {}
+    for rank, (group, part) in enumerate(zip(groups, parts, strict=True)):
+        if not group or rank not in group or any(groups[other] != group for other in group):
+            raise ValueError(
+                f"rank {rank} was given the `process_group` {group}, and the ranks say {groups}: with pipeline stages "
+                "every rank names the ranks that hold its own layers and see other data."
+            )
+        for key in part["keys"]:
+            if holder.setdefault(key, group) != group:
+                raise ValueError(
+                    f"`{key}` is held by the ranks {holder[key]} and {group}: layers of pipeline stages keep their "
+                    "names in the whole model (an `nn.ModuleDict` whose keys are the layer numbers), and ranks that "
+                    "hold one layer are one `process_group`."
+                )
+    return [parts[rank] for rank in ranks or ()]
 
 
 def _sites_of(probe: SpectralProbe | None) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Host:
         is_first: Whether this is rank 0.
         num_replicas: Ranks with different data.
         process_group: These ranks; ``None`` for the world.
+        is_stage: Whether ranks of other process groups hold other layers: a pipeline stage.
         may_solve_beside: Whether training windows may be solved in a thread, as far as the loop is concerned.
         num_local_processes: Processes of this loop on this machine.
         log: Sends scalars to the loop's loggers.
@@ -54,6 +55,7 @@ class Host:
     is_first: bool = True
     num_replicas: int = 1
     process_group: dist.ProcessGroup | None = None
+    is_stage: bool = False
     may_solve_beside: bool = True
     num_local_processes: int = 1
     log: Callable[[Scalars, int | None], None] = lambda scalars, step: None
@@ -64,6 +66,11 @@ class Host:
     def __post_init__(self) -> None:
         if not self.is_first:
             self.tell = _silent
+
+    @property
+    def group_ranks(self) -> list[int] | None:
+        """Global ranks that rows are added over, where they are not the world."""
+        return dist.get_process_group_ranks(self.process_group) if self.is_stage else None
 
 
 def _silent(message: str) -> None:

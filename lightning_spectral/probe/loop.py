@@ -7,6 +7,7 @@ optimizer steps, so that a loss that the script computes after the forward belon
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -144,7 +145,7 @@ class LoopObserver:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.observer.is_armed:
             return
-        if not (module.training and torch.is_grad_enabled()):
+        if not self._counts(module):
             self.observer.pause()
             return
         if self._inputs is not None:
@@ -156,8 +157,23 @@ class LoopObserver:
         self._num_forwards += 1
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not (module.training and torch.is_grad_enabled()):
+        if not self._counts(module):
             self.observer.resume()
+
+    def _counts(self, module: nn.Module) -> bool:
+        """Whether a forward call now is one of a training step."""
+        rehearsed = self._host is not None and self._host.is_stage and _is_rehearsal_of_pipelining()
+        return module.training and torch.is_grad_enabled() and not rehearsed
+
+
+def _is_rehearsal_of_pipelining() -> bool:
+    """Whether ``torch.distributed.pipelining`` runs the model, before its first step, on no data to learn shapes."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_forward_metadata_inference":
+            return str(frame.f_globals.get("__name__")).startswith("torch.distributed.pipelining")
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def is_observed(model: nn.Module) -> bool:

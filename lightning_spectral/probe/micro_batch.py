@@ -11,6 +11,7 @@ from lightning_spectral.models.calls import ForwardCall
 from lightning_spectral.probe.adapters import BatchAdapter
 from lightning_spectral.probe.batch_calls import of_batch
 from lightning_spectral.probe.evaluation import WindowState
+from lightning_spectral.probe.given_ids import GivenIds
 from lightning_spectral.probe.guard import Guard
 from lightning_spectral.probe.probe import SpectralProbe
 from lightning_spectral.probe.settings import ProbeSettings
@@ -23,11 +24,15 @@ class MicroBatches:
     Args:
         settings: Seed and mask.
         guard: Keeps errors, and tells once what was not understood.
+
+    Attributes:
+        given: Ids of the step's forward calls, where the model sees none.
     """
 
     def __init__(self, settings: ProbeSettings, guard: Guard) -> None:
         self._settings, self._guard = settings, guard
         self._adapter = BatchAdapter(settings.mask_fn)
+        self.given: GivenIds | None = None
 
     def start(self, probe: SpectralProbe, window: WindowState, *, training: bool, waits: bool = False) -> None:
         """Before its forward pass, with ``waits`` long before. Equal steps draw equal rows."""
@@ -49,7 +54,7 @@ class MicroBatches:
             evaluates: Count only what belongs to the batch.
         """
         with self._guard("accumulating activations", "not_matched"):
-            choose = partial(of_batch, batch=batch) if evaluates else None
+            choose = partial(of_batch, batch=batch) if evaluates else self.given
             calls = probe.collect(partial(self._mask, batch), partial(self._targets, batch), choose)
             tokens.learn(batch, calls)
             for kind, note in probe.recorder.notes.items():

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
@@ -27,6 +27,7 @@ from lightning_spectral.probe.host import Host, Scalars
 from lightning_spectral.probe.loop import LoopObserver
 from lightning_spectral.probe.run_folder import RunFolder, new_run_id
 from lightning_spectral.probe.settings import (
+    STREAM,
     BucketSettings,
     Measurement,
     ProbeSettings,
@@ -59,6 +60,14 @@ class Observation:
         self._loop.end_step()
         self.latest = self._loop.latest or self.latest
         return self.latest
+
+    def tokens(self, ids: Tensor) -> None:
+        """Before the forward passes of a step, in a pipeline stage that sees none: the ids of its whole batch.
+
+        Args:
+            ids: (B, T); forward calls take their rows in order.
+        """
+        self._loop.observer.give_ids(ids)
 
     def follow(self, optimizer: Optimizer) -> None:
         """Take each step of an optimizer as a step of the loop."""
@@ -106,6 +115,7 @@ def observe(
     num_steps: int | None = None,
     resume: bool = False,
     counts: Any = None,
+    process_group: dist.ProcessGroup | None = None,
     **shared: Unpack[SharedArguments],
 ) -> Observation:
     """Measure a model in a training loop of any kind.
@@ -119,29 +129,42 @@ def observe(
         resume: Go on with the records in ``out``; then call ``load_state_dict`` with the state that was saved.
         counts: Occurrences of each token id, or ``"stream"``: measures frequent and rare tokens apart, with their
             losses, as :class:`~lightning_spectral.TailTokenProbe` does.
+        process_group: With pipeline stages, the ranks that hold this stage's layers and see other data; every rank
+            gives its own. Records of all stages are in one folder, under the layers' names in the whole model; a stage
+            that sees no token ids is given them by :meth:`Observation.tokens`.
         **shared: :class:`~lightning_spectral.probe.settings.ProbeSettings` documents them.
 
     Raises:
-        ValueError: If an argument is out of range, or the model has no feed-forward network that is found.
+        ValueError: If an argument is out of range, the model has no feed-forward network that is found, or stages
+            cannot be told apart.
     """
+    if process_group is not None and isinstance(counts, str) and counts == STREAM:
+        raise ValueError("`counts='stream'` with a `process_group`: later stages see no ids; give an array or a file.")
     refuse_unknown("observe", shared)
     settings = replace(ProbeSettings(every_n_steps=every_n_steps, **shared), dirpath=str(out))
     buckets = None if counts is None else BucketSettings(counts=counts)
     loop = LoopObserver(Measurement(settings, buckets), name="observe", num_steps=num_steps)
-    loop.attach(model, plain_host(settings, resume=resume, optimizer=optimizer))
+    loop.attach(model, plain_host(settings, resume=resume, optimizer=optimizer, process_group=process_group))
     observation = Observation(loop)
     if optimizer is not None:
         observation.follow(optimizer)
     return observation
 
 
-def plain_host(settings: ProbeSettings, *, resume: bool = False, optimizer: Optimizer | None = None) -> Host:
+def plain_host(
+    settings: ProbeSettings,
+    *,
+    resume: bool = False,
+    optimizer: Optimizer | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Host:
     """A loop of which nothing is known but its process group.
 
     Args:
         settings: Names the folder and the run.
         resume: Go on with what is in the folder.
         optimizer: For ``run.json``.
+        process_group: Of a pipeline stage.
     """
     ready = dist.is_available() and dist.is_initialized()
     return Host(
@@ -151,5 +174,7 @@ def plain_host(settings: ProbeSettings, *, resume: bool = False, optimizer: Opti
         resume=resume,
         is_first=not ready or dist.get_rank() == 0,
         writes=not ready or dist.get_rank() == 0,
-        num_replicas=dist.get_world_size() if ready else 1,
+        num_replicas=dist.get_world_size(process_group) if ready else 1,
+        process_group=process_group,
+        is_stage=process_group is not None,
     )

@@ -23,6 +23,7 @@ from lightning_spectral.probe.agreement import Agreement, MissingRankError
 from lightning_spectral.probe.attaching import agree_to_measure, remove, said_at_start
 from lightning_spectral.probe.background import BackgroundSolver
 from lightning_spectral.probe.evaluation import Evaluation, Ordinals, WindowState
+from lightning_spectral.probe.given_ids import GivenIds
 from lightning_spectral.probe.guard import DeliberateError, Guard
 from lightning_spectral.probe.host import Host, Scalars
 from lightning_spectral.probe.micro_batch import MicroBatches
@@ -136,6 +137,10 @@ class Observer:
             with self.guard("opening a window"):
                 self._armed.probe.turn = -(-step // self.schedule.every_n_steps)  # of the last step too
                 self._armed.probe.begin()
+
+    def give_ids(self, ids: Tensor) -> None:
+        """Before the forward passes of a step: the token ids of its batch, for a pipeline stage that sees none."""
+        self._micro_batches.given = GivenIds(ids)
 
     def begin_micro_batch(self, *, waits: bool = False) -> None:
         """Before a forward pass with its loss; with ``waits`` it may be long until then, or never."""

@@ -122,7 +122,9 @@ class Publication:
         said |= {"trouble": window.trouble or self.guard.take(), "note": window.note}
         try:
             parts = self.agreement.exchange(f"window {self._tally.windows}", said)
-            return self._closed_as_agreed(parts)
+            closed = self._closed_as_agreed(parts)
+            closed.is_stage = self.host.is_stage
+            return closed
         except MissingRankError as error:
             self._stand_down(f"{error} when a window ended; nothing more is measured")
             return None
@@ -135,7 +137,8 @@ class Publication:
         if troubles:
             rank, status, reason = troubles[0]
             return self.probe.lose(status, reason if len(parts) == 1 else f"rank {rank}: {reason}")
-        agreed = merge([Seen(**part["seen"]) for part in parts])
+        ranks = self.host.group_ranks
+        agreed = merge([Seen(**part["seen"]) for part in ([parts[rank] for rank in ranks] if ranks else parts)])
         if not agreed.num_passes:
             return self.probe.lose("no_forward", agreed.reason or NOT_RUN)
         return self.probe.close(self.host.process_group, agreed)

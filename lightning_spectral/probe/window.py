@@ -133,6 +133,7 @@ class ClosedWindow:
         sample: This rank's rows where only some are kept, until :meth:`reduce`.
         waiting: Keys of sites that are measured in other windows.
         device: Where states in the memory of the host are added and solved.
+        is_stage: Whether ranks outside of the process group have other layers.
     """
 
     sites: Sequence[Site]
@@ -152,6 +153,7 @@ class ClosedWindow:
     sample: RowSample | None = None
     waiting: Collection[str] = ()
     device: torch.device | None = None
+    is_stage: bool = False
 
     def reduce(self) -> None:
         """Add the states of all ranks at each layer's owner; what a rank does not own it frees."""
@@ -190,14 +192,26 @@ class ClosedWindow:
         if self.lost:
             results = self.without_numbers(*self.lost)
         elif not self.options.reduce:
-            results = _from_first_rank(owned)
+            results = owned if self.is_stage else _from_first_rank(owned)
         elif self.world_size > 1:
             if not self.options.eigenvalues:  # nobody keeps them, and they are most of what would travel
                 owned = [replace(r, measurement=replace(r.measurement, eigenvalues=None)) for r in owned]
             shared: list[list[SiteResult]] = all_gather_object(owned, self.process_group)
             results = [result for part in shared for result in part]
+        if self.is_stage:
+            results = self._of_all_stages(results)
         self.busy_s += time.perf_counter() - began
         return WindowResult(results, self.losses, self.world_size, self.busy_s)
+
+    def _of_all_stages(self, results: list[SiteResult]) -> list[SiteResult]:
+        """Those of every stage, from its first rank; the losses are of the stage that saw them."""
+        if not self.options.eigenvalues:
+            results = [replace(r, measurement=replace(r.measurement, eigenvalues=None)) for r in results]
+        speaks = dist.get_rank(self.process_group) == 0
+        parts: list[Any] = all_gather_object((results, self.losses) if speaks else ([], []))
+        known = [losses for _, losses in parts if any(one.loss is not None for one in losses)]
+        self.losses = known[0] if known else self.losses
+        return [result for part, _ in parts for result in part]
 
     def without_numbers(self, status: str, reason: str) -> list[SiteResult]:
         """A result for every site and bucket that says why there is no number."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from lightning_spectral.functional.covariance import Moments
@@ -56,6 +57,28 @@ class OpenWindow:
     num_waiting: int = 0
     turn: int = 0
     busy_s: float = 0.0
+
+
+def sequence_counts(
+    window: OpenWindow, stacks: Collection[str], reported: Sequence[str], device: torch.device
+) -> Tensor:
+    """Sequences in each reported bucket and forward calls of each stack on this rank, to be added over ranks."""
+    counts_SK = torch.zeros(len(stacks), len(reported) + 1, dtype=torch.int64, device=device)
+    for counts_K, name in zip(counts_SK, sorted(stacks), strict=True):
+        seen = window.stacks.get(name)
+        if seen is not None and seen.sequences_K is not None:
+            counts_K[:-1] = seen.sequences_K[: len(reported)]
+            counts_K[-1] = seen.num_calls
+    return counts_SK
+
+
+def by_stack(
+    counts_SK: Tensor, stacks: Collection[str], reported: Sequence[str]
+) -> tuple[dict[str, dict[str, int]], int]:
+    """Of :func:`sequence_counts`: sequences of each bucket of the stacks that ran, and forward calls of all."""
+    rows = zip(sorted(stacks), counts_SK.tolist(), strict=True)
+    ran = {name: dict(zip(reported, counts[:-1], strict=True)) for name, counts in rows if counts[-1]}
+    return ran, int(counts_SK[:, -1].sum())
 
 
 @dataclass(frozen=True)

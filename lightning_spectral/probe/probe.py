@@ -8,8 +8,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -23,15 +21,13 @@ from lightning_spectral.models.stacks import find_stacks
 from lightning_spectral.probe.accumulate import Accumulator
 from lightning_spectral.probe.collectives import all_reduce
 from lightning_spectral.probe.grouping import Grouping, check_vocabulary
-from lightning_spectral.probe.loss_calls import Scored
-from lightning_spectral.probe.loss_tap import LossTap
-from lightning_spectral.probe.losses import BucketLosses, codes_of
+from lightning_spectral.probe.loss_watch import LossWatch
 from lightning_spectral.probe.memory_plan import MemoryPlan
-from lightning_spectral.probe.open_window import OpenWindow, Seen, StackSeen
+from lightning_spectral.probe.open_window import OpenWindow, Seen, StackSeen, by_stack, sequence_counts
 from lightning_spectral.probe.options import ProbeOptions
 from lightning_spectral.probe.places import groups_of, of_rows
 from lightning_spectral.probe.row_sample import RowSample
-from lightning_spectral.probe.vocabulary import num_known_ids, vocabulary_sizes
+from lightning_spectral.probe.vocabulary import num_known_ids
 from lightning_spectral.probe.window import BucketLoss, Buckets, ClosedWindow, WindowResult
 
 NOT_RUN = "the model did not run in this window, or a compiled one skipped hooks"
@@ -71,9 +67,7 @@ class SpectralProbe:
             check_vocabulary(grouping.vocab_size, vocab, num_known_ids(model))
         self.recorder = Recorder(model, self.found, token_fraction=options.token_fraction)
         _forget_compiled_code()
-        self._loss_tap = LossTap(vocabulary_sizes(self.found, grouping)) if options.with_losses else None
-        self._last_shape: tuple[int, ...] | None = None
-        self._sees_losses = False
+        self._losses = LossWatch(self.found, grouping, watches=options.with_losses)
         self._rows = Accumulator(lambda: self.sites, self.buckets.num_groups, self._parameter)
         self.plan: MemoryPlan | None = None
         self.turn = 0
@@ -111,11 +105,8 @@ class SpectralProbe:
     def begin(self) -> OpenWindow:
         """Start a window with nothing in it; the one open before is returned, to be put back as ``window``."""
         self.recorder.discard()
-        if self._loss_tap is not None:
-            self._loss_tap.take()
         before = self.window
-        losses = BucketLosses(len(self.grouping.names)) if self.options.with_losses else None
-        self.window = OpenWindow(losses=losses, turn=self.turn)
+        self.window = OpenWindow(losses=self._losses.empty(), turn=self.turn)
         return before
 
     def start(self, seed: int, *, training: bool = True, waits: bool = False) -> None:
@@ -127,19 +118,15 @@ class SpectralProbe:
             waits: Look for losses only once the model runs: it may be long until then, or never.
         """
         self._seed = seed
-        tap = self._loss_tap
-        later = partial(tap.start, training=training) if tap is not None and waits else None
+        later = self._losses.starter(training=training) if waits else None
         self.recorder.start(seed=seed, training=training, first=later)
-        self._sees_losses = not waits
-        if tap is not None and not waits:
-            tap.start(training=training)
+        if not waits:
+            self._losses.start(training=training)
 
     def pause(self) -> None:
         """Before the backward pass, whose recomputation must not be counted."""
         self.recorder.pause()
-        if self._loss_tap is not None:
-            self._sees_losses = self._loss_tap.is_active
-            self._loss_tap.stop()
+        self._losses.pause()
 
     def resume(self, *, losses: bool = False) -> None:
         """After the backward pass.
@@ -148,8 +135,8 @@ class SpectralProbe:
             losses: Look for losses also where that was waited with.
         """
         self.recorder.resume()
-        if self._loss_tap is not None and (losses or self._sees_losses) and self.recorder.open:
-            self._loss_tap.start(training=self._loss_tap.training)
+        if self.recorder.open:
+            self._losses.resume(also_unopened=losses)
 
     def collect(
         self, mask_of: OfCall | None = None, targets_of: OfCall | None = None, choose: Choice | None = None
@@ -166,12 +153,12 @@ class SpectralProbe:
         """
         began = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
-            scored = [] if self._loss_tap is None else self._loss_tap.take()
+            scored = self._losses.scored()
             calls = self.recorder.collect()
             if choose is not None:
                 calls, notes = choose(calls)
                 self.recorder.notes.update(notes)
-            self._take_losses(scored, calls)
+            self._losses.add(self.window.losses, scored, calls)
             for call in calls:
                 self._take(call, mask_of, targets_of)
             if self.window.num_waiting >= self._rows.waiting_rows:
@@ -230,7 +217,11 @@ class SpectralProbe:
             if agreed is not None:
                 self.window.unmatched |= agreed.unmatched
                 self.recorder.know(agreed.deeper)
-            num_sequences, num_passes = self._sequence_counts(process_group, world_size)
+            stacks, reported = {site.stack for site in self.sites}, self.buckets.reported
+            counts = sequence_counts(self.window, stacks, reported, self.device)
+            if world_size > 1:
+                all_reduce(counts, process_group)
+            num_sequences, num_passes = by_stack(counts, stacks, reported)
             if num_passes == 0:
                 return self.lose("no_forward", NOT_RUN)
             if self._samples:
@@ -243,7 +234,11 @@ class SpectralProbe:
                     for site in self.sites
                     if site.key in self.window.states and self._in_turn(site, self.window)
                 }
-            losses = self._bucket_losses(process_group, world_size)
+            losses = []
+            if self.window.losses is not None:
+                if world_size > 1:
+                    self.window.losses.reduce_(self.device, process_group)
+                losses = self.window.losses.result(reported)
             window = self.begin()
             closed = self._closed(window, losses, num_sequences, process_group, world_size)
             closed.reduce()
@@ -316,22 +311,11 @@ class SpectralProbe:
         modules = [site.module for site in self.sites]
         return next((p for module in modules for p in module.parameters()), torch.zeros(()))
 
-    def _take_losses(self, scored: Sequence[Scored], calls: Sequence[ForwardCall]) -> None:
-        if self._loss_tap is None:
-            return
-        assert self.window.losses is not None
-        self.window.losses.reason = self.window.losses.reason or self._loss_tap.reason
-        for one in scored:
-            shape = next((call.shape for call in reversed(calls) if len(call.shape) == 2), self._last_shape)
-            codes_N = codes_of(one, self.grouping, shape)
-            if codes_N is not None:
-                self.window.losses.add(one, codes_N)
-
     def _take(self, call: ForwardCall, mask_of: OfCall | None, targets_of: OfCall | None) -> None:
         seen = self.window.stacks.setdefault(call.stack, StackSeen())
         seen.num_calls += 1
         self.window.unseen |= call.unseen
-        self._last_shape = call.shape if len(call.shape) == 2 else self._last_shape
+        self._losses.saw(call)
         mask = None if mask_of is None else mask_of(call)
         targets = None if targets_of is None or call.ids is None else targets_of(call)
         num_before = seen.num_sequences
@@ -368,21 +352,14 @@ class SpectralProbe:
         return self.plan is not None and self.plan.num_rows is not None
 
     def _sample(self, call: ForwardCall, groups_P: Tensor, num_before: int) -> None:
-        """Keep a part of the call's rows; those of a site that could not be matched are drawn row by row."""
-        sample = self._open_sample()
+        """Keep a part of the call's rows."""
         present = [site for site in self.sites if site.key in call.rows]
         for site in present:
             self.window.dtypes[site.key] = str(call.rows[site.key].dtype).removeprefix("torch.")
             if call.ids is None and len(self.grouping.names) > 1:
                 self.window.unmatched.setdefault(site.key, call.reason)
         self.window.unmatched = {**call.unmatched, **self.window.unmatched}
-        sample.add(call, [site for site in present if site.key not in call.unmatched], groups_P, num_before)
-        for site in present:
-            if site.key in call.unmatched:
-                rows_ND = call.rows[site.key]
-                every_N = torch.arange(len(rows_ND), device=rows_ND.device)
-                alone = replace(call, rows={site.key: rows_ND}, places={site.key: every_N}, sequences_P=every_N * 0)
-                sample.add(alone, [site], every_N * 0, num_before)
+        self._open_sample().add_all(call, present, groups_P, num_before)
 
     def _open_sample(self) -> RowSample:
         """That of the open window; every rank draws its own."""
@@ -393,34 +370,6 @@ class SpectralProbe:
                 self.plan.limit_bytes, self.buckets.num_groups, 1_009 * self._seed + rank, self.options.token_fraction
             )
         return self.window.sample
-
-    def _sequence_counts(
-        self, process_group: dist.ProcessGroup | None, world_size: int
-    ) -> tuple[dict[str, dict[str, int]], int]:
-        """Sequences of each reported bucket by stack, and forward calls, over all ranks."""
-        stacks = sorted({site.stack for site in self.sites})
-        counts_SK = torch.zeros(len(stacks), len(self.grouping.names) + 2, dtype=torch.int64, device=self.device)
-        for counts_K, name in zip(counts_SK, stacks, strict=True):
-            seen = self.window.stacks.get(name)
-            if seen is not None and seen.sequences_K is not None:
-                counts_K[:-1] = seen.sequences_K
-                counts_K[-1] = seen.num_calls
-        if world_size > 1:
-            all_reduce(counts_SK, process_group)
-        reported = self.buckets.reported
-        by_stack = {
-            name: dict(zip(reported, counts, strict=False))
-            for name, counts in zip(stacks, counts_SK.tolist(), strict=True)
-            if counts[-1]  # a copy of the model that did not run has no records
-        }
-        return by_stack, int(counts_SK[:, -1].sum())
-
-    def _bucket_losses(self, process_group: dist.ProcessGroup | None, world_size: int) -> list[BucketLoss]:
-        if self.window.losses is None:
-            return []
-        if world_size > 1:
-            self.window.losses.reduce_(self.device, process_group)
-        return self.window.losses.result(self.buckets.reported)
 
 
 def _forget_compiled_code() -> None:

@@ -11,7 +11,7 @@ Axes: P places of a call, N rows, D features, S sites, G groups, R ranks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -101,6 +101,16 @@ class RowSample:
     def num_bytes(self) -> int:
         """Memory of the rows now."""
         return self._num_bytes
+
+    def add_all(self, call: ForwardCall, sites: Sequence[Site], groups_P: Tensor, num_sequences_before: int) -> None:
+        """:meth:`add`; rows of a site that could not be matched to places are drawn one by one, in the first group."""
+        self.add(call, [site for site in sites if site.key not in call.unmatched], groups_P, num_sequences_before)
+        for site in sites:
+            if site.key in call.unmatched:
+                rows_ND = call.rows[site.key]
+                every_N = torch.arange(len(rows_ND), device=rows_ND.device)
+                alone = replace(call, rows={site.key: rows_ND}, places={site.key: every_N}, sequences_P=every_N * 0)
+                self.add(alone, [site], every_N * 0, num_sequences_before)
 
     def add(self, call: ForwardCall, sites: Sequence[Site], groups_P: Tensor, num_sequences_before: int) -> None:
         """Draw for the places of a call and keep the rows of those that are in.

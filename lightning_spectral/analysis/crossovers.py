@@ -16,6 +16,7 @@ FloatArray = NDArray[np.float64]
 NAN: Final = float("nan")
 _FAR: Final = 4.0  # a crossover further outside the measured widths than this factor is no number
 _GRID: Final = 25
+_NEAR: Final = 2.0 ** -np.arange(10)  # the test is sharpest in the middle, and may refuse a narrow stretch there only
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ def crossover(fit: SeedFit) -> Crossover:
     best = -center / slope if slope else math.inf
     near = low <= best <= high
     width = math.exp(at + best) if near else NAN
-    grid = np.linspace(low, high, _GRID)
-    grid = np.unique(np.append(grid, best)) if near else grid
+    grid = np.concatenate([np.linspace(low, high, _GRID), [0.0], low * _NEAR, high * _NEAR])
+    grid = np.unique(np.append(grid, best) if near else grid)
     kept = _p_at(fit, grid) >= 1 - LEVEL
     if kept.all():
         return Crossover(width, 0.0, math.inf, "any width may be the crossover")

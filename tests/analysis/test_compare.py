@@ -9,7 +9,9 @@ from numpy.testing import assert_allclose
 from scipy import stats
 
 from lightning_spectral.analysis.compare import Comparison, compare_fits, comparison_table, with_holm
+from lightning_spectral.analysis.crossovers import crossover
 from lightning_spectral.analysis.effects import compare_effects, mean_squared_shifts
+from lightning_spectral.analysis.strata import seed_design
 from lightning_spectral.analysis.study import Fitted, comparisons_of, fit_points
 from tests.analysis.synthetic import power_law_points, table
 
@@ -195,3 +197,17 @@ def test_effects_over_a_table() -> None:
     (c,) = [c for c in comparisons_of(fit_points(table(points, ("optimizer", "heads"))), "heads") if c.kind == "effect"]
     assert c.separated
     assert c.estimate == pytest.approx(0.25, abs=0.1)  # 0.5^2; the slopes' own noise is about 0.05
+
+
+def test_a_narrow_stretch_where_lines_do_not_meet_is_seen() -> None:
+    """Slopes that seeds scatter, levels that they do not: the lines are apart in the middle, and only there."""
+    x = np.log([128.0, 256, 384, 512, 768, 1024])
+    u = x - x.mean()
+    rng = np.random.default_rng(1)
+    y = 0.04 + np.outer([0.5, -0.5], u) + rng.normal(0, 0.002, (2, 6))
+    design = seed_design(np.tile(x, 2), ["0"] * 6 + ["1"] * 6)
+    assert design is not None
+    fit = design.fit(y.ravel())
+    assert abs(float(design.level @ fit.y)) > float(fit.uncertainty(design.level).half_width())
+    low, high = (float(word) for word in crossover(fit).note.replace(",", "").split() if word[0].isdigit())
+    assert low < math.exp(x.mean()) < high

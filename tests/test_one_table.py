@@ -22,7 +22,7 @@ from lightning_spectral.models import families, stacks
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.matrix_rule import MatrixRule
 from lightning_spectral.optim.settings import OrthogonalSettings
-from lightning_spectral.probe import settings
+from lightning_spectral.probe import measurement, settings
 from lightning_spectral.probe.grouping import Grouping
 from lightning_spectral.probe.loop import LoopObserver
 from lightning_spectral.probe.observe import Observation, plain_host
@@ -159,7 +159,7 @@ def test_a_row_of_bucket_rules_is_a_choice_of_every_callback_and_loop(monkeypatc
     model = Decoder()
     chosen = settings.ProbeSettings(every_n_steps=1, dirpath=str(tmp_path))
     buckets = settings.BucketSettings(group_by="parity", losses=False)
-    loop = LoopObserver(settings.Measurement(chosen, buckets), name="test")
+    loop = LoopObserver(measurement.Measurement(chosen, buckets), name="test")
     loop.attach(model, plain_host(chosen))
     with Observation(loop) as observation:
         model(ids).sum().backward()

@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 from lightning_spectral.callbacks import VARIABLE
 from lightning_spectral.probe.host import Host
 from lightning_spectral.probe.loop import LoopObserver, is_observed
+from lightning_spectral.probe.measurement import Measurement
 from lightning_spectral.probe.observe import Observation
 from lightning_spectral.probe.run_folder import new_run_id
-from lightning_spectral.probe.settings import Measurement
 
 
 def observe_prepared(accelerator: Any, prepared: Any, path: str) -> None:

@@ -12,10 +12,10 @@ from typing_extensions import Self
 
 from lightning_spectral.probe.host import Host, Scalars
 from lightning_spectral.probe.loop import LoopObserver
+from lightning_spectral.probe.measurement import Measurement
 from lightning_spectral.probe.run_folder import RunFolder, new_run_id
 from lightning_spectral.probe.settings import (
     BucketSettings,
-    Measurement,
     ProbeSettings,
     SharedArguments,
     Unpack,

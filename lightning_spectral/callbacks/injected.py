@@ -16,7 +16,7 @@ from lightning_spectral.callbacks.base import SpectralCallback
 from lightning_spectral.callbacks.fabric import FabricSpectralProbe
 from lightning_spectral.callbacks.probe_file import load_callbacks
 from lightning_spectral.probe.guard import warn
-from lightning_spectral.probe.settings import Measurement
+from lightning_spectral.probe.measurement import Measurement
 
 
 def injected(callback: Callback) -> Callback:

@@ -11,8 +11,9 @@ from typing_extensions import override
 
 from lightning_spectral.callbacks.progress import ENTRY, Progress
 from lightning_spectral.lightning_private import state_key
+from lightning_spectral.probe.measurement import Measurement
 from lightning_spectral.probe.observer import Observer
-from lightning_spectral.probe.settings import BucketSettings, Measurement, ProbeSettings
+from lightning_spectral.probe.settings import BucketSettings, ProbeSettings
 
 
 class SavedState(Callback):

@@ -11,10 +11,11 @@ from torch import nn
 from lightning_spectral.probe.agreement import Agreement, MissingRankError
 from lightning_spectral.probe.background import has_free_core
 from lightning_spectral.probe.host import Host
+from lightning_spectral.probe.measurement import Measurement
 from lightning_spectral.probe.memory_plan import MemoryPlan, default_limit_mib, plan_of
 from lightning_spectral.probe.probe import SpectralProbe
 from lightning_spectral.probe.run_folder import RunFolder
-from lightning_spectral.probe.settings import Measurement, ProbeSettings
+from lightning_spectral.probe.settings import ProbeSettings
 from lightning_spectral.probe.token_counts import StreamCounts
 
 

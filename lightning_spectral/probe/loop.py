@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral.models.hooks import leave_copy
 from lightning_spectral.probe.host import Host, Scalars
+from lightning_spectral.probe.measurement import Measurement
 from lightning_spectral.probe.observer import Observer
-from lightning_spectral.probe.settings import Measurement
 from lightning_spectral.text.arguments import require_count
 
 

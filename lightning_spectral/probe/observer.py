@@ -26,12 +26,12 @@ from lightning_spectral.probe.evaluation import Evaluation, Ordinals, WindowStat
 from lightning_spectral.probe.given_ids import GivenIds
 from lightning_spectral.probe.guard import DeliberateError, Guard
 from lightning_spectral.probe.host import Host, Scalars
+from lightning_spectral.probe.measurement import Measurement
 from lightning_spectral.probe.micro_batch import MicroBatches
 from lightning_spectral.probe.probe import SpectralProbe
 from lightning_spectral.probe.publication import Publication, Tally
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.schedule import Schedule
-from lightning_spectral.probe.settings import Measurement
 from lightning_spectral.probe.token_counts import StreamCounts, TokenCounter
 from lightning_spectral.text import one_line
 

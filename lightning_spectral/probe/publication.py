@@ -17,13 +17,13 @@ from lightning_spectral.probe.background import BackgroundSolver
 from lightning_spectral.probe.evaluation import WindowState
 from lightning_spectral.probe.guard import DeliberateError, Guard
 from lightning_spectral.probe.host import Host, Scalars
+from lightning_spectral.probe.measurement import Measurement
 from lightning_spectral.probe.open_window import Seen, merge
 from lightning_spectral.probe.probe import NOT_RUN, SpectralProbe
 from lightning_spectral.probe.publish import publish
 from lightning_spectral.probe.records_of import WindowId
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.run_start import open_folder
-from lightning_spectral.probe.settings import Measurement
 from lightning_spectral.probe.token_counts import StreamCounts
 from lightning_spectral.probe.window import ClosedWindow, SiteResult
 from lightning_spectral.records import SpectralRecord

@@ -19,9 +19,10 @@ from lightning_spectral.models.calls import ForwardCall
 from lightning_spectral.probe.adapters import ids_in
 from lightning_spectral.probe.collectives import all_reduce
 from lightning_spectral.probe.grouping import Grouping
+from lightning_spectral.probe.measurement import Measurement
 from lightning_spectral.probe.probe import SpectralProbe
 from lightning_spectral.probe.ranks_of import RankMeasurement
-from lightning_spectral.probe.settings import BucketSettings, Measurement
+from lightning_spectral.probe.settings import BucketSettings
 from lightning_spectral.probe.window import WindowResult
 from lightning_spectral.records import BUCKETS, POOLED
 

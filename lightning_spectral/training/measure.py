@@ -25,9 +25,10 @@ from lightning_spectral.models.families import Hint, as_hints
 from lightning_spectral.models.stacks import find_stacks
 from lightning_spectral.probe.grouping import check_vocabulary, load_counts
 from lightning_spectral.probe.host import Host
+from lightning_spectral.probe.measurement import Measurement
 from lightning_spectral.probe.observer import Observer
 from lightning_spectral.probe.run_folder import new_run_id
-from lightning_spectral.probe.settings import MEASURE, BucketSettings, Measurement, ProbeSettings
+from lightning_spectral.probe.settings import MEASURE, BucketSettings, ProbeSettings
 from lightning_spectral.records import LossRecord, SpectralRecord, read_losses
 from lightning_spectral.text import one_line
 from lightning_spectral.text.arguments import require_count

@@ -16,9 +16,9 @@ from jsonargparse import ArgumentParser
 
 from lightning_spectral import SpectralRankCallback, TailTokenProbe, WeightSpectrumCallback, observe
 from lightning_spectral.callbacks.huggingface import HuggingFaceProbe
+from lightning_spectral.probe.measurement import Measurement
 from lightning_spectral.probe.settings import (
     BucketSettings,
-    Measurement,
     ProbeSettings,
     SharedArguments,
     known_arguments,

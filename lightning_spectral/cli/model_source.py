@@ -87,7 +87,7 @@ def _built(name: str, settings: dict[str, Any]) -> Source:
         except ImportError as error:
             raise CommandError(f"`--model {name}` cannot be imported: {error}.") from error
         return Source(_call(made, settings, name))
-    return Source(_hugging_face(name, settings))
+    return Source(_of_hugging_face_type(name, settings))
 
 
 def settings_of(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
@@ -213,6 +213,20 @@ def _of_safetensors(path: Path, settings: dict[str, Any]) -> Source:
 def _numbers_as_numbers(name: str) -> list[tuple[int, str]]:
     """Sorts ``layers.2`` before ``layers.10``: such files keep names in no order of definition."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _of_hugging_face_type(name: str, settings: dict[str, Any]) -> nn.Module:
+    """A model of the defaults of its type, which some types do not have."""
+    try:
+        return _hugging_face(name, settings)
+    except (CommandError, ImportError, NotImplementedError, RuntimeError):  # said, or tried in another way, elsewhere
+        raise
+    except Exception as error:  # whatever a foreign constructor raises
+        raise CommandError(
+            f"transformers cannot build `{name}` from its type alone ({type(error).__name__}: "
+            f"{one_line(error).partition(' Model type should')[0][:200]}). Give what is missing by --model-args, or a "
+            "folder with a config.json."
+        ) from error
 
 
 def _of_hugging_face_folder(path: Path, settings: dict[str, Any]) -> Source:

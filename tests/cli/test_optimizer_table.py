@@ -71,6 +71,14 @@ def test_bad_input_is_one_sentence(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["musicgen", "encoder-decoder"])
+def test_a_type_that_says_too_little_to_build_a_model_is_one_sentence(kind, capsys):
+    assert main(["optimizer-table", "--model", kind]) == 2
+    said = capsys.readouterr().err
+    assert f"cannot build `{kind}` from its type alone" in said
+    assert "Traceback" not in said
+
+
 def test_an_optimizer_on_the_meta_device_allocates_nothing_and_trains_once_it_is_real():
     from lightning_spectral.optim import Dion
 

@@ -26,9 +26,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_GRID, _PLACES, _NODES = 100, 60, 200
+_GRID, _PLACES, _NODES = 100, 60, 80
 _MAX_WEIGHTS = 64  # of rows: more are replaced by quantiles
-_HALVINGS = 34  # of the interval that a solution lies in: to 1e-10 of it
+_FARTHEST, _NEAR, _MOST_STEPS = 60.0, 1e-10, 80  # of a logarithm that is sought
 _SMALLEST = 1e-3  # eigenvalue told apart from 0, over the mean one
 
 
@@ -113,11 +113,11 @@ def population(eigs_M: Float[Tensor, " M"], num_rows: int, width: int, rows: Row
     rest_S = (eigs_M / (eigs_M + places_S.unsqueeze(1))).sum(1) / width
     product_S = (rest_S * width / freedom).clamp(max=1 - 1e-9)  # e g
 
-    def too_large(log_e_S: Tensor) -> Tensor:
-        taken_SW = rows.weights_W * log_e_S.exp().unsqueeze(1)
-        return (taken_SW / (1 + taken_SW)) @ rows.shares_W > product_S
+    def off(log_e_S: Tensor) -> tuple[Tensor, Tensor]:
+        left_SW = 1 / (1 + rows.weights_W * log_e_S.exp().unsqueeze(1))
+        return 1 - left_SW @ rows.shares_W - product_S, (left_SW * (1 - left_SW)) @ rows.shares_W
 
-    e_S = _root(too_large, torch.full_like(places_S, -60), torch.full_like(places_S, 60)).exp()
+    e_S = _root(off, (product_S / (1 - product_S)).log()).exp()
     ratio_S = product_S / e_S / places_S  # g / s
     values_J = _between(_SMALLEST, 1.5 * largest, _GRID)
     seen_SJ = values_J * ratio_S.unsqueeze(1)
@@ -144,18 +144,23 @@ def entropy_of_rows(behind: Population, num_rows: int, rows: RowWeights | None =
     nodes_S = _between(1e-7, 1e7 * float(values_J.max()), _NODES)
     gain = behind.width / freedom
 
-    def g_of(e_S: Tensor) -> Tensor:
-        return (rows.weights_W / (1 + rows.weights_W * e_S.unsqueeze(1))) @ rows.shares_W
+    def g_of(e_S: Tensor) -> tuple[Tensor, Tensor]:
+        """``g`` and ``-e dg / de``."""
+        left_SW = 1 / (1 + rows.weights_W * e_S.unsqueeze(1))
+        weights_SW = rows.weights_W * left_SW
+        return weights_SW @ rows.shares_W, (weights_SW * (1 - left_SW)) @ rows.shares_W
 
-    def too_large(log_e_S: Tensor) -> Tensor:
-        e_S = log_e_S.exp()
-        held_SJ = values_J / (nodes_S.unsqueeze(1) + values_J * g_of(e_S).unsqueeze(1))
-        return e_S > gain * (held_SJ * behind.masses_J).sum(1)
+    def off(log_e_S: Tensor) -> tuple[Tensor, Tensor]:
+        """``ln e`` less that of ``gain * mean of t / (s + t g)``, and its slope, which is positive."""
+        g_S, fall_S = g_of(log_e_S.exp())
+        held_SJ = values_J / (nodes_S.unsqueeze(1) + values_J * g_S.unsqueeze(1))
+        mean_S = held_SJ @ behind.masses_J
+        return log_e_S - (gain * mean_S).log(), 1 - fall_S * (held_SJ.square() @ behind.masses_J) / mean_S
 
-    low, high = torch.full_like(nodes_S, -60), torch.full_like(nodes_S, 60)
-    e_S = _root(too_large, low, high).exp()
-    held_SJ = nodes_S.unsqueeze(1) / (nodes_S.unsqueeze(1) + values_J * g_of(e_S).unsqueeze(1))
-    heights_S = (1 / (1 + nodes_S) - 1 + (held_SJ * behind.masses_J).sum(1)) * nodes_S  # over ln s
+    e_S = _root(off, (gain / (nodes_S + 1)).log()).exp()
+    g_S, _ = g_of(e_S)
+    held_S = (nodes_S.unsqueeze(1) / (nodes_S.unsqueeze(1) + values_J * g_S.unsqueeze(1))) @ behind.masses_J
+    heights_S = (1 / (1 + nodes_S) - 1 + held_S) * nodes_S  # over ln s
     return math.log(behind.width) - float(torch.trapezoid(heights_S, nodes_S.log()))
 
 
@@ -163,12 +168,26 @@ def _quantiles(num: int) -> Tensor:
     return (torch.arange(num, dtype=torch.float64) + 0.5) / num
 
 
-def _root(too_large: Callable[[Tensor], Tensor], low_S: Tensor, high_S: Tensor) -> Tensor:
-    for _ in range(_HALVINGS):
-        middle_S = (low_S + high_S) / 2
-        above_S = too_large(middle_S)
-        low_S, high_S = torch.where(above_S, low_S, middle_S), torch.where(above_S, middle_S, high_S)
-    return (low_S + high_S) / 2
+def _root(off: Callable[[Tensor], tuple[Tensor, Tensor]], first_S: Tensor) -> Tensor:
+    """Where a rising function is zero: Newton's steps, halved where they would leave what is known to hold the root.
+
+    Args:
+        off: Value and slope at each place.
+        first_S: Where to begin.
+    """
+    at_S = first_S.clamp(-_FARTHEST, _FARTHEST)
+    low_S, high_S = torch.full_like(at_S, -_FARTHEST), torch.full_like(at_S, _FARTHEST)
+    for _ in range(_MOST_STEPS):
+        value_S, slope_S = off(at_S)
+        above_S = value_S > 0
+        low_S, high_S = torch.where(above_S, low_S, at_S), torch.where(above_S, at_S, high_S)
+        next_S = at_S - value_S / slope_S
+        inside_S = (next_S >= low_S) & (next_S <= high_S)
+        next_S = torch.where(inside_S, next_S, (low_S + high_S) / 2)
+        moved, at_S = float((next_S - at_S).abs().max()), next_S
+        if moved < _NEAR:
+            break
+    return at_S
 
 
 def _between(low: float, high: float, num: int) -> Tensor:

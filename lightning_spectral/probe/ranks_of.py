@@ -23,7 +23,7 @@ from lightning_spectral.probe.eigensolve import Eigensolver
 HARD_RANK_ACROSS = "hard_rank_across_sequences"  # in `extra` of a record
 # Where the whole correction (nats) or what rows have in common (second moment of their weights) is less, both ways to
 # extrapolate the soft rank agree to some thousandths.
-_LITTLE, _ALONE = 0.05, 1.25
+_LITTLE, _ALONE = 0.05, 1.5
 UNMEASURABLE = ("empty", "nonfinite", "degenerate")
 
 

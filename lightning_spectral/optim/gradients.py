@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_spectral.functional.magnitude import largest_magnitudes
+from lightning_spectral.functional.magnitude import answers_at_once, largest_magnitudes
 from lightning_spectral.models.placement import is_dtensor, local
 from lightning_spectral.optim.members import Member
 
@@ -115,9 +115,17 @@ def _square(members: Sequence[Member], grads: dict[int, Tensor]) -> Tensor:
     # A norm in bf16 is rounded to 8 bits, and differently for every way to cut the gradient.
     for narrow in (False, True):
         some = [grad for grad in held if (grad.dtype.itemsize < 4) == narrow]
-        for norm in torch._foreach_norm(some, dtype=torch.float32 if narrow else None) if some else []:
+        for norm in _norms(some, torch.float32 if narrow else None):
             square += norm.to(square.dtype).square()
     return square
+
+
+def _norms(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> Sequence[Tensor]:
+    """2-norms; a CPU takes those whose squares are beyond fp32 again in fp64: clipping would make zeros of them."""
+    found = torch._foreach_norm(list(tensors), dtype=dtype) if tensors else []
+    if not all(answers_at_once(norm) for norm in found) or all(bool(norm.isfinite()) for norm in found):
+        return found
+    return torch._foreach_norm(list(tensors), dtype=torch.float64)
 
 
 def _is_replica(member: Member) -> bool:

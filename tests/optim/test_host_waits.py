@@ -14,7 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_spectral.functional.coefficients import coefficient_rows
 from lightning_spectral.functional.same_shape import same_shape_runs
-from lightning_spectral.optim import SOAP, AdaMuon, AdamW, Dion, Dion2, Muon, MuonH, NorDion2, NorMuon, matrix_rule
+from lightning_spectral.optim import (
+    SOAP,
+    AdaMuon,
+    AdamW,
+    Dion,
+    Dion2,
+    Muon,
+    MuonH,
+    NorDion2,
+    NorMuon,
+    gradients,
+    matrix_rule,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +34,7 @@ def as_on_a_gpu(monkeypatch):
     """Shortcuts that a CPU takes by looking at a value are not taken; coefficients are computed once, before."""
     for name in ("polar_express", "muon"):
         coefficient_rows(name)
-    for module in (sys.modules["lightning_spectral.functional.orthogonalize"], matrix_rule):
+    for module in (sys.modules["lightning_spectral.functional.orthogonalize"], matrix_rule, gradients):
         monkeypatch.setattr(module, "answers_at_once", lambda tensor: False)
 
 

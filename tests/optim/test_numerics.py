@@ -151,3 +151,16 @@ def test_bf16_weights_that_lose_updates_are_named(dtype, how, said, caplog):
     with caplog.at_level("WARNING", logger="lightning_spectral"):
         Muon(TinyLM().to(getattr(torch, dtype)), bf16_weights=how)
     assert ("are bf16, blocks.0.qkv.weight first: updates smaller than their rounding" in caplog.text) == said
+
+
+@pytest.mark.parametrize("exponent", [-10, 10, 19, 25, 30, 37])
+def test_clipped_gradients_whose_squares_have_no_place_in_fp32_are_clipped_and_not_lost(exponent):
+    layer = nn.ModuleDict({"wide": nn.Linear(8, 12, bias=False), "fine": nn.Linear(2, 2).double()})
+    gradient = torch.randn(12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    optimizer = AdamW(layer, max_grad_norm=1.0, betas=(0.0, 0.0))
+    layer["wide"].weight.grad = (gradient * 10.0**exponent).float()
+    layer["fine"].weight.grad = torch.zeros(2, 2, dtype=torch.float64)
+    optimizer.step()
+    clipped = gradient * min(1.0, 1 / float(gradient.norm() * 10.0**exponent)) * 10.0**exponent
+    found = optimizer.state[layer["wide"].weight]["exp_avg"].double()
+    torch.testing.assert_close(found, clipped, rtol=1e-5, atol=0)

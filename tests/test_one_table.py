@@ -30,9 +30,9 @@ from lightning_spectral.probe.options import ProbeOptions
 from lightning_spectral.probe.probe import SpectralProbe
 from lightning_spectral.probe.ranks_of import measure
 from lightning_spectral.probe.records_of import WindowId, spectral_records
+from lightning_spectral.probe.results import SiteResult, WindowResult
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.scalars import detail
-from lightning_spectral.probe.window import SiteResult, WindowResult
 from lightning_spectral.records import RunInfo, read_spectral
 from lightning_spectral.report import figures
 from lightning_spectral.report.scene import ReportFigure

@@ -16,9 +16,9 @@ from lightning_spectral.callbacks.trainer_host import host_of, tell_listeners
 from lightning_spectral.callbacks.turns import LastStep, come_first
 from lightning_spectral.probe.measurement import Measurement
 from lightning_spectral.probe.observer import Observer
+from lightning_spectral.probe.results import WindowResult
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.settings import BucketSettings, ProbeSettings
-from lightning_spectral.probe.window import WindowResult
 from lightning_spectral.records import SpectralRecord
 
 

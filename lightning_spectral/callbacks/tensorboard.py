@@ -19,7 +19,7 @@ import numpy as np
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
 from lightning_spectral.callbacks.uploads import add_figure, holds_pictures, upload_records
-from lightning_spectral.probe.window import WindowResult
+from lightning_spectral.probe.results import WindowResult
 from lightning_spectral.records import POOLED, RunInfo, SpectralRecord, layer_name
 from lightning_spectral.records.looks import bucket_colors, bucket_name, metric_name, ordered_buckets
 

@@ -14,9 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_spectral.lightning_private import callback_metrics
 from lightning_spectral.probe.host import Host
+from lightning_spectral.probe.results import WindowResult
 from lightning_spectral.probe.run_folder import RunFolder, new_run_id
 from lightning_spectral.probe.scalars import finite
-from lightning_spectral.probe.window import WindowResult
 from lightning_spectral.records import SpectralRecord
 
 

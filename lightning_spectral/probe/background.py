@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from lightning_spectral.probe.window import SiteResult
+from lightning_spectral.probe.results import SiteResult
 
 Solve = Callable[[], list[SiteResult]]
 Publish = Callable[[list[SiteResult]], dict[str, float]]

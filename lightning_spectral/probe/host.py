@@ -11,8 +11,8 @@ from typing import Any
 import torch.distributed as dist
 
 from lightning_spectral.probe.guard import warn
+from lightning_spectral.probe.results import WindowResult
 from lightning_spectral.probe.run_folder import RunFolder
-from lightning_spectral.probe.window import WindowResult
 from lightning_spectral.records import SpectralRecord
 
 Scalars = dict[str, float]

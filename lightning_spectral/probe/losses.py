@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_spectral.probe.collectives import all_reduce
 from lightning_spectral.probe.grouping import Grouping
 from lightning_spectral.probe.loss_calls import Scored
-from lightning_spectral.probe.window import BucketLoss
+from lightning_spectral.probe.results import BucketLoss
 
 
 class BucketLosses:

@@ -26,9 +26,10 @@ from lightning_spectral.probe.memory_plan import MemoryPlan
 from lightning_spectral.probe.open_window import OpenWindow, Seen, StackSeen, by_stack, sequence_counts
 from lightning_spectral.probe.options import ProbeOptions
 from lightning_spectral.probe.places import groups_of, of_rows
+from lightning_spectral.probe.results import BucketLoss, WindowResult
 from lightning_spectral.probe.row_sample import RowSample
 from lightning_spectral.probe.vocabulary import num_known_ids
-from lightning_spectral.probe.window import BucketLoss, Buckets, ClosedWindow, WindowResult
+from lightning_spectral.probe.window import Buckets, ClosedWindow
 
 NOT_RUN = "the model did not run in this window, or a compiled one skipped hooks"
 

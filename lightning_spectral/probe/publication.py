@@ -22,10 +22,11 @@ from lightning_spectral.probe.open_window import Seen, merge
 from lightning_spectral.probe.probe import NOT_RUN, SpectralProbe
 from lightning_spectral.probe.publish import publish
 from lightning_spectral.probe.records_of import WindowId
+from lightning_spectral.probe.results import SiteResult
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.run_start import open_folder
 from lightning_spectral.probe.token_counts import StreamCounts
-from lightning_spectral.probe.window import ClosedWindow, SiteResult
+from lightning_spectral.probe.window import ClosedWindow
 from lightning_spectral.records import SpectralRecord
 
 LOST = ("no_forward", "not_matched", "solve_failed")  # statuses of a window that gave no number

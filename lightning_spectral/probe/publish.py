@@ -5,9 +5,9 @@ from __future__ import annotations
 from lightning_spectral.probe.guard import Guard
 from lightning_spectral.probe.host import Host, Scalars
 from lightning_spectral.probe.records_of import WindowId, eigenvalue_file, loss_records, spectral_records
+from lightning_spectral.probe.results import WindowResult
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.scalars import detail, finite, front_page, loss_scalars
-from lightning_spectral.probe.window import WindowResult
 from lightning_spectral.records import SpectralRecord
 
 

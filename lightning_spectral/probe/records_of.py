@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from safetensors.torch import save
 from torch import Tensor
 
-from lightning_spectral.probe.window import SiteResult, WindowResult
+from lightning_spectral.probe.results import SiteResult, WindowResult
 from lightning_spectral.records import (
     EIGENVALUES_FOLDER,
     STACKS_KEY,

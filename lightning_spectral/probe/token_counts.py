@@ -22,8 +22,8 @@ from lightning_spectral.probe.grouping import Grouping
 from lightning_spectral.probe.measurement import Measurement
 from lightning_spectral.probe.probe import SpectralProbe
 from lightning_spectral.probe.ranks_of import RankMeasurement
+from lightning_spectral.probe.results import WindowResult
 from lightning_spectral.probe.settings import BucketSettings
-from lightning_spectral.probe.window import WindowResult
 from lightning_spectral.records import BUCKETS, POOLED
 
 ENOUGH_PER_ID = 10  # tokens per id of the vocabulary after which HEAD, MID and TAIL are settled

@@ -27,59 +27,11 @@ from lightning_spectral.probe.eigensolve import Eigensolver
 from lightning_spectral.probe.options import ProbeOptions
 from lightning_spectral.probe.ranks_of import RankMeasurement, measure
 from lightning_spectral.probe.ranks_of_sample import measure_sample
+from lightning_spectral.probe.results import BucketLoss, SiteResult, WindowResult
 from lightning_spectral.probe.row_sample import RowSample, SampledRows
 from lightning_spectral.probe.sync import reduce_all_
 from lightning_spectral.records import POOLED
 from lightning_spectral.text import one_line
-
-
-@dataclass(frozen=True)
-class SiteResult:
-    """One measured spectrum. Fields: ``SpectralRecord``."""
-
-    layer: int
-    module: str
-    expert: int | None
-    site: str
-    bucket: str
-    num_sequences: int
-    dtype: str
-    measurement: RankMeasurement
-    reinjection: dict[str, float] = field(default_factory=dict)
-    js_divergence: float | None = None
-    stack: str = ""
-    layout: str = ""
-    layout_agreement: float | None = None
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class BucketLoss:
-    """Loss and accuracy of one bucket's predictions."""
-
-    bucket: str
-    num_tokens: int
-    loss: float | None
-    accuracy: float | None
-    status: str = "ok"
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class WindowResult:
-    """All that one window measured; equal on all ranks.
-
-    Attributes:
-        sites: One result per layer, site and bucket.
-        losses: One per bucket, empty if not measured.
-        world_size: Ranks whose rows are in it.
-        window_s: Wall time of this rank's part of the measurement, seconds.
-    """
-
-    sites: list[SiteResult]
-    losses: list[BucketLoss]
-    world_size: int
-    window_s: float
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, TypeVar
 
+from lightning_spectral.analysis.cells import number_of
 from lightning_spectral.analysis.points import PointTable
 from lightning_spectral.analysis.runs import Run, RunSet
 from lightning_spectral.text import did_you_mean
@@ -34,14 +36,14 @@ def condition(text: str) -> Callable[[Mapping[str, str]], bool]:
         if name not in row:
             hint = did_you_mean(name, list(row), otherwise="there are")
             raise ValueError(f"there is no column `{name}` (--where {text}); {hint}")
-        cell, number = _number(row[name]), _number(wanted)
+        cell, limit = number_of(row[name]), number_of(wanted)
         if sign not in _TESTS:
-            same = row[name] == wanted or (cell is not None and cell == number)
+            same = row[name] == wanted or (cell is not None and cell == limit)
             return same == (sign != "!=")
-        if cell is None or number is None:
+        if cell is None or limit is None or math.isnan(limit):
             word = row[name] if cell is None else wanted
             raise ValueError(f"`--where {text}` compares numbers, and `{word}` is none.")
-        return _TESTS[sign](cell, number)
+        return _TESTS[sign](cell, limit)
 
     return holds
 
@@ -101,10 +103,3 @@ def _row(run: Run, names: Sequence[str]) -> dict[str, str]:
     labels = {name: run.info.labels.get(name, "") for name in names}
     own = {"run_id": run.run_id, "optimizer": run.optimizer, "width": str(run.width), "seed": str(run.seed)}
     return {**labels, **own, **dict.fromkeys(MEASURED, "")}
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from lightning_spectral.analysis.tidy import csv_rows
+from lightning_spectral.analysis.cells import finite, number_of, read_sheet, text_of
+from lightning_spectral.analysis.tables import ours
 from lightning_spectral.records import POOLED, LossRecord, SpectralRecord
 from lightning_spectral.text import parse_json
 
-_STEP: Final = re.compile(r"^Step\s+(\d+)\s*:(.*)$")
+_STEP: Final = re.compile(r"^\s*step\s+(\d+)\s*:(.*)$", re.IGNORECASE)
 _BUCKET: Final = re.compile(r"^\s*([A-Za-z][\w ]*?)\s*\(n=(\d+)\)\s*:(.*)$")
 _PAIR: Final = re.compile(r"(\w+)=([-+.\deEnNaAiIfF]+)")
 # of the paper's logs -> field of a record
@@ -33,6 +35,9 @@ TAGS: Final = (
 _STAGES: Final = {"val": "validation", "eval": "validation", "": "train"}
 _FIELDS: Final = ("soft_rank", "hard_rank", "spectral_entropy", "early_enrichment", "top_share", "trace")
 _STEP_COLUMNS: Final = ("_step", "step", "global_step", "trainer/global_step", "Step")
+_NOT_FINITE: Final = "NaN, infinite or no number"
+_NO_STEP: Final = "of a step that is no whole number from 0 on"
+_RUN_COLUMNS: Final = ("run_id", "run_name", "run", "name", "Name", "Run")  # whose rows are whose, in one file
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class ForeignRun:
         source: ``paper_log``, ``tensorboard`` or ``wandb``.
         numbers: In file order.
         unread: Names that were no number of ours, each once.
+        left_out: Why known numbers were left out -> how many.
     """
 
     name: str
@@ -77,14 +83,16 @@ class ForeignRun:
     source: str
     numbers: list[Number] = field(default_factory=list)
     unread: dict[str, None] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 def read_foreign(path: str | Path, tag: str | None = None) -> list[ForeignRun]:
     """Every run in a file, or at or below a folder.
 
     Args:
-        path: A log of the paper (``Step N: SE_pre=...``), an event file, an export of W&B (CSV or JSON lines), or a
-            folder of them. Logs and events of one folder are one run; so are the columns of a table with one name.
+        path: A log of the paper (``Step N: SE_pre=...``), an event file, an export of W&B (CSV, JSON or JSON lines), or
+            a folder of them; texts may be gzipped. Logs and events of one folder are one run; so are the columns of a
+            table with one name, and its rows with one name in a column ``run_id``, ``run`` or ``name``.
         tag: Regular expression with the groups ``metric`` and, as far as they are there, ``stage``, ``site``,
             ``bucket`` and ``layer``, for tags that are not ours.
 
@@ -102,7 +110,7 @@ def read_foreign(path: str | Path, tag: str | None = None) -> list[ForeignRun]:
         read = _reader_of(file)
         if read is None:
             raise ValueError(
-                f"`{file}` is no log that can be imported: give .txt, .log, .csv, .jsonl or an event file."
+                f"`{file}` is no log that can be imported: give .txt, .log, .csv, .json, .jsonl or an event file."
             )
         read(file, root, runs, place_of)
     found = [run for run in runs.values() if run.numbers]
@@ -110,7 +118,7 @@ def read_foreign(path: str | Path, tag: str | None = None) -> list[ForeignRun]:
         names = list(dict.fromkeys(name for run in runs.values() for name in run.unread))[:6]
         seen = f"; it has {', '.join(f'`{name}`' for name in names)}: say what they are with --tag" if names else ""
         if not files:
-            seen = ": it has no .txt, .log, .csv or .jsonl file and no event file; give the folder that holds the logs"
+            seen = ": it has no .txt, .log, .csv, .json, .jsonl or event file; give the folder that holds the logs"
         raise ValueError(f"`{root}` holds no number that is known here{seen}.")
     return found
 
@@ -137,7 +145,13 @@ def _places(tag: str | None) -> Place:
 def _reader_of(file: Path) -> Reader | None:
     if "tfevents" in file.name:
         return _read_events
-    return {".txt": _read_paper, ".log": _read_paper, ".csv": _read_csv, ".jsonl": _read_jsonl}.get(file.suffix)
+    readers: dict[str, Reader] = {".txt": _read_paper, ".log": _read_paper, ".csv": _read_csv}
+    return (readers | {".json": _read_json, ".jsonl": _read_json}).get(Path(_plain(file)).suffix)
+
+
+def _plain(file: Path) -> str:
+    """Name of a file without the ending of gzip."""
+    return file.name.removesuffix(".gz")
 
 
 def _run_of(runs: dict[str, ForeignRun], name: str, place: Path, source: str) -> ForeignRun:
@@ -152,27 +166,32 @@ def _folder_name(file: Path, root: Path) -> str:
 
 def _read_paper(file: Path, root: Path, runs: dict[str, ForeignRun], _: Place) -> None:
     name = _folder_name(file, root)
-    found = _LAYER.search(file.stem)
+    found = _LAYER.search(_plain(file))
     layer = int(found[1]) if found else 0
     step = -1
-    for line in file.read_text(encoding="utf-8").splitlines():
-        bucket, tokens, rest = POOLED, 0, line
+    for line in text_of(file).splitlines():
+        bucket, tokens = POOLED, 0
         if match := _STEP.match(line):
             step, rest = int(match[1]), match[2]
         elif match := _BUCKET.match(line):
-            bucket, tokens, rest = match[1].strip().lower(), int(match[2]), match[3]
+            bucket, tokens, rest = ours(match[1].strip()), int(match[2]), match[3]
+        else:
+            continue  # what else a job prints belongs to no step, even if it has such pairs
         if step >= 0:
-            numbers = _run_of(runs, name, file.parent, "paper_log").numbers
-            numbers += [Number(step, m, v, "train", s, bucket, layer, tokens) for m, s, v in _paper_numbers(rest)]
+            run = _run_of(runs, name, file.parent, "paper_log")
+            numbers = _paper_numbers(rest, run)
+            run.numbers += [Number(step, m, v, "train", s, bucket, layer, tokens) for m, s, v in numbers]
 
 
-def _paper_numbers(text: str) -> Iterator[tuple[str, str, float]]:
+def _paper_numbers(text: str, run: ForeignRun) -> Iterator[tuple[str, str, float]]:
     """``SE_pre=5.4, PR_post=30.1, JS=0.03`` -> (field, site, value); the divergence is the post site's."""
     for key, cell in _PAIR.findall(text):
         name, _, site = key.partition("_")
-        value = _number(cell)
+        value = finite(cell)
         if name in _PAPER and value is not None:
             yield _PAPER[name], site or "post", value
+        elif name in _PAPER:
+            run.left_out[_NOT_FINITE] += 1
 
 
 def _read_events(file: Path, root: Path, runs: dict[str, ForeignRun], place_of: Place) -> None:
@@ -189,52 +208,63 @@ def _read_events(file: Path, root: Path, runs: dict[str, ForeignRun], place_of: 
 
 def _read_csv(file: Path, root: Path, runs: dict[str, ForeignRun], place_of: Place) -> None:
     """A table of one run's history (columns are tags), or one chart's export (``run - tag`` columns)."""
-    _read_rows(csv_rows(file), file, runs, place_of)
+    _read_rows(read_sheet(file).rows, file, runs, place_of)
 
 
-def _read_jsonl(file: Path, root: Path, runs: dict[str, ForeignRun], place_of: Place) -> None:
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+def _read_json(file: Path, root: Path, runs: dict[str, ForeignRun], place_of: Place) -> None:
+    """JSON lines, or one list of objects."""
+    text, rows = text_of(file), []
+    for part in [text] if text.lstrip().startswith("[") else text.splitlines():
         try:
-            row = parse_json(line)
+            read = parse_json(part)
         except ValueError:
             continue  # the last line of a run that was cut off
-        rows += [row] if isinstance(row, dict) else []
+        rows += [row for row in (read if isinstance(read, list) else [read]) if isinstance(row, dict)]
     _read_rows(rows, file, runs, place_of)
 
 
 def _read_rows(rows: Sequence[Mapping[str, Any]], file: Path, runs: dict[str, ForeignRun], place_of: Place) -> None:
-    column = next((name for name in _STEP_COLUMNS if rows and name in rows[0]), None)
+    column = next((name for name in _STEP_COLUMNS if any(name in row for row in rows)), None)
     if column is None:
         return
+    whose = next((name for name in _RUN_COLUMNS if any(_is_word(row.get(name)) for row in rows)), None)
     for row in rows:
-        step = _number(row.get(column))
-        for name, cell in row.items() if step is not None else ():
-            value = _number(cell)
-            if name == column or value is None or name.endswith(("__MIN", "__MAX")):
-                continue
+        step, named = (
+            number_of(row.get(column)),
+            str((row.get(whose) if whose else "") or "") or Path(_plain(file)).stem,
+        )
+        for name, cell in row.items():
+            if (
+                name in (None, column, whose)
+                or number_of(cell) is None
+                or (number_of(cell) != number_of(cell) and not cell)
+            ):
+                continue  # blank, or a word
             own, dash, tag = name.partition(" - ")
-            run = _run_of(runs, own if dash else file.stem, file, "wandb")
-            _add(run, tag if dash else name, int(step or 0), value, place_of)
+            if not name.endswith(("__MIN", "__MAX")):
+                run = _run_of(runs, own if dash else named, file, "wandb")
+                _add(run, tag if dash else name, step, cell, place_of)
 
 
-def _add(run: ForeignRun, tag: str, step: int, value: float, place_of: Place) -> None:
-    place = place_of(tag)
+def _is_word(cell: Any) -> bool:
+    return isinstance(cell, str) and number_of(cell) is None
+
+
+def _add(run: ForeignRun, tag: str, step: float | None, cell: Any, place_of: Place) -> None:
+    place, value = place_of(tag), finite(cell)
     if place is None:
         run.unread[tag] = None
         return
+    if step is None or not (step >= 0 and float(step).is_integer()):
+        run.left_out[_NO_STEP] += 1
+        return
+    if value is None:
+        run.left_out[_NOT_FINITE] += 1
+        return
     stage, layer = place.get("stage", ""), place.get("layer", "")
-    bucket = (place.get("bucket") or POOLED).lower()
-    where = (_STAGES.get(stage, stage), place.get("site") or "post", {"all": POOLED}.get(bucket, bucket))
-    run.numbers.append(Number(step, place["metric"], value, *where, int(layer) if layer else None))
-
-
-def _number(cell: Any) -> float | None:
-    try:
-        value = float(cell)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return value if math.isfinite(value) else None
+    bucket = ours(place.get("bucket") or POOLED)
+    where = (_STAGES.get(stage, stage), place.get("site") or "post", bucket)
+    run.numbers.append(Number(int(step), place["metric"], value, *where, int(layer) if layer else None))
 
 
 def spectral_records(run: ForeignRun, width: int) -> list[SpectralRecord]:
@@ -303,7 +333,7 @@ def manifest_rows(path: str | Path) -> list[dict[str, str]]:
     Raises:
         ValueError: If it names no runs (``run_id``, ``name`` or ``log_dir``).
     """
-    rows = csv_rows(path)
+    rows = list(read_sheet(path).rows)
     if not rows or not {"run_id", "name", "log_dir"} & set(rows[0]):
         raise ValueError(f"`{path}` is no manifest: it needs a column `run_id`, `name` or `log_dir`.")
     return rows

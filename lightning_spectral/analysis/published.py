@@ -15,11 +15,11 @@ from typing import Final, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_spectral.analysis.cells import Sheet, finite, read_sheet
 from lightning_spectral.analysis.conditions import condition
 from lightning_spectral.analysis.effects import EffectComparison, compare_effects
 from lightning_spectral.analysis.points import Point, PointTable
-from lightning_spectral.analysis.tables import as_of_runs, recognised
-from lightning_spectral.analysis.tidy import column_names, csv_rows
+from lightning_spectral.analysis.tables import as_of_runs, ours, recognised
 from lightning_spectral.analysis.trajectory import Trajectory, fit_windows
 
 FloatArray = NDArray[np.float64]
@@ -101,9 +101,9 @@ def _plain(labels: Series) -> str:
     return " ".join(filter(None, labels)).replace("(", "").replace(")", "").lower()
 
 
-def kind_of(path: str | Path) -> Kind:
+def kind_of(table: str | Path | Sheet) -> Kind:
     """What a table holds, by its header."""
-    names = set(column_names(path))
+    names = set(read_sheet(table).names)
     betas = "beta" in names or bool(names & set(_BETAS))
     if _first(_STEPS, names) and betas:
         return "betas_over_training"
@@ -112,13 +112,13 @@ def kind_of(path: str | Path) -> Kind:
     return "estimates" if betas and "value" not in names else "points"
 
 
-def read_curves(path: str | Path, where: Sequence[str] = ()) -> list[RankCurve]:
+def read_curves(table: str | Path | Sheet, where: Sequence[str] = ()) -> list[RankCurve]:
     """Ranks by width and step, from ``soft_rank`` and ``hard_rank`` columns, or ``metric`` and ``value``.
 
     Raises:
         ValueError: If no row holds a step, a width and a positive rank.
     """
-    rows, table = _rows(path, where)
+    rows, path = _rows(table, where)
     names = list(rows[0]) if rows else []
     columns = recognised(names)
     step = _first(_STEPS, names)
@@ -134,10 +134,10 @@ def read_curves(path: str | Path, where: Sequence[str] = ()) -> list[RankCurve]:
         )
         for row in rows
         for metric in metrics
-        if step and _positive(row.get(columns.x)) and _positive(row.get(metric)) and _number(row[step]) is not None
+        if step and _positive(row.get(columns.x)) and _positive(row.get(metric)) and finite(row[step]) is not None
     ]
     if not points:
-        raise ValueError(f"`{table}` holds no row with a step, a width and a rank.")
+        raise ValueError(f"`{path}` holds no row with a step, a width and a rank.")
     by = (*(name for name in columns.by if name != "metric"), "metric")
     found: dict[tuple[tuple[str, ...], float, str], dict[int, float]] = {}
     for point in as_of_runs(PointTable(by, tuple(points), columns.x), "value").points:
@@ -174,13 +174,13 @@ def last_points(curves: Sequence[RankCurve], labels: Sequence[str]) -> PointTabl
     return PointTable((*labels, *MEASURED, "layer"), tuple(points))
 
 
-def read_paths(path: str | Path, where: Sequence[str] = ()) -> list[Trajectory]:
+def read_paths(table: str | Path | Sheet, where: Sequence[str] = ()) -> list[Trajectory]:
     """Exponents at every step: columns ``beta_soft`` and ``beta_hard``, or ``beta`` and ``metric``.
 
     Raises:
         ValueError: If no row holds a step and an exponent.
     """
-    rows, table = _rows(path, where)
+    rows, path = _rows(table, where)
     step, found = (
         _first(_STEPS, rows[0] if rows else ()),
         dict[tuple[str, ...], list[tuple[int, float, float, float]]](),
@@ -189,39 +189,39 @@ def read_paths(path: str | Path, where: Sequence[str] = ()) -> list[Trajectory]:
         betas = {_BETAS[name]: row[name] for name in _BETAS if name in row}
         betas |= {row.get("metric", "hard_rank"): row["beta"]} if "beta" in row else {}
         for metric, cell in betas.items():
-            at, beta = _number(row.get(step or "")), _number(cell)
+            at, beta = finite(row.get(step or "")), finite(cell)
             if at is not None and beta is not None:
                 found.setdefault(_series(row, metric), []).append((int(at), beta, *_ends_of(row)))
     if not found:
-        raise ValueError(f"`{table}` holds no row with a step and an exponent.")
+        raise ValueError(f"`{path}` holds no row with a step and an exponent.")
     out = []
     for series, values in found.items():
         steps, slopes, lows, highs = (np.array(column) for column in zip(*sorted(values), strict=True))
-        widths = int(_number(rows[0].get("n_widths_hard") or rows[0].get("n_widths")) or 0)
+        widths = int(finite(rows[0].get("n_widths_hard") or rows[0].get("n_widths")) or 0)
         out.append(Trajectory(series, steps, slopes, lows, highs, widths if np.isfinite(lows).any() else 0, 1))
     return out
 
 
-def read_estimates(path: str | Path, where: Sequence[str] = ()) -> list[Estimate]:
+def read_estimates(table: str | Path | Sheet, where: Sequence[str] = ()) -> list[Estimate]:
     """Exponents without points, with interval or standard error where the table has them.
 
     Raises:
         ValueError: If no row holds an exponent.
     """
-    rows, table = _rows(path, where)
+    rows, path = _rows(table, where)
     factor = next((name for name in _FACTORS if len({row.get(name, "") for row in rows}) > 1), None)
     out = []
     for row in rows:
-        beta = _number(row.get("beta"))
+        beta = finite(row.get("beta"))
         if beta is not None:
             low, high = _ends_of(row)
-            std_err, widths = (_number(row.get(name)) for name in ("std_err", "n_widths"))
+            std_err, widths = (finite(row.get(name)) for name in ("std_err", "n_widths"))
             level = row[factor] if factor else ""
             df = math.nan if widths is None else widths - 2
             se = math.nan if std_err is None else std_err
             out.append(Estimate(_series(row, row.get("metric", "hard_rank")), level, beta, low, high, se, df))
     if not out:
-        raise ValueError(f"`{table}` holds no exponent in a column `beta`.")
+        raise ValueError(f"`{path}` holds no exponent in a column `beta`.")
     return out
 
 
@@ -252,38 +252,27 @@ def shifts_of(estimates: Sequence[Estimate]) -> tuple[float, float] | None:
 
 def _series(row: Mapping[str, str], metric: str) -> tuple[str, ...]:
     label = row.get("optimizer_display_name") or row.get("optimizer") or row.get("series") or "all"
-    bucket = (row.get("bucket") or "pooled").lower()
-    metric = {"soft": "soft_rank", "hard": "hard_rank"}.get(metric.lower(), metric.lower())
-    return (label, row.get("site") or "post", {"all": "pooled", "global": "pooled"}.get(bucket, bucket), metric)
+    return (label, row.get("site") or "post", ours(row.get("bucket") or "pooled"), ours(metric))
 
 
 def _ends_of(row: Mapping[str, str]) -> tuple[float, float]:
     for low, high in _ENDS:
-        ends = _number(row.get(low)), _number(row.get(high))
+        ends = finite(row.get(low)), finite(row.get(high))
         if None not in ends:
             return ends[0] or 0.0, ends[1] or 0.0
     return math.nan, math.nan
 
 
-def _rows(path: str | Path, where: Sequence[str]) -> tuple[list[dict[str, str]], Path]:
-    table = Path(path)
+def _rows(table: str | Path | Sheet, where: Sequence[str]) -> tuple[list[dict[str, str]], Path]:
+    sheet = read_sheet(table)
     kept: list[Callable[[Mapping[str, str]], bool]] = [condition(text) for text in where]
-    rows = [row for row in csv_rows(table) if None not in row and None not in row.values()]
-    return [row for row in rows if all(holds(row) for holds in kept)], table
+    return [row for row in sheet.whole_rows if all(holds(row) for holds in kept)], sheet.path
 
 
 def _first(known: Sequence[str], names: object) -> str | None:
     return next((name for name in known if name in names), None)  # type: ignore[operator]
 
 
-def _number(cell: str | None) -> float | None:
-    try:
-        value = float(cell or "")
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
 def _positive(cell: str | None) -> bool:
-    value = _number(cell)
+    value = finite(cell)
     return value is not None and value > 0

@@ -13,8 +13,8 @@ so that it is unbiased, with degrees of freedom by Satterthwaite (the cluster-ro
 2002; seeds - 1 on a complete design, where it is the scatter of each seed's own estimate). Widths: their mean square
 beyond the residual's, from the difference of two projections (Henderson's method 3); zero where it comes out negative.
 What is left after the residual is taken off is known less well than the mean square itself: its degrees of freedom
-are those of the mean square times the root of the share that is left. (All of them cover 92.5 % of 95 with eight seeds
-and width effects; Satterthwaite's own number, about the square of the share, 98.2 % with two seeds.)
+are those of the mean square times the cube root of the share that is left. (All of them cover 92.5 % of 95 with eight
+seeds and width effects; Satterthwaite's own number, about the square of the share, 98.2 % with two seeds.)
 Satterthwaite's degrees of freedom of the sum are too many where a part with one or two of them comes out small by
 chance (two seeds that happen to agree): 92.6 % are covered then. So no interval is narrower than
 :data:`CAUTION` times Student's t of either part alone. With one part all of this is Student's t, exactly.
@@ -23,7 +23,6 @@ chance (two seeds that happen to agree): 92.6 % are covered then. So no interval
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -36,7 +35,7 @@ from lightning_spectral.analysis.linear import LEVEL, t_quantile, two_sided_p
 
 FloatArray = NDArray[np.float64]
 MAX_POINTS: Final = 400  # projections are n x n
-CAUTION: Final = 0.5  # of one part's own interval; .4 to .6 cover the same within half a point
+CAUTION: Final = 0.6  # of one part's own interval; .5 to .75 cover the same within half a point
 _SEED_LEVELS: Final = 20.0  # working variance of a seed's level, over the residual's
 _TINY: Final = 1e-9
 
@@ -170,7 +169,7 @@ class Widths:
         """The mean square less the residual's, not below zero, and its degrees of freedom."""
         square = self.square.of(y)
         left = max(square - residual, 0.0)
-        return left, max(self.square.df * math.sqrt(left / square), 1.0) if square > 0 else float(self.square.df)
+        return left, max(self.square.df * (left / square) ** (1 / 3), 1.0) if square > 0 else float(self.square.df)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from lightning_spectral.analysis.points import LAYER_MEDIAN, Point, PointTable
+from lightning_spectral.records.looks import BUCKET_NAMES, METRIC_NAMES
 
 _X_NAMES: Final = ("width", "ffn_hidden_dim", "ffn_width", "intermediate_size", "d_ff")
 _SEED_NAMES: Final = ("seed",)
@@ -19,6 +20,7 @@ _LABELS: Final = (
     *("learning_rate", "lr", "site", "bucket", "metric", "layer"),
 )
 _OF_A_TABLE: Final = ("model_scale",)  # a label where tables of several are read together
+_OTHER_NAMES: Final = {"all": "pooled", "global": "pooled", "soft": "soft_rank", "hard": "hard_rank"}
 _SAME: Final = 1e-9  # of two tables of one run: the last bits of a median depend on who took it
 _MEASURED: Final = {"site": "post", "bucket": "pooled", "metric": "hard_rank", "layer": LAYER_MEDIAN}
 
@@ -132,6 +134,14 @@ def with_layers(table: PointTable) -> PointTable:
     return PointTable(table.by, tuple(out), table.x_name)
 
 
+def ours(name: str) -> str:
+    """A bucket or metric under the name that it has here (``TAIL`` is ``tail``); another name as it is."""
+    known = name.lower()
+    if known in _OTHER_NAMES:
+        return _OTHER_NAMES[known]
+    return known if known in BUCKET_NAMES or known in METRIC_NAMES else name
+
+
 def as_of_runs(table: PointTable, y_name: str) -> PointTable:
     """The table in the columns that a report has: labels, then site, bucket, metric and layer."""
     labels = [name for name in table.by if name not in _MEASURED]
@@ -142,8 +152,6 @@ def as_of_runs(table: PointTable, y_name: str) -> PointTable:
     points = []
     for point in table.points:
         cells = {"series": "all", **defaults, **dict(zip(table.by, point.series, strict=True))}
-        cells = {name: cell.lower() if name in ("bucket", "metric") else cell for name, cell in cells.items()}
-        cells["bucket"] = {"all": "pooled", "global": "pooled"}.get(cells["bucket"], cells["bucket"])
-        cells["metric"] = {"soft": "soft_rank", "hard": "hard_rank"}.get(cells["metric"], cells["metric"])
+        cells |= {name: ours(cells[name]) for name in ("bucket", "metric")}
         points.append(replace(point, series=tuple(cells[name] for name in by)))
     return PointTable(by, tuple(points), table.x_name)

@@ -6,15 +6,15 @@ import csv
 import hashlib
 import io
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_spectral.analysis.cells import Sheet, is_whole, names_of, number_of, read_sheet
 from lightning_spectral.analysis.conditions import condition
 from lightning_spectral.analysis.fits import PowerLawFit
 from lightning_spectral.analysis.points import Point, PointTable
@@ -23,7 +23,6 @@ from lightning_spectral.analysis.tables import recognised, telling_apart, with_l
 from lightning_spectral.text import did_you_mean, whole_file
 from lightning_spectral.text.tables import harmless
 
-T = TypeVar("T")
 _ID_NAMES: Final = ("run_id", "id")
 FIT_COLUMNS: Final = ("beta", "ln_a", "ci_low", "ci_high", "r2", "n", "status", "method")
 FIT_EXTRAS: Final = (
@@ -58,7 +57,7 @@ FIT_EXTRAS: Final = (
 
 
 def read_points_csv(
-    path: str | Path,
+    source_file: str | Path | Sheet,
     *,
     x: str | None = None,
     y: str = "value",
@@ -72,7 +71,7 @@ def read_points_csv(
     """Read points from any tidy table: one row per value; cells separated by commas, semicolons or tabs.
 
     Args:
-        path: The file.
+        source_file: The file, or what was read of it.
         x: Column of the width; by default one of the usual names.
         y: Column of the value.
         by: Columns that make a series; by default those known to (``analysis.tables``).
@@ -86,27 +85,26 @@ def read_points_csv(
     Raises:
         ValueError: If it is no whole table, a column is missing, or no row holds numbers.
     """
-    path = Path(path)
-    text = _text_of(path)
-    names, content = _named_rows(path, text)
+    sheet = read_sheet(source_file)
+    path, names = sheet.path, sheet.names
     columns = recognised(names, x, by)
     x, by = columns.x, columns.by
     seed, spread, rows = seed or columns.seed, spread or columns.spread, rows or columns.rows
     kept = {text: condition(text) for text in where}
     needed = [("--x", x), ("--y", y), *(("--by", name) for name in by)]
     optional = [("--seed", seed), ("--id", source), ("--rows", rows)]
-    optional += [("--spread", name) for name in _names(spread)]
+    optional += [("--spread", name) for name in names_of(spread)]
     for role, column in (*needed, *optional):
         if column is not None and column not in names:
             hint = did_you_mean(column, names, otherwise="it has")
             raise ValueError(f"`{path}` has no column `{column}` ({role}); {hint}")
     source = source or next((name for name in _ID_NAMES if name in names and name not in by), None)
     roles = _Roles(x, y, seed, source, spread, rows, columns.steps)
-    points, problems, used = _points_of(path, content, by, roles, kept)
-    if not text.endswith(("\n", "\r")):
+    points, problems, used = _points_of(path, sheet.rows, by, roles, kept)
+    if not sheet.ends_whole:
         cut = f"`{path}` ends without a line break: if it was cut off, its last row is wrong."
         problems.append(Problem(str(path), "no_line_break", cut))
-    apart = telling_apart(used, replace(columns, seed=seed), [n for n in (y, *_names(spread), rows, source) if n])
+    apart = telling_apart(used, replace(columns, seed=seed), [n for n in (y, *names_of(spread), rows, source) if n])
     if apart is not None:
         why = f"`{path}` has several rows of one series and {x}; the column `{apart}` tells them apart (--by, --seed)."
         problems.append(Problem(str(path), "repeated_x", why))
@@ -143,7 +141,7 @@ def _points_of(
     used: list[dict[str, str]] = []
     is_rank = "rank" in roles.y
     for number, row in enumerate(content, start=2):
-        if _is_whole(row) and not all(holds(row) for holds in kept.values()):
+        if is_whole(row) and not all(holds(row) for holds in kept.values()):
             continue
         if why := _unusable(row, roles.x, roles.y):
             problems.append(Problem(str(path), "skipped_lines", f"`{path}` line {number}{why} it was left out."))
@@ -156,7 +154,7 @@ def _points_of(
                 value,
                 row[roles.source] if roles.source else "",
                 row[roles.seed] if roles.seed else "",
-                _spread(row, _names(roles.spread)),
+                _spread(row, names_of(roles.spread)),
                 _optional(row, roles.rows),
                 value if is_rank or "rank" in row.get("metric", "") else math.nan,
                 _steps(row, roles.steps),
@@ -168,16 +166,12 @@ def _points_of(
         if kept and not used and not problems:
             first = f" No row passes `--where {' --where '.join(kept)}`."
         raise ValueError(f"`{path}` holds no usable row of numbers in `{roles.x}` and `{roles.y}`.{first}")
-    if len(_names(roles.spread)) == 1 and all(point.spread >= abs(point.value) for point in points):
+    if len(names_of(roles.spread)) == 1 and all(point.spread >= abs(point.value) for point in points):
         raise ValueError(
             f"`{roles.spread}` in `{path}` is at least as large as the value in every row: it is the end of a bar, no "
             "deviation. Give both ends, --spread LOW,HIGH."
         )
     return points, problems, used
-
-
-def _names(columns: str | None) -> list[str]:
-    return [name.strip() for name in (columns or "").split(",") if name.strip()]
 
 
 def _spread(row: dict[str, str], names: Sequence[str]) -> float:
@@ -187,7 +181,7 @@ def _spread(row: dict[str, str], names: Sequence[str]) -> float:
 
 
 def read_columns(
-    paths: Sequence[str | Path], columns: Sequence[str], by: Sequence[str], where: Sequence[str] = ()
+    tables: Sequence[str | Path | Sheet], columns: Sequence[str], by: Sequence[str], where: Sequence[str] = ()
 ) -> dict[tuple[str, ...], list[NDArray[np.float64]]]:
     """Columns of numbers of some tables, by series; rows with a cell that is no positive number are left out.
 
@@ -196,15 +190,15 @@ def read_columns(
     """
     kept = [condition(text) for text in where]
     found: dict[tuple[str, ...], list[list[float]]] = {}
-    for path in map(Path, paths):
-        names, rows = _named_rows(path, _text_of(path))
-        missing = [name for name in (*columns, *by) if name not in names]
+    for sheet in map(read_sheet, tables):
+        missing = [name for name in (*columns, *by) if name not in sheet.names]
         if missing:
             raise ValueError(
-                f"`{path}` has no column `{missing[0]}`; {did_you_mean(missing[0], names, otherwise='it has')}"
+                f"`{sheet.path}` has no column `{missing[0]}`; "
+                f"{did_you_mean(missing[0], sheet.names, otherwise='it has')}"
             )
-        for row in rows:
-            if _is_whole(row) and all(holds(row) for holds in kept):
+        for row in sheet.whole_rows:
+            if all(holds(row) for holds in kept):
                 numbers = [_optional(row, name) for name in columns]
                 if all(math.isfinite(number) and number > 0 for number in numbers):
                     found.setdefault(tuple(row[name] for name in by), []).append(numbers)
@@ -218,60 +212,11 @@ def _steps(row: dict[str, str], name: str | None) -> tuple[int, ...]:
     return tuple(int(cell) for cell in cells if cell.strip().lstrip("-").isdigit())
 
 
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"`{path}` is not a text file in UTF-8: {error}.") from error
-
-
-def column_names(path: str | Path) -> list[str]:
-    """The header of a table.
-
-    Raises:
-        ValueError: If it is no text in UTF-8, is empty, or has a column twice; the message names it.
-    """
-    try:
-        with Path(path).open(encoding="utf-8-sig") as handle:
-            first_line = handle.readline()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"`{path}` is not a text file in UTF-8: {error}.") from error
-    return _named_rows(Path(path), first_line)[0]
-
-
-def csv_rows(path: str | Path) -> list[dict[str, str]]:
-    """Rows of a table, by column; a row with more cells has the key ``None``, one with fewer such values.
-
-    Raises:
-        ValueError: If it is no text in UTF-8, no CSV, or has a column twice; the message names it.
-    """
-    return _named_rows(Path(path), _text_of(Path(path)))[1]
-
-
-def _named_rows(path: Path, text: str) -> tuple[list[str], list[dict[str, str]]]:
-    """Column names and rows; cells are separated by the sign that separates the names."""
-    if not text.strip():
-        raise ValueError(f"`{path}` is empty.")
-    first_line = text.partition("\n")[0]
-    delimiter = next((sign for sign in ",;\t" if sign in first_line), ",")
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
-    names = [name.strip() for name in _guarded(path, lambda: reader.fieldnames) or []]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"`{path}` has the column `{twice[0]}` more than once: which is meant? Rename or remove one.")
-    reader.fieldnames = names
-    return names, _guarded(path, lambda: list(reader))
-
-
-def _is_whole(row: dict[str, str]) -> bool:
-    return None not in row and None not in row.values()
-
-
 def _unusable(row: dict[str, str], x: str, y: str) -> str:
     """Why a row gives no point; empty if it does."""
-    if not _is_whole(row):
+    if not is_whole(row):
         return " has another number of cells than the header;"
-    bad = next((name for name in (x, y) if _number(row[name]) is None), None)
+    bad = next((name for name in (x, y) if number_of(row[name]) is None), None)
     if bad is not None:
         return f": `{row[bad]}` in column `{bad}` is not a number;"
     if not 0 < _optional(row, x) < math.inf:
@@ -279,24 +224,8 @@ def _unusable(row: dict[str, str], x: str, y: str) -> str:
     return f": `{row[y]}` in column `{y}` is infinite;" if math.isinf(_optional(row, y)) else ""
 
 
-def _guarded(path: Path, read: Callable[[], T]) -> T:
-    try:
-        return read()
-    except csv.Error as error:
-        raise ValueError(f"`{path}` is no whole table: {error} (is a quotation mark left open?).") from error
-
-
-def _number(cell: str) -> float | None:
-    if not cell.strip():
-        return math.nan
-    try:
-        return float(cell)
-    except ValueError:
-        return None
-
-
 def _optional(row: dict[str, str], name: str | None) -> float:
-    value = _number(row[name]) if name else None
+    value = number_of(row[name]) if name else None
     return math.nan if value is None else value
 
 

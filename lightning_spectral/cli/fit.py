@@ -133,7 +133,7 @@ def fit_two(options: argparse.Namespace) -> int:
         numbers = [cell for ends in zip(shape.values, shape.low, shape.high, strict=True) for cell in ends]
         values.append([*series, *numbers, shape.rms, shape.n])
         a, b = shape.values[2], shape.values[4]
-        whose, best = " ".join(series) or "all", f"the best {xs[0]} as cost^{b / (a + b):.3f}"
+        whose, best = " ".join(filter(None, series)) or "all", f"the best {xs[0]} as cost^{b / (a + b):.3f}"
         notes.append(f"{whose}: where cost grows as {xs[0]} times {xs[1]}, {best}.")
     parameters = ["E", f"A ({xs[0]})", "a", f"B ({xs[1]})", "b"]
     machine = [f"{name}{end}" for name in ("E", "A", "a", "B", "b") for end in ("", "_low", "_high")]

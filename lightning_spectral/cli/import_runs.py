@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import re
+import sys
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -61,9 +63,21 @@ def main(argv: list[str]) -> int:
     about = [about_of(run, rows, options) for run in found]
     for run, (width, labels) in zip(found, about, strict=True):
         inputs.guarded(partial(write, run, folder, width, labels))
+    print_left_out(found)
     steps = len({number.step for run in found for number in run.numbers})
     print(f"wrote {len(found)} run folders to {folder} ({steps} steps); next: lightning-spectral report {folder}")
     return 0
+
+
+def print_left_out(found: list[ForeignRun]) -> None:
+    """What of the logs is in no record, on stderr."""
+    for why, count in sum((run.left_out for run in found), Counter[str]()).items():
+        print(f"note: {count} numbers were left out: {why}.", file=sys.stderr)
+    names = list(dict.fromkeys(name for run in found for name in run.unread))
+    if names:
+        more = ", ..." if len(names) > 6 else ""
+        some = ", ".join(f"`{name}`" for name in names[:6])
+        print(f"note: not known here and left out: {some}{more} (--tag says what a tag is).", file=sys.stderr)
 
 
 def about_of(run: ForeignRun, rows: list[dict[str, str]], options: argparse.Namespace) -> tuple[int, dict[str, str]]:

@@ -14,6 +14,7 @@ from lightning_spectral.records import RUN_FILES
 from lightning_spectral.text import CommandError, tables
 
 if TYPE_CHECKING:
+    from lightning_spectral.analysis.cells import Sheet
     from lightning_spectral.analysis.points import PointTable
     from lightning_spectral.analysis.runs import Problem, RunSet
     from lightning_spectral.analysis.study import Fitted
@@ -138,20 +139,20 @@ def _load(options: argparse.Namespace) -> tuple[Fitted, RunSet | None]:
     return fit_points(table, method=options.method, problems=problems), None
 
 
-def read_tables(options: argparse.Namespace, files: list[str]) -> tuple[PointTable, list[Problem]]:
+def read_tables(options: argparse.Namespace, files: Sequence[str | Path | Sheet]) -> tuple[PointTable, list[Problem]]:
     """All points of some tables as one, without duplicates if that is asked for."""
+    from lightning_spectral.analysis.cells import read_sheet
     from lightning_spectral.analysis.health import without_duplicates
     from lightning_spectral.analysis.tables import differing, one_table, recognised
-    from lightning_spectral.analysis.tidy import column_names, csv_rows, read_points_csv
+    from lightning_spectral.analysis.tidy import read_points_csv
 
     what = {"x": options.x, "y": options.y, "seed": options.seed, "source": options.id}
     what |= {"spread": options.spread, "rows": options.rows, "where": options.where}
-    apart = [] if options.by or len(files) < 2 else differing([csv_rows(file) for file in files])
+    sheets = [read_sheet(file) for file in files]
+    apart = [] if options.by or len(sheets) < 2 else differing([sheet.rows for sheet in sheets])
     parts = [
-        read_points_csv(
-            file, by=[*recognised(column_names(file), options.x).by, *apart] if apart else options.by, **what
-        )
-        for file in files
+        read_points_csv(sheet, by=[*recognised(sheet.names, options.x).by, *apart] if apart else options.by, **what)
+        for sheet in sheets
     ]
     table = one_table([own for own, _ in parts])
     problems = [problem for _, own in parts for problem in own]

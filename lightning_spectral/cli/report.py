@@ -69,6 +69,7 @@ def _report(options: argparse.Namespace, argv: list[str]) -> int:
 
 def scene_of_tables(options: argparse.Namespace, files: list[str]):  # type: ignore[no-untyped-def]  # lazy class
     """What can be shown of tables of points."""
+    from lightning_spectral.analysis.cells import Sheet, read_sheet
     from lightning_spectral.analysis.published import (
         MEASURED,
         kind_of,
@@ -86,10 +87,10 @@ def scene_of_tables(options: argparse.Namespace, files: list[str]):  # type: ign
 
     if len(files) < len(options.inputs):
         raise CommandError(f"give tables or run folders, not {len(options.inputs)} inputs of both kinds.")
-    kinds = {file: kind_of(file) for file in files}
+    kinds = [(kind_of(sheet), sheet) for sheet in map(read_sheet, files)]
 
-    def of(kind: str) -> list[str]:
-        return [file for file in files if kinds[file] == kind]
+    def of(kind: str) -> list[Sheet]:
+        return [sheet for own, sheet in kinds if own == kind]
 
     curves = [curve for file in of("curves") for curve in read_curves(file, options.where)]
     paths = [path for file in of("betas_over_training") for path in read_paths(file, options.where)]

@@ -46,12 +46,12 @@ SPARE_LOOKS: Final = (("#D55E00", "p"), ("#444444", "<"), ("#2F4B7C", ">"), ("#A
 
 def family(label: str) -> tuple[str, str]:
     """Key of :data:`OPTIMIZERS` and the rest of a label: ``dion_1_16`` -> (``dion 1/16``, ``""``)."""
-    text = label.strip().lower().replace("_", " ")
-    found = re.match(r"dion\W*(?:r\W*)?\(?1\s*[/ ]\s*(\d+)\)?(.*)", text)
+    text = label.strip().replace("_", " ")
+    found = re.match(r"dion\W*(?:r\W*)?\(?1\s*[/ ]\s*(\d+)\)?(.*)", text, re.IGNORECASE)
     if found and f"dion 1/{found[1]}" in OPTIMIZERS:
         return f"dion 1/{found[1]}", found[2].strip()
     for key in sorted((key for key in OPTIMIZERS if " " not in key), key=len, reverse=True):
-        if re.match(rf"{key}(?![a-z])", text):
+        if re.match(rf"{key}(?![a-z])", text, re.IGNORECASE):
             return key, text[len(key) :].strip()
     return "", text
 

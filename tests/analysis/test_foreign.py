@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -134,3 +135,82 @@ def test_what_cannot_be_imported_is_a_sentence(
     assert main(["import", str(tmp_path / "a.csv"), *given, "--out", str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("run.json"))
+
+
+def ranks_of(path: Path, **given: str) -> dict[str, list[tuple[int, float | None]]]:
+    return {run.name: [(r.step, r.hard_rank) for r in spectral_records(run, 64)] for run in read_foreign(path, **given)}
+
+
+TAIL = "spectral/hard_rank.tail"
+
+
+@pytest.mark.parametrize("column", ["name", "run_id", "run", "Name"])
+def test_rows_of_several_runs_in_one_file_are_several_runs(tmp_path: Path, column: str) -> None:
+    rows = [("a", 0, 1.0), ("b", 0, 2.0), ("a", 10, 3.0), ("b", 10, 4.0)]
+    wanted = {"a": [(0, 1.0), (10, 3.0)], "b": [(0, 2.0), (10, 4.0)]}
+    table = tmp_path / "t.csv"
+    table.write_text(f"{column},_step,{TAIL}\n" + "".join(f"{r},{s},{v}\n" for r, s, v in rows))
+    assert ranks_of(table) == wanted
+    for name, text in (("t.jsonl", "\n".join), ("t.json", lambda lines: f"[{','.join(lines)}]")):
+        (tmp_path / name).write_text(text([json.dumps({column: r, "_step": s, TAIL: v}) for r, s, v in rows]))
+        assert ranks_of(tmp_path / name) == wanted
+
+
+def test_steps_that_are_none_and_values_that_are_none_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text(f"_step,{TAIL},mystery\n0,1,1\n10,2,1\n10.5,3,1\n,4,1\n-5,9,1\n20,NaN,1\n30,Infinity,1\n40,,1\n")
+    assert ranks_of(table) == {"t": [(0, 1.0), (10, 2.0)]}
+    assert main(["import", str(table), "--width", "64", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    assert "3 numbers were left out: of a step that is no whole number" in said
+    assert "2 numbers were left out: NaN, infinite" in said
+    assert "not known here and left out: `mystery`" in said
+
+
+def test_what_was_logged_again_after_a_resume_replaces_what_was_there(tmp_path: Path) -> None:
+    table = tmp_path / "t.jsonl"
+    rows = [*((s, 10 + s) for s in (0, 10, 20, 30)), *((s, 100 + s) for s in (20, 30, 40))]
+    table.write_text("\n".join(json.dumps({"_step": s, TAIL: v}) for s, v in rows))
+    assert ranks_of(table)["t"] == [(0, 10.0), (10, 20.0), (20, 120.0), (30, 130.0), (40, 140.0)]
+
+
+def test_pairs_outside_a_step_are_of_no_step(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lines = ["Step 1: PR_post=30.1", "summary: PR_post=6", "best PR_post=7", " Step 3: PR_post=5", "step 4: PR_post=4"]
+    (folder / "layer0_global.txt").write_bytes("\r\n".join(lines).encode())
+    assert ranks_of(tmp_path) == {"run": [(1, 30.1), (3, 5.0), (4, 4.0)]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_encodings_and_gzip(tmp_path: Path, encoding: str, packed: bool) -> None:
+    for name, text in (
+        ("t.csv", f"_step,{TAIL}\n0,1.5\n"),
+        ("t.jsonl", json.dumps({"_step": 0, TAIL: 1.5})),
+        ("t.log", "Step 0: PR_post=1.5\n"),
+    ):
+        content = text.encode(encoding)
+        path = tmp_path / name / (name + ".gz" * packed)
+        path.parent.mkdir()
+        path.write_bytes(gzip.compress(content) if packed else content)
+        assert list(ranks_of(path).values()) == [[(0, 1.5)]]
+
+
+@pytest.mark.parametrize("name", ["t.log", "t.csv", "t.jsonl"])
+def test_a_text_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"caf\xe9\nStep 1: PR_post=30.1\n")
+    with pytest.raises(ValueError, match=rf"{name}` is not a text file in UTF-8"):
+        read_foreign(tmp_path / name)
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"Step 1: PR_post=30.1\n" * 99)[:20])
+    with pytest.raises(ValueError, match=rf"{name}.gz` is no whole gzip file"):
+        read_foreign(tmp_path / f"{name}.gz")
+
+
+def test_groups_of_ones_own_keep_their_letters(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("_step,spectral/hard_rank.Code,spectral/hard_rank.code,spectral/hard_rank.TAIL\n0,1,2,3\n")
+    (run,) = read_foreign(table)
+    assert {r.bucket: r.hard_rank for r in spectral_records(run, 64)} == {"Code": 1.0, "code": 2.0, "tail": 3.0}

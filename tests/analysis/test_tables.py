@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from lightning_spectral.analysis import cells
+from lightning_spectral.analysis.cells import read_sheet
 from lightning_spectral.analysis.conditions import condition
 from lightning_spectral.analysis.health import without_duplicates
 from lightning_spectral.analysis.study import fit_points
 from lightning_spectral.analysis.tables import as_of_runs, differing, one_table, recognised
-from lightning_spectral.analysis.tidy import cell_text, csv_rows, points_table, read_points_csv, write_csv
+from lightning_spectral.analysis.tidy import cell_text, points_table, read_points_csv, write_csv
+from lightning_spectral.cli import main
 from tests.analysis.synthetic import power_law_points, table
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -135,8 +138,8 @@ def two_tables(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_tables_with_other_labels_are_read_together(tmp_path: Path) -> None:
     one, two = two_tables(tmp_path)
-    assert differing([csv_rows(one), csv_rows(two)]) == ["model_scale"]
-    assert differing([csv_rows(one)]) == []
+    assert differing([read_sheet(one).rows, read_sheet(two).rows]) == ["model_scale"]
+    assert differing([read_sheet(one).rows]) == []
     joined = one_table([read_points_csv(path)[0] for path in (one, two)])
     assert joined.by == ("optimizer", "dion_rank_fraction", "metric")
     assert [p.series[1] for p in joined.points] == ["1/2"] * 3 + ["1/16"] * 3 + [""] * 3
@@ -152,3 +155,46 @@ def test_a_run_in_two_tables_is_one_point(tmp_path: Path) -> None:
     assert len(one_table([replace(points, points=points.points * 2)]).points) == 2 * len(points.points)
     nameless = replace(points, points=tuple(replace(p, source="") for p in points.points))
     assert len(one_table([nameless, nameless]).points) == 2 * len(points.points)
+
+
+@pytest.mark.parametrize(
+    ("cell", "number_of_it"),
+    [("1e3", 1000.0), (" 2 ", 2.0), ("1_16", None), ("a", None), ("1,5", None), ("-inf", -math.inf), (True, 1.0)],
+)
+def test_what_number_a_cell_says(cell: object, number_of_it: float | None) -> None:
+    assert cells.number_of(cell) == number_of_it
+    assert cells.finite(cell) == (number_of_it if number_of_it is not None and math.isfinite(number_of_it) else None)
+
+
+@pytest.mark.parametrize("cell", ["", "  ", None, "nan"])
+def test_a_blank_cell_is_nan_and_no_finite_number(cell: object) -> None:
+    value = cells.number_of(cell)
+    assert value is not None
+    assert math.isnan(value)
+    assert cells.finite(cell) is None
+    assert not condition("lr<1")({"lr": "" if cell is None else str(cell)})
+
+
+def test_labels_that_look_like_numbers_stay_apart() -> None:
+    assert not condition("rank=116")({"rank": "1_16"})
+    assert condition("rank=116")({"rank": "116.0"})
+
+
+def test_groups_of_ones_own_keep_their_letters(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text(
+        "width,bucket,metric,value\n" + "".join(f"{w},{b},HARD,{w}\n" for w in (1, 2) for b in ("Code", "code", "ALL"))
+    )
+    found = as_of_runs(read_points_csv(path)[0], "value")
+    assert {p.series[2:4] for p in found.points} == {(b, "hard_rank") for b in ("Code", "code", "pooled")}
+
+
+def test_a_table_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    text_of = cells.text_of
+    monkeypatch.setattr(cells, "text_of", lambda path: seen.append(Path(path).name) or text_of(path))
+    files = [str(path) for path in two_tables(tmp_path)]
+    for verb in (["report", "--out", str(tmp_path / "r")], ["fit"], ["compare"]):
+        seen.clear()
+        assert main([verb[0], *files, *verb[1:]]) == 0
+        assert sorted(seen) == ["one.csv", "two.csv"]

@@ -118,7 +118,7 @@ def test_an_option_that_nothing_can_be_done_with_is_refused(
         ("t.csv", "width,value,value\n1,2,3\n", "has the column `value` more than once"),
         ("t.csv", "", "`{path}` is empty"),
         ("t.csv", "\n", "`{path}` is empty"),
-        ("t.csv", "width,value\n1,2\n".encode("utf-16"), "`{path}` is not a text file in UTF-8"),
+        ("t.csv", "width,value,caf\xe9\n1,2,3\n".encode("latin-1"), "`{path}` is not a text file in UTF-8"),
         ("t.xlsx", b"PK", "`{path}` is neither a run folder nor a .csv or .tsv table"),
     ],
 )

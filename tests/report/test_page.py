@@ -320,3 +320,11 @@ def test_one_run_with_one_window_is_dots_and_plain_words(tmp_path: Path) -> None
     assert "window at step 40" in page
     assert "refused" not in page
     assert " from " not in re.search(r"hard rank of [^<]*", page)[0]
+
+
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [("AdamW 12K", "AdamW 12K"), ("muon_WSD", "Muon WSD"), ("Dion (1/2) QK", "Dion (1/2) QK"), ("MyOpt", "MyOpt")],
+)
+def test_the_rest_of_a_label_keeps_its_letters(label: str, shown: str) -> None:
+    assert looks_of([(label,)])[label,].name == shown

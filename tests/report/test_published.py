@@ -146,7 +146,7 @@ def test_points_and_tables_with_other_labels_are_one_report(tmp_path: Path) -> N
     assert main(["report", str(points), str(betas), "--out", str(out)]) == 0
     # what has the name of points is drawn as they are, what has not is a series of its own
     drawn = {row["series"] for row in rows(out / "figures" / "estimates.csv")}
-    assert drawn == {"Dion 1/16", "AdamW 12k"}
+    assert drawn == {"Dion 1/16", "AdamW 12K"}
     assert {row["series"] for row in rows(out / "figures" / "betas.csv")} == {"AdamW", "Dion 1/2", "Dion 1/16"}
     assert main(["report", str(points), str(larger), str(betas), "--out", str(tmp_path / "all")]) == 0
     page = unescape((tmp_path / "all" / "report.html").read_text())

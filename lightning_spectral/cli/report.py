@@ -25,6 +25,8 @@ def main(argv: list[str]) -> int:
         "--tolerance", type=at_least(0, float), default=0.02, help="nats within which a loss counts as reached"
     )
     parser.add_argument("--png", action="store_true", help="also write the figures as PNG")
+    parser.add_argument("--pdf", action="store_true", help="also write the figures as PDF")
+    parser.add_argument("--latex", action="store_true", help="also write the tables as LaTeX (tabular)")
     parser.add_argument(
         "--to-tensorboard", metavar="DIR", help="also write beta(t) with its band as TensorBoard events"
     )
@@ -53,7 +55,8 @@ def _report(options: argparse.Namespace, argv: list[str]) -> int:
 
     scene: ReportData = inputs.guarded(lambda: scene_of_tables(options, tables) if tables else make_scene(options))
     command = shlex.join(["lightning-spectral", "report", *argv])
-    written = write_report(scene, folder, title=options.title, command=command, png=options.png)
+    also = [name for name in ("png", "pdf", "latex") if getattr(options, name)]
+    written = write_report(scene, folder, title=options.title, command=command, also=also)
     for warning in written.warnings:
         print(f"WARNING {warning}")
     if options.to_tensorboard:

@@ -86,9 +86,10 @@ def inline(svg: str, key: str) -> str:
     return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest
 
 
-def png_of(figure: Figure, dpi: int = 110) -> bytes:
-    """The figure as PNG."""
+def picture_of(figure: Figure, kind: str, dpi: int = 110) -> bytes:
+    """The figure as ``png`` or ``pdf``: vectors, fonts embedded as TrueType; the same figure gives the same bytes."""
     buffer = io.BytesIO()
-    with rc_context(REPORT_RC):
-        figure.savefig(buffer, format="png", dpi=dpi)
+    about = {"CreationDate": None} if kind == "pdf" else {}
+    with rc_context({**REPORT_RC, "pdf.fonttype": 42}):
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata=about)
     return buffer.getvalue()

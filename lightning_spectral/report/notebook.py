@@ -18,7 +18,7 @@ from lightning_spectral.analysis.points import nanmedian
 from lightning_spectral.analysis.reading import load_runs
 from lightning_spectral.analysis.runs import Run
 from lightning_spectral.records.looks import bucket_colors, bucket_name, metric_name, optimizer_colors, ordered_buckets
-from lightning_spectral.report.figures import inline, png_of, svg_of
+from lightning_spectral.report.figures import inline, picture_of, svg_of
 from lightning_spectral.report.style import REPORT_RC, label_right
 from lightning_spectral.text.tables import Table
 
@@ -44,7 +44,7 @@ class RunView:
 
     def _repr_png_(self) -> bytes:
         """For viewers that show no HTML."""
-        return png_of(self.figure)
+        return picture_of(self.figure, "png")
 
 
 def show(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +24,7 @@ from lightning_spectral.analysis.learning_rates import learning_rate_table
 from lightning_spectral.analysis.matched import matched_table
 from lightning_spectral.analysis.tidy import fit_table, points_table, write_atomic, write_csv
 from lightning_spectral.report.dark import palette, themed, variable
-from lightning_spectral.report.figures import FIGURES, draw_all, inline, png_of, svg_of
+from lightning_spectral.report.figures import FIGURES, draw_all, inline, picture_of, svg_of
 from lightning_spectral.report.figures_run import sweep_command
 from lightning_spectral.report.numbers import rows_of, thinned, views_over_steps
 from lightning_spectral.report.rows import (
@@ -40,6 +40,8 @@ from lightning_spectral.report.rows import (
 from lightning_spectral.report.scene import ReportData, ReportFigure
 from lightning_spectral.report.template import TEMPLATE
 from lightning_spectral.text import visible
+from lightning_spectral.text.tables import Column, Table
+from lightning_spectral.text.tables import render as render_table
 
 REPORT: Final = "report.html"
 
@@ -50,8 +52,8 @@ class Written:
 
     Attributes:
         page: The HTML page.
-        figures: One SVG (and PNG, if asked for) a figure.
-        tables: CSV files.
+        figures: One SVG (and PNG or PDF, if asked for) a figure.
+        tables: CSV files (and LaTeX, if asked for).
         warnings: What the page warns of.
     """
 
@@ -67,7 +69,7 @@ def write_report(
     *,
     title: str = "Spectral scaling report",
     command: str = "",
-    png: bool = False,
+    also: Collection[str] = (),
 ) -> Written:
     """Draw everything and write the page last: an old page stays whole until the new one is.
 
@@ -76,7 +78,7 @@ def write_report(
         folder: Where to write ``report.html``, ``figures/`` and the CSV files.
         title: Heading of the page.
         command: Command line, for the provenance.
-        png: Also write PNG files.
+        also: Further formats: ``png`` and ``pdf`` of every figure, ``latex`` of every table.
     """
     folder = Path(folder)
     drawings = draw_all(scene)
@@ -89,45 +91,62 @@ def write_report(
         numbers = [[row.panel, row.series, row.x, row.y] for row in rows_of(drawing.figure)]
         write_csv(folder / "figures" / f"{key}.csv", ["panel", "series", "x", "value"], numbers)
         figures.append(write_atomic(folder / "figures" / f"{key}.svg", pictures[key].encode()))
-        if png:
-            figures.append(write_atomic(folder / "figures" / f"{key}.png", png_of(drawing.figure)))
-    tables = write_tables(scene, folder)
+        figures += [
+            write_atomic(folder / "figures" / f"{key}.{kind}", picture_of(drawing.figure, kind))
+            for kind in ("png", "pdf")
+            if kind in also
+        ]
+    tables = write_tables(scene, folder, latex="latex" in also)
     found = warnings_of(scene)
     page = render(scene, drawings, pictures, found, title, command)
     return Written(write_atomic(folder / REPORT, visible(page).encode()), tuple(figures), tuple(tables), tuple(found))
 
 
-def write_tables(scene: ReportData, folder: Path) -> list[Path]:
-    """Every number of the page as CSV."""
+def write_tables(scene: ReportData, folder: Path, *, latex: bool = False) -> list[Path]:
+    """Every number of the page as CSV; with ``latex`` each table as a ``tabular``, too."""
+    written = []
+    for name, (header, rows) in tables_of(scene).items():
+        written.append(write_csv(folder / f"{name}.csv", header, rows))
+        if latex:
+            written.append(write_atomic(folder / f"{name}.tex", latex_of(header, rows).encode()))
+    return written
+
+
+def latex_of(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table as LaTeX: four digits of a number, no column that is empty all the way down."""
+
+    def text(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else visible(str(value))
+
+    cells = [[float(value) if isinstance(value, numpy.floating) else value for value in row] for row in rows]
+    kept = [k for k in range(len(header)) if not cells or any(row[k] != "" and row[k] == row[k] for row in cells)]
+    columns = [Column(header[k], text) for k in kept]
+    return render_table(Table(columns, [[row[k] for k in kept] for row in cells]), "latex") + "\n"
+
+
+def tables_of(scene: ReportData) -> dict[str, tuple[list[str], list[list[Any]]]]:
+    """Header and rows of every table, by the name of its file."""
     by = scene.fitted.table.by
-    paths = [
-        [*path.series, int(step), beta, low, high]
-        for path in scene.trajectories
-        for step, beta, low, high in zip(path.steps, path.beta, path.low, path.high, strict=True)
-    ]
-    summaries = [run_summary(run) for run in scene.runs.runs]
-    of_points = [
-        write_csv(folder / "fits.csv", *fit_table(by, scene.fitted.fits)),
-        write_csv(folder / "points.csv", *points_table(scene.fitted.table)),
-        write_csv(folder / "comparisons.csv", *comparison_table(by, scene.comparisons)),
-        write_csv(
-            folder / "problems.csv",
-            ["source", "kind", "refused", "message"],
-            [[p.source, p.kind, p.refused, p.message] for p in scene.fitted.problems],
-        ),
-    ]
+    problems = [[p.source, p.kind, p.refused, p.message] for p in scene.fitted.problems]
+    tables: dict[str, tuple[list[str], list[list[Any]]]] = {
+        "fits": fit_table(by, scene.fitted.fits),
+        "points": points_table(scene.fitted.table),
+        "comparisons": comparison_table(by, scene.comparisons),
+        "problems": (["source", "kind", "refused", "message"], problems),
+    }
     if scene.trajectories:
+        paths = [
+            [*path.series, int(step), *map(float, numbers)]
+            for path in scene.trajectories
+            for step, *numbers in zip(path.steps, path.beta, path.low, path.high, strict=True)
+        ]
         header = [*(name for name in by if name != "layer"), "step", "beta", "ci_low", "ci_high"]
-        cells = [[float(c) if isinstance(c, numpy.floating) else c for c in row] for row in paths]
-        of_points.append(write_csv(folder / "beta_over_training.csv", header, cells))
-    if not summaries:
-        return of_points
-    return [
-        *of_points,
-        write_csv(folder / "learning_rates.csv", *learning_rate_table(scene.learning_rate_sweeps, scene.fitted.table)),
-        write_csv(folder / "matched_loss.csv", *matched_table(scene.pairs)),
-        write_csv(folder / "runs.csv", list(summaries[0]), [list(row.values()) for row in summaries]),
-    ]
+        tables["beta_over_training"] = (header, paths)
+    if summaries := [run_summary(run) for run in scene.runs.runs]:
+        tables["learning_rates"] = learning_rate_table(scene.learning_rate_sweeps, scene.fitted.table)
+        tables["matched_loss"] = matched_table(scene.pairs)
+        tables["runs"] = (list(summaries[0]), [list(row.values()) for row in summaries])
+    return tables
 
 
 def warnings_of(scene: ReportData) -> list[str]:

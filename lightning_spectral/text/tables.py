@@ -184,7 +184,9 @@ _LATEX = str.maketrans(
 
 def _latex(table: Table, width: int | None) -> str:
     def line(cells: Iterable[str]) -> str:
-        return " & ".join(cell.translate(_LATEX) for cell in cells) + r" \\"
+        text = " & ".join(" ".join(cell.split()).translate(_LATEX) for cell in cells)
+        # after the \\ of the line before, a bracket or a star would be its argument
+        return ("{}" if text.startswith(("[", "*")) else "") + text + r" \\"
 
     alignment = "".join("r" if right else "l" for right in table.on_the_right())
     rows = [line(head.name for head in table.heads), r"\hline", *map(line, table.cells())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from html import unescape
 from pathlib import Path
 
@@ -181,3 +182,42 @@ def test_long_labels_stay_out_of_the_next_panel(tmp_path: Path) -> None:
     assert beside is not None
     assert max(ends) < beside.x0
     assert max(text.get_window_extent().x1 for text in right.texts) < figure.bbox.x1
+
+
+def balanced(text: str) -> bool:
+    """Whether every brace that is not escaped has its partner."""
+    plain = re.sub(r"\\[{}]", "", text)
+    depth = [plain[: k + 1].count("{") - plain[: k + 1].count("}") for k in range(len(plain))]
+    return min(depth) >= 0 and depth[-1] == 0
+
+
+def test_pdf_of_every_figure_and_latex_of_every_table(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    hostile = ["50%_a&b #1", "[x]*{y}", "$\\alpha$~^", "R\u00e9nyi \u202eno\u0303"]
+    lines = [
+        f'"{label}",{width},tail,{metric},{width**0.5 * (k + 1)!r}'
+        for k, label in enumerate(hostile)
+        for width in WIDTHS
+        for metric in ("soft_rank", "hard_rank")
+    ]
+    path.write_text("\n".join(["optimizer,width,bucket,metric,value", *lines]) + "\n")
+    out = tmp_path / "r"
+    assert main(["report", str(path), "--pdf", "--latex", "--out", str(out)]) == 0
+    for picture in (out / "figures").glob("*.svg"):
+        content = picture.with_suffix(".pdf").read_bytes()
+        assert content.startswith(b"%PDF-")
+        assert b"/Subtype /Type3" not in content  # fonts that journals refuse
+        assert b"CreationDate" not in content
+    for table in out.glob("*.csv"):
+        text = table.with_suffix(".tex").read_text()
+        assert balanced(text)
+        assert "\u202e" not in text
+        first, *body, last = text.splitlines()
+        assert (first[:15], last) == (r"\begin{tabular}", r"\end{tabular}")
+        columns = len(re.fullmatch(r"\\begin\{tabular\}\{([lr]+)\}", first)[1])  # type: ignore[index]
+        for line in body:
+            assert line == r"\hline" or (line.endswith(r" \\") and not line.startswith(("[", "*")))
+            bare = re.sub(r"\\(textbackslash|textasciitilde|textasciicircum)\{\}|\\[&%$#_{}]", "", line)
+            assert not set(bare.removesuffix(r" \\")) & set("%$#_~^\\") or line == r"\hline"
+            assert line == r"\hline" or bare.count("&") == columns - 1
+    assert r"50\%\_a\&b \#1" in (out / "fits.tex").read_text()

@@ -28,7 +28,8 @@ TRANSPOSED = "transposed matrix"  # an override only
 _COLUMNS = ("role", "tensors", Column("elements", ","), Column("share", ".1%"), "example", "why", "matrices", "rule")
 
 _TABLE = re.compile(  # of bare parameters
-    r"embed|pos|token|table|^(A_log|D)$|sinks|probe|latents|prompt|code(book|vector)|centroid|prototype", re.I
+    r"embed|pos|token|table|^(A_log|D)$|sinks|probe|latents|quer(y|ies)$|prompt|code(book|vector)|centroid|prototype",
+    re.I,
 )
 _BIAS = re.compile(r"bias(es)?(_|$)")
 

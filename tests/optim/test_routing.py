@@ -367,6 +367,7 @@ class Mixture(nn.Module):
         self.codebook = nn.Parameter(torch.zeros(7, width))
         self.attention_biases = nn.Parameter(torch.zeros(4, 9))
         self.query = nn.Parameter(torch.zeros(1, 3, width))
+        self.latent_queries = nn.Parameter(torch.zeros(3, width))
 
 
 def test_bare_parameters_lists_and_dicts_are_what_their_owner_calls_them():

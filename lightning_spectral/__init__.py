@@ -91,7 +91,10 @@ if not TYPE_CHECKING:  # a type checker knows the names above, and must not beli
 
     def __getattr__(name: str) -> Any:
         if name not in _HOME_OF:
-            raise AttributeError(f"module 'lightning_spectral' has no attribute {name!r}")
+            from lightning_spectral.text import did_you_mean
+
+            hint = "" if name.startswith("_") else f": {did_you_mean(name, __all__, otherwise='it has')}"
+            raise AttributeError(f"module 'lightning_spectral' has no attribute {name!r}{hint}")
         return getattr(import_module(_HOME_OF[name]), name)
 
 

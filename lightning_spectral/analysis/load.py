@@ -22,7 +22,7 @@ from lightning_spectral.records import (
     read_spectral,
     read_weights,
 )
-from lightning_spectral.text import PREVIOUS, folders_below
+from lightning_spectral.text import PREVIOUS, did_you_mean, folders_below
 
 # what can be loaded -> (file, its reader)
 KINDS: Final = {
@@ -67,7 +67,7 @@ def rows(paths: str | Path | Iterable[str | Path], kind: str = "spectral") -> li
         ValueError: If the kind is unknown.
     """
     if kind not in KINDS:
-        raise ValueError(f"unknown kind of records `{kind}`; choose {', '.join(KINDS)}.")
+        raise ValueError(f"unknown kind of records `{kind}`; {did_you_mean(kind, KINDS, otherwise='choose')}")
     name, read = KINDS[kind]
     given = [paths] if isinstance(paths, (str, Path)) else list(paths)
     files = sorted({file for path in given for file in _files(str(path), name)})

@@ -20,6 +20,7 @@ from lightning_spectral.records import (
     RunInfo,
     layer_name,
 )
+from lightning_spectral.text import did_you_mean
 
 FloatArray = NDArray[np.float64]
 
@@ -142,8 +143,8 @@ class Run:
             counts = self.columns.ints[metric].astype(np.float64)
             return self._dense(np.where(counts < 0, np.nan, counts))
         if metric not in self.columns.floats:
-            known = ", ".join(name for name in self.columns.floats if name != "tokens_seen")
-            raise ValueError(f"unknown metric `{metric}`; the records hold {known}.")
+            known = [name for name in self.columns.floats if name != "tokens_seen"]
+            raise ValueError(f"unknown metric `{metric}`; {did_you_mean(metric, known, otherwise='the records hold')}")
         return self._dense(self.columns.floats[metric])
 
     def orders(self, name: str, windows: int) -> dict[str, FloatArray]:

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -218,7 +219,8 @@ def _unusable(row: dict[str, str], x: str, y: str) -> str:
         return " has another number of cells than the header;"
     bad = next((name for name in (x, y) if number_of(row[name]) is None), None)
     if bad is not None:
-        return f": `{row[bad]}` in column `{bad}` is not a number;"
+        comma = " (decimals have a point)" if re.fullmatch(r"-?\d+,\d+", row[bad].strip()) else ""
+        return f": `{row[bad]}` in column `{bad}` is not a number{comma};"
     if not 0 < _optional(row, x) < math.inf:
         return f": `{row[x]}` in column `{x}` is no positive number;"
     return f": `{row[y]}` in column `{y}` is infinite;" if math.isinf(_optional(row, y)) else ""

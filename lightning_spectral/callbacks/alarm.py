@@ -17,6 +17,7 @@ from lightning_spectral.functional.rank import RANK_METRICS
 from lightning_spectral.lightning_private import state_key
 from lightning_spectral.probe.guard import warn
 from lightning_spectral.probe.run_folder import RunFolder
+from lightning_spectral.probe.settings import Site, Stage
 from lightning_spectral.records import (
     ALARMS_FILE,
     POOLED,
@@ -28,8 +29,6 @@ from lightning_spectral.records import (
 )
 from lightning_spectral.text import did_you_mean
 from lightning_spectral.text.arguments import require_count, require_kinds
-
-RELATIVE_TO = ("width", "untrained", "past")
 
 
 class SpectralAlarm(Callback):
@@ -72,8 +71,8 @@ class SpectralAlarm(Callback):
         above: float | None = None,
         relative_to: Literal["width", "untrained", "past"] = "untrained",
         patience: int = 1,
-        site: str = "post",
-        stage: str = "train",
+        site: Site = "post",
+        stage: Stage = "train",
         on_alarm: Callable[[AlarmRecord], Any] | None = None,
         stop: bool = False,
     ) -> None:

@@ -58,32 +58,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb in ("-V", "--version"):
         print(f"lightning-spectral {__version__}")
         return 0
+    if verb == "help" and rest[:1] and rest[0] in VERBS:
+        verb, rest = rest[0], ["--help"]
     if verb not in VERBS:
         hint = did_you_mean(
             verb, ["--version", "--help"] if verb.startswith("-") else VERBS, otherwise="see --help for"
         )
         print(f"lightning-spectral: unknown verb `{verb}`; {hint}", file=sys.stderr)
         return 2
+    return _run(verb, rest)
+
+
+def _run(verb: str, words: Sequence[str]) -> int:
+    """Run a verb; what the command line, the disk or the installation is to blame for is a sentence."""
     try:
         with _visible(verb):
-            return int(import_module(VERBS[verb][0]).main(rest))
+            return int(import_module(VERBS[verb][0]).main(list(words)))
     except CommandError as error:
-        print(f"lightning-spectral {verb}: {visible(str(error))}", file=sys.stderr)
-        return 2
+        return _say(verb, visible(str(error)), 2)
     except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
         if error.name is None or is_installed(error.name.partition(".")[0]):
             raise  # a module of a package that is there: ours, or another version
-        print(f"lightning-spectral {verb}: {why_missing(error.name)}", file=sys.stderr)
-        return 2
+        return _say(verb, why_missing(error.name), 2)
     except OSError as error:
-        if error.errno not in _OF_THE_DISK and not _was_named(error.filename, rest):
+        if error.errno not in _OF_THE_DISK and not _was_named(error.filename, words):
             raise
         what = f"`{error.filename}`: " if error.filename else ""
-        print(f"lightning-spectral {verb}: {visible(what)}{error.strerror}.", file=sys.stderr)
-        return 1
+        return _say(verb, f"{visible(what)}{error.strerror}.", 1)
+
+
+def _say(verb: str, sentence: str, code: int) -> int:
+    print(f"lightning-spectral {verb}: {sentence}", file=sys.stderr)
+    return code
 
 
 def _was_named(path: object, words: Sequence[str]) -> bool:

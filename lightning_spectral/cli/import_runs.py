@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from lightning_spectral.cli import inputs
 from lightning_spectral.cli.parser import VerbParser
-from lightning_spectral.text import CommandError, as_name
+from lightning_spectral.records import RUN_FILE
+from lightning_spectral.text import CommandError, as_name, folders_below
 
 if TYPE_CHECKING:
     from lightning_spectral.analysis.foreign import ForeignRun
@@ -55,6 +56,10 @@ def main(argv: list[str]) -> int:
     from lightning_spectral.analysis.foreign import manifest_rows, read_foreign
 
     rows = inputs.guarded(lambda: manifest_rows(options.manifest)) if options.manifest else []
+    below = (folder for path in options.inputs if Path(path).is_dir() for folder in folders_below(Path(path)))
+    ours = next((folder for folder in below if (folder / RUN_FILE).is_file()), None)
+    if ours is not None:
+        raise CommandError(f"`{ours}` is a run folder already: give it to `fit`, `compare` or `report` as it is.")
     found = [run for path in options.inputs for run in inputs.guarded(partial(read_foreign, path, options.tag))]
     names = [run.name for run in found]
     twice = next((name for name in names if names.count(name) > 1), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -40,7 +41,11 @@ def names(text: str) -> list[str]:
 def add_input_options(parser: argparse.ArgumentParser) -> None:
     """Options that say what to read and how to group it."""
     parser.add_argument(
-        "inputs", nargs="+", metavar="RUNS|points.csv", help="run folders (any depth), or tidy CSV files"
+        "inputs",
+        nargs="+",
+        metavar="RUNS|points.csv",
+        action=_Patterns,
+        help="run folders (any depth), or tidy CSV files",
     )
     parser.add_argument("--by", type=names, metavar="COLUMNS", help="columns that make a series, e.g. optimizer,bucket")
     parser.add_argument(
@@ -120,9 +125,32 @@ def refuse_missing(paths: Iterable[str]) -> None:
 
     for path in paths:
         if not Path(path).exists():
-            raise CommandError(f"there is nothing at `{path}`: give a run folder, or a .csv table of points.")
+            raise CommandError(f"there is nothing at `{path}`: {_why_nothing(str(path))}")
         if Path(path).is_file() and not is_table(path) and Path(path).name not in RUN_FILES:
-            raise CommandError(f"`{path}` is neither a run folder nor a .csv or .tsv table: give one of them.")
+            of_run = "; records are read from their run folder, as `spectral.jsonl` beside `run.json`"
+            more = of_run if ".jsonl" in Path(path).suffixes else ""
+            raise CommandError(f"`{path}` is neither a run folder nor a .csv or .tsv table: give one of them{more}.")
+
+
+class _Patterns(argparse.Action):
+    """Inputs, with patterns in quotes expanded, as the shell does without quotes."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        found: list[str] = []
+        for value in values:
+            found += ([] if Path(value).exists() else sorted(glob.glob(value, recursive=True))) or [value]
+        setattr(namespace, self.dest, found)
+
+
+def _why_nothing(path: str) -> str:
+    """The remedy for an input that is not there."""
+    if "://" in path:
+        return "inputs are on this machine, so download it first (W&B: `wandb artifact get`, or `import` its history)."
+    if glob.has_magic(path):
+        return "no name fits this pattern."
+    if "," in path:
+        return "several inputs are separated by spaces."
+    return "give a run folder, or a .csv table of points."
 
 
 def _load(options: argparse.Namespace) -> tuple[Fitted, RunSet | None]:

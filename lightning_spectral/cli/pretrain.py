@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     from lightning_spectral.training.names import keys, refuse_wrong_places, with_defaults
     from lightning_spectral.training.values import check_without_imports
 
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv == ["help"] or {"-h", "--help"} & {*argv}:
         print(_HELP.format(names=", ".join(names())))
         return 0 if argv else 2
     accept_changes = "--accept-changes" in argv
@@ -157,6 +157,11 @@ def _split(argv: list[str]) -> tuple[str | None, str | None, str, list[str]]:
             if not equals and not rest:
                 what = "a YAML file or a shipped name" if option == "--config" else f"one of {', '.join(FORMATS)}"
                 raise CommandError(f"`{option}` has no value: give {what}.")
+            if option in values:
+                raise CommandError(
+                    f"`{option}` is given twice, `{values[option]}` first: keep one (a recipe is laid over another by "
+                    "its key `base`)."
+                )
             values[option] = value if equals else rest.pop(0)
         else:
             words.append(word)

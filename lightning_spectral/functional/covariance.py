@@ -128,7 +128,9 @@ def update_(
         ValueError: If shapes or sizes do not fit the state.
     """
     if rows_ND.ndim != 2 or rows_ND.shape[1] != moments.width:
-        raise ValueError(f"Rows of shape {tuple(rows_ND.shape)} do not fit a state of width {moments.width}.")
+        is_deep = rows_ND.ndim > 2 and rows_ND.shape[-1] == moments.width
+        remedy = ": flatten what is before the features, `rows.flatten(0, -2)`." if is_deep else "."
+        raise ValueError(f"Rows of shape {tuple(rows_ND.shape)} do not fit a state of width {moments.width}{remedy}")
     num_tokens = rows_ND.shape[0] if order_M is None else order_M.shape[0]
     if len(sizes) != moments.num_groups or sum(sizes) != num_tokens:
         raise ValueError(

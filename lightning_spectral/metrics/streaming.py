@@ -98,5 +98,7 @@ class SpectralRank(StreamingCovariance):
         Raises:
             ValueError: If there are no two different finite rows yet.
         """
+        if not bool(self.moments.count_G.sum() > 1):
+            raise ValueError(f"{type(self).__name__} has seen no two rows yet: call `update(rows)` first.")
         eigs = ranks.spectrum(covariance(pool(self.moments)))
         return {name: metric.function(eigs) for name, metric in ranks.RANK_METRICS.items()}

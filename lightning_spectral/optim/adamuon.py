@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_spectral.functional.orthogonalize import orthogonalize_stack
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule, absolute_eps, faded, fading
-from lightning_spectral.optim.settings import OrthogonalArguments, OrthogonalSettings, Unpack
+from lightning_spectral.optim.settings import OrthogonalArguments, OrthogonalSettings, Unpack, refuse_unknown
 from lightning_spectral.text.arguments import require_kinds
 
 # B matrices of one shape, M rows, N columns
@@ -65,4 +65,5 @@ class AdaMuon(SpectralOptimizer):
         require_kinds(AdaMuon.__init__, locals())
         if not 0 <= moment_beta < 1:
             raise ValueError(f"`moment_beta` in [0, 1) needed, got {moment_beta!r}.")
+        refuse_unknown(type(self), OrthogonalSettings, shared)
         super().__init__(params, lr, "adamuon", OrthogonalSettings(**shared), {"moment_beta": moment_beta})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_spectral.optim.base import SpectralOptimizer
-from lightning_spectral.optim.settings import CommonArguments, CommonSettings, Unpack
+from lightning_spectral.optim.settings import CommonArguments, CommonSettings, Unpack, refuse_unknown
 
 
 class AdamW(SpectralOptimizer):
@@ -20,6 +20,7 @@ class AdamW(SpectralOptimizer):
     settings_class = CommonSettings
 
     def __init__(self, params: Any, lr: float = 1e-3, **shared: Unpack[CommonArguments]) -> None:
+        refuse_unknown(type(self), CommonSettings, shared)
         super().__init__(params, lr, "adamw", CommonSettings(**shared))
 
     @classmethod

@@ -13,7 +13,7 @@ from lightning_spectral.functional.magnitude import unit_scale
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.factors import next_right_factor, orthonormal_columns
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule, faded, fading
-from lightning_spectral.optim.settings import MATRIX_PAPER, MatrixArguments, MatrixSettings, Unpack
+from lightning_spectral.optim.settings import MATRIX_PAPER, MatrixArguments, MatrixSettings, Unpack, refuse_unknown
 from lightning_spectral.text.arguments import require_count, require_kinds
 
 # B matrices of one shape, M rows, N columns, R rank of the update
@@ -137,6 +137,7 @@ class Dion(SpectralOptimizer):
             "orthogonal_right": orthogonal_right,
             "rank_rms_match": rank_rms_match,
         }
+        refuse_unknown(type(self), MatrixSettings, shared)
         super().__init__(params, lr, "dion", MatrixSettings(**shared), own)
 
     @classmethod

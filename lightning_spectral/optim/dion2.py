@@ -12,7 +12,7 @@ from lightning_spectral.functional.orthogonalize import METHODS, orthogonalize_s
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule, absolute_eps, faded, fading
 from lightning_spectral.optim.normuon import normalize_neurons
-from lightning_spectral.optim.settings import MatrixArguments, MatrixSettings, Unpack
+from lightning_spectral.optim.settings import MatrixArguments, MatrixSettings, Unpack, refuse_unknown
 from lightning_spectral.text.arguments import require_choice, require_kinds
 
 # B matrices of one shape, M rows, N columns, S slices (rows or columns, whichever are fewer), K of them selected
@@ -111,6 +111,7 @@ class Dion2(SpectralOptimizer):
         **shared: Unpack[MatrixArguments],
     ) -> None:
         require_kinds(Dion2.__init__, locals())
+        refuse_unknown(type(self), MatrixSettings, shared)
         super().__init__(params, lr, "dion2", MatrixSettings(**shared), _selection(fraction, orthogonalize, steps))
 
 
@@ -151,6 +152,7 @@ class NorDion2(SpectralOptimizer):
         if not 0 <= moment_beta < 1:
             raise ValueError(f"`moment_beta` in [0, 1) needed, got {moment_beta!r}.")
         own = {**_selection(fraction, orthogonalize, steps), "moment_beta": moment_beta}
+        refuse_unknown(type(self), MatrixSettings, shared)
         super().__init__(params, lr, "nordion2", MatrixSettings(**shared), own)
 
 

@@ -9,7 +9,13 @@ from torch import Tensor
 from lightning_spectral.functional.orthogonalize import orthogonalize_stack
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule, absolute_eps, faded, fading
-from lightning_spectral.optim.settings import ORTHOGONAL_PAPER, OrthogonalArguments, OrthogonalSettings, Unpack
+from lightning_spectral.optim.settings import (
+    ORTHOGONAL_PAPER,
+    OrthogonalArguments,
+    OrthogonalSettings,
+    Unpack,
+    refuse_unknown,
+)
 
 
 class MuonRule(MatrixRule):
@@ -42,6 +48,7 @@ class Muon(SpectralOptimizer):
     settings_class = OrthogonalSettings
 
     def __init__(self, params: Any, lr: float = 1e-3, **shared: Unpack[OrthogonalArguments]) -> None:
+        refuse_unknown(type(self), OrthogonalSettings, shared)
         super().__init__(params, lr, "muon", OrthogonalSettings(**shared))
 
     @classmethod

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_spectral.functional.orthogonalize import orthogonalize_stack
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule, absolute_eps, fading
-from lightning_spectral.optim.settings import OrthogonalArguments, OrthogonalSettings, Unpack
+from lightning_spectral.optim.settings import OrthogonalArguments, OrthogonalSettings, Unpack, refuse_unknown
 
 # B matrices of one shape, M rows, N columns
 _ROUNDING = 1e-6  # relative, of a squared norm in fp32
@@ -76,4 +76,5 @@ class MuonH(SpectralOptimizer):
     settings_class = OrthogonalSettings
 
     def __init__(self, params: Any, lr: float = 1e-2, **shared: Unpack[OrthogonalArguments]) -> None:
+        refuse_unknown(type(self), OrthogonalSettings, shared)
         super().__init__(params, lr, "muonh", OrthogonalSettings(**shared))

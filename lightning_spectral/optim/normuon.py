@@ -10,7 +10,13 @@ from torch import Tensor
 from lightning_spectral.functional.orthogonalize import orthogonalize_stack
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule, absolute_eps, faded, fading
-from lightning_spectral.optim.settings import ORTHOGONAL_PAPER, OrthogonalArguments, OrthogonalSettings, Unpack
+from lightning_spectral.optim.settings import (
+    ORTHOGONAL_PAPER,
+    OrthogonalArguments,
+    OrthogonalSettings,
+    Unpack,
+    refuse_unknown,
+)
 from lightning_spectral.text.arguments import require_kinds
 
 # B matrices of one shape, M rows, N columns
@@ -105,6 +111,7 @@ class NorMuon(SpectralOptimizer):
         if not 0 <= moment_beta < 1:
             raise ValueError(f"`moment_beta` in [0, 1) needed, got {moment_beta!r}.")
         own = {"moment_beta": moment_beta, "normalize": normalize}
+        refuse_unknown(type(self), OrthogonalSettings, shared)
         super().__init__(params, lr, "normuon", OrthogonalSettings(**shared), own)
 
     @classmethod

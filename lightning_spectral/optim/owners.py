@@ -54,6 +54,8 @@ def find_owners(params: Any, shards: Shards | None = None) -> list[NamedParamete
     Raises:
         ValueError: If nothing is given, or a parameter belongs to no live module.
     """
+    if isinstance(params, type):
+        raise TypeError(f"`params` is the class `{params.__name__}`, not a model: make one first. {REMEDY}")
     if isinstance(params, nn.Module):
         return _walk([params], None, (), shards)
     root = _module_behind(params)

@@ -78,6 +78,11 @@ def route(named: Sequence[NamedParameter], overrides: dict[str, str] | None = No
             dimensions a matrix.
     """
     overrides = overrides or {}
+    for expression in overrides:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ValueError(f"`roles`: `{expression}` is no regular expression: {error}.") from error
     heads = Heads(named)
     used: set[str] = set()
     routes = []

@@ -17,6 +17,7 @@ from lightning_spectral.models.layouts import SPLITS
 from lightning_spectral.optim.matrix_rule import EPS_STYLES, LR_SCALES, MOMENTUM_STYLES, PRECISIONS
 from lightning_spectral.optim.vector_rules import VECTOR_RULES
 from lightning_spectral.optim.weights import BF16_WEIGHTS
+from lightning_spectral.text import did_you_mean
 from lightning_spectral.text.arguments import require_choice, require_kinds
 
 if TYPE_CHECKING:
@@ -74,6 +75,19 @@ class OrthogonalArguments(MatrixArguments, total=False):
     momentum_style: str
     orthogonalize: str
     steps: int | None
+
+
+def refuse_unknown(optimizer: type, settings: type[CommonSettings], shared: Mapping[str, Any]) -> None:
+    """Refuse what is no argument of an optimizer; before ``settings(**shared)``, which would name itself.
+
+    Raises:
+        TypeError: With the nearest that the optimizer takes.
+    """
+    own = inspect.signature(vars(optimizer)["__init__"]).parameters if "__init__" in vars(optimizer) else {}
+    known = [*(name for name in own if name not in ("self", "params", "shared")), *(f.name for f in fields(settings))]
+    for name in shared:
+        if name not in known:
+            raise TypeError(f"{optimizer.__name__} has no argument `{name}`: {did_you_mean(name, known)}")
 
 
 @dataclass(frozen=True)

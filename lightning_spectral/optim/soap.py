@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_spectral.functional.magnitude import unit_scale
 from lightning_spectral.optim.base import SpectralOptimizer
 from lightning_spectral.optim.matrix_rule import Group, MatrixRule, faded, fading
-from lightning_spectral.optim.settings import MatrixArguments, MatrixSettings, Unpack
+from lightning_spectral.optim.settings import MatrixArguments, MatrixSettings, Unpack, refuse_unknown
 from lightning_spectral.text.arguments import require_count, require_kinds
 
 # B matrices of one shape, S short side, L long side
@@ -116,4 +116,5 @@ class SOAP(SpectralOptimizer):
             raise ValueError(f"`moment_beta` in [0, 1) needed, got {moment_beta!r}.")
         require_count("basis_every", basis_every)
         own = {"moment_beta": moment_beta, "basis_every": basis_every}
+        refuse_unknown(type(self), MatrixSettings, shared)
         super().__init__(params, lr, "soap", MatrixSettings(**shared), own)

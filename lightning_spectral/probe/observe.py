@@ -141,6 +141,9 @@ def observe(
     if process_group is not None and isinstance(counts, str) and counts == STREAM:
         raise ValueError("`counts='stream'` with a `process_group`: later stages see no ids; give an array or a file.")
     refuse_unknown("observe", shared)
+    if not isinstance(model, nn.Module):
+        what = f"the class `{model.__name__}`: make one first" if isinstance(model, type) else f"`{model!r:.80}`"
+        raise TypeError(f"observe measures a model (torch.nn.Module), got {what}.")
     settings = replace(ProbeSettings(every_n_steps=every_n_steps, **shared), dirpath=str(out))
     buckets = None if counts is None else BucketSettings(counts=counts)
     loop = LoopObserver(Measurement(settings, buckets), name="observe", num_steps=num_steps)

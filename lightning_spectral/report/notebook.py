@@ -61,6 +61,7 @@ def show(
         FileNotFoundError: If a path does not exist.
         ValueError: If there is no run, or none has such numbers.
     """
+    metrics = [metrics] if isinstance(metrics, str) else metrics
     found = load_runs([runs] if isinstance(runs, (str, Path)) else runs).runs
     usable = [run for run in found if site in run.sites]
     if not usable:

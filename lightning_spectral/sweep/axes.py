@@ -58,6 +58,10 @@ def read(
         settings, grids = smoke_form(tree, file, grids)
         common = {**settings, **common}
     given = [parse_axis(text) for text in axes]
+    names = [axis.name for axis in given]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise RecipeError(f"--axis `{twice}` is given twice: write all its values in one, `{twice}=a,b,c`.")
     if given:
         grids = [_with_axes(grids[0] if grids else [], given)]
     if not grids:

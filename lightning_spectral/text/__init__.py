@@ -56,8 +56,9 @@ def did_you_mean(wrong: object, known: Iterable[object], *, otherwise: str = "kn
         prefix: Put before a name that is suggested, e.g. ``train.``.
     """
     names = [str(name) for name in known]
-    close = difflib.get_close_matches(str(wrong), names, n=1)
-    return f"did you mean `{prefix}{close[0]}`?" if close else f"{otherwise}: {', '.join(names)}."
+    by_letters = {name.lower(): name for name in reversed(names)}  # capitals are no difference
+    close = difflib.get_close_matches(str(wrong).lower(), by_letters, n=1)
+    return f"did you mean `{prefix}{by_letters[close[0]]}`?" if close else f"{otherwise}: {', '.join(names)}."
 
 
 def import_class(path: str, *, bare_names_in: str | None = None, subclass_of: type | None = None) -> Any:
@@ -154,6 +155,13 @@ def _yaml_loader() -> Any:
     class Loader(yaml.SafeLoader):
         """YAML 1.2's booleans and numbers on PyYAML, which speaks 1.1."""
 
+    def mapping(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"the key `{twice}` stands twice, line {node.start_mark.line + 1} on: keep one")
+        return loader.construct_mapping(node)
+
     def number(loader: Loader, node: yaml.ScalarNode) -> float | int:
         value = loader.construct_yaml_float(node)
         is_whole = re.fullmatch(r"[-+]?\d+[eE]\+?\d+", node.value) is not None and math.isfinite(value)
@@ -161,6 +169,7 @@ def _yaml_loader() -> Any:
 
     boolean = "tag:yaml.org,2002:bool"
     Loader.add_constructor("tag:yaml.org,2002:float", number)
+    Loader.add_constructor("tag:yaml.org,2002:map", mapping)
     Loader.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != boolean]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -221,6 +230,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     is removed by the next one.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder, and a file is to be written", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_partials(path.parent.resolve(), os.getpid())
     partial = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.partial")

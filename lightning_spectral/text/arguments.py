@@ -11,7 +11,7 @@ from os import PathLike
 from types import NoneType, UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
-from lightning_spectral.text import did_you_mean, is_name
+from lightning_spectral.text import did_you_mean, is_name, one_line
 
 
 def require_choice(name: str, value: object, allowed: Iterable[object]) -> None:
@@ -76,7 +76,8 @@ def require_kinds(owner: Callable[..., Any], values: Mapping[str, Any]) -> None:
         if lists and isinstance(value, str):
             raise ValueError(f"`{name}` must be a list, got {value!r}: write {name}=[{value!r}].")
         words = " or ".join(dict.fromkeys(_words(kind) for kind in kinds if kind is not NoneType))
-        seen = f"{value!r} of type {type(value).__name__}"
+        text = one_line(repr(value))
+        seen = f"{text if len(text) <= 80 else text[:77] + '...'} of type {type(value).__name__}"
         raise ValueError(f"`{name}` must be {words}, got {seen}.{_remedy(kinds, value)}")
 
 

@@ -55,6 +55,8 @@ def find(path: str | Path) -> Path:
     Raises:
         RecipeError: If there is none.
     """
+    if not str(path) or not Path(path).name:
+        raise RecipeError(f"`--config {path}` names no recipe: give a YAML file or a shipped name, e.g. `quickstart`.")
     if Path(path).is_file():
         return Path(path)
     name = Path(path).with_suffix("").as_posix().removeprefix("recipes/")
@@ -83,6 +85,8 @@ def parse_words(words: Sequence[str]) -> list[tuple[str, Any]]:
             if not rest or re.match(r"--[a-zA-Z]", rest[0]):
                 raise RecipeError(f"`--{key}` has no value: write `--{key} VALUE`.")
             value = rest.pop(0)
+        if not all(key.removesuffix("+").split(".")):
+            raise RecipeError(f"`--{key}` has an empty name between its dots: write e.g. `--train.max_steps 50`.")
         pairs.append((key, read_value(value)))
     return pairs
 

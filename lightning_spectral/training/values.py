@@ -105,7 +105,8 @@ def refuse_other_kinds(key: str, hint: Hint, value: Any) -> None:
 
 def _sentence(what: str, allowed: Sequence[Any], value: Any) -> str:
     values = [one.value for one in allowed if isinstance(one, Choice)]
-    types = [one.__name__ for one in allowed if isinstance(one, type)]
+    types = ["a path" if one is Path else one.__name__ for one in allowed if isinstance(one, type)]
+    value = "null" if value is None else value
     if types:
         return f"{what} must be {' or '.join([*types, *map(str, values)])}, got {value}."
     known = [*map(str, values), *(["null"] if None in allowed else [])]

@@ -37,7 +37,7 @@ def test_one_row_a_record_of_every_run(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown kind of records `ranks`; choose spectral, losses, weights"):
+    with pytest.raises(ValueError, match=r"unknown kind of records `ranks`; choose: spectral, losses, weights"):
         rows(tmp_path, "ranks")
     with pytest.raises(FileNotFoundError, match=r"no `spectral.jsonl` at or below"):
         rows(tmp_path)

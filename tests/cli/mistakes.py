@@ -2,7 +2,8 @@
 
 Each is one line of the terminal, with ``RECIPE`` (a tiny one), ``TEXT``, ``RUNS`` (a study of three widths), ``POINTS``
 (a table of points), ``KEYED`` (JSON lines whose text is called ``txt``), ``BLANK`` (a text file without text), ``FILE``
-(a file where a folder is wanted) and ``EMPTY`` (an empty folder) in the place of paths.
+(a file where a folder is wanted), ``EMPTY`` (an empty folder), ``RECORDS`` (records without their folder) and ``TWICE``
+(a recipe with a key twice) in the place of paths.
 A group of mistakes ends before Lightning is imported unless its name says ``full``.
 """
 
@@ -17,6 +18,7 @@ VERBS: Final = [
     ("optimizer_table", ["`optimizer_table`", "`optimizer-table`"]),
     ("--verison", ["`--verison`", "`--version`"]),
     ("help", ["`help`", "--help"]),
+    ("help pretran", ["`help`", "--help"]),
     ("fits RUNS", ["`fits`", "`fit`"]),
 ]
 
@@ -100,6 +102,21 @@ PRETRAIN: Final = [
     ("pretrain --config RECIPE --optimizer Muonn", ["`Muonn`", "`Muon`"]),
     ("pretrain --config RECIPE --optimizer Muon --optimizer.init_args.momentumm 1", ["`momentumm`", "`momentum`"]),
     ("pretrain --config RECIPE --resume latest", ["`resume`", "`latest`", "`auto`"]),
+]
+
+# what a shell or a text editor makes of a command
+PRETRAIN += [
+    ("pretrain --config ''", ["--config", "YAML file"]),
+    ("pretrain --config=", ["--config", "YAML file"]),
+    ("pretrain --config debug --config quickstart", ["`--config`", "twice", "`debug`", "`base`"]),
+    ("pretrain --config RECIPE --format json --format csv", ["`--format`", "twice", "`json`"]),
+    ("pretrain --config RECIPE --train..max_steps 5", ["`--train..max_steps`", "empty name", "--train.max_steps"]),
+    ("pretrain --config RECIPE --.train 5", ["`--.train`", "empty name"]),
+    ("pretrain --config RECIPE --TRAIN.max_steps 5", ["`TRAIN`", "`train`"]),
+    ("pretrain --config RECIPE --Train.Max_Steps 5", ["`Train`", "`train`"]),
+    ("pretrain --config RECIPE --out_dir ''", ["`out_dir`", "a path", "null"]),
+    ("pretrain --config RECIPE --optimizer.init_args.lr 1e-3,", ["`optimizer.init_args.lr`", "1e-3,", "float"]),
+    ("pretrain --config TWICE", ["TWICE", "`model_name`", "twice", "keep one"]),
 ]
 
 # values of another type or outside of a closed choice
@@ -223,6 +240,8 @@ SWEEP += [
     ("sweep RECIPE --axis train.max_steps=0,4 --dry-run", ["`train.max_steps`", "0", ">= 1"]),
     ("sweep RECIPE --axis optimizer.init_args.lr=fast --dry-run", ["optimizer.init_args.lr", "fast", "float"]),
     ("sweep RECIPE --axis strategy=ddp,fdsp --dry-run", ["`strategy`", "fdsp", "`fsdp`"]),
+    ("sweep RECIPE --axis seed=0,1 --axis seed=2", ["`seed`", "twice", "`seed=a,b,c`"]),
+    ("sweep RECIPE --axis seed=0..3 --dry-run", ["`seed`", "0..3", "int"]),
     ("plan RECIPE --precision bf16", ["`precision`", "bf16", "`bf16-mixed`"]),
 ]
 
@@ -277,6 +296,17 @@ ANALYSIS: Final = [
     ("completion fsh", ["`fsh`", "`zsh`"]),
 ]
 
+ANALYSIS += [
+    ("fit RECORDS", ["RECORDS", "run folder", "`run.json`"]),
+    ("fit https://example.com/points.csv", ["`https://example.com/points.csv`", "download"]),
+    ("fit wandb://entity/project", ["`wandb://entity/project`", "wandb artifact get", "`import`"]),
+    ("fit 'out/*_512'", ["`out/*_512`", "pattern"]),
+    ("fit out/a,out/b", ["`out/a,out/b`", "separated by spaces"]),
+    ("fit RUNS --metrics soft-rank", ["`soft-rank`", "`soft_rank`"]),
+    ("records RUNS --out EMPTY --format csv", ["EMPTY", "folder"]),
+    ("import RUNS --out imported", ["RUNS", "run folder already", "`fit`"]),
+]
+
 MODELS: Final = [
     ("measure nowhere --data TEXT", ["`nowhere`", "checkpoint"]),
     ("measure EMPTY", ["--data"]),
@@ -285,6 +315,8 @@ MODELS: Final = [
         ["hf download EleutherAI/pythia-14m --revision step1", "`measure pythia-14m`"],
     ),
     ("count-tokens --data KEYED --out counts.npy", ["`text`", "`txt`", "`--text_column`"]),
+    ("measure EMPTY --data TEXT --tokens 0", ["`--tokens`", "0", ">= 1"]),
+    ("measure EMPTY --data TEXT --batch_size -1", ["`--batch_size`", "-1", ">= 1"]),
     ("measure EMPTY --data TEXT --tokens few", ["--tokens", "few", "whole number"]),
     ("measure EMPTY --data TEXT --sites psot", ["--sites", "psot", "post"]),
     ("measure EMPTY --data TEXT --token 10", ["`--token`", "`--tokens`"]),

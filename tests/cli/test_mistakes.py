@@ -27,10 +27,13 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (folder / "file.txt").write_text("not a folder\n")
     (folder / "keyed.jsonl").write_text('{"txt": "one"}\n')
     (folder / "blank.txt").write_text("\n")
+    (folder / "lone.jsonl").write_text("{}\n")
+    (folder / "twice.yaml").write_text("model_name: pythia-14m\ndata: StateOfTheUnion\nmodel_name: pythia-31m\n")
     rows = [f"{name},{width},{width**beta}" for name, beta in (("a", 0.3), ("b", 0.9)) for width in (64, 128, 256)]
     (folder / "points.csv").write_text("\n".join(["optimizer,width,value", *rows]) + "\n")
     here = {"RECIPE": recipe, "TEXT": folder / "text.txt", "RUNS": folder / "runs", "POINTS": folder / "points.csv"}
     here |= {"FILE": folder / "file.txt", "EMPTY": folder / "empty"}
+    here |= {"RECORDS": folder / "lone.jsonl", "TWICE": folder / "twice.yaml"}
     here |= {"KEYED": folder / "keyed.jsonl", "BLANK": folder / "blank.txt"}
     return {name: str(path) for name, path in here.items()}
 

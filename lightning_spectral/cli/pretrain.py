@@ -12,7 +12,7 @@ import yaml
 
 from lightning_spectral.analysis.last_window import summary
 from lightning_spectral.cli.parser import nearest_option
-from lightning_spectral.text import CommandError
+from lightning_spectral.text import CommandError, one_line
 from lightning_spectral.text.tables import FORMATS, aside, print_table
 
 _HELP = """\
@@ -171,12 +171,18 @@ def _split(argv: list[str]) -> tuple[str | None, str | None, str, list[str]]:
     return values.get("--config"), show, style, words
 
 
+def _one_line_warning(message: Warning | str, *where: object) -> str:
+    """A warning without the file of a library in which it was raised."""
+    return f"WARNING {one_line(message)}\n"
+
+
 def _quieten() -> None:
     import lightning.pytorch  # noqa: F401  (it makes the handlers)
 
     def useful(record: logging.LogRecord) -> bool:
         return not any(text in record.getMessage() for text in _CHATTER)
 
+    warnings.formatwarning = _one_line_warning  # type: ignore[assignment]
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):

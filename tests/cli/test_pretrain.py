@@ -209,3 +209,13 @@ def test_print_config_is_print_recipe_without_the_arguments_of_classes(recipe, c
     assert {k: v for k, v in quick.items() if k not in classes} == {k: v for k, v in whole.items() if k not in classes}
     assert [one["class_path"] for one in quick["callbacks"]] == [one["class_path"] for one in whole["callbacks"]]
     assert quick["train"]["max_norm"] == 2.0
+
+
+def test_a_library_s_warning_is_one_line_without_its_file(tmp_path) -> None:
+    recipe = write_recipe(tmp_path)
+    command = [sys.executable, "-m", "lightning_spectral", "pretrain", "--config", str(recipe)]
+    command += ["--train.lr_warmup_steps", "50", "--train.global_batch_size", "6"]  # the second is refused, late
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr.splitlines()
+    (warning,) = [line for line in said if "lr_warmup_steps" in line]
+    assert warning.startswith("WARNING `--train.lr_warmup_steps` should be less")
+    assert not [line for line in said if "warnings.warn" in line or ".py:" in line]

@@ -145,9 +145,7 @@ def _series(checkpoints: list[Path], options: argparse.Namespace) -> int:
         )
     except (ValueError, FileNotFoundError, DeliberateError) as error:
         raise CommandError(str(error)) from error
-    found = [
-        (folder, record) for folder in result.folders if folder.is_dir() for record in read_spectral(folder).records
-    ]
+    found = [(folder, record) for folder in result.folders for record in read_spectral(folder).records]
     print_table(series_table(found, options.out), options.format)
     for checkpoint, reason in result.failed:
         print(f"not measured: {checkpoint}: {reason}", file=out)

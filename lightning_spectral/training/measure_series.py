@@ -69,7 +69,7 @@ def measure_series(
     """
     say = report or (lambda _: None)
     folders = folders_of(checkpoints, out)
-    result = SeriesResult(list(folders))
+    result = SeriesResult()
     waiting: list[tuple[Path, Path]] = []
     now = asked(corpus, **options)
     for folder, members in folders.items():
@@ -96,6 +96,8 @@ def measure_series(
                 result.failed.append((member, reason))
             else:
                 result.measured.append(member)
+    # a worker that died early leaves a folder without records
+    result.folders = [folder for folder in folders if (folder / records.SPECTRAL_FILE).is_file()]
     return result
 
 

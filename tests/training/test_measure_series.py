@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import signal
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -219,6 +222,8 @@ def test_a_series_on_ray_measures_the_same(family, tmp_path, monkeypatch, capsys
 
 def test_a_worker_of_ray_that_dies_loses_its_model_for_now(family, tmp_path, monkeypatch, capsys):
     hub, text = family
+    (tmp_path / "out" / "m16").mkdir(parents=True)
+    (tmp_path / "out" / "m16" / "run.lock").write_text("")  # all that it left: it died before its first record
     monkeypatch.setitem(sys.modules, "ray", PretendRay(dies=["m16"]))
     assert cli.main([*words(hub, text, tmp_path / "out"), "--launcher", "ray", "--workers", "1"]) == 2
     assert "m16: its worker died (the node died): call again." in capsys.readouterr().out
@@ -237,6 +242,54 @@ def test_a_call_that_is_made_again_keeps_what_its_worker_had_measured(family, tm
     monkeypatch.setattr(series, "measure_checkpoint", lambda c, *a, **k: (calls.append(c), measure(c, *a, **k)))
     again = series._measure_members(out, found, corpus=corpus, options=options)
     assert (calls, again) == (found[1:], [(path, "") for path in found])
+
+
+def kill_holders(folder: Path, times: int, killed: list[int], ended: threading.Event) -> None:
+    """SIGKILL to processes that measure into a folder: so many of them, each while it holds the folder."""
+    while len(killed) < times and not ended.wait(0.002):
+        try:
+            holder = int(json.loads((folder / "run.lock").read_text())["pid"])
+        except (OSError, ValueError):  # nobody is there, or is just coming
+            continue
+        if holder not in killed:
+            os.kill(holder, signal.SIGKILL)
+            killed.append(holder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("default")  # Ray's own
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_series_on_a_real_ray_whose_worker_is_killed(family, tmp_path, capsys, times):
+    ray = pytest.importorskip("ray", reason="an optional extra: pip install 'lightning-spectral[ray]'")
+    hub, text = family
+    assert cli.main(words(hub, text, tmp_path / "here")) == 0
+    killed, ended = [], threading.Event()
+    killer = threading.Thread(target=kill_holders, args=(tmp_path / "ray" / "m32", times, killed, ended))
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    killer.start()
+    capsys.readouterr()
+    try:
+        code = cli.main([*words(hub, text, tmp_path / "ray"), "--launcher", "ray"])
+    finally:
+        ended.set()
+        killer.join()
+        ray.shutdown()
+    assert len(set(killed)) == times
+    assert os.getpid() not in killed
+    said = capsys.readouterr().out
+    if times == 1:  # taken up again
+        assert (code, "not measured" in said) == (0, False), said
+    else:  # twice at most; the other models are measured, and this one by the next call
+        assert code == 2, said
+        assert said.count("not measured: ") == 1
+        assert "m32: its worker died (" in said
+        assert cli.main(words(hub, text, tmp_path / "ray")) == 0
+    for folder in ("m16", "m32", "m48"):
+        here, there = (read_spectral(tmp_path / out / folder).records for out in ("here", "ray"))
+        assert len(there) == len({record.key for record in there})
+        assert {r.key: r.hard_rank for r in there} == pytest.approx({r.key: r.hard_rank for r in here}, rel=1e-5)
+        assert {r.step for r in read_losses(tmp_path / "ray" / folder).records} == {0, 100, 1000}
 
 
 def test_ray_is_for_a_series_and_must_be_there(family, tmp_path, monkeypatch, capsys):

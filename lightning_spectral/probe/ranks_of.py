@@ -77,14 +77,12 @@ def measure(
         num_sequences: That the rows come from; 0 if nobody knows.
         renyi_orders: Orders of :attr:`RankMeasurement.renyi`.
         absolute_epsilon: The paper's compatibility option of ``hard_rank``.
-        soft: ``exact``; or ``approx``, where the matrix is wide enough for that to be faster: then everything that
-            needs the whole spectrum stays ``None``.
+        soft: ``exact``; ``approx`` where the matrix is wide: then what needs the whole spectrum stays ``None``.
         eigensolver: One for all spectra of a window; default one of its own.
     """
     solve = eigensolver or Eigensolver(exact=soft == "exact")
     own = sample(state, groups)
-    status = _status(own)
-    if status in UNMEASURABLE:
+    if (status := _status(own)) in UNMEASURABLE:
         return RankMeasurement(own.num_tokens, own.width, status)
     exact = soft == "exact" or len(own.matrix_MM) < approximate.MIN_WIDTH
     eigs = solve(own) if exact else None

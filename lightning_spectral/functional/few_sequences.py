@@ -98,12 +98,15 @@ def entropy_of_endless(
         likeness: How alike the rows of a sequence are.
 
     Returns:
-        The entropy; NaN where parts and all should show the same.
+        The entropy; NaN where parts and all should show the same, or no spectrum is found behind the sample.
     """
     shares_M = eigs_M.detach().double().cpu().clamp(min=0)
     shares_M = shares_M[shares_M > 0] / shares_M.sum()
     entropy = -float(shares_M @ shares_M.log())
-    behind = population(eigs_M, num_rows, width, likeness.weights(num_rows, num_sequences))
+    try:
+        behind = population(eigs_M, num_rows, width, likeness.weights(num_rows, num_sequences))
+    except RuntimeError:  # the fit on the grid does not settle
+        return math.nan
     shown = entropy_of_rows(behind, num_rows)
     rows = round(sum(size for _, size in parts) / len(parts))  # shards are alike
     fall = shown - entropy_of_rows(behind, rows, likeness.weights(rows, num_sequences * rows / num_rows))

@@ -155,7 +155,7 @@ def across_groups(state: Moments | Gram, groups: Sequence[int]) -> AcrossGroups:
         groups: Groups to use, at least two of them with rows.
 
     Returns:
-        NaN with fewer than two groups or where the estimate of ``tr C^2`` is not positive.
+        NaN with fewer than two groups, or where an estimate is not positive.
     """
     if len(groups) < 2:
         return AcrossGroups()
@@ -193,7 +193,7 @@ def _across(count_K: Tensor, inner_KK: Tensor, trace_K: Tensor, along_KK: Tensor
         weight = apart[a, b] * apart[c, d] * len(apart) / len(both)
         square += weight * (means[a][c] - means[a][d] - means[b][c] + means[b][d]) ** 2
         trace += weight * squared(a, b) * squared(c, d)
-    if not square > 0:
+    if not (square > 0 and trace > 0):  # no variance but in one group
         return AcrossGroups()
     hard_rank = trace / square
     along_rows = sum(traces) / sum(count) / hard_rank  # tr C^2 / tr C

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_spectral import SpectralRankCallback, TailTokenProbe, WeightSpectrumCallback, observe, read_spectral
 from lightning_spectral.probe import agreement, collectives
+from lightning_spectral.probe.open_window import sequence_counts
 from lightning_spectral.probe.probe import SpectralProbe
 from lightning_spectral.records import SpectralRecord
 from tests.distributed.harness import run_ranks
@@ -252,7 +253,8 @@ def dead_in_the_reduction(rank: int) -> Any:
         calls[0] += 1
         if rank == 1 and calls[0] == 3:
             time.sleep(2.5)
-            probe._sequence_counts(args[0], 2)  # late: what the other has given up ends, so that both can leave
+            # late: what the other has given up ends, so that both can leave
+            collectives.all_reduce(sequence_counts(probe.window, {"blocks"}, probe.buckets.reported, probe.device))
             raise collectives.MissingRankError("this one")
         return close(probe, *args)
 

@@ -229,16 +229,10 @@ def _read_rows(rows: Sequence[Mapping[str, Any]], file: Path, runs: dict[str, Fo
         return
     whose = next((name for name in _RUN_COLUMNS if any(_is_word(row.get(name)) for row in rows)), None)
     for row in rows:
-        step, named = (
-            number_of(row.get(column)),
-            str((row.get(whose) if whose else "") or "") or Path(_plain(file)).stem,
-        )
+        step = number_of(row.get(column))
+        named = str((whose and row.get(whose)) or Path(_plain(file)).stem)
         for name, cell in row.items():
-            if (
-                name in (None, column, whose)
-                or number_of(cell) is None
-                or (number_of(cell) != number_of(cell) and not cell)
-            ):
+            if name in (None, column, whose) or cell in (None, "") or number_of(cell) is None:
                 continue  # blank, or a word
             own, dash, tag = name.partition(" - ")
             if not name.endswith(("__MIN", "__MAX")):

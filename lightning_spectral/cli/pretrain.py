@@ -48,7 +48,7 @@ _CHATTER = ("Tip:", "`weights_only` was not set", "TPU available", "Restored all
 
 def main(argv: list[str]) -> int:
     """Run the verb; 0 done, 2 bad input, 143 stopped by SIGTERM."""
-    from lightning_spectral.training.devices import refuse_surely_absent
+    from lightning_spectral.training.devices import refuse_absent, surely_absent
     from lightning_spectral.training.document import RecipeError, names
     from lightning_spectral.training.names import keys, refuse_wrong_places, with_defaults
     from lightning_spectral.training.values import check_without_imports
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
         if show:
             return _show(config, words)
         refuse_wrong_places(tree)
-        refuse_surely_absent(tree.get("accelerator", "auto"))
+        refuse_absent(tree.get("accelerator", "auto"), surely_absent)
         return _train(config, words, style, accept_changes)
     except RecipeError as error:
         raise CommandError(str(error)) from error

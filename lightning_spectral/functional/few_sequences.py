@@ -81,6 +81,7 @@ def _normal() -> tuple[Tensor, Tensor]:
 
 def entropy_of_endless(
     eigs_M: Float[Tensor, " M"],
+    entropy: float,
     width: int,
     num_rows: int,
     num_sequences: int,
@@ -91,6 +92,7 @@ def entropy_of_endless(
 
     Args:
         eigs_M: Eigenvalues of the sample covariance, >= 0, not all zero.
+        entropy: Their spectral entropy, nats.
         width: D.
         num_rows: N.
         num_sequences: That the rows come from.
@@ -100,9 +102,6 @@ def entropy_of_endless(
     Returns:
         The entropy; NaN where parts and all should show the same, or no spectrum is found behind the sample.
     """
-    shares_M = eigs_M.detach().double().cpu().clamp(min=0)
-    shares_M = shares_M[shares_M > 0] / shares_M.sum()
-    entropy = -float(shares_M @ shares_M.log())
     try:
         behind = population(eigs_M, num_rows, width, likeness.weights(num_rows, num_sequences))
     except RuntimeError:  # the fit on the grid does not settle

@@ -114,7 +114,8 @@ def _soft(
     num_rows, width = centred_ND.shape
     behind = population(eigs_M, num_rows, width, RowWeights.from_norms(norms_N, hard_rank))
     entropy = entropy_of_rows(behind, num_seen)
-    alike = population(eigs_M, num_rows, width, RowWeights.from_norms(torch.ones_like(norms_N), hard_rank))
+    one = torch.ones(1, dtype=torch.float64)
+    alike = population(eigs_M, num_rows, width, RowWeights.of(one, one))
     halves = []
     for half in (0, 1):
         part_ND = centred_ND[_parts(sequences_N, 2) == half]

@@ -80,6 +80,8 @@ class OrthogonalArguments(MatrixArguments, total=False):
 def refuse_unknown(optimizer: type, settings: type[CommonSettings], shared: Mapping[str, Any]) -> None:
     """Refuse what is no argument of an optimizer; before ``settings(**shared)``, which would name itself.
 
+    Every constructor then calls ``settings(**shared)`` itself: jsonargparse follows ``**shared`` in its source.
+
     Raises:
         TypeError: With the nearest that the optimizer takes.
     """

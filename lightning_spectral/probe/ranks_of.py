@@ -192,7 +192,7 @@ def _by_model(
     if little or not lean > 0:
         return along
     seen = [(math.log(part.soft_rank), part.num_tokens) for part in parts]
-    entropy = entropy_of_endless(eigs, own.width, own.num_tokens, num_sequences, seen, likeness)
+    entropy = entropy_of_endless(eigs, math.log(shown), own.width, own.num_tokens, num_sequences, seen, likeness)
     if not entropy >= math.log(shown):
         return along
     trust = 1 - likeness.share_of_sequences * (1 - min(1.0, lean**-3))

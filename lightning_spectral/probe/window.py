@@ -150,20 +150,18 @@ class ClosedWindow:
                 owned = [replace(r, measurement=replace(r.measurement, eigenvalues=None)) for r in owned]
             shared: list[list[SiteResult]] = all_gather_object(owned, self.process_group)
             results = [result for part in shared for result in part]
-        if self.is_stage:
-            results = self._of_all_stages(results)
+        results, losses = self._of_all_stages(results) if self.is_stage else (results, self.losses)
         self.busy_s += time.perf_counter() - began
-        return WindowResult(results, self.losses, self.world_size, self.busy_s)
+        return WindowResult(results, losses, self.world_size, self.busy_s)
 
-    def _of_all_stages(self, results: list[SiteResult]) -> list[SiteResult]:
-        """Those of every stage, from its first rank; the losses are of the stage that saw them."""
+    def _of_all_stages(self, results: list[SiteResult]) -> tuple[list[SiteResult], list[BucketLoss]]:
+        """Results and losses of every stage, from its first rank; the losses are of the stage that saw them."""
         if not self.options.eigenvalues:
             results = [replace(r, measurement=replace(r.measurement, eigenvalues=None)) for r in results]
         speaks = dist.get_rank(self.process_group) == 0
         parts: list[Any] = all_gather_object((results, self.losses) if speaks else ([], []))
         known = [losses for _, losses in parts if any(one.loss is not None for one in losses)]
-        self.losses = known[0] if known else self.losses
-        return [result for part, _ in parts for result in part]
+        return [result for part, _ in parts for result in part], known[0] if known else self.losses
 
     def without_numbers(self, status: str, reason: str) -> list[SiteResult]:
         """A result for every site and bucket that says why there is no number."""

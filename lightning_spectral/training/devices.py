@@ -10,7 +10,7 @@ import ast
 import ctypes
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -107,17 +107,22 @@ def check_accelerator(wanted: Any) -> None:
         raise RecipeError(f"`accelerator` is {wanted}; {did_you_mean(wanted, known, otherwise='there are')}")
 
 
-def refuse_surely_absent(accelerator: str) -> None:
-    """Refuse an accelerator that this machine has not, as far as its system says so; torch has the last word.
+def refuse_absent(accelerator: str, is_absent: Callable[[str], bool]) -> None:
+    """Refuse an accelerator of which this machine has no kind; ``auto`` is whatever there is.
+
+    Args:
+        accelerator: A name that is known.
+        is_absent: Says so of one kind.
 
     Raises:
         RecipeError: With the remedy.
     """
-    if all(_surely_absent(kind) for kind in (["cuda", "mps"] if accelerator == "gpu" else [accelerator])):
+    if accelerator != "auto" and all(map(is_absent, ["cuda", "mps"] if accelerator == "gpu" else [accelerator])):
         raise RecipeError(f"`accelerator` is {accelerator}, and this machine has none: use `auto` or `cpu`.")
 
 
-def _surely_absent(kind: str) -> bool:
+def surely_absent(kind: str) -> bool:
+    """Whether the system itself says that there is none; torch has the last word."""
     if kind == "mps":
         return sys.platform != "darwin"
     if kind == "tpu":

@@ -16,15 +16,9 @@ from lightning_spectral.training.devices import check_strategy, spread_of
 from lightning_spectral.training.document import RecipeError
 
 
-def refuse_absent(accelerator: str) -> None:
-    """Refuse an ``accelerator:`` that this machine has not, as torch sees it.
-
-    Raises:
-        RecipeError: If not.
-    """
-    kinds = ["cuda", "mps"] if accelerator == "gpu" else [] if accelerator == "auto" else [accelerator]
-    if kinds and not any(AcceleratorRegistry[kind]["accelerator"].is_available() for kind in kinds):
-        raise RecipeError(f"`accelerator` is {accelerator}, and this machine has none: use `auto` or `cpu`.")
+def is_absent(kind: str) -> bool:
+    """Whether torch sees no accelerator of a kind that Lightning knows."""
+    return not AcceleratorRegistry[kind]["accelerator"].is_available()
 
 
 class HybridShardStrategy(ModelParallelStrategy):

@@ -34,8 +34,9 @@ from lightning_spectral.probe.run_folder import move_earlier_run
 from lightning_spectral.probe.run_lock import RunLock
 from lightning_spectral.text import one_line, write_text
 from lightning_spectral.training import checkpoints, preemption
+from lightning_spectral.training.devices import refuse_absent
 from lightning_spectral.training.document import RecipeError
-from lightning_spectral.training.factories import make_logger, make_strategy, refuse_absent
+from lightning_spectral.training.factories import is_absent, make_logger, make_strategy
 from lightning_spectral.training.names import keys
 from lightning_spectral.training.preemption import first_rank
 from lightning_spectral.training.recipe import Recipe
@@ -122,7 +123,7 @@ def _pretrain(recipe: Recipe, *, progress_bar: bool, accept_changes: bool) -> Ru
     resume = _resume_path(content["resume"] or ("auto" if preemption.was_requeued() else False), out_dir)
     changes = check_resumed(recipe.text(), out_dir, RECIPE_FILE, accept_changes=accept_changes) if resume else []
     with _as_recipe_error():
-        refuse_absent(content["accelerator"])
+        refuse_absent(content["accelerator"], is_absent)
         try_out(recipe)
         tokenizer_dir = checkpoint_dir(content, "tokenizer_dir")
         with _in_words_of_a_recipe(content["data"]["class_path"]):

@@ -97,7 +97,7 @@ def test_weights_have_the_second_moments_that_the_ranks_say():
 
 def test_parts_that_are_the_whole_say_nothing():
     eigs = SPECTRUM.clone()
-    assert math.isnan(entropy_of_endless(eigs, WIDTH, 768, 12, [(1.0, 768)], Likeness(1.0, 1.0)))
+    assert math.isnan(entropy_of_endless(eigs, math.log(TRUE), WIDTH, 768, 12, [(1.0, 768)], Likeness(1.0, 1.0)))
 
 
 def test_a_fit_that_does_not_settle_leaves_the_extrapolation(monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -163,23 +163,11 @@ def test_launches_grow_by_a_few_a_matrix(kind, at_most):
     assert (many - few) / 8 < at_most
 
 
-def launches_on_an_accelerator(width: int, layers: int) -> list[str]:
-    """Of one step on ``layers`` matrices of 4 width x width; meta tensors go the way of a GPU's."""
+def launches_on_an_accelerator(
+    sides: Sequence[tuple[int, int]], optimizer: Callable[[nn.Module], torch.optim.Optimizer] = Muon
+) -> list[str]:
+    """Of one step on layers of these inputs and outputs; meta tensors go the way of a GPU's."""
     with torch.device("meta"):
-        model = nn.ModuleList(nn.Linear(width, 4 * width, bias=False) for _ in range(layers))
-    optimizer = Muon(model)
-    for _ in range(2):
-        for p in model.parameters():
-            p.grad = torch.empty_like(p)
-        with Launches() as seen:
-            optimizer.step()
-    return [name for name in seen.names if not name.startswith("prim::")]
-
-
-def launches_of_an_mlp(layers: int, optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> int:
-    """Of one step on ``layers`` pairs of 512 x 128 and 128 x 512."""
-    with torch.device("meta"):
-        sides = [(128, 512), (512, 128)] * layers
         model = nn.ModuleList(nn.Linear(*side, bias=False) for side in sides)
     its = optimizer(model)
     for _ in range(2):
@@ -187,25 +175,26 @@ def launches_of_an_mlp(layers: int, optimizer: Callable[[nn.Module], torch.optim
             p.grad = torch.empty_like(p)
         with Launches() as seen:
             its.step()
-    return len([name for name in seen.names if not name.startswith("prim::")])
+    return [name for name in seen.names if not name.startswith("prim::")]
 
 
 @pytest.mark.parametrize("layers", [1, 6])
 def test_on_an_accelerator_the_two_projections_of_an_mlp_are_one_chain(layers):
     """Two launches turn the matrices that lie across on their way in and out; torch's digits need two chains."""
-    one_shape = len(launches_on_an_accelerator(128, 2 * layers))
-    assert launches_of_an_mlp(layers, Muon) == one_shape + 2
-    assert launches_of_an_mlp(layers, Muon.like_torch) > 1.5 * one_shape
+    one_shape = len(launches_on_an_accelerator([(128, 512)] * 2 * layers))
+    mlp = [(128, 512), (512, 128)] * layers
+    assert len(launches_on_an_accelerator(mlp)) == one_shape + 2
+    assert len(launches_on_an_accelerator(mlp, Muon.like_torch)) > 1.5 * one_shape
 
 
 def test_on_an_accelerator_more_matrices_of_a_shape_are_not_more_launches():
-    assert len(launches_on_an_accelerator(128, 12)) == len(launches_on_an_accelerator(128, 3)) <= 41
+    assert len(launches_on_an_accelerator([(128, 512)] * 12)) == len(launches_on_an_accelerator([(128, 512)] * 3)) <= 41
 
 
 @pytest.mark.parametrize(("layers", "sums_of_products"), [(2, 5 * 2), (6, 2 + 2 * 5)], ids=["one by one", "in pairs"])
 def test_two_steps_share_a_gram_matrix_where_products_outweigh_launches(layers, sums_of_products):
     """Five steps of two sums each, or one alone and two pairs of five: fewer passes over the long side."""
-    assert launches_on_an_accelerator(768, layers).count("aten::baddbmm") == sums_of_products
+    assert launches_on_an_accelerator([(768, 3072)] * layers).count("aten::baddbmm") == sums_of_products
 
 
 def test_a_gpu_takes_all_matrices_of_a_shape_in_one_chain_of_launches():

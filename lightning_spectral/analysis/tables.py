@@ -14,6 +14,7 @@ _X_NAMES: Final = ("width", "ffn_hidden_dim", "ffn_width", "intermediate_size", 
 _SEED_NAMES: Final = ("seed",)
 _ROWS_NAMES: Final = ("num_tokens", "num_rows")  # the second until schema 2
 _OWN: Final = {"value", "spread", "steps", "run_id"}
+_ALSO: Final = ("error", "raw", "num_sequences")  # fields of a point that our tables have, where runs have them
 # columns that make a series where they are there
 _LABELS: Final = (
     *("optimizer", "model", "dion_rank_fraction", "rank_fraction", "heads", "n_head", "norm", "positions"),
@@ -36,6 +37,7 @@ class Columns:
         spread: One standard deviation of the value.
         rows: Rows N behind the value.
         steps: Windows behind the value, separated by semicolons.
+        also: Further fields of a point, under their own names.
     """
 
     x: str
@@ -44,6 +46,7 @@ class Columns:
     spread: str | None
     rows: str | None
     steps: str | None
+    also: tuple[str, ...] = ()
 
 
 def recognised(names: Sequence[str], x: str | None = None, by: Sequence[str] | None = None) -> Columns:
@@ -64,7 +67,8 @@ def recognised(names: Sequence[str], x: str | None = None, by: Sequence[str] | N
     seed = next((name for name in _SEED_NAMES if name in free), None)
     rows = next((name for name in _ROWS_NAMES if name in free), None)
     spread, steps = ("spread" if own else None), ("steps" if own else None)
-    return Columns(chosen, tuple(by), seed, spread, rows, steps)
+    also = tuple(name for name in _ALSO if own and name in names)
+    return Columns(chosen, tuple(by), seed, spread, rows, steps, also)
 
 
 def differing(tables: Sequence[Sequence[Mapping[str, str]]]) -> list[str]:

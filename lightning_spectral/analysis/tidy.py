@@ -100,12 +100,14 @@ def read_points_csv(
             hint = did_you_mean(column, names, otherwise="it has")
             raise ValueError(f"`{path}` has no column `{column}` ({role}); {hint}")
     source = source or next((name for name in _ID_NAMES if name in names and name not in by), None)
-    roles = _Roles(x, y, seed, source, spread, rows, columns.steps)
+    roles = _Roles(x, y, seed, source, spread, rows, columns.steps, columns.also)
     points, problems, used = _points_of(path, sheet.rows, by, roles, kept)
     if not sheet.ends_whole:
         cut = f"`{path}` ends without a line break: if it was cut off, its last row is wrong."
         problems.append(Problem(str(path), "no_line_break", cut))
-    apart = telling_apart(used, replace(columns, seed=seed), [n for n in (y, *names_of(spread), rows, source) if n])
+    apart = telling_apart(
+        used, replace(columns, seed=seed), [n for n in (y, *names_of(spread), rows, source, *columns.also) if n]
+    )
     if apart is not None:
         why = f"`{path}` has several rows of one series and {x}; the column `{apart}` tells them apart (--by, --seed)."
         problems.append(Problem(str(path), "repeated_x", why))
@@ -123,6 +125,7 @@ class _Roles:
     spread: str | None
     rows: str | None
     steps: str | None
+    also: tuple[str, ...]
 
 
 def _points_of(
@@ -159,6 +162,7 @@ def _points_of(
                 _optional(row, roles.rows),
                 value if is_rank or "rank" in row.get("metric", "") else math.nan,
                 _steps(row, roles.steps),
+                **_also(row, roles.also),  # type: ignore[arg-type]  # all of them are floats
             )
         )
         used.append(row)
@@ -173,6 +177,10 @@ def _points_of(
             "deviation. Give both ends, --spread LOW,HIGH."
         )
     return points, problems, used
+
+
+def _also(row: dict[str, str], names: Sequence[str]) -> dict[str, float]:
+    return {name: _optional(row, name) for name in names}
 
 
 def _spread(row: dict[str, str], names: Sequence[str]) -> float:
@@ -240,9 +248,16 @@ def fit_table(by: Sequence[str], fits: Iterable[PowerLawFit]) -> tuple[list[str]
 
 def points_table(table: PointTable) -> tuple[list[str], list[list[Any]]]:
     """Header and rows of ``points.csv``."""
-    header = [*table.by, table.x_name, "seed", "value", "spread", "num_tokens", "steps", "run_id"]
+    also = [
+        name for name in ("raw", "error", "num_sequences") if any(math.isfinite(getattr(p, name)) for p in table.points)
+    ]
+    header = [*table.by, table.x_name, "seed", "value", "spread", "num_tokens", *also, "steps", "run_id"]
     rows = [
-        [*p.series, p.x, p.seed, p.value, p.spread, p.num_tokens, ";".join(map(str, p.steps)), p.source]
+        [
+            *(*p.series, p.x, p.seed, p.value, p.spread, p.num_tokens),
+            *(getattr(p, name) for name in also),
+            *(";".join(map(str, p.steps)), p.source),
+        ]
         for p in table.points
     ]
     return header, rows

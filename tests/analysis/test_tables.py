@@ -12,6 +12,7 @@ import pytest
 from lightning_spectral.analysis import cells
 from lightning_spectral.analysis.cells import read_sheet
 from lightning_spectral.analysis.conditions import condition
+from lightning_spectral.analysis.fits import fit_series
 from lightning_spectral.analysis.health import without_duplicates
 from lightning_spectral.analysis.study import fit_points
 from lightning_spectral.analysis.tables import as_of_runs, differing, one_table, recognised
@@ -198,3 +199,17 @@ def test_a_table_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         seen.clear()
         assert main([verb[0], *files, *verb[1:]]) == 0
         assert sorted(seen) == ["one.csv", "two.csv"]
+
+
+def test_a_table_of_ours_keeps_errors_plain_ranks_and_sequences_of_its_runs(tmp_path: Path) -> None:
+    points = power_law_points(0.5, seeds=2, noise=0.05)
+    known = [replace(p, error=0.3, raw=0.9 * p.value * p.x**-0.1, num_sequences=32.0, layers=()) for p in points]
+    path = write_csv(
+        tmp_path / "p.csv", *points_table(table([replace(p, series=("a",)) for p in known], ("optimizer",)))
+    )
+    (fit,) = fit_points(read_points_csv(path)[0]).fits
+    of_runs = fit_series([replace(p, series=("a",)) for p in known])
+    assert (fit.beta, fit.ci_low, fit.raw_beta) == (of_runs.beta, of_runs.ci_low, of_runs.raw_beta)
+    assert fit.raw_beta == pytest.approx(fit.beta - 0.1)
+    # errors of .3 at every point: an interval over what would otherwise be a scatter of .05
+    assert fit.std_err > 3 * fit_series([replace(p, error=math.nan) for p in known]).std_err

@@ -68,6 +68,11 @@ class Recorder:
         """Whether a micro-batch has been started and not collected."""
         return self._open
 
+    @property
+    def listens(self) -> bool:
+        """Whether a forward call that came now would be kept."""
+        return self._switch.on
+
     def start(self, *, seed: int = 0, training: bool = True, first: Callable[[], None] | None = None) -> None:
         """Open for one micro-batch.
 

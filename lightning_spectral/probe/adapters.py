@@ -103,6 +103,11 @@ def holds_ids(batch: Any, ids: Tensor | None) -> bool:
     return any(_same(entry, ids) for entry in entries(batch))
 
 
+def is_of(tensor: Tensor, ids: Tensor) -> bool:
+    """Whether a tensor of a batch is these ids, or these ids and one column more."""
+    return _same(Entry((), "", tensor), ids)
+
+
 def ids_in(batch: Any) -> list[Tensor]:
     """The token ids of a batch, ``(B, columns)`` or packed ``(N,)`` each; empty where none are recognised.
 

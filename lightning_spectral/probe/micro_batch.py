@@ -50,13 +50,15 @@ class MicroBatches:
             probe: What was started.
             batch: What the script was given.
             window: The open window, if any.
-            tokens: Learns how many columns of a batch the model is given.
+            tokens: Learns how much of a training batch the model is given.
             evaluates: Count only what belongs to the batch.
         """
         with self._guard("accumulating activations", "not_matched"):
+            to_the_end = probe.recorder.listens
             choose = partial(of_batch, batch=batch) if evaluates else self.given
             calls = probe.collect(partial(self._mask, batch), partial(self._targets, batch), choose)
-            tokens.learn(batch, calls)
+            if not evaluates:
+                tokens.learn(batch, calls, to_the_end=to_the_end)
             for kind, note in probe.recorder.notes.items():
                 self._guard.say(kind, note)
                 if window is not None:

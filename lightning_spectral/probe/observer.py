@@ -173,7 +173,8 @@ class Observer:
             self._micro_batches.collect(self._armed.probe, batch, self._window, self.tokens, evaluates=False)
         if counts_tokens:
             with self.guard("counting tokens"):
-                self.tokens.add(batch, self._armed.host.num_replicas)
+                if reason := self.tokens.add(batch, self._armed.host.num_replicas):
+                    self.guard.say("counting tokens", f"{reason}.")
                 if self.stream is not None:
                     self.stream.add(batch)
 

@@ -24,6 +24,7 @@ HARD_RANK_ACROSS = "hard_rank_across_sequences"  # in `extra` of a record
 # Where the whole correction (nats) or what rows have in common (second moment of their weights) is less, both ways to
 # extrapolate the soft rank agree to some thousandths.
 _LITTLE, _ALONE = 0.05, 1.5
+_LEANS = 1.2  # where rows share the same in all directions, two groups show more than this in at most a third of draws
 UNMEASURABLE = ("empty", "nonfinite", "degenerate")
 
 
@@ -195,7 +196,7 @@ def _by_model(
     entropy = entropy_of_endless(eigs, math.log(shown), own.width, own.num_tokens, num_sequences, seen, likeness)
     if not entropy >= math.log(shown):
         return along
-    trust = 1 - likeness.share_of_sequences * (1 - min(1.0, lean**-3))
+    trust = 1 - likeness.share_of_sequences * (1 - min(1.0, (lean / _LEANS) ** -6))
     return min(float(own.width), math.exp((1 - trust) * math.log(along) + trust * entropy))
 
 

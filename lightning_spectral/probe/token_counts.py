@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_spectral.functional.buckets import frequency_buckets, look_up
 from lightning_spectral.models.calls import ForwardCall
-from lightning_spectral.probe.adapters import ids_in
+from lightning_spectral.probe.adapters import ids_in, is_of
 from lightning_spectral.probe.collectives import all_reduce
 from lightning_spectral.probe.grouping import Grouping
 from lightning_spectral.probe.measurement import Measurement
@@ -30,11 +30,15 @@ ENOUGH_PER_ID = 10  # tokens per id of the vocabulary after which HEAD, MID and 
 REASON = "token counts: too few tokens were seen so far (`counts='stream'`)"
 
 
+NOT_ALL = (
+    "the model was given {given:,} token ids of a batch that holds {held:,}: how many tokens the training has seen is "
+    "unknown from here on (`tokens_seen` is null), and curves are over steps"
+)
 NO_IDS = "token counts: no token ids were found in the training batches (`counts='stream'`); pass `counts`"
 
 
 class TokenCounter:
-    """Training tokens over all ranks; ``None`` once a batch held no ids that are recognised.
+    """Training tokens over all ranks; ``None`` once a batch held no ids that are recognised, or more than were used.
 
     Attributes:
         seen: The number.
@@ -45,13 +49,30 @@ class TokenCounter:
         self.seen: int | None = 0
         self.before_step: tuple[int, int | None] | None = None
         self._extra_columns = 0
+        self._used: list[bool] | None = None  # which tensors of ids of a batch the model is given, where that is known
+        self._num_given: int | None = None  # in this micro-batch
 
-    def learn(self, batch: Any, calls: Sequence[ForwardCall]) -> None:
-        """A batch may have one column more than the model is given."""
-        ids = next((call.ids for call in calls if call.ids is not None and call.ids.ndim == 2), None)
-        tensors = [tensor for tensor in ids_in(batch) if tensor.ndim == 2]
-        if ids is not None and tensors:
-            self._extra_columns = int(tensors[0].shape[1] == ids.shape[1] + 1)
+    def learn(self, batch: Any, calls: Sequence[ForwardCall], *, to_the_end: bool) -> None:
+        """From a micro-batch that was watched: a batch may hold ids, or one column, that the model is not given.
+
+        Args:
+            batch: What the script was given.
+            calls: The forward calls over it.
+            to_the_end: Whether they are all: a script that steps by hand may go on after its first step.
+        """
+        ids = [call.ids for call in calls if call.ids is not None]
+        tensors = ids_in(batch)
+        if not ids or not tensors:
+            return
+        used = [any(is_of(tensor, one) for one in ids) for tensor in tensors]
+        self._used = used if any(used) else None
+        if any(used):
+            tensors = [tensor for tensor, is_used in zip(tensors, used, strict=True) if is_used]
+        self._extra_columns = int(all(t.shape[-1] == one.shape[-1] + 1 for t in tensors for one in ids))
+        if to_the_end and not any(used) and len(ids) == len(calls):
+            self._num_given = _most_given(calls)
+            if self._num_given == sum(_tokens_of(tensor, 1) for tensor in tensors):  # in pieces
+                self._extra_columns = 1
 
     def begin_step(self, step: int) -> None:
         """Before a micro-batch of this optimizer step."""
@@ -62,23 +83,33 @@ class TokenCounter:
         """Tokens seen by the weights of a step, without micro-batches of the one under way that is forgotten."""
         return self.before_step[1] if self.before_step is not None and self.before_step[0] == step else self.seen
 
-    def add(self, batch: Any, num_replicas: int) -> None:
-        """Count one rank's batch for all ranks with other data."""
+    def add(self, batch: Any, num_replicas: int) -> str:
+        """Count one rank's batch for all ranks with other data.
+
+        Returns:
+            Why the number is unknown from here on; empty where it is not, or was before.
+        """
+        given, self._num_given = self._num_given, None
+        if self.seen is None:
+            return ""
         tensors = ids_in(batch)
-        if not tensors or self.seen is None:
+        if self._used is not None and len(self._used) == len(tensors):
+            tensors = [tensor for tensor, is_used in zip(tensors, self._used, strict=True) if is_used]
+        held = sum(_tokens_of(tensor, self._extra_columns) for tensor in tensors)
+        if not tensors or (given is not None and given < held and not _is_split(num_replicas)):
             self.seen = None
-            return
-        for tensor in tensors:
-            columns = tensor.shape[-1] - (self._extra_columns if tensor.ndim > 1 else 0)
-            self.seen += tensor.numel() // max(tensor.shape[-1], 1) * columns * num_replicas
+            return NOT_ALL.format(given=given, held=held) if tensors else ""
+        self.seen += held * num_replicas
+        return ""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {"tokens_seen": self.seen, "extra_columns": self._extra_columns}
+        return {"tokens_seen": self.seen, "extra_columns": self._extra_columns, "used": self._used}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting."""
         self.seen, self._extra_columns = state["tokens_seen"], state.get("extra_columns", 0)
+        self._used = state.get("used")
 
 
 class StreamCounts:
@@ -202,6 +233,25 @@ class StreamCounts:
 
     def _codes(self, ids: Tensor) -> Tensor:
         return torch.zeros_like(ids) if self.table_V is None else look_up(ids, self.table_V)
+
+
+def _tokens_of(tensor: Tensor, extra_columns: int) -> int:
+    """Ids of a batch that a model is given; packed ones, (N,), have no columns."""
+    columns = tensor.shape[-1] - (extra_columns if tensor.ndim > 1 else 0)
+    return tensor.numel() // max(tensor.shape[-1], 1) * columns
+
+
+def _most_given(calls: Sequence[ForwardCall]) -> int:
+    """Token ids that the calls of one stack of blocks were given."""
+    given: dict[str, int] = {}
+    for call in calls:
+        given[call.stack] = given.get(call.stack, 0) + (0 if call.ids is None else call.ids.numel())
+    return max(given.values(), default=0)
+
+
+def _is_split(num_replicas: int) -> bool:
+    """Whether several ranks share a batch, so that each model is given a part of it."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > num_replicas
 
 
 def _no_vocabulary(model: nn.Module, embedding: nn.Module | None) -> str:

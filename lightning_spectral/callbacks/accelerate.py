@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_spectral.callbacks import VARIABLE
+from lightning_spectral.probe.alarms import Alarms
 from lightning_spectral.probe.host import Host
 from lightning_spectral.probe.loop import LoopObserver, is_observed
 from lightning_spectral.probe.measurement import Measurement
@@ -45,8 +46,9 @@ def observe_prepared(accelerator: Any, prepared: Any, path: str) -> None:
     accelerator.spectral_observations = []
     if is_observed(model):
         return  # the script does it itself
-    for measurement in measurements(path):
-        observation = _observe(accelerator, model, getattr(optimizer, "optimizer", optimizer), measurement)
+    for measurement, alarms in measurements(path):
+        inner = getattr(optimizer, "optimizer", optimizer)
+        observation = _observe(accelerator, model, inner, measurement, Alarms(alarms, measurement))
         if observation is not None:
             accelerator.spectral_observations.append(observation)
 
@@ -57,10 +59,12 @@ def _keep(accelerator: Any, name: str, objects: Sequence[Any], kind: type) -> No
         setattr(accelerator, name, found)
 
 
-def _observe(accelerator: Any, model: nn.Module, optimizer: Optimizer, measurement: Measurement) -> Observation | None:
+def _observe(
+    accelerator: Any, model: nn.Module, optimizer: Optimizer, measurement: Measurement, alarms: Alarms
+) -> Observation | None:
     settings, is_first = measurement.settings, bool(accelerator.is_main_process)
     folder = settings.dirpath or Path(getattr(accelerator, "project_dir", None) or ".") / "spectral"
-    loop = LoopObserver(replace(measurement), name=f"{VARIABLE}: Accelerate")
+    loop = LoopObserver(replace(measurement), name=f"{VARIABLE}: Accelerate", alarms=alarms)
     host = Host(
         folder=Path(folder).absolute(),
         run_id=settings.run_id or new_run_id(),

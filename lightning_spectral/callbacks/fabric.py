@@ -7,7 +7,7 @@ measured too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.fabric import Fabric
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lightning_spectral.callbacks.base import SpectralCallback
 from lightning_spectral.callbacks.fabric_host import host_of_fabric
 from lightning_spectral.lightning_private import unwrapped
+from lightning_spectral.probe.alarms import AlarmRule, Alarms
 from lightning_spectral.probe.host import Host, Scalars
 from lightning_spectral.probe.loop import LoopObserver
 from lightning_spectral.probe.run_folder import RunFolder
@@ -38,9 +39,10 @@ class FabricSpectralProbe:
             the first logger's files, or to ``spectral/``. ``mask_fn`` gets the model's keyword arguments, or its
             positional ones if there are none.
         num_steps: Optimizer steps of the run, if known: the last one is measured too.
+        alarms: :class:`~lightning_spectral.SpectralAlarm` rules; one with ``stop=True`` sets :attr:`should_stop`.
 
     Raises:
-        ValueError: If the callback does not measure activations.
+        ValueError: If the callback does not measure activations, or not what an alarm watches.
 
     Example::
 
@@ -48,7 +50,9 @@ class FabricSpectralProbe:
         model, optimizer = fabric.setup(model, optimizer)
     """
 
-    def __init__(self, callback: SpectralCallback, *, num_steps: int | None = None) -> None:
+    def __init__(
+        self, callback: SpectralCallback, *, num_steps: int | None = None, alarms: Sequence[AlarmRule] = ()
+    ) -> None:
         if not isinstance(callback, SpectralCallback):
             raise ValueError(
                 f"FabricSpectralProbe drives SpectralRankCallback and TailTokenProbe, not {type(callback).__name__}: "
@@ -58,7 +62,8 @@ class FabricSpectralProbe:
             require_count("num_steps", num_steps)
         self.callback = callback
         name = f"{type(self).__name__}({type(callback).__name__})"
-        self.loop = LoopObserver(callback.measurement, name=name, num_steps=num_steps)
+        rules = Alarms(alarms, callback.measurement, remedy="give it a TailTokenProbe.")
+        self.loop = LoopObserver(callback.measurement, name=name, num_steps=num_steps, alarms=rules)
         self.latest: Scalars = {}
         self.home: Fabric | None = None
         self._resume = self._is_attached = False
@@ -69,6 +74,11 @@ class FabricSpectralProbe:
     def step(self) -> int:
         """Optimizer steps done."""
         return self.loop.step
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether an alarm with ``stop=True`` has been raised: alike on all ranks."""
+        return self.loop.alarms.should_stop
 
     @property
     def tokens_seen(self) -> int | None:

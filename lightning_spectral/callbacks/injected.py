@@ -15,6 +15,7 @@ from lightning_spectral.callbacks import VARIABLE
 from lightning_spectral.callbacks.base import SpectralCallback
 from lightning_spectral.callbacks.fabric import FabricSpectralProbe
 from lightning_spectral.callbacks.probe_file import load_callbacks
+from lightning_spectral.probe.alarms import AlarmRule, Alarms
 from lightning_spectral.probe.guard import warn
 from lightning_spectral.probe.measurement import Measurement
 
@@ -65,16 +66,17 @@ class InjectedFabricProbe(FabricSpectralProbe):
 
 def fabric_probes(callbacks: Sequence[Callback]) -> list[FabricSpectralProbe]:
     """Each callback as a Fabric probe, but those that need a Trainer, or whose numbers another one reports."""
-    return [InjectedFabricProbe(callback) for callback in _of_activations(callbacks, "Fabric loop")]
+    found = _of_activations(callbacks, "Fabric loop")
+    return [InjectedFabricProbe(callback, alarms=alarms) for callback, alarms in found]
 
 
-def measurements(path: str | Path) -> list[Measurement]:
-    """What a ``probe.yaml`` asks for, for a loop without callbacks of Lightning's.
+def measurements(path: str | Path) -> list[tuple[Measurement, list[AlarmRule]]]:
+    """What a ``probe.yaml`` asks for, for a loop without callbacks of Lightning's: what is measured, and watched in it.
 
     Raises:
         MisconfigurationException: If the file is missing, no YAML, or names what does not exist; one sentence.
     """
-    return [callback.measurement for callback in _of_activations(load_callbacks(path), "loop")]
+    return [(callback.measurement, alarms) for callback, alarms in _of_activations(load_callbacks(path), "loop")]
 
 
 def add_to_trainer(trainer: Any, path: str | Path) -> None:
@@ -93,19 +95,36 @@ def add_to_trainer(trainer: Any, path: str | Path) -> None:
             warn(f"{VARIABLE}: {reason} Nothing is measured here.")
 
     if not any(isinstance(callback, HuggingFaceProbe) for callback in trainer.callback_handler.callbacks):
-        for measurement in measurements(path):
-            trainer.add_callback(InjectedHuggingFaceProbe.of(measurement))
+        for measurement, alarms in measurements(path):
+            trainer.add_callback(InjectedHuggingFaceProbe.of(measurement, alarms))
 
 
-def _of_activations(callbacks: Sequence[Callback], where: str) -> list[SpectralCallback]:
+def _of_activations(callbacks: Sequence[Callback], where: str) -> list[tuple[SpectralCallback, list[AlarmRule]]]:
+    """What measures activations, each with the alarms that watch it."""
     together: Any = SimpleNamespace(callbacks=list(callbacks))
-    found: list[SpectralCallback] = []
+    found: list[tuple[SpectralCallback, list[AlarmRule]]] = [
+        (one, []) for one in callbacks if isinstance(one, SpectralCallback) and not one.is_redundant(together)
+    ]
     for callback in callbacks:
-        if not isinstance(callback, SpectralCallback):
+        if isinstance(callback, AlarmRule):
+            _give(callback, found)
+        elif not isinstance(callback, SpectralCallback):
             warn(f"{VARIABLE}: {type(callback).__name__} needs a Trainer; it is left out in this {where}.")
-        elif not callback.is_redundant(together):
-            found.append(callback)
     return found
+
+
+def _give(alarm: AlarmRule, found: Sequence[tuple[SpectralCallback, list[AlarmRule]]]) -> None:
+    """To the first that measures what it watches."""
+    reason = f"{type(alarm).__name__} watches the bucket `{alarm.bucket}`, and nothing is measured"
+    for callback, alarms in found:
+        try:
+            Alarms([alarm], callback.measurement, remedy="add a TailTokenProbe.")
+        except ValueError as error:
+            reason = str(error)
+            continue
+        alarms.append(alarm)
+        return
+    warn(f"{VARIABLE}: {reason} It is left out.")
 
 
 def _rebuilt(base: type[Callback], state: dict[str, Any]) -> Callback:

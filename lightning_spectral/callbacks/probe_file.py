@@ -20,7 +20,7 @@ from lightning_spectral.callbacks import VARIABLE
 from lightning_spectral.probe.settings import known_arguments
 from lightning_spectral.text import did_you_mean, import_class, one_line, read_yaml
 
-_OURS = ("SpectralRankCallback", "TailTokenProbe", "WeightSpectrumCallback")
+_OURS = ("SpectralRankCallback", "TailTokenProbe", "SpectralAlarm", "WeightSpectrumCallback", "UpdateAudience")
 
 
 def load_callbacks(path: str | Path) -> list[Callback]:
@@ -62,7 +62,7 @@ def _build(spec: Any, where: str) -> Callback:
     path, init_args = spec["class_path"], spec.get("init_args") or {}
     name = path.rpartition(".")[2]
     try:
-        kind = import_class(path, bare_names_in="lightning_spectral.callbacks")
+        kind = import_class(path, bare_names_in="lightning_spectral")
     except ImportError as error:
         raise MisconfigurationException(
             f"{where}: no class `{path}` ({error}); give a full class path or one of {', '.join(_OURS)}."

@@ -63,6 +63,10 @@ class BackgroundSolver:
         published, self._published = self._published, {}
         return published
 
+    def drain_alone(self) -> dict[str, float]:
+        """Drain if that needs no other rank."""
+        return self.drain() if self._alone else {}
+
     def _publish_next(self) -> None:
         assert self._pending is not None
         future, publish = self._pending

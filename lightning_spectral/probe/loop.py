@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral.models.hooks import leave_copy
+from lightning_spectral.probe.alarms import Alarms
 from lightning_spectral.probe.host import Host, Scalars
 from lightning_spectral.probe.measurement import Measurement
 from lightning_spectral.probe.observer import Observer
@@ -29,18 +30,28 @@ class LoopObserver:
         measurement: What, when and where.
         name: Who speaks in warnings.
         num_steps: Optimizer steps of the run, if known: the last one is measured too.
+        alarms: Judge every window.
 
     Attributes:
         step: Optimizer steps done.
         observer: The measurement's life.
+        alarms: Know whether one of them would stop the loop.
 
     Raises:
         ValueError: If ``num_steps`` is not positive.
     """
 
-    def __init__(self, measurement: Measurement, *, name: str, num_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        measurement: Measurement,
+        *,
+        name: str,
+        num_steps: int | None = None,
+        alarms: Alarms | None = None,
+    ) -> None:
         if num_steps is not None:
             require_count("num_steps", num_steps)
+        self.alarms = Alarms((), measurement) if alarms is None else alarms
         self.observer = Observer(measurement, name=name)
         self.observer.schedule.last_step = None if num_steps is None else num_steps - 1
         self.step = 0
@@ -69,6 +80,7 @@ class LoopObserver:
         """
         self._host = host
         host.resume = host.resume or self._continues
+        host.published = lambda records, result: self.alarms.judge(records, host, self.observer.run_folder)
         self.observer.attach(model, host, fallback_counts=counts)
         called = model if outer is None else outer
         before, after = _Hook(self._before_forward), _Hook(self._after_forward)
@@ -109,12 +121,14 @@ class LoopObserver:
 
     def state_dict(self) -> dict[str, Any]:
         """To be saved with the loop's own state, so that a resumed run continues its records."""
-        return {"step": self.step, **self.observer.state_dict()}
+        self.observer.drain(alone=True)  # the window that is being solved belongs to what is saved
+        return {"step": self.step, **self.observer.state_dict(), **self.alarms.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the records of an earlier run; before or after :meth:`attach`."""
         self.step = state["step"]
         self.observer.load_state_dict(dict(state))
+        self.alarms.load_state_dict(state)
         self._restart()
 
     def follow(self, step: int) -> None:

@@ -14,6 +14,7 @@ from lightning_spectral.models.families import as_hints
 from lightning_spectral.probe.grouping import Grouping, load_counts, pooled_only
 from lightning_spectral.probe.options import PAPER_EPSILON, ProbeOptions, conventions_of
 from lightning_spectral.probe.settings import BucketSettings, ProbeSettings
+from lightning_spectral.records import POOLED
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class Measurement:
             shares=f"{b.head_share:g}/{b.mid_share:g}",
             **self.facts,
         )
+
+    @property
+    def bucket_names(self) -> tuple[str, ...]:
+        """Buckets of the records, the merge of all rows included."""
+        return (POOLED,) if self.buckets is None else (*self.buckets.names, POOLED)
 
     def grouping(self, fallback_counts: Any = None) -> Grouping:
         """Which bucket a row belongs to.

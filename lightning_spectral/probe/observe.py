@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
+from lightning_spectral.probe.alarms import AlarmRule, Alarms
 from lightning_spectral.probe.host import Host, Scalars
 from lightning_spectral.probe.loop import LoopObserver
 from lightning_spectral.probe.measurement import Measurement
@@ -54,6 +56,11 @@ class Observation:
     def num_steps(self) -> int:
         """Optimizer steps seen."""
         return self._loop.step
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether an alarm with ``stop=True`` has been raised: alike on all ranks."""
+        return self._loop.alarms.should_stop
 
     def step(self) -> Scalars:
         """After ``optimizer.step()``, unless ``observe`` was given the optimizer; the latest medians over layers."""
@@ -116,6 +123,7 @@ def observe(
     resume: bool = False,
     counts: Any = None,
     process_group: dist.ProcessGroup | None = None,
+    alarms: Sequence[AlarmRule] = (),
     **shared: Unpack[SharedArguments],
 ) -> Observation:
     """Measure a model in a training loop of any kind.
@@ -132,11 +140,13 @@ def observe(
         process_group: With pipeline stages, the ranks that hold this stage's layers and see other data; every rank
             gives its own. Records of all stages are in one folder, under the layers' names in the whole model; a stage
             that sees no token ids is given them by :meth:`Observation.tokens`.
+        alarms: :class:`~lightning_spectral.SpectralAlarm` rules; one with ``stop=True`` sets
+            :attr:`Observation.should_stop`.
         **shared: :class:`~lightning_spectral.probe.settings.ProbeSettings` documents them.
 
     Raises:
-        ValueError: If an argument is out of range, the model has no feed-forward network that is found, or stages
-            cannot be told apart.
+        ValueError: If an argument is out of range, the model has no feed-forward network that is found, stages
+            cannot be told apart, or an alarm watches what is not measured.
     """
     if process_group is not None and isinstance(counts, str) and counts == STREAM:
         raise ValueError("`counts='stream'` with a `process_group`: later stages see no ids; give an array or a file.")
@@ -146,7 +156,8 @@ def observe(
         raise TypeError(f"observe measures a model (torch.nn.Module), got {what}.")
     settings = replace(ProbeSettings(every_n_steps=every_n_steps, **shared), dirpath=str(out))
     buckets = None if counts is None else BucketSettings(counts=counts)
-    loop = LoopObserver(Measurement(settings, buckets), name="observe", num_steps=num_steps)
+    measurement = Measurement(settings, buckets)
+    loop = LoopObserver(measurement, name="observe", num_steps=num_steps, alarms=Alarms(alarms, measurement))
     loop.attach(model, plain_host(settings, resume=resume, optimizer=optimizer, process_group=process_group))
     observation = Observation(loop)
     if optimizer is not None:

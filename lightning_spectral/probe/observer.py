@@ -273,11 +273,15 @@ class Observer:
 
     # end, state
 
-    def drain(self) -> None:
-        """Wait for the window that is being solved, and publish it."""
+    def drain(self, *, alone: bool = False) -> None:
+        """Wait for the window that is being solved, and publish it; every rank must call it.
+
+        Args:
+            alone: Do so only where no other rank is needed: any rank may call it.
+        """
         if self._out is not None and self._out.solver is not None:
             with self.guard("publishing a window"):
-                self._unlogged |= self._out.solver.drain()
+                self._unlogged |= self._out.solver.drain_alone() if alone else self._out.solver.drain()
 
     def after_error(self) -> None:
         """The loop has raised: publish what needs no other rank, leave nothing behind."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
 
+import torch
 from torch import Tensor
 
 from lightning_spectral.functional.rank import DEFAULT_RENYI_ORDERS
@@ -193,6 +194,11 @@ class BucketSettings:
     def needs_counts(self) -> bool:
         """Whether the rule needs to know how often each token id occurs."""
         return BUCKET_RULES[self.group_by].needs_counts
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the buckets, whatever the counts."""
+        return BUCKET_RULES[self.group_by].make(self, torch.arange(64, 0, -1)).names
 
     def grouping(self, counts: Any) -> Grouping:
         """The rule, by these counts.

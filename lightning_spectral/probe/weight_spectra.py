@@ -104,6 +104,11 @@ class WeightObserver:
         self._agreement = Agreement(self._key)
         self._matrices = list(_choose(model, self.settings.parameters))
         self._views = _views_in(model)
+        if not self._matrices and any(hasattr(parameter, "ds_shape") for parameter in model.parameters()):
+            raise ValueError(
+                f"`{type(model).__name__}` is held in flat parts by DeepSpeed ZeRO-3, in which no rank has a whole "
+                "matrix: weights are measured under ZeRO-2 or less, DDP, FSDP or FSDP2 (activations also under ZeRO-3)."
+            )
         if not self._matrices:
             chosen = f" for {list(self.settings.parameters)}" if self.settings.parameters else ""
             raise ValueError(

@@ -137,3 +137,35 @@ def test_in_a_trainer(tmp_path, background) -> None:
     assert min(r.hard_rank for r in records) <= written.value <= max(r.hard_rank for r in records)
     assert written.run_id == records[0].run_id
     assert replace(written, message="") == replace(found[0], message="")
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+@pytest.mark.parametrize("background", [False, True])
+def test_a_checkpoint_holds_the_window_that_is_being_solved(tmp_path, background) -> None:
+    found: list[AlarmRecord] = []
+
+    def fit(max_steps: int, ckpt_path: str | None = None) -> None:
+        probe = SpectralRankCallback(1, background=background, dirpath=str(tmp_path / "run"))
+        alarm = SpectralAlarm(below=1.0, bucket="pooled", relative_to="width", patience=4, on_alarm=found.append)
+        trainer = tiny.trainer(tmp_path, [alarm, probe], max_steps=max_steps)
+        trainer.fit(tiny.Module(), tiny.loader(512, 64), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+
+    fit(2)
+    with pytest.warns(UserWarning, match="for 4 windows"):
+        fit(5, str(tmp_path / "x.ckpt"))
+    assert [alarm.step for alarm in found] == [3]
+
+
+@pytest.mark.parametrize(
+    ("callback", "changes", "message"),
+    [
+        (TailTokenProbe(1, group_by="position"), {"bucket": "position_4"}, "bucket `position_4`: did you mean"),
+        (SpectralRankCallback(1), {"bucket": "pooled", "site": "pre"}, r"`sites=\['post', 'pre'\]` measures it"),
+        (SpectralRankCallback(1), {"bucket": "pooled", "stage": "test"}, r"`on=\['train', 'test'\]` measures it"),
+    ],
+)
+def test_what_would_never_be_heard_is_refused_before_step_1(tmp_path, callback, changes, message) -> None:
+    trainer = tiny.trainer(tmp_path, [callback, SpectralAlarm(below=0.5, **changes)])
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer.fit(tiny.Module(), tiny.loader())

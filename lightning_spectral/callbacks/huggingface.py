@@ -147,7 +147,7 @@ class HuggingFaceProbe(TrainerCallback):  # type: ignore[misc]  # transformers h
         return Path(args.output_dir) / f"checkpoint-{step}" / f"spectral_{digest}.pt"
 
     def _go_on(self, args: Any, step: int) -> None:
-        """Resumed at this step: without our state (a checkpoint that was moved, or made without a probe) as a stranger."""
+        """Resumed at this step; by our state, unless the checkpoint was moved, or made without a probe."""
         assert self._loop is not None
         path, saved = self._state_file(args, step), None
         with self._loop.observer.guard(f"reading `{path}`", "not_closed"):

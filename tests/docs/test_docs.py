@@ -38,7 +38,12 @@ INLINE = [(name, code) for name, text in TEXT.items() for code in re.findall(r"`
 @pytest.mark.filterwarnings("ignore")
 def test_python_snippets_run(page, code, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    given = {"model": tiny.Module(), "train_loader": tiny.loader(), "named_model": tiny.Module()}
+    given = {
+        "model": tiny.Module(),
+        "train_loader": tiny.loader(),
+        "named_model": tiny.Module(),
+        "counts": tiny.counts(),
+    }
     exec(code, {**given, "run_folder": write_one(tmp_path, "muon", 0.9, 64), "Fabric": Fabric})
 
 
@@ -135,6 +140,75 @@ def test_every_page_is_in_the_navigation_and_every_public_class_in_the_reference
     for name in set(lightning_spectral.__all__) - {"__version__"}:
         home = getattr(lightning_spectral, name).__module__
         assert f"::: {home}.{name}" in reference or f"::: {home}\n" in reference, name
+
+
+QUESTIONS = {  # what strangers asked, in their words, and a word of the code that answers
+    "my own LightningModule": "TailTokenProbe",
+    "validation text": 'on=["validation"]',
+    "my tokenizer": "frequency_buckets",
+    "four widths": "my_widths.py",
+    "Muon for the hidden matrices": "fallback_lr",
+    "dark mode": "dark mode",
+    "W&B": "WandbLogger",
+    "public checkpoints": "snapshot_download",
+    "requeued SLURM job": "ckpt_path",
+    "before I start": "inspect",
+    "stop when a rank collapses": "should_stop",
+    "not measured, and why": "mask_fn",
+    "pandas": "load(",
+    "cite": "CITATION.cff",
+    "pin a version": "constraints.txt",
+    "several nodes": "ModelParallelStrategy",
+    "resume a Hugging Face": "resume_from_checkpoint=True",
+    "DeepSpeed": "engine.step()",
+    "plain loop, Fabric": "probe.step()",
+}
+
+
+def included(text: str) -> str:
+    """A page with the files that it shows."""
+    return re.sub(r'--8<-- "([^"]+)"', lambda found: (ROOT / found[1]).read_text(), text)
+
+
+@pytest.mark.parametrize(("words", "answer"), QUESTIONS.items(), ids=list(QUESTIONS))
+def test_a_strangers_question_is_one_row_and_one_link_away_from_the_code(words: str, answer: str) -> None:
+    rows = [line for line in TEXT["which-question.md"].splitlines() if words in [*line.split("|"), "", ""][1]]
+    assert rows, words
+    pages = [target.split("#")[0] for target in re.findall(r"\]\(([^)]+)\)", rows[0])]
+    assert any(answer in included(TEXT[page]) for page in pages if page in TEXT) or answer in rows[0], rows[0]
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings of a page, as MkDocs makes them."""
+    plain = [re.sub(r"[^\w\s-]", "", line.lstrip("# ")).strip().lower() for line in headings(text)]
+    return {re.sub(r"[-\s]+", "-", heading) for heading in plain}
+
+
+def headings(text: str) -> list[str]:
+    """Lines of headings, those in blocks of code left out."""
+    return [line for line in BLOCK.sub("", text).splitlines() if line.startswith("#")]
+
+
+def test_links_into_pages_lead_to_headings() -> None:
+    tried = 0
+    for page, text in TEXT.items():
+        for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", text):
+            aim = (DOCS / page).parent.joinpath(target).resolve().relative_to(DOCS).as_posix() if target else page
+            assert anchor in anchors(TEXT[aim]), (page, target, anchor)
+            tried += 1
+    assert tried > 20
+
+
+def test_what_deepspeed_is_refused_with_is_said_by_the_code() -> None:
+    section = TEXT["scale.md"].partition("## DeepSpeed")[2].partition("\n## ")[0]
+    code = "".join(
+        (ROOT / "lightning_spectral" / name).read_text() for name in ("probe/weight_spectra.py", "optim/members.py")
+    )
+    said = re.sub(r'"\s+f?"', "", code)
+    quotes = re.findall(r'refused[^"|]*"([^"]+)"', section)
+    assert len(quotes) == 2
+    for quote in quotes:
+        assert quote in said, quote
 
 
 def test_every_verb_is_in_the_table() -> None:

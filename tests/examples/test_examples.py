@@ -74,6 +74,17 @@ def test_loops_of_all_kinds(name, folder, steps, tmp_path, monkeypatch) -> None:
     assert {record.bucket for record in read_losses(found).records} == {"pooled", "head", "mid", "tail"}
 
 
+def test_two_rules_over_four_widths(tmp_path, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        run("my_widths.py", monkeypatch)
+    assert not end.value.code
+    runs = [read_run(file.parent) for file in (tmp_path / "out" / "examples" / "my_widths").rglob("run.json")]
+    assert sorted(run.labels["optimizer"] for run in runs) == ["adamw"] * 4 + ["muon"] * 4
+    said = capsys.readouterr().out
+    assert said.count("64-192") == 16  # an exponent with its interval for each rule, bucket and metric
+    assert "slope_difference  post tail hard_rank    adamw - muon" in said
+
+
 def test_accelerate(tmp_path, monkeypatch) -> None:
     from accelerate.state import AcceleratorState, GradientState
 

@@ -26,6 +26,7 @@ from lightning_spectral.probe.results import WindowResult
 from lightning_spectral.probe.settings import BucketSettings
 from lightning_spectral.records import BUCKETS, POOLED
 
+_AHEAD = range(9)  # tokens that a model may be asked to predict beyond those that it is given
 ENOUGH_PER_ID = 10  # tokens per id of the vocabulary after which HEAD, MID and TAIL are settled
 REASON = "token counts: too few tokens were seen so far (`counts='stream'`)"
 
@@ -53,7 +54,7 @@ class TokenCounter:
         self._num_given: int | None = None  # in this micro-batch
 
     def learn(self, batch: Any, calls: Sequence[ForwardCall], *, to_the_end: bool) -> None:
-        """From a micro-batch that was watched: a batch may hold ids, or one column, that the model is not given.
+        """From a micro-batch that was watched: a batch may hold ids, or last columns, that the model is not given.
 
         Args:
             batch: What the script was given.
@@ -68,11 +69,12 @@ class TokenCounter:
         self._used = used if any(used) else None
         if any(used):
             tensors = [tensor for tensor, is_used in zip(tensors, used, strict=True) if is_used]
-        self._extra_columns = int(all(t.shape[-1] == one.shape[-1] + 1 for t in tensors for one in ids))
+        beyond = {tensor.shape[-1] - one.shape[-1] for tensor in tensors for one in ids}
+        self._extra_columns = next(iter(beyond)) if len(beyond) == 1 and beyond <= {*_AHEAD} else 0
         if to_the_end and not any(used) and len(ids) == len(calls):
-            self._num_given = _most_given(calls)
-            if self._num_given == sum(_tokens_of(tensor, 1) for tensor in tensors):  # in pieces
-                self._extra_columns = 1
+            self._num_given = given = sum(one.numel() for one in ids)  # whole, or in pieces
+            fitting = (extra for extra in _AHEAD if given == sum(_tokens_of(tensor, extra) for tensor in tensors))
+            self._extra_columns = next(fitting, self._extra_columns)
 
     def begin_step(self, step: int) -> None:
         """Before a micro-batch of this optimizer step."""
@@ -239,14 +241,6 @@ def _tokens_of(tensor: Tensor, extra_columns: int) -> int:
     """Ids of a batch that a model is given; packed ones, (N,), have no columns."""
     columns = tensor.shape[-1] - (extra_columns if tensor.ndim > 1 else 0)
     return tensor.numel() // max(tensor.shape[-1], 1) * columns
-
-
-def _most_given(calls: Sequence[ForwardCall]) -> int:
-    """Token ids that the calls of one stack of blocks were given."""
-    given: dict[str, int] = {}
-    for call in calls:
-        given[call.stack] = given.get(call.stack, 0) + (0 if call.ids is None else call.ids.numel())
-    return max(given.values(), default=0)
 
 
 def _is_split(num_replicas: int) -> bool:

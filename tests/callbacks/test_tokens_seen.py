@@ -26,6 +26,14 @@ def two_lengths(module, batch, batch_idx):
     return module.loss(batch[:, :9]) + module.loss(batch[:, 8:])
 
 
+def two_ahead(module, batch, batch_idx):
+    logits = module.gpt(batch[:, :-2])
+    return sum(
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, k : tiny.LENGTH - 1 + k].flatten())
+        for k in (1, 2)
+    )
+
+
 def twice(module, batch, batch_idx):
     return module.loss(batch) + module.loss(batch.flip(0))
 
@@ -66,6 +74,7 @@ def by_step(path, training_step, data, **options) -> dict[int, int | None]:
         (whole, BATCH * tiny.LENGTH),
         (pieces, BATCH * tiny.LENGTH),
         (two_lengths, BATCH * tiny.LENGTH),
+        (two_ahead, BATCH * (tiny.LENGTH - 1)),
         (twice, BATCH * tiny.LENGTH),
         (masked, BATCH * (tiny.LENGTH + 1)),
         (none_in_some_steps, BATCH * tiny.LENGTH),

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from lightning_spectral.analysis.spelling import as_known, as_python_writes, multiple
+from lightning_spectral.analysis.tables import KNOWN
+
 T = TypeVar("T")
 # byte order marks -> encodings that read them
 _MARKS: Final = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
@@ -27,12 +30,14 @@ class Sheet:
         names: Columns.
         rows: Cells by column; a row with more cells has the key ``None``, one with fewer such values.
         ends_whole: Whether the file ends with a line break.
+        lines: Number of the line in the file at which each row ends.
     """
 
     path: Path
     names: tuple[str, ...]
     rows: tuple[dict[str, str], ...]
     ends_whole: bool
+    lines: tuple[int, ...]
 
     @property
     def whole_rows(self) -> list[dict[str, str]]:
@@ -53,13 +58,16 @@ def text_of(path: str | Path) -> str:
             content = gzip.decompress(content)
         return content.decode(next((code for mark, code in _MARKS.items() if content.startswith(mark)), "utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"`{path}` is not a text file in UTF-8: {error}.") from error
+        raise ValueError(f"`{path}` is not a text file in UTF-8: {error} (Excel: save it as CSV UTF-8).") from error
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"`{path}` is no whole gzip file: {error}.") from error
 
 
 def read_sheet(source: str | Path | Sheet) -> Sheet:
-    """A table; cells are separated by the sign that separates the names. One that was read is given back.
+    """A table; cells are separated by the sign that stands most often between the names, else by blanks.
+
+    Empty lines and comments (``#``) above the names are left out, blanks around cells, too; names of known columns and
+    numbers are spelled as they are looked up and read (``spelling``). A table that was read is given back.
 
     Raises:
         ValueError: If it is no text in UTF-8, no CSV, empty, or has a column twice; the message names it.
@@ -69,15 +77,59 @@ def read_sheet(source: str | Path | Sheet) -> Sheet:
     path, text = Path(source), text_of(source)
     if not text.strip():
         raise ValueError(f"`{path}` is empty.")
-    first_line = text.partition("\n")[0]
-    delimiter = next((sign for sign in ",;\t" if sign in first_line), ",")
+    ends_whole = text.endswith(("\n", "\r"))
+    text, above = _from_names(text if "\n" in text else text.replace("\r", "\n"))
+    delimiter = _delimiter(text.partition("\n")[0])
+    if delimiter == " ":
+        text = "\n".join(" ".join(line.split()) for line in text.splitlines())
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
-    names = [name.strip() for name in _guarded(path, lambda: reader.fieldnames) or []]
+    names = as_known([name.strip() for name in _guarded(path, lambda: reader.fieldnames) or []], KNOWN)
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ValueError(f"`{path}` has the column `{twice[0]}` more than once: which is meant? Rename or remove one.")
     reader.fieldnames = names
-    return Sheet(path, tuple(names), tuple(_guarded(path, lambda: list(reader))), text.endswith(("\n", "\r")))
+    read = _guarded(path, lambda: [(above + reader.line_num, row) for row in reader])
+    rows = [row for _, row in read]
+    _tidy(rows)
+    return Sheet(path, tuple(names), tuple(rows), ends_whole, tuple(line for line, _ in read))
+
+
+def _from_names(text: str) -> tuple[str, int]:
+    """The text from the line with the names on, and how many lines stood above.
+
+    A comment is the line with the names where numbers stand below it, as many as it has parts (``numpy.savetxt``).
+    """
+    above, place = 0, 0
+    while True:
+        end = text.find("\n", place)
+        line, below = (text[place:], "") if end < 0 else (text[place:end], text[end + 1 :].partition("\n")[0])
+        if line.strip() and not line.lstrip().startswith("#"):
+            return text[place:], above
+        parts, values = (own.lstrip("# ").split(_delimiter(line)) for own in (line, below))
+        if line.strip() and len(parts) == len(values) and any(finite(value) is not None for value in values):
+            return text[place:].lstrip("# "), above
+        if end < 0:
+            return text[place:], above
+        above, place = above + 1, end + 1
+
+
+def _delimiter(names: str) -> str:
+    """The sign between names: the most frequent, the first of those alike; a blank where there is none."""
+    signs = ",;\t|"
+    best = max(signs, key=names.count)
+    return best if best in names else " " if " " in names.strip() else ","
+
+
+def _tidy(rows: list[dict[str, str]]) -> None:
+    """Cells as Python writes them, and no empty cells beyond the last name."""
+    for row in rows:
+        more: Any = row.get(None)  # type: ignore[call-overload]  # where csv puts what has no name
+        if more is not None and not any(cell.strip() for cell in more):
+            del row[None]  # type: ignore[arg-type]
+    spelled = as_python_writes({cell for row in rows for cell in row.values() if isinstance(cell, str)})
+    if spelled:
+        for row in rows:
+            row.update({name: spelled[cell] for name, cell in row.items() if isinstance(cell, str) and cell in spelled})
 
 
 def _guarded(path: Path, read: Callable[[], T]) -> T:
@@ -95,14 +147,15 @@ def is_whole(row: dict[str, str]) -> bool:
 def number_of(cell: Any) -> float | None:
     """What number a cell says: NaN for a blank one, infinity as it is, ``None`` for a word.
 
-    ``1_16`` is a word: Python reads underscores as nothing, and nobody writes a number so.
+    ``70M`` is 70 million (k, M, B, T; m and b in names of models, too). ``1_16`` is a word: Python reads underscores as
+    nothing, and nobody writes a number so.
     """
     if cell is None or (isinstance(cell, str) and not cell.strip()):
         return math.nan
     try:
         return None if isinstance(cell, str) and "_" in cell else float(cell)
     except (TypeError, ValueError, OverflowError):
-        return None
+        return multiple(cell) if isinstance(cell, str) else None
 
 
 def finite(cell: Any) -> float | None:

@@ -11,6 +11,7 @@ from typing import Final, TypeVar
 from lightning_spectral.analysis.cells import number_of
 from lightning_spectral.analysis.points import PointTable
 from lightning_spectral.analysis.runs import Run, RunSet
+from lightning_spectral.analysis.spelling import column_of
 from lightning_spectral.text import did_you_mean
 
 T = TypeVar("T")
@@ -30,9 +31,10 @@ def condition(text: str) -> Callable[[Mapping[str, str]], bool]:
     Raises:
         ValueError: If it is no condition; on a row without that column or with a word where a number is needed, too.
     """
-    name, sign, wanted = _parts(text)
+    asked, sign, wanted = _parts(text)
 
     def holds(row: Mapping[str, str]) -> bool:
+        name = asked if asked in row else column_of(asked, list(row))
         if name not in row:
             hint = did_you_mean(name, list(row), otherwise="there are")
             raise ValueError(f"there is no column `{name}` (--where {text}); {hint}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lightning_spectral.analysis.cells import finite, number_of, read_sheet, text_of
+from lightning_spectral.analysis.spelling import multiple
 from lightning_spectral.analysis.tables import ours
 from lightning_spectral.records import POOLED, LossRecord, SpectralRecord
 from lightning_spectral.text import parse_json
@@ -241,7 +242,7 @@ def _read_rows(rows: Sequence[Mapping[str, Any]], file: Path, runs: dict[str, Fo
 
 
 def _is_word(cell: Any) -> bool:
-    return isinstance(cell, str) and number_of(cell) is None
+    return isinstance(cell, str) and (number_of(cell) is None or multiple(cell) is not None)  # `160m` is a name
 
 
 def _add(run: ForeignRun, tag: str, step: float | None, cell: Any, place_of: Place) -> None:

@@ -19,15 +19,12 @@ from lightning_spectral.analysis.cells import Sheet, finite, read_sheet
 from lightning_spectral.analysis.conditions import condition
 from lightning_spectral.analysis.effects import EffectComparison, compare_effects
 from lightning_spectral.analysis.points import Point, PointTable
-from lightning_spectral.analysis.tables import as_of_runs, ours, recognised
+from lightning_spectral.analysis.tables import BETA_NAMES, END_NAMES, STEP_NAMES, as_of_runs, ours, recognised
 from lightning_spectral.analysis.trajectory import Trajectory, fit_windows
 
 FloatArray = NDArray[np.float64]
 Kind = Literal["points", "curves", "betas_over_training", "estimates"]
-_STEPS: Final = ("step", "global_step", "optimizer_step")
 _RANKS: Final = ("soft_rank", "hard_rank")
-_BETAS: Final = {"beta_soft": "soft_rank", "beta_hard": "hard_rank"}
-_ENDS: Final = (("beta_lower", "beta_upper"), ("ci_low", "ci_high"), ("beta_low", "beta_high"))
 _FACTORS: Final = ("head_count", "heads", "n_head", "norm", "positions", "architecture", "model_scale")
 MEASURED: Final = ("site", "bucket", "metric")
 Series = tuple[str, ...]
@@ -104,10 +101,14 @@ def _plain(labels: Series) -> str:
 def kind_of(table: str | Path | Sheet) -> Kind:
     """What a table holds, by its header."""
     names = set(read_sheet(table).names)
-    betas = "beta" in names or bool(names & set(_BETAS))
-    if _first(_STEPS, names) and betas:
+    betas = "beta" in names or bool(names & set(BETA_NAMES))
+    if _first(STEP_NAMES, names) and betas:
         return "betas_over_training"
-    if _first(_STEPS, names) and recognised(sorted(names)).x in names and (names & set(_RANKS) or "metric" in names):
+    if (
+        _first(STEP_NAMES, names)
+        and recognised(sorted(names)).x in names
+        and (names & set(_RANKS) or "metric" in names)
+    ):
         return "curves"
     return "estimates" if betas and "value" not in names else "points"
 
@@ -121,7 +122,7 @@ def read_curves(table: str | Path | Sheet, where: Sequence[str] = ()) -> list[Ra
     rows, path = _rows(table, where)
     names = list(rows[0]) if rows else []
     columns = recognised(names)
-    step = _first(_STEPS, names)
+    step = _first(STEP_NAMES, names)
     ranks: list[str] = [name for name in _RANKS if name in names]
     metrics = ranks or ["value"]
     points = [
@@ -182,11 +183,11 @@ def read_paths(table: str | Path | Sheet, where: Sequence[str] = ()) -> list[Tra
     """
     rows, path = _rows(table, where)
     step, found = (
-        _first(_STEPS, rows[0] if rows else ()),
+        _first(STEP_NAMES, rows[0] if rows else ()),
         dict[tuple[str, ...], list[tuple[int, float, float, float]]](),
     )
     for row in rows:
-        betas = {_BETAS[name]: row[name] for name in _BETAS if name in row}
+        betas = {BETA_NAMES[name]: row[name] for name in BETA_NAMES if name in row}
         betas |= {row.get("metric", "hard_rank"): row["beta"]} if "beta" in row else {}
         for metric, cell in betas.items():
             at, beta = finite(row.get(step or "")), finite(cell)
@@ -256,7 +257,7 @@ def _series(row: Mapping[str, str], metric: str) -> tuple[str, ...]:
 
 
 def _ends_of(row: Mapping[str, str]) -> tuple[float, float]:
-    for low, high in _ENDS:
+    for low, high in END_NAMES:
         ends = finite(row.get(low)), finite(row.get(high))
         if None not in ends:
             return ends[0] or 0.0, ends[1] or 0.0

@@ -22,6 +22,17 @@ _LABELS: Final = (
 )
 _OF_A_TABLE: Final = ("model_scale",)  # a label where tables of several are read together
 _OTHER_NAMES: Final = {"all": "pooled", "global": "pooled", "soft": "soft_rank", "hard": "hard_rank"}
+STEP_NAMES: Final = ("step", "global_step", "optimizer_step")
+BETA_NAMES: Final = {"beta_soft": "soft_rank", "beta_hard": "hard_rank"}
+END_NAMES: Final = (("beta_lower", "beta_upper"), ("ci_low", "ci_high"), ("beta_low", "beta_high"))
+# every column that is known without being asked for
+KNOWN: Final = frozenset(
+    (
+        *(*_X_NAMES, *_SEED_NAMES, *_ROWS_NAMES, *_OWN, *_ALSO, *_LABELS, *_OF_A_TABLE, *STEP_NAMES, *BETA_NAMES),
+        *(name for ends in END_NAMES for name in ends),
+        *(*METRIC_NAMES, "beta", "std_err", "id"),
+    )
+)
 _SAME: Final = 1e-9  # of two tables of one run: the last bits of a median depend on who took it
 _MEASURED: Final = {"site": "post", "bucket": "pooled", "metric": "hard_rank", "layer": LAYER_MEDIAN}
 
@@ -85,6 +96,8 @@ def one_table(tables: Sequence[PointTable]) -> PointTable:
     """The points of several tables: labels that a table has not are empty, a point that two have is one."""
     by = tuple(dict.fromkeys(name for own in tables for name in own.by))
     by = (*(name for name in by if name not in _MEASURED), *(name for name in _MEASURED if name in by))
+    if len(tables) == 1 and by == tables[0].by:
+        return tables[0]
     points: list[Point] = []
     seen: dict[tuple[object, ...], list[float]] = {}
     for own in tables:

@@ -20,6 +20,7 @@ from lightning_spectral.analysis.conditions import condition
 from lightning_spectral.analysis.fits import PowerLawFit
 from lightning_spectral.analysis.points import Point, PointTable
 from lightning_spectral.analysis.runs import Problem
+from lightning_spectral.analysis.spelling import column_of
 from lightning_spectral.analysis.tables import recognised, telling_apart, with_layers
 from lightning_spectral.text import did_you_mean, whole_file
 from lightning_spectral.text.tables import harmless
@@ -88,7 +89,13 @@ def read_points_csv(
     """
     sheet = read_sheet(source_file)
     path, names = sheet.path, sheet.names
-    columns = recognised(names, x, by)
+
+    def meant(column: str | None) -> str | None:
+        return column and column_of(column, names)
+
+    x, seed, source, rows = meant(x), meant(seed), meant(source), meant(rows)
+    y, spread = column_of(y, names), ",".join(column_of(name, names) for name in names_of(spread)) or None
+    columns = recognised(names, x, by if by is None else [column_of(name, names) for name in by])
     x, by = columns.x, columns.by
     seed, spread, rows = seed or columns.seed, spread or columns.spread, rows or columns.rows
     kept = {text: condition(text) for text in where}
@@ -101,7 +108,7 @@ def read_points_csv(
             raise ValueError(f"`{path}` has no column `{column}` ({role}); {hint}")
     source = source or next((name for name in _ID_NAMES if name in names and name not in by), None)
     roles = _Roles(x, y, seed, source, spread, rows, columns.steps, columns.also)
-    points, problems, used = _points_of(path, sheet.rows, by, roles, kept)
+    points, problems, used = _points_of(sheet, by, roles, kept)
     if not sheet.ends_whole:
         cut = f"`{path}` ends without a line break: if it was cut off, its last row is wrong."
         problems.append(Problem(str(path), "no_line_break", cut))
@@ -129,8 +136,7 @@ class _Roles:
 
 
 def _points_of(
-    path: Path,
-    content: Sequence[dict[str, str]],
+    sheet: Sheet,
     by: Sequence[str],
     roles: _Roles,
     kept: Mapping[str, Callable[[Mapping[str, str]], bool]],
@@ -143,8 +149,8 @@ def _points_of(
     points: list[Point] = []
     problems: list[Problem] = []
     used: list[dict[str, str]] = []
-    is_rank = "rank" in roles.y
-    for number, row in enumerate(content, start=2):
+    path, is_rank = sheet.path, "rank" in roles.y
+    for number, row in zip(sheet.lines, sheet.rows, strict=True):
         if is_whole(row) and not all(holds(row) for holds in kept.values()):
             continue
         if why := _unusable(row, roles.x, roles.y):
@@ -200,7 +206,8 @@ def read_columns(
     kept = [condition(text) for text in where]
     found: dict[tuple[str, ...], list[list[float]]] = {}
     for sheet in map(read_sheet, tables):
-        missing = [name for name in (*columns, *by) if name not in sheet.names]
+        own, labels = ([column_of(name, sheet.names) for name in some] for some in (columns, by))
+        missing = [name for name in (*own, *labels) if name not in sheet.names]
         if missing:
             raise ValueError(
                 f"`{sheet.path}` has no column `{missing[0]}`; "
@@ -208,9 +215,9 @@ def read_columns(
             )
         for row in sheet.whole_rows:
             if all(holds(row) for holds in kept):
-                numbers = [_optional(row, name) for name in columns]
+                numbers = [_optional(row, name) for name in own]
                 if all(math.isfinite(number) and number > 0 for number in numbers):
-                    found.setdefault(tuple(row[name] for name in by), []).append(numbers)
+                    found.setdefault(tuple(row[name] for name in labels), []).append(numbers)
     if not found:
         raise ValueError(f"no row holds positive numbers in {', '.join(f'`{name}`' for name in columns)}.")
     return {series: list(np.array(numbers).T) for series, numbers in found.items()}
@@ -227,7 +234,7 @@ def _unusable(row: dict[str, str], x: str, y: str) -> str:
         return " has another number of cells than the header;"
     bad = next((name for name in (x, y) if number_of(row[name]) is None), None)
     if bad is not None:
-        comma = " (decimals have a point)" if re.fullmatch(r"-?\d+,\d+", row[bad].strip()) else ""
+        comma = " (a thousand or a decimal? nothing in the table says)" if re.fullmatch(r"-?\d+,\d+", row[bad]) else ""
         return f": `{row[bad]}` in column `{bad}` is not a number{comma};"
     if not 0 < _optional(row, x) < math.inf:
         return f": `{row[x]}` in column `{x}` is no positive number;"

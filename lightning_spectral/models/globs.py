@@ -52,12 +52,12 @@ def by_glob(
 def _matching(named: dict[str, nn.Module], globs: Sequence[str]) -> list[str]:
     """Names that a glob matches, without what lies inside another match; each must be a projection."""
     for glob in globs:
-        if not any(fnmatchcase(name, glob) for name in with_parameters(named)):
+        if not matches(named, glob):
             examples = [name for name, module in named.items() if widths_of(module)][:6]
             raise ValueError(f"No module matches `{glob}`. Linear modules here: {examples}.")
     matched = [name for name in with_parameters(named) if any(fnmatchcase(name, glob) for glob in globs)]
-    matches = set(matched)
-    outer = [name for name in matched if not any(parent in matches for parent in _parents(name))]
+    inside = set(matched)
+    outer = [name for name in matched if not any(parent in inside for parent in _parents(name))]
     for name in outer:
         module = named.get(name)
         if module is not None and _inner_linear(module) is None and bare_network(module) is None:
@@ -67,6 +67,11 @@ def _matching(named: dict[str, nn.Module], globs: Sequence[str]) -> list[str]:
                 f"projection gets. Name the projection itself. Linear modules here: {examples}."
             )
     return outer
+
+
+def matches(named: dict[str, nn.Module], glob: str) -> bool:
+    """Whether a glob names anything."""
+    return any(fnmatchcase(name, glob) for name in with_parameters(named))
 
 
 def with_parameters(named: dict[str, nn.Module]) -> list[str]:

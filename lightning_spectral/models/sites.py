@@ -97,6 +97,7 @@ class Found:
         embeddings: Embeddings whose input ids are recorded: the one that was named, else all.
         head: Projection to the vocabulary outside the stacks, or ``None``.
         notes: What was seen and is not measured, one sentence each.
+        elsewhere: Globs that name nothing here; of a part of a model.
     """
 
     stacks: tuple[Stack, ...]
@@ -104,6 +105,7 @@ class Found:
     embeddings: dict[str, nn.Module]
     head: nn.Module | None
     notes: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
 
     @property
     def sites(self) -> tuple[Site, ...]:

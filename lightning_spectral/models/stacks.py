@@ -11,7 +11,7 @@ from torch import nn
 from lightning_spectral.models.bare_networks import holds_hidden_experts, packed_matrices
 from lightning_spectral.models.families import Hint, installed_hints, is_other_table
 from lightning_spectral.models.feed_forward import HIDDEN, PROGRAM, Anatomy
-from lightning_spectral.models.globs import by_glob, with_parameters
+from lightning_spectral.models.globs import by_glob, matches, with_parameters
 from lightning_spectral.models.linears import widths_of
 from lightning_spectral.models.reader import HIDDEN_EXPERTS
 from lightning_spectral.models.series import Series, all_series
@@ -27,6 +27,7 @@ def find_stacks(
     modules: Sequence[str] | None = None,
     embedding: str | None = None,
     hints: Sequence[Hint] = (),
+    is_part: bool = False,
 ) -> Found:
     """Find the feed-forward sites of a model by its structure.
 
@@ -37,33 +38,40 @@ def find_stacks(
         embedding: Glob of the token embedding, where content should not decide.
         hints: Rows for models that structure does not find or finds wrongly: used in the blocks where they match,
             structure elsewhere. Those of installed packages come after them.
+        is_part: The rest of the model is elsewhere (pipeline stages), so that what is named may be there.
 
     Raises:
-        ValueError: If nothing is found, or a glob names nothing or no projection; the message says how to name it.
+        ValueError: If nothing is found in a whole model, or a glob names nothing or no projection; the message says how
+            to name it.
     """
     if not sites or set(sites) - set(SITES):
         raise ValueError(f"`sites` must name `post`, `pre` or both, got {list(sites)}.")
     named = named_modules(model)
     series = all_series(model)
     rows, unused = _matching(named, hints)
+    elsewhere = [glob for glob in modules or () if is_part and not matches(named, glob)]
     if modules:
+        modules = [glob for glob in modules if glob not in elsewhere]
         stacks = by_glob(named, series, modules, sites, rows)
     else:
         stacks = [_stack(row, sites) for row in series]
         if rows:
             stacks = _with_hinted(stacks, by_glob(named, series, [row.down for row in rows], sites, rows))
-    if not any(stack.sites for stack in stacks):
+    if not is_part and not any(stack.sites for stack in stacks):
         raise ValueError(_nothing_found(model, named))
     tables = {name: module for name, module in named.items() if is_embedding(module)}
     if embedding is not None:
         tables = {name: named[name] for name in named if fnmatchcase(name, embedding)}
-        if not tables:
+        if not tables and is_part:
+            elsewhere.append(embedding)
+        elif not tables:
             known = [name for name, module in named.items() if is_embedding(module)]
             raise ValueError(f"No module matches the embedding `{embedding}`. Embedding tables here: {known[:6]}.")
     plain = {name: module for name, module in tables.items() if _wrapped_table(module) is None} or tables
     likely = [module for name, module in plain.items() if not is_other_table(name)] or list(plain.values())
     table = max(likely, key=_num_ids, default=None)
-    return Found(tuple(stacks), table, tables, _head(model, table, stacks), (*_notes(stacks), *unused))
+    notes = (*_notes(stacks), *unused)
+    return Found(tuple(stacks), table, tables, _head(model, table, stacks), notes, tuple(elsewhere))
 
 
 def is_embedding(module: nn.Module) -> bool:

@@ -48,60 +48,88 @@ def agree_to_measure(
     """
     probe, beside, refusal, limit_mib = None, False, "", 0.0
     try:
-        probe = _make_probe(model, measurement, stream, counts)
+        probe = _make_probe(model, measurement, stream, counts, is_part=host.is_stage)
         beside = trains and solves_beside(measurement, probe, host)
         limit_mib = _memory_limit(measurement, probe, host)
     except ValueError as error:
         refusal = str(error) or type(error).__name__
     said: dict[str, Any] = {"refusal": refusal, "beside": beside, "folder": str(host.folder), "run_id": host.run_id}
     said["limit_mib"], said["sites"], said["group"] = limit_mib, _sites_of(probe), host.group_ranks
-    said["keys"] = [site.key for site in probe.sites] if host.is_stage and probe is not None else []
+    if host.is_stage and probe is not None:
+        said["keys"], said["elsewhere"] = [site.key for site in probe.sites], probe.found.elsewhere
     on_accelerator = probe is not None and probe.device.type != "cpu"
     said["host_mib"] = default_limit_mib(torch.device("cpu"), host.num_local_processes) if on_accelerator else 0.0
     try:
         parts = agreement.exchange("attach", said)
-        refusals = [(rank, part["refusal"]) for rank, part in enumerate(parts) if part["refusal"]]
-        if probe is None or refusals:
-            raise ValueError(refusal or f"rank {refusals[0][0]}: {refusals[0][1]}")
-        beside = all(part["beside"] for part in parts)
-        alike = _of_stage(parts, host.group_ranks)
+        if probe is None or any(part["refusal"] for part in parts):
+            raise ValueError(_refusal_of(parts, agreement.rank))
+        stages = _stages_of(parts)
         if measurement.options.reduce:
-            _require_same_sites([part["sites"] for part in alike])
-        plan = _plan_of_all(probe, measurement, alike, beside=beside, trains=trains)
+            for ranks in stages:
+                _require_same_sites(parts, ranks)
+        beside = all(part["beside"] for part in parts)
+        own = next(ranks for ranks in stages if agreement.rank in ranks)
+        plan, beside = _agreed_plan(probe, measurement, [parts[rank] for rank in own], agreement, beside, trains)
     except (ValueError, MissingRankError):
         remove(probe)
         raise
     host.folder, host.run_id = parts[0]["folder"], parts[0]["run_id"]
-    if plan is None:
-        return probe, beside
-    probe.hold(plan)
-    return probe, beside and plan.num_rows is None and not plan.on_host
+    if plan is not None:
+        probe.hold(plan)
+    return probe, beside
 
 
-def _plan_of_all(
-    probe: SpectralProbe, measurement: Measurement, parts: list[dict[str, Any]], *, beside: bool, trains: bool
-) -> MemoryPlan | None:
-    """What is held of the rows, alike on all ranks; each has said how much room it has."""
-    return plan_of(
-        probe,
-        min(part["limit_mib"] for part in parts),
-        len(parts) if measurement.options.reduce else 1,
-        twice=beside,
-        needs_all=measurement.settings.eigenvalues,
-        host_mib=min(part["host_mib"] for part in parts),
-        may_rotate=trains,
-    )
+def _refusal_of(parts: list[dict[str, Any]], rank: int) -> str:
+    """What this rank has to say; else what the first rank that refuses has, or nothing."""
+    other = next((other for other, part in enumerate(parts) if part["refusal"]), None)
+    return parts[rank]["refusal"] or ("" if other is None else f"rank {other}: {parts[other]['refusal']}")
 
 
-def _of_stage(parts: list[dict[str, Any]], ranks: list[int] | None) -> list[dict[str, Any]]:
-    """The parts of the ranks that hold this rank's layers: all, unless the groups of pipeline stages were named.
+def _agreed_plan(
+    probe: SpectralProbe,
+    measurement: Measurement,
+    parts: list[dict[str, Any]],
+    agreement: Agreement,
+    beside: bool,
+    trains: bool,
+) -> tuple[MemoryPlan | None, bool]:
+    """What is held of the rows, and whether windows are solved in another thread.
+
+    Ranks that hold the same layers hold their rows alike, each has said how much room it has. Stages may differ in the
+    first, not in the second: results of all of them are shared at the same step.
+
+    Raises:
+        ValueError: On every rank, if what one has to hold does not fit.
+    """
+    plan, refusal = None, ""
+    try:
+        plan = plan_of(
+            probe,
+            min(part["limit_mib"] for part in parts),
+            len(parts) if measurement.options.reduce else 1,
+            twice=beside,
+            needs_all=measurement.settings.eigenvalues,
+            host_mib=min(part["host_mib"] for part in parts),
+            may_rotate=trains,
+        )
+    except ValueError as error:
+        refusal = str(error)
+    beside = beside and (plan is None or (plan.num_rows is None and not plan.on_host))
+    held = agreement.exchange("plan", {"refusal": refusal, "beside": beside})
+    if any(part["refusal"] for part in held):
+        raise ValueError(_refusal_of(held, agreement.rank))
+    return plan, all(part["beside"] for part in held)
+
+
+def _stages_of(parts: list[dict[str, Any]]) -> list[list[int]]:
+    """The ranks of each stage, which hold the same layers: all, unless the groups of pipeline stages were named.
 
     Raises:
         ValueError: On every rank, if these groups do not divide the ranks, or two of them hold one layer.
     """
     groups = [part["group"] for part in parts]
     if not any(groups):
-        return parts
+        return [list(range(len(parts)))]
     holder: dict[str, list[int]] = {}
     for rank, (group, part) in enumerate(zip(groups, parts, strict=True)):
         if not group or rank not in group or any(groups[other] != group for other in group):
@@ -109,33 +137,44 @@ def _of_stage(parts: list[dict[str, Any]], ranks: list[int] | None) -> list[dict
                 f"rank {rank} was given the `process_group` {group}, and the ranks say {groups}: with pipeline stages "
                 "every rank names the ranks that hold its own layers and see other data."
             )
-        for key in part["keys"]:
+        for key in part.get("keys", ()):
             if holder.setdefault(key, group) != group:
                 raise ValueError(
                     f"`{key}` is held by the ranks {holder[key]} and {group}: layers of pipeline stages keep their "
                     "names in the whole model (an `nn.ModuleDict` whose keys are the layer numbers), and ranks that "
                     "hold one layer are one `process_group`."
                 )
-    return [parts[rank] for rank in ranks or ()]
+    nowhere = set.intersection(*(set(part["elsewhere"]) for part in parts))
+    if nowhere or not holder:
+        what = f"module matches `{min(nowhere)}`" if nowhere else "feed-forward network was found"
+        raise ValueError(
+            f"No {what} in any pipeline stage. Name down projections as they are in the whole model: "
+            "`modules=['layers.3.ffn.down']`."
+        )
+    return [list(group) for group in dict.fromkeys(tuple(group) for group in groups)]
 
 
 def _sites_of(probe: SpectralProbe | None) -> dict[str, Any]:
     """What is measured here, short enough to be sent."""
     if probe is None:
         return {}
+    if not probe.sites:
+        return {"count": 0, "first": "", "last": "", "digest": ""}
     names = [f"{site.name}: {site.width}" for site in probe.sites]
     keys = "\n".join(f"{site.key} {site.stack} {site.width}" for site in probe.sites)
     digest = hashlib.sha256(keys.encode()).hexdigest()
     return {"count": len(names), "first": names[0], "last": names[-1], "digest": digest}
 
 
-def _require_same_sites(sites: list[dict[str, Any]]) -> None:
-    other = next((rank for rank, found in enumerate(sites) if found["digest"] != sites[0]["digest"]), None)
+def _require_same_sites(parts: list[dict[str, Any]], ranks: list[int]) -> None:
+    sites = [parts[rank]["sites"] for rank in ranks]
+    other = next((place for place, found in enumerate(sites) if found["digest"] != sites[0]["digest"]), None)
     if other is not None:
         here, there = (f"{one['count']} sites ({one['first']} ... {one['last']})" for one in (sites[0], sites[other]))
         raise ValueError(
-            f"rank 0 has {here}, rank {other} has {there}: rows are summed over ranks site by site, so that all must "
-            "hold the same layers. Choose common ones by `modules`, or take rank 0's rows alone: `convention: paper`."
+            f"rank {ranks[0]} has {here}, rank {ranks[other]} has {there}: rows are summed over ranks site by site, so "
+            "that all must hold the same layers. Choose common ones by `modules`, or take rank 0's rows alone: "
+            "`convention: paper`."
         )
 
 
@@ -154,8 +193,9 @@ def said_at_start(
     state = "unknown before the first forward" if probe.state_mib is None else f"{probe.state_mib:.1f} MiB"
     place = "a folder that the first window opens" if folder is None else f"`{folder.path}`"
     products = "".join(f"products of width {width} by {choice}; " for width, choice in probe.products.items())
+    named = f" ({sites[0].name} ... {sites[-1].name})" if sites else ", none in this stage"
     return (
-        f"{name}: {len(sites)} sites ({sites[0].name} ... {sites[-1].name}), state in a window {state} and up "
+        f"{name}: {len(sites)} sites{named}, state in a window {state} and up "
         f"to {probe.waiting_mib:.1f} MiB of rows, {_when(settings)}; {products}"
         f"{'' if probe.plan is None else f'{probe.plan}; '}"
         f"{'solved in the background; ' if beside else ''}"
@@ -168,9 +208,11 @@ def _when(settings: ProbeSettings) -> str:
     return ", ".join(f"every {settings.every_n_steps} steps" if on == "train" else f"each {on}" for on in settings.on)
 
 
-def _make_probe(model: nn.Module, measurement: Measurement, stream: StreamCounts | None, counts: Any) -> SpectralProbe:
+def _make_probe(
+    model: nn.Module, measurement: Measurement, stream: StreamCounts | None, counts: Any, *, is_part: bool
+) -> SpectralProbe:
     if stream is None:
-        return SpectralProbe(model, measurement.grouping(counts), measurement.options)
+        return SpectralProbe(model, measurement.grouping(counts), measurement.options, is_part=is_part)
     return stream.make_probe(model, measurement)
 
 

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from lightning_spectral.models.calls import ForwardCall
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 class GivenIds:
-    """Ids of a step's batch.
+    """Ids of one optimizer step: of each of its batches, in the order in which the loop gives and runs them."""
 
-    Args:
-        ids: (B, T), integers.
+    def __init__(self) -> None:
+        self._waiting: deque[Tensor] = deque()
+        self._refused = ""
 
-    Raises:
-        ValueError: If they are no such tensor.
-    """
+    def add(self, ids: Tensor) -> None:
+        """Ids of the next batch of the step.
 
-    def __init__(self, ids: Tensor) -> None:
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        Args:
+            ids: (B, T), integers; negative ones are padding.
+
+        Raises:
+            ValueError: If they are no such tensor; calls then say so instead of having ids.
+        """
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in _INTEGERS:
             said = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
-            raise ValueError(f"`ids` must be a tensor (B, T) of token ids, got {said}.")
-        self._left = ids.detach()
+            self._refused = f"`ids` must be a tensor (B, T) of token ids, got {said}"
+            raise ValueError(f"{self._refused}.")
+        self._waiting.append(ids.detach())
+
+    def clear(self) -> None:
+        """The step is over: what its forward calls have not taken is of no other step."""
+        self._waiting.clear()
+        self._refused = ""
 
     def __call__(self, calls: Sequence[ForwardCall]) -> tuple[list[ForwardCall], dict[str, str]]:
         """The calls, each with the next rows of the ids where it knows none itself, and what is to be said of them."""
@@ -32,12 +47,18 @@ class GivenIds:
         return [self._of(call, notes) for call in calls], notes
 
     def _of(self, call: ForwardCall, notes: dict[str, str]) -> ForwardCall:
-        if call.ids is not None:
+        if call.ids is not None or not (self._waiting or self._refused):
             return call
         rows = call.shape[0] if call.shape else 0
-        if len(call.shape) != 2 or call.shape[1] != self._left.shape[1] or len(self._left) < rows:
-            left = tuple(self._left.shape)
-            notes["given_ids"] = f"a forward call of {call.shape} tokens does not fit the ids that are left, {left}"
-            return call
-        ids, self._left = self._left[:rows], self._left[rows:]
+        left = self._waiting[0] if self._waiting else None
+        if left is None or len(call.shape) != 2 or call.shape[1] != left.shape[1] or len(left) < rows:
+            given = f"the ids that are left, {tuple(left.shape)}" if left is not None else "what was given"
+            notes["given_ids"] = self._refused or (
+                f"a forward call of {call.shape} tokens does not fit {given}: give `tokens` the ids that the first "
+                "stage is given, once for each batch"
+            )
+            return replace(call, reason=notes["given_ids"])
+        ids, self._waiting[0] = left[:rows], left[rows:]
+        if rows == len(left):
+            self._waiting.popleft()
         return replace(call, ids=ids.to(call.sequences_P.device), layout="given", reason="")

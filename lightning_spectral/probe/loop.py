@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral.models.hooks import leave_copy
@@ -60,6 +60,7 @@ class LoopObserver:
         self._num_forwards = 0
         self._host: Host | None = None
         self._continues = False
+        self._has_stepped = False
 
     @property
     def latest(self) -> Scalars:
@@ -92,8 +93,17 @@ class LoopObserver:
         after.place = called._forward_hooks, self._handles[1].id
         self._begin()
 
+    def give_ids(self, ids: Tensor) -> None:
+        """Token ids of a batch that is about to run, for a pipeline stage that sees none.
+
+        Raises:
+            ValueError: If they are no ids (B, T) and no step is done yet; later the records say so.
+        """
+        self.observer.give_ids(ids, may_raise=not self._has_stepped)
+
     def end_step(self) -> None:
         """After an optimizer step: close the open window, count the step, open the next window if it is due."""
+        self._has_stepped = True
         if not self.observer.is_armed:
             self.step += 1
             return

@@ -26,13 +26,13 @@ class MicroBatches:
         guard: Keeps errors, and tells once what was not understood.
 
     Attributes:
-        given: Ids of the step's forward calls, where the model sees none.
+        given: Ids of the step's forward calls, for a model that sees none.
     """
 
     def __init__(self, settings: ProbeSettings, guard: Guard) -> None:
         self._settings, self._guard = settings, guard
         self._adapter = BatchAdapter(settings.mask_fn)
-        self.given: GivenIds | None = None
+        self.given = GivenIds()
 
     def start(self, probe: SpectralProbe, window: WindowState, *, training: bool, waits: bool = False) -> None:
         """Before its forward pass, with ``waits`` long before. Equal steps draw equal rows."""

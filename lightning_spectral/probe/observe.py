@@ -69,12 +69,18 @@ class Observation:
         return self.latest
 
     def tokens(self, ids: Tensor) -> None:
-        """Before the forward passes of a step, in a pipeline stage that sees none: the ids of its whole batch.
+        """Before the forward passes of a batch, in a pipeline stage that sees no ids: those that the first stage gets.
+
+        Forward calls take their rows in order. Where several batches make an optimizer step, give each before it runs;
+        what is left after the step is forgotten.
 
         Args:
-            ids: (B, T); forward calls take their rows in order.
+            ids: (B, T) of the whole batch; negative where it is padding.
+
+        Raises:
+            ValueError: If they are no such tensor and no step is done yet; later the records say so.
         """
-        self._loop.observer.give_ids(ids)
+        self._loop.give_ids(ids)
 
     def follow(self, optimizer: Optimizer) -> None:
         """Take each step of an optimizer as a step of the loop."""
@@ -148,6 +154,11 @@ def observe(
         ValueError: If an argument is out of range, the model has no feed-forward network that is found, stages
             cannot be told apart, or an alarm watches what is not measured.
     """
+    if process_group is not None and isinstance(model, (nn.ModuleList, nn.ModuleDict)):
+        raise ValueError(
+            f"`model` is an `nn.{type(model).__name__}`, which no schedule calls: with several stages on a rank call "
+            "`observe` for each of them, with its own `out`."
+        )
     if process_group is not None and isinstance(counts, str) and counts == STREAM:
         raise ValueError("`counts='stream'` with a `process_group`: later stages see no ids; give an array or a file.")
     refuse_unknown("observe", shared)

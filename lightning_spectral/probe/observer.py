@@ -23,7 +23,6 @@ from lightning_spectral.probe.agreement import Agreement, MissingRankError
 from lightning_spectral.probe.attaching import agree_to_measure, remove, said_at_start
 from lightning_spectral.probe.background import BackgroundSolver
 from lightning_spectral.probe.evaluation import Evaluation, Ordinals, WindowState
-from lightning_spectral.probe.given_ids import GivenIds
 from lightning_spectral.probe.guard import DeliberateError, Guard
 from lightning_spectral.probe.host import Host, Scalars
 from lightning_spectral.probe.measurement import Measurement
@@ -138,9 +137,25 @@ class Observer:
                 self._armed.probe.turn = -(-step // self.schedule.every_n_steps)  # of the last step too
                 self._armed.probe.begin()
 
-    def give_ids(self, ids: Tensor) -> None:
-        """Before the forward passes of a step: the token ids of its batch, for a pipeline stage that sees none."""
-        self._micro_batches.given = GivenIds(ids)
+    def give_ids(self, ids: Tensor, *, may_raise: bool = True) -> None:
+        """Before the forward passes of a batch: its token ids, for a pipeline stage that sees none.
+
+        Args:
+            ids: (B, T).
+            may_raise: Whether the training has not begun.
+
+        Raises:
+            ValueError: If they are no ids; later the records say so.
+        """
+        if not self.is_armed:
+            return
+        try:
+            self._micro_batches.given.add(ids)
+        except ValueError:
+            if may_raise:
+                raise
+            return
+        self.tokens.give(ids)
 
     def begin_micro_batch(self, *, waits: bool = False) -> None:
         """Before a forward pass with its loss; with ``waits`` it may be long until then, or never."""
@@ -181,6 +196,7 @@ class Observer:
     def end_step(self) -> None:
         """After the optimizer step: close the window, if one is open, solve and publish it."""
         window, self._window = self._window, None
+        self._micro_batches.given.clear()
         if window is None or not self.is_armed:
             self.poll()
             return
@@ -317,6 +333,7 @@ class Observer:
     def abandon_window(self) -> None:
         """Forget the open window: the loop goes on from elsewhere."""
         self._window = None
+        self._micro_batches.given.clear()
         with self.guard("abandoning a window"):
             self._armed.probe.begin()
 

@@ -47,6 +47,7 @@ class SpectralProbe:
         model: Module that holds the blocks, wrapped or not.
         grouping: Which bucket a row belongs to.
         options: What to measure.
+        is_part: The model is a part of one, in which nothing need be measured.
 
     Attributes:
         window: What the open window holds; another one may be put in its place.
@@ -57,16 +58,22 @@ class SpectralProbe:
         ValueError: If no site is found, or the token counts are of another tokenizer.
     """
 
-    def __init__(self, model: nn.Module, grouping: Grouping, options: ProbeOptions) -> None:
+    def __init__(self, model: nn.Module, grouping: Grouping, options: ProbeOptions, *, is_part: bool = False) -> None:
         self.grouping, self.options = grouping, options
         self.buckets = Buckets(grouping.names, options.num_jackknife_groups)
         self.found = find_stacks(
-            model, sites=options.sites, modules=options.modules, embedding=options.embedding, hints=options.hints
+            model,
+            sites=options.sites,
+            modules=options.modules,
+            embedding=options.embedding,
+            hints=options.hints,
+            is_part=is_part,
         )
         vocab = getattr(self.found.embedding, "num_embeddings", None)
         if grouping.vocab_size is not None and vocab is not None:
             check_vocabulary(grouping.vocab_size, vocab, num_known_ids(model))
         self.recorder = Recorder(model, self.found, token_fraction=options.token_fraction)
+        self._any_parameter = next(model.parameters(), torch.zeros(()))
         _forget_compiled_code()
         self._losses = LossWatch(self.found, grouping, watches=options.with_losses)
         self._rows = Accumulator(lambda: self.sites, self.buckets.num_groups, self._parameter)
@@ -223,7 +230,7 @@ class SpectralProbe:
             if world_size > 1:
                 all_reduce(counts, process_group)
             num_sequences, num_passes = by_stack(counts, stacks, reported)
-            if num_passes == 0:
+            if num_passes == 0 and self.sites:
                 return self.lose("no_forward", NOT_RUN)
             if self._samples:
                 self._open_sample()
@@ -310,7 +317,7 @@ class SpectralProbe:
     def _parameter(self) -> Tensor:
         """A parameter of the first measured module, for its device and dtype."""
         modules = [site.module for site in self.sites]
-        return next((p for module in modules for p in module.parameters()), torch.zeros(()))
+        return next((p for module in modules for p in module.parameters()), self._any_parameter)
 
     def _take(self, call: ForwardCall, mask_of: OfCall | None, targets_of: OfCall | None) -> None:
         seen = self.window.stacks.setdefault(call.stack, StackSeen())

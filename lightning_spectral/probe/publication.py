@@ -140,7 +140,7 @@ class Publication:
             return self.probe.lose(status, reason if len(parts) == 1 else f"rank {rank}: {reason}")
         ranks = self.host.group_ranks
         agreed = merge([Seen(**part["seen"]) for part in ([parts[rank] for rank in ranks] if ranks else parts)])
-        if not agreed.num_passes:
+        if not agreed.num_passes and self.probe.sites:
             return self.probe.lose("no_forward", agreed.reason or NOT_RUN)
         return self.probe.close(self.host.process_group, agreed)
 

@@ -52,6 +52,7 @@ class TokenCounter:
         self._extra_columns = 0
         self._used: list[bool] | None = None  # which tensors of ids of a batch the model is given, where that is known
         self._num_given: int | None = None  # in this micro-batch
+        self._from_loop: int | None = None  # ids of the step under way that the loop has given, not counted yet
 
     def learn(self, batch: Any, calls: Sequence[ForwardCall], *, to_the_end: bool) -> None:
         """From a micro-batch that was watched: a batch may hold ids, or last columns, that the model is not given.
@@ -80,10 +81,15 @@ class TokenCounter:
         """Before a micro-batch of this optimizer step."""
         if self.before_step is None or self.before_step[0] != step:
             self.before_step = step, self.seen
+            self._from_loop = None
 
     def before(self, step: int) -> int | None:
         """Tokens seen by the weights of a step, without micro-batches of the one under way that is forgotten."""
         return self.before_step[1] if self.before_step is not None and self.before_step[0] == step else self.seen
+
+    def give(self, ids: Tensor) -> None:
+        """Ids of this step that the loop has given, to be counted where the model is called with none."""
+        self._from_loop = (self._from_loop or 0) + ids.numel()
 
     def add(self, batch: Any, num_replicas: int) -> str:
         """Count one rank's batch for all ranks with other data.
@@ -95,6 +101,10 @@ class TokenCounter:
         if self.seen is None:
             return ""
         tensors = ids_in(batch)
+        if not tensors and self._from_loop is not None:
+            self.seen += self._from_loop * num_replicas
+            self._from_loop = 0
+            return ""
         if self._used is not None and len(self._used) == len(tensors):
             tensors = [tensor for tensor, is_used in zip(tensors, self._used, strict=True) if is_used]
         held = sum(_tokens_of(tensor, self._extra_columns) for tensor in tensors)

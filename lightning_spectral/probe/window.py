@@ -24,6 +24,7 @@ from lightning_spectral.functional.sample import Gram
 from lightning_spectral.models.sites import Site
 from lightning_spectral.probe.collectives import all_gather_object
 from lightning_spectral.probe.eigensolve import Eigensolver
+from lightning_spectral.probe.loss_tap import NOT_SEEN
 from lightning_spectral.probe.options import ProbeOptions
 from lightning_spectral.probe.ranks_of import RankMeasurement, measure
 from lightning_spectral.probe.ranks_of_sample import measure_sample
@@ -160,8 +161,8 @@ class ClosedWindow:
             results = [replace(r, measurement=replace(r.measurement, eigenvalues=None)) for r in results]
         speaks = dist.get_rank(self.process_group) == 0
         parts: list[Any] = all_gather_object((results, self.losses) if speaks else ([], []))
-        known = [losses for _, losses in parts if any(one.loss is not None for one in losses)]
-        return [result for part, _ in parts for result in part], known[0] if known else self.losses
+        known: list[list[BucketLoss]] = [losses for _, losses in parts if losses]
+        return [result for part, _ in parts for result in part], min(known, key=_how_little, default=[])
 
     def without_numbers(self, status: str, reason: str) -> list[SiteResult]:
         """A result for every site and bucket that says why there is no number."""
@@ -241,6 +242,11 @@ class ClosedWindow:
             layout=layout,
             layout_agreement=agreement,
         )
+
+
+def _how_little(losses: Sequence[BucketLoss]) -> tuple[bool, bool]:
+    """Least of the stage that computes the loss: it has a number, or a loss came by it."""
+    return all(one.loss is None for one in losses), any(one.reason == NOT_SEEN for one in losses)
 
 
 def _by_network(members: Sequence[Site]) -> list[list[Site]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lightning_spectral.analysis.cells import finite, number_of, read_sheet, text_of
-from lightning_spectral.analysis.spelling import multiple
+from lightning_spectral.analysis.foreign_rows import logged
 from lightning_spectral.analysis.tables import ours
 from lightning_spectral.records import POOLED, LossRecord, SpectralRecord
 from lightning_spectral.text import parse_json
@@ -26,19 +26,19 @@ _PAIR: Final = re.compile(r"(\w+)=([-+.\deEnNaAiIfF]+)")
 # of the paper's logs -> field of a record
 _PAPER: Final = {"SE": "spectral_entropy", "PR": "hard_rank", "EEE": "early_enrichment", "JS": "js_divergence"}
 _LAYER: Final = re.compile(r"layer[_-]?(\d+)", re.IGNORECASE)
-# our own tags (`probe.scalars`): details of a layer, and the front page's medians over layers
+# our own tags (`probe.scalars`), details of a layer and medians over layers, and losses; a browser saves
+# a file with `_` where a tag has `/`
 TAGS: Final = (
-    re.compile(r"spectral(?:_(?P<stage>[a-z]+))?\.(?P<metric>\w+)\.(?P<site>pre|post)\.(?P<bucket>[^/]+)/layer_(?P<layer>\d+)"),
-    re.compile(r"spectral(?:_(?P<stage>validation|test|predict))?/(?P<metric>\w+?_rank)(?:\.(?P<site>pre))?\.(?P<bucket>[^./]+)"),
-    re.compile(r"spectral_loss(?:_(?P<stage>[a-z]+))?/(?P<metric>loss|accuracy)\.(?P<bucket>[^/]+)"),
-    re.compile(r"(?:(?P<stage>train|val|validation|eval|test)[/_.])?(?P<metric>loss)"),
+    re.compile(r"spectral(?:_(?P<stage>[a-z]+))?\.(?P<metric>\w+)\.(?P<site>pre|post)\.(?P<bucket>[^/]+)[/_]layer_(?P<layer>\d+)"),
+    re.compile(r"spectral(?:_(?P<stage>validation|test|predict))?[/_](?P<metric>\w+?_rank)(?:\.(?P<site>pre))?\.(?P<bucket>[^./]+)"),
+    re.compile(r"spectral_loss(?:_(?P<stage>[a-z]+))?[/_](?P<metric>loss|accuracy)\.(?P<bucket>[^/]+)"),
+    re.compile(r"(?:(?P<stage>train|val|validation|eval|test)[/_.])?(?P<metric>(?:lm_|ce_)?loss)", re.IGNORECASE),
+    re.compile(r"(?P<metric>loss)[/_.](?P<stage>train|val|validation|eval|test)", re.IGNORECASE),
 )  # fmt: skip
 _STAGES: Final = {"val": "validation", "eval": "validation", "": "train"}
 _FIELDS: Final = ("soft_rank", "hard_rank", "spectral_entropy", "early_enrichment", "top_share", "trace")
-_STEP_COLUMNS: Final = ("_step", "step", "global_step", "trainer/global_step", "Step")
 _NOT_FINITE: Final = "NaN, infinite or no number"
 _NO_STEP: Final = "of a step that is no whole number from 0 on"
-_RUN_COLUMNS: Final = ("run_id", "run_name", "run", "name", "Name", "Run")  # whose rows are whose, in one file
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,10 @@ def read_foreign(path: str | Path, tag: str | None = None) -> list[ForeignRun]:
     """Every run in a file, or at or below a folder.
 
     Args:
-        path: A log of the paper (``Step N: SE_pre=...``), an event file, an export of W&B (CSV, JSON or JSON lines), or
-            a folder of them; texts may be gzipped. Logs and events of one folder are one run; so are the columns of a
-            table with one name, and its rows with one name in a column ``run_id``, ``run`` or ``name``.
+        path: A log of the paper (``Step N: SE_pre=...``), an event file, an export of W&B (CSV, JSON or JSON lines), a
+            download of TensorBoard, ``trainer_state.json``, a long table (``tag`` and ``value``), or a folder of them;
+            texts may be gzipped. Logs and events of one folder are one run; so are the columns of a table with one
+            name, and its rows with one name in a column ``run_id``, ``run`` or ``name``.
         tag: Regular expression with the groups ``metric`` and, as far as they are there, ``stage``, ``site``,
             ``bucket`` and ``layer``, for tags that are not ours.
 
@@ -208,41 +209,37 @@ def _read_events(file: Path, root: Path, runs: dict[str, ForeignRun], place_of: 
 
 
 def _read_csv(file: Path, root: Path, runs: dict[str, ForeignRun], place_of: Place) -> None:
-    """A table of one run's history (columns are tags), or one chart's export (``run - tag`` columns)."""
-    _read_rows(read_sheet(file).rows, file, runs, place_of)
+    """A table (``foreign_rows``)."""
+    _read_rows(read_sheet(file).rows, file, root, runs, place_of)
 
 
 def _read_json(file: Path, root: Path, runs: dict[str, ForeignRun], place_of: Place) -> None:
-    """JSON lines, or one list of objects."""
+    """JSON lines, one list of objects, or one object with such a list (``log_history`` of a Trainer)."""
     text, rows = text_of(file), []
-    for part in [text] if text.lstrip().startswith("[") else text.splitlines():
+    for part in [text] if _is_whole_json(text) else text.splitlines():
         try:
             read = parse_json(part)
         except ValueError:
             continue  # the last line of a run that was cut off
+        if isinstance(read, dict) and isinstance(read.get("log_history"), list):
+            read = read["log_history"]
         rows += [row for row in (read if isinstance(read, list) else [read]) if isinstance(row, dict)]
-    _read_rows(rows, file, runs, place_of)
+    _read_rows(rows, file, root, runs, place_of)
 
 
-def _read_rows(rows: Sequence[Mapping[str, Any]], file: Path, runs: dict[str, ForeignRun], place_of: Place) -> None:
-    column = next((name for name in _STEP_COLUMNS if any(name in row for row in rows)), None)
-    if column is None:
-        return
-    whose = next((name for name in _RUN_COLUMNS if any(_is_word(row.get(name)) for row in rows)), None)
-    for row in rows:
-        step = number_of(row.get(column))
-        named = str((whose and row.get(whose)) or Path(_plain(file)).stem)
-        for name, cell in row.items():
-            if name in (None, column, whose) or cell in (None, "") or number_of(cell) is None:
-                continue  # blank, or a word
-            own, dash, tag = name.partition(" - ")
-            if not name.endswith(("__MIN", "__MAX")):
-                run = _run_of(runs, own if dash else named, file, "wandb")
-                _add(run, tag if dash else name, step, cell, place_of)
+def _is_whole_json(text: str) -> bool:
+    try:
+        parse_json(text)
+    except ValueError:
+        return False
+    return True
 
 
-def _is_word(cell: Any) -> bool:
-    return isinstance(cell, str) and (number_of(cell) is None or multiple(cell) is not None)  # `160m` is a name
+def _read_rows(
+    rows: Sequence[Mapping[str, Any]], file: Path, root: Path, runs: dict[str, ForeignRun], place_of: Place
+) -> None:
+    for own in logged(rows, Path(_plain(file)).stem, _folder_name(file, root)):
+        _add(_run_of(runs, own.run, file, "wandb"), own.tag, number_of(own.step), own.cell, place_of)
 
 
 def _add(run: ForeignRun, tag: str, step: float | None, cell: Any, place_of: Place) -> None:
@@ -256,10 +253,11 @@ def _add(run: ForeignRun, tag: str, step: float | None, cell: Any, place_of: Pla
     if value is None:
         run.left_out[_NOT_FINITE] += 1
         return
-    stage, layer = place.get("stage", ""), place.get("layer", "")
+    stage, layer, metric = place.get("stage", "").lower(), place.get("layer", ""), place["metric"]
+    metric = "loss" if metric.lower().endswith("loss") else metric
     bucket = ours(place.get("bucket") or POOLED)
     where = (_STAGES.get(stage, stage), place.get("site") or "post", bucket)
-    run.numbers.append(Number(int(step), place["metric"], value, *where, int(layer) if layer else None))
+    run.numbers.append(Number(int(step), metric, value, *where, int(layer) if layer else None))
 
 
 def spectral_records(run: ForeignRun, width: int) -> list[SpectralRecord]:

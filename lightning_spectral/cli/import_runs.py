@@ -66,6 +66,8 @@ def main(argv: list[str]) -> int:
     if twice is not None:
         raise CommandError(f"two of the inputs hold a run `{twice}`: import them into folders of their own.")
     about = [about_of(run, rows, options) for run in found]
+    for run in found:  # all of them before the first is written
+        inputs.guarded(partial(refuse_unwritable, run, folder))
     for run, (width, labels) in zip(found, about, strict=True):
         inputs.guarded(partial(write, run, folder, width, labels))
     print_left_out(found)
@@ -117,16 +119,24 @@ def _search(pattern: str, run: ForeignRun) -> str | None:
         raise ValueError(f"--width-from `{pattern}` is no expression with a group: {error}.") from error
 
 
-def write(run: ForeignRun, folder: Path, width: int, labels: dict[str, str]) -> None:
-    """One run folder; an earlier one there must go first.
+def refuse_unwritable(run: ForeignRun, folder: Path) -> None:
+    """A run that is there already, or has no rank.
 
     Raises:
-        ValueError: If the folder already holds a run.
+        ValueError: If it is one of these.
     """
+    own = folder / as_name(run.name)
+    if (own / RUN_FILE).exists():
+        raise ValueError(f"`{own}` already holds a run; give another --out.")
+    if all(number.metric in ("loss", "accuracy") for number in run.numbers):
+        raise ValueError(f"`{run.place}` holds losses of `{run.name}`, but no rank: there is nothing to fit (--tag).")
+
+
+def write(run: ForeignRun, folder: Path, width: int, labels: dict[str, str]) -> None:
+    """One run folder."""
     from lightning_spectral.analysis.foreign import loss_records, spectral_records
     from lightning_spectral.records import (
         LOSSES_FILE,
-        RUN_FILE,
         SPECTRAL_FILE,
         RunInfo,
         append_records,
@@ -134,11 +144,7 @@ def write(run: ForeignRun, folder: Path, width: int, labels: dict[str, str]) -> 
     )
 
     own = folder / as_name(run.name)
-    if (own / RUN_FILE).exists():
-        raise ValueError(f"`{own}` already holds a run; give another --out.")
     records, losses = spectral_records(run, width), loss_records(run)
-    if not records:
-        raise ValueError(f"`{run.place}` holds losses of `{run.name}`, but no rank: there is nothing to fit (--tag).")
     created = datetime.datetime.fromtimestamp(run.place.stat().st_mtime, datetime.timezone.utc)
     conventions = {"imported_from": run.source}
     info = RunInfo(

@@ -214,3 +214,60 @@ def test_groups_of_ones_own_keep_their_letters(tmp_path: Path) -> None:
     table.write_text("_step,spectral/hard_rank.Code,spectral/hard_rank.code,spectral/hard_rank.TAIL\n0,1,2,3\n")
     (run,) = read_foreign(table)
     assert {r.bucket: r.hard_rank for r in spectral_records(run, 64)} == {"Code": 1.0, "code": 2.0, "tail": 3.0}
+
+
+RANKS = {0: 20.0, 50: 22.5, 100: 25.0}
+TAG = "spectral/hard_rank.tail"
+
+
+def in_form(form: str, folder: Path) -> Path:
+    """Ranks of the run `muon-w512` as others' programs save them."""
+    cells = {
+        "download": "Wall time,Step,Value\n" + "".join(f"1.7e9,{s},{v}\n" for s, v in RANKS.items()),
+        "long": "run,tag,step,value\n" + "".join(f"muon-w512,{TAG},{s},{v}\n" for s, v in RANKS.items()),
+        "of directories": "dir_name,step,tag,value\n" + "".join(f"muon-w512,{s},{TAG},{v}\n" for s, v in RANKS.items()),
+        "grouped": f"Step,Group: muon-w512 - {TAG},Group: muon-w512 - {TAG}__MIN\n"
+        + "".join(f"{s},{v},1\n" for s, v in RANKS.items()),
+        "over epochs": f"epoch,muon-w512 - _step,muon-w512 - {TAG},muon-w512 - _step__MAX\n"
+        + "".join(f"{k},{s},{v},9\n" for k, (s, v) in enumerate(RANKS.items())),
+        "a dash in the name": f"Step,muon-w512 - {TAG}\n" + "".join(f"{s},{v}\n" for s, v in RANKS.items()),
+        "trainer state": json.dumps({"epoch": 1, "log_history": [{"step": s, TAG: v} for s, v in RANKS.items()]}),
+        "rows of one object": json.dumps([{"_step": s, TAG: v, "_runtime": 3} for s, v in RANKS.items()], indent=1),
+    }
+    names = {"download": f"run-muon-w512-tag-{TAG.replace('/', '_')}.csv", "trainer state": "muon-w512.json"}
+    own = folder / names.get(form, "muon-w512.json" if "object" in form else "any.csv")
+    own.write_text(cells[form])
+    return own
+
+
+FORMS = ["download", "long", "of directories", "grouped", "over epochs", "a dash in the name", "trainer state"]
+
+
+@pytest.mark.parametrize("form", [*FORMS, "rows of one object"])
+def test_every_form_says_the_same(form: str, tmp_path: Path) -> None:
+    (run,) = read_foreign(in_form(form, tmp_path))
+    assert run.name == "muon-w512"
+    assert {r.step: r.hard_rank for r in spectral_records(run, 512)} == RANKS
+    assert {(r.bucket, r.stage) for r in spectral_records(run, 512)} == {("tail", "train")}
+    assert not run.unread
+
+
+def test_downloads_of_one_run_are_one_run(tmp_path: Path) -> None:
+    for layer in (0, 11):
+        path = tmp_path / f"run-a-tag-spectral.hard_rank.post.tail_layer_{layer:02d}.csv"
+        path.write_text(f"Wall time,Step,Value\n1,5,{10 + layer}\n")
+    (tmp_path / "run-a-tag-Loss_validation.csv").write_text("Wall time,Step,Value\n1,5,3.5\n")
+    (tmp_path / "train_loss.csv").write_text("Wall time,Step,Value\n1,5,3.25\n")  # of the folder, by its own name
+    first, second = sorted(read_foreign(tmp_path), key=lambda run: run.name != "a")
+    assert {(r.layer, r.hard_rank) for r in spectral_records(first, 64)} == {(0, 10.0), (11, 21.0)}
+    assert [(r.stage, r.loss) for r in loss_records(first)] == [("validation", 3.5)]
+    assert second.name == tmp_path.name
+    assert [(r.stage, r.loss) for r in loss_records(second)] == [("train", 3.25)]
+
+
+def test_nothing_is_written_where_one_run_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "t.csv").write_text(f"Step,a - {TAG},b - train/lm_loss\n1,5,3\n")
+    assert main(["import", str(tmp_path / "in"), "--width", "8", "--out", str(tmp_path / "out")]) == 2
+    assert "holds losses of `b`, but no rank" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -27,6 +27,9 @@ from lightning_spectral.analysis.linear import t_quantile
 FloatArray = NDArray[np.float64]
 NAN: Final = float("nan")
 MODELS: Final = ("power", "bent", "floor")
+FAR: Final = 6.0
+_ROUNDS: Final = 20
+_ROUNDING: Final = 1e-9
 _EXPONENTS: Final = (0.1, 0.3, 0.7, 1.5)  # starting points
 _FLOORS: Final = (0.2, 0.7, 0.95)  # of the smallest value
 
@@ -120,6 +123,29 @@ def floor(xs: Sequence[FloatArray], y: FloatArray) -> Shape | None:
     shape = _shape("floor", tuple(names), best.x, best.jac, 2 * float(best.cost), n, in_units)
     values, low, high = (_without_ln(own) for own in (shape.values, shape.low, shape.high))
     return replace(shape, values=values, low=low, high=high)
+
+
+def without_far(xs: Sequence[FloatArray], y: FloatArray, law: Shape) -> tuple[Shape | None, NDArray[np.bool_]]:
+    """A law of :func:`floor` fitted again without the points far off it, until these stay the same.
+
+    A handful of points (digitised wrongly, diverged) can carry least squares far beyond the interval.
+
+    Returns:
+        The law without them (``None`` if there is none), and (n,) whether a point lies more than :data:`FAR` robust
+        standard deviations (1.4826 median absolute deviations) of ln y off it.
+    """
+    far, own = np.zeros(len(y), dtype=np.bool_), law
+    for _ in range(_ROUNDS):
+        terms = [own.values[1 + 2 * i] * x ** -own.values[2 + 2 * i] for i, x in enumerate(xs)]
+        left = np.abs(np.log(own.values[0] + np.sum(terms, axis=0)) - np.log(y))
+        now = left > FAR * max(1.4826 * float(np.median(left)), _ROUNDING)
+        if (now == far).all():
+            break
+        again = floor([x[~now] for x in xs], y[~now])
+        if again is None:
+            return None, now
+        far, own = now, again
+    return own, far
 
 
 def _shape(

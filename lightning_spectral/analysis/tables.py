@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ KNOWN: Final = frozenset(
         *(*METRIC_NAMES, "beta", "std_err", "id"),
     )
 )
+_SEARCHED: Final = 10_000  # rows in which two columns that tell them apart are looked for
 _SAME: Final = 1e-9  # of two tables of one run: the last bits of a median depend on who took it
 _MEASURED: Final = {"site": "post", "bucket": "pooled", "metric": "hard_rank", "layer": LAYER_MEDIAN}
 
@@ -115,18 +117,20 @@ def one_table(tables: Sequence[PointTable]) -> PointTable:
     return PointTable(by, tuple(points), tables[0].x_name)
 
 
-def telling_apart(rows: Sequence[Mapping[str, str]], columns: Columns, used: Sequence[str]) -> str | None:
-    """The first unused column without which several rows are one series, width and seed; ``None`` if none repeats."""
+def telling_apart(rows: Sequence[Mapping[str, str]], columns: Columns, used: Sequence[str]) -> tuple[str, ...]:
+    """The first unused column, or two, without which rows are one series, width and seed; empty if none repeats."""
     key = [name for name in (*columns.by, columns.x, columns.seed) if name]
     cells = [tuple(row[name] for name in key) for row in rows]
     if len(set(cells)) == len(cells):
-        return None
-    for name in rows[0]:
-        if name not in (*key, *used):
-            told = {(*cell, row[name]) for cell, row in zip(cells, rows, strict=True)}
-            if len(told) == len(cells) and len({row[name] for row in rows}) <= max(2, len(rows) // 3):
-                return name
-    return None
+        return ()
+    most = max(2, len(rows) // 3)  # a label repeats
+    free = [name for name in rows[0] if name not in (*key, *used) and 1 < len({row[name] for row in rows}) <= most]
+    pairs = itertools.combinations(free, 2) if len(rows) <= _SEARCHED else ()
+    for names in (*((name,) for name in free), *pairs):
+        told = {(*cell, *(row[name] for name in names)) for cell, row in zip(cells, rows, strict=True)}
+        if len(told) == len(cells):
+            return names
+    return ()
 
 
 def with_layers(table: PointTable) -> PointTable:

@@ -115,8 +115,10 @@ def read_points_csv(
     apart = telling_apart(
         used, replace(columns, seed=seed), [n for n in (y, *names_of(spread), rows, source, *columns.also) if n]
     )
-    if apart is not None:
-        why = f"`{path}` has several rows of one series and {x}; the column `{apart}` tells them apart (--by, --seed)."
+    if apart:
+        which = "the column " * (len(apart) == 1) + " and ".join(f"`{name}`" for name in apart)
+        verb = "tells" if len(apart) == 1 else "tell"
+        why = f"`{path}` has several rows of one series and {x}; {which} {verb} them apart (--by, --seed)."
         problems.append(Problem(str(path), "repeated_x", why))
     return with_layers(PointTable(tuple(by), tuple(points), x)), problems
 
@@ -197,14 +199,15 @@ def _spread(row: dict[str, str], names: Sequence[str]) -> float:
 
 def read_columns(
     tables: Sequence[str | Path | Sheet], columns: Sequence[str], by: Sequence[str], where: Sequence[str] = ()
-) -> dict[tuple[str, ...], list[NDArray[np.float64]]]:
-    """Columns of numbers of some tables, by series; rows with a cell that is no positive number are left out.
+) -> tuple[dict[tuple[str, ...], list[NDArray[np.float64]]], int]:
+    """Columns of numbers of some tables, by series, and how many rows were left out: a cell is no positive number.
 
     Raises:
         ValueError: If a table lacks a column, or no row is left.
     """
     kept = [condition(text) for text in where]
     found: dict[tuple[str, ...], list[list[float]]] = {}
+    left_out = 0
     for sheet in map(read_sheet, tables):
         own, labels = ([column_of(name, sheet.names) for name in some] for some in (columns, by))
         missing = [name for name in (*own, *labels) if name not in sheet.names]
@@ -218,9 +221,11 @@ def read_columns(
                 numbers = [_optional(row, name) for name in own]
                 if all(math.isfinite(number) and number > 0 for number in numbers):
                     found.setdefault(tuple(row[name] for name in labels), []).append(numbers)
+                else:
+                    left_out += 1
     if not found:
         raise ValueError(f"no row holds positive numbers in {', '.join(f'`{name}`' for name in columns)}.")
-    return {series: list(np.array(numbers).T) for series, numbers in found.items()}
+    return {series: list(np.array(numbers).T) for series, numbers in found.items()}, left_out
 
 
 def _steps(row: dict[str, str], name: str | None) -> tuple[int, ...]:

@@ -9,13 +9,14 @@ import contextlib
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
 from lightning_spectral import __version__
-from lightning_spectral.text import CommandError, did_you_mean, visible
+from lightning_spectral.text import CommandError, did_you_mean, one_line, visible
 from lightning_spectral.text.packages import is_installed, why_missing
 
 # verb -> (module with a ``main(argv) -> int``, one line of help)
@@ -119,14 +120,19 @@ class _Visible:
 
 @contextlib.contextmanager
 def _visible(verb: str) -> Iterator[None]:
-    """No label of a foreign file moves the cursor, changes the title or stands for other letters."""
+    """No label of a foreign file moves the cursor or stands for other letters; a warning is one line."""
     if verb not in _READS_FOREIGN:
         yield
         return
     out: Any = _Visible(sys.stdout)
     err: Any = _Visible(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        yield
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"WARNING {one_line(message)}\n"
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _usage() -> str:

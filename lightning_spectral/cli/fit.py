@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_spectral.cli import inputs
 from lightning_spectral.cli.parser import VerbParser
@@ -15,8 +16,10 @@ from lightning_spectral.text.tables import aside
 
 if TYPE_CHECKING:
     from lightning_spectral.analysis.fits import PowerLawFit
+    from lightning_spectral.analysis.shapes import Shape
     from lightning_spectral.analysis.study import Fitted
 
+FloatArray = NDArray[np.float64]
 _EPILOG = """\
 examples:
   lightning-spectral fit out/study --out out/fits
@@ -87,7 +90,7 @@ def table_of(by: Sequence[str], shown: Sequence[PowerLawFit]) -> tuple[list[str]
         "before decay": before_text,
         "untrained": lambda fit: inputs.number(fit.null_beta),
         "slope at the ends": lambda fit: (
-            f"{fit.slope_low:.2f} to {fit.slope_high:.2f}" if fit.bend == fit.bend else "-"
+            f"{inputs.number(fit.slope_low, 2)} to {inputs.number(fit.slope_high, 2)}" if fit.bend == fit.bend else "-"
         ),
         "layers": lambda fit: interval(fit.layer_low, fit.layer_high),
         "one width left out": lambda fit: interval(fit.loo_low, fit.loo_high),
@@ -118,7 +121,7 @@ def fit_two(options: argparse.Namespace) -> int:
     if options.model not in ("floor", "all"):
         raise CommandError("a law in two variables is E + A N^-a + B D^-b: give --model floor with --x N,D.")
     by, rows, values, notes = options.by or [], [], [], []
-    found = inputs.guarded(lambda: read_columns(files, [*xs, options.y], by, options.where))
+    found, left_out = inputs.guarded(lambda: read_columns(files, [*xs, options.y], by, options.where))
     for series, (one, two, y) in found.items():
         shape = floor([one, two], y)
         if shape is None:
@@ -135,6 +138,7 @@ def fit_two(options: argparse.Namespace) -> int:
         a, b = shape.values[2], shape.values[4]
         whose, best = " ".join(filter(None, series)) or "all", f"the best {xs[0]} as cost^{b / (a + b):.3f}"
         notes.append(f"{whose}: where cost grows as {xs[0]} times {xs[1]}, {best}.")
+        notes += _far_off([one, two], y, shape, whose)
     parameters = ["E", f"A ({xs[0]})", "a", f"B ({xs[1]})", "b"]
     machine = [f"{name}{end}" for name in ("E", "A", "a", "B", "b") for end in ("", "_low", "_high")]
     if rows:
@@ -143,8 +147,24 @@ def fit_two(options: argparse.Namespace) -> int:
         folder = inputs.out_folder(options.out)
         if folder is not None:
             print(f"wrote {write_csv(folder / 'laws.csv', header, values)}", file=aside(options.format))
+    if left_out:
+        notes.append(f"{left_out} rows without a positive number in each of these columns were left out.")
     inputs.print_notes(notes, options.format)
     return 0 if rows else 1
+
+
+def _far_off(xs: list[FloatArray], y: FloatArray, law: Shape, whose: str) -> list[str]:
+    """A sentence on the points far off a law, and what it is without them."""
+    from lightning_spectral.analysis.shapes import FAR, without_far
+
+    rest, far = without_far(xs, y, law)
+    if not far.any():
+        return []
+    text = f"{whose}: {far.sum()} of {len(y)} rows lie more than {FAR:g} robust standard deviations off the law"
+    if rest is None:
+        return [f"{text}; without them no law that falls in both could be fitted."]
+    ends = (f"{n} = {rest.values[k]:.4g} {inputs.interval(rest.low[k], rest.high[k])}" for n, k in (("a", 2), ("b", 4)))
+    return [f"{text}; without them E = {rest.values[0]:.4g}, {', '.join(ends)}."]
 
 
 def print_shapes(fitted: Fitted, model: str, style: str) -> None:

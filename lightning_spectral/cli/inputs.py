@@ -276,7 +276,8 @@ def number(value: float, digits: int = 3) -> str:
     """A number for a table; a dash when there is none."""
     if value != value:
         return "-"
-    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+    text = f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+    return text if float(text) else text.removeprefix("-")
 
 
 def out_folder(text: str | None) -> Path | None:

@@ -42,6 +42,8 @@ def main(argv: list[str]) -> int:
 
 def _power(options: argparse.Namespace) -> int:
     """Plan with the scatter of what was read."""
+    from lightning_spectral.analysis.caveats import median_fits
+
     fitted, _ = inputs.load(options)
     found = needs_of(fitted, options.amount, options.power)
     if not found:
@@ -55,6 +57,8 @@ def _power(options: argparse.Namespace) -> int:
     inputs.print_table(header, rows, options.format, ([name.replace(" ", "_") for name in header], values))
     what = f"Each alone, the rest as it is, to tell slopes {options.amount:g} apart (95 % intervals, power"
     print(f"note: {what} {options.power:g}, one pair by itself).", file=tables.aside(options.format))
+    inputs.print_problems(fitted.problems)
+    inputs.print_flags(fit.status for fit in median_fits(fitted))
     return 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,3 +61,18 @@ def test_the_verb_writes_csv_json_and_parquet(tmp_path: Path, capsys: pytest.Cap
     assert parquet.read_table(tmp_path / "r.parquet").to_pylist() == expected
     assert main(["records", str(tmp_path / "out"), "--out", str(tmp_path / "r.xlsx")]) == 2
     assert "ends in no known format" in capsys.readouterr().err
+
+
+def test_a_torn_line_is_one_line_of_warning(tmp_path: Path) -> None:
+    (run,) = write_study(tmp_path, {"muon": 0.9}, widths=(128,), steps=(0,), layers=1)
+    with (run / SPECTRAL_FILE).open("a") as file:
+        file.write('{"run_id": "mu')
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_spectral", "records", str(run)], capture_output=True, text=True, check=True
+    )
+    warning, count = done.stderr.splitlines()
+    assert (
+        warning
+        == f"WARNING `{run / SPECTRAL_FILE}`: 1 of 5 lines left out; the first is line 5: not a whole JSON object."
+    )
+    assert count == "4 records"

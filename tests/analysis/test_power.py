@@ -73,3 +73,15 @@ def test_the_verb(tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
     assert int(cells["seeds_needed"]) > 2
     assert main(["power", str(tmp_path / "t.csv"), "--amount", "0"]) == 2
     assert "> 0" in capsys.readouterr().err
+
+
+def test_what_is_wrong_with_the_points_is_said(tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+    rng, lines = np.random.default_rng(3), ["optimizer,width,seed,value"]
+    points = series(rng, 0.5, 4, 2, 0.1, 0.05)
+    lines += [f"{name},{p.x},{p.seed},{p.value}" for name in ("adamw", "copied") for p in points]
+    (tmp_path / "t.csv").write_text("\n".join([*lines, "muon,64,0,none"]) + "\n")
+    assert main(["power", str(tmp_path / "t.csv"), "--amount", ".3"]) == 0
+    said = capsys.readouterr().err
+    assert "line 18: `none` in column `value` is not a number" in said
+    assert "`optimizer=adamw` and `optimizer=copied` agree to the last bit" in said
+    assert "duplicate_values" in said

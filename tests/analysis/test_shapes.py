@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_spectral.analysis.shapes import floor, polynomial, shapes_of
+from lightning_spectral.analysis.shapes import floor, polynomial, shapes_of, without_far
 
 X = np.geomspace(1e8, 1e10, 12)
 NOISE = np.exp(np.random.default_rng(0).normal(0, 0.002, 12))
@@ -43,6 +43,26 @@ def test_a_law_of_two_variables_is_recovered() -> None:
     assert shape is not None
     assert shape.names == ("E", "A", "exponent", "A1", "exponent1")
     assert shape.values == pytest.approx((1.69, 406.4, 0.34, 410.7, 0.28), rel=1e-4)
+
+
+def test_points_far_off_do_not_carry_a_law() -> None:
+    """Three of 49 runs that diverged, at few tokens; the noise is .2 %."""
+    n, d = (axis.ravel() for axis in np.meshgrid(np.geomspace(1e7, 1e10, 7), np.geomspace(1e8, 1e11, 7)))
+    loss = (1.69 + 406.4 * n**-0.34 + 410.7 * d**-0.28) * np.exp(np.random.default_rng(3).normal(0, 0.002, 49))
+    whole = floor([n, d], loss)
+    assert whole is not None
+    same, far = without_far([n, d], loss, whole)
+    assert same == whole
+    assert not far.any()
+    wrong = np.zeros(49, dtype=bool)
+    wrong[[3, 5, 6]] = True
+    carried = floor([n, d], np.where(wrong, 1.3 * loss, loss))
+    assert carried is not None
+    assert not carried.low[4] < 0.28 < carried.high[4]
+    rest, far = without_far([n, d], np.where(wrong, 1.3 * loss, loss), carried)
+    assert rest is not None
+    assert (far == wrong).all()
+    assert rest.low[4] < 0.28 < rest.high[4]
 
 
 def test_what_cannot_be_fitted() -> None:

@@ -125,7 +125,7 @@ def test_tokens_in_billions(tmp_path: Path) -> None:
         for d in ("1B", "4B", "16B", "64B", "300B")
     }
     path.write_text("Params,Tokens,Loss (nats)\n" + "".join(f"{n},{d},{y!r}\n" for (n, d), y in law.items()))
-    ((one, two, y),) = read_columns([path], ["params", "tokens", "loss"], []).values()
+    ((one, two, y),) = read_columns([path], ["params", "tokens", "loss"], [])[0].values()
     assert (one[0], two[-1], len(y)) == (7e7, 3e11, 25)
     assert main(["fit", str(path), "--x", "params,tokens", "--y", "loss", "--model", "floor", "--format", "csv"]) == 0
 

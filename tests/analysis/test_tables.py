@@ -80,6 +80,15 @@ def test_a_column_that_tells_repeated_rows_apart_is_named(tmp_path: Path) -> Non
     assert "the column `dion_rank_fraction` tells them apart" in problems[0].message
 
 
+def test_two_columns_that_tell_repeated_rows_apart_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    cells = [f"{w},{m},{t},{w + t}" for w in (64, 128, 256) for m in ("fc", "proj") for t in (1, 2, 3)]
+    path.write_text("width,module,t,l1\n" + "\n".join(cells) + "\n")
+    (problem,) = read_points_csv(path, y="l1")[1]
+    assert problem.message.endswith("and width; `module` and `t` tell them apart (--by, --seed).")
+    assert not read_points_csv(path, y="l1", by=["module", "t"])[1]
+
+
 def test_rows_are_kept_by_conditions(tmp_path: Path) -> None:
     path = published(tmp_path / "p.csv")
     found, _ = read_points_csv(path, where=["optimizer!=Dion", "ffn_hidden_dim>=1536"])

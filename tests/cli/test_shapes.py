@@ -44,3 +44,16 @@ def test_a_law_in_two_variables(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (tmp_path / "out" / "laws.csv").exists()
     assert main(given) == 2
     assert "--model floor" in capsys.readouterr().err
+
+
+def test_rows_left_out_and_far_off_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines, rng = ["n,d,loss", "0,1,2", "1e8,,3"], np.random.default_rng(0)
+    for k, n in enumerate(np.geomspace(1e7, 1e10, 6)):
+        for m, d in enumerate(np.geomspace(1e8, 1e11, 6)):
+            loss = (1.69 + 406.4 * n**-0.34 + 410.7 * d**-0.28) * np.exp(0.002 * rng.standard_normal())
+            lines.append(f"{float(n)},{float(d)},{float(loss) * (1.5 if (k, m) == (0, 0) else 1)}")
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    assert main(["fit", str(tmp_path / "t.csv"), "--x", "n,d", "--y", "loss", "--model", "floor"]) == 0
+    said = capsys.readouterr().out
+    assert "1 of 36 rows lie more than 6 robust standard deviations off the law; without them E = 1.6" in said
+    assert "2 rows without a positive number in each of these columns were left out" in said

@@ -34,11 +34,19 @@ class TokenBlocks(Dataset[Tensor]):
         seq_length: T.
         end_of_text: Id that ends a document, if no sequence may reach into the next one; what of a document is left
             after its last whole sequence is in none then.
+        seams: Places where the text does not go on from the token before; no sequence reaches across them either, where
+            ``end_of_text`` is given.
     """
 
-    def __init__(self, tokens: NDArray[Any] | TokenSequence, seq_length: int, end_of_text: int | None = None) -> None:
+    def __init__(
+        self,
+        tokens: NDArray[Any] | TokenSequence,
+        seq_length: int,
+        end_of_text: int | None = None,
+        seams: NDArray[np.int64] | None = None,
+    ) -> None:
         self._tokens = tokens
-        self._starts = None if end_of_text is None else starts_in_documents(tokens, seq_length, end_of_text)
+        self._starts = None if end_of_text is None else starts_in_documents(tokens, seq_length, end_of_text, seams)
         self.seq_length = max(1, min(seq_length, len(tokens) - 1)) if self._starts is None else seq_length
 
     def __len__(self) -> int:
@@ -51,17 +59,21 @@ class TokenBlocks(Dataset[Tensor]):
         return torch.from_numpy(self._tokens[start : start + self.seq_length + 1].astype(np.int64))
 
 
-def starts_in_documents(tokens: NDArray[Any] | TokenSequence, seq_length: int, end_of_text: int) -> NDArray[np.int64]:
+def starts_in_documents(
+    tokens: NDArray[Any] | TokenSequence, seq_length: int, end_of_text: int, seams: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
     """First token of every sequence of ``seq_length`` inputs and a target more that lies in one document.
 
-    A document's end is its last token: it may be a target, never the token before another document's.
+    A document's end is its last token: it may be a target, never the token before another document's. A seam ends a
+    document that has no such token.
     """
     ends = [
         first + np.flatnonzero(tokens[first : first + _SCANNED_AT_ONCE] == end_of_text)
         for first in range(0, len(tokens), _SCANNED_AT_ONCE)
     ]
-    bounds = np.concatenate([[-1], *ends, [len(tokens) - 1]]).astype(np.int64)  # the last has no end of its own
-    num_of_document = np.maximum(np.diff(bounds) - 1, 0) // seq_length
+    last = [len(tokens) - 1, *([] if seams is None else seams - 1)]  # of what has no end of its own
+    bounds = np.unique(np.concatenate([[-1], *ends, last])).astype(np.int64)
+    num_of_document = (np.diff(bounds) - 1) // seq_length
     before = np.cumsum(num_of_document) - num_of_document
     place = np.arange(int(num_of_document.sum())) - np.repeat(before, num_of_document)
     return np.repeat(bounds[:-1] + 1, num_of_document) + seq_length * place

@@ -34,7 +34,9 @@ _ENCODE_BLOCKS = 256  # blocks that the tokenizer gets at once
 _TOKENIZER_CHARS = 200_000_000  # a tokenizer is trained on no more text than this, from the beginning
 _REPORT_S = 10.0
 
+_KEPT = ("train", "validation", "train_seams", "validation_seams")
 _Tokens = dict[str, NDArray[Any]]
+_Part = list[tuple[str, bool]]  # text of a block, and whether the text goes on from the block before it in the part
 
 
 def check_num_proc(num_proc: object) -> None:
@@ -46,6 +48,9 @@ def encoded_units(
     folder: Path, stream: Iterator[Block], encode: Encoder, say: Callable[[str], None], num_proc: int = 1
 ) -> Iterator[_Tokens]:
     """Training and held-out tokens of one unit of blocks after the other; a finished unit is read, not encoded.
+
+    With them the places in each, its *seams*, where the text does not go on from the token before, since a block of the
+    other lay between.
 
     Args:
         folder: Where units are kept, and the tokenizer lies.
@@ -70,11 +75,14 @@ def _in_order(
 ) -> Iterator[tuple[int, _Tokens]]:
     """Characters and tokens of each unit, in the order of the text; at most ``num_proc`` of them under way."""
     waiting: deque[tuple[int, Path, Future[None] | None]] = deque()
-    number = 0
+    number, before = 0, None
     while unit := list(islice(stream, UNIT_BLOCKS)):
         file, size = folder / f"unit-{number:06d}.npz", sum(len(block.text) for block in unit)
-        texts = [[block.text for block in unit if block.held_out == held_out] for held_out in (False, True)]
-        waiting.append((size, file, None if _is_whole(file) else submit(file, *texts)))
+        parts: dict[bool, _Part] = {False: [], True: []}
+        for block in unit:
+            parts[block.held_out].append((block.text, block.held_out == before))
+            before = block.held_out
+        waiting.append((size, file, None if _is_whole(file) else submit(file, *parts.values())))
         number += 1
         if len(waiting) >= num_proc:
             yield _finished(*waiting.popleft())
@@ -86,7 +94,7 @@ def _is_whole(file: Path) -> bool:
     """Whether an earlier build left this unit, and every byte of it is what was written (a zip has checksums)."""
     try:
         with file.open("rb") as content, np.load(content) as kept:
-            return all(kept[name].ndim == 1 for name in ("train", "validation"))
+            return all(kept[name].ndim == 1 for name in _KEPT)
     except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, BadZipFile):
         return False
 
@@ -95,7 +103,7 @@ def _finished(size: int, file: Path, under_way: Future[None] | None) -> tuple[in
     if under_way is not None:
         under_way.result()
     with np.load(file) as kept:
-        return size, {name: kept[name] for name in ("train", "validation")}
+        return size, {name: kept[name] for name in _KEPT}
 
 
 @contextmanager
@@ -103,9 +111,9 @@ def _workers(folder: Path, encode: Encoder, num_proc: int) -> Iterator[Callable[
     """A function that encodes a unit into its file: here, or in processes that have loaded the tokenizer once."""
     if num_proc == 1:
 
-        def here(file: Path, *texts: list[str]) -> Future[None]:
+        def here(file: Path, *parts: _Part) -> Future[None]:
             done: Future[None] = Future()
-            _encode_unit(encode, file, *texts)
+            _encode_unit(encode, file, *parts)
             done.set_result(None)
             return done
 
@@ -113,7 +121,7 @@ def _workers(folder: Path, encode: Encoder, num_proc: int) -> Iterator[Callable[
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_proc, context, initializer=_begin, initargs=(folder,)) as pool:
-        yield lambda file, *texts: pool.submit(_encode_in_worker, file, *texts)
+        yield lambda file, *parts: pool.submit(_encode_in_worker, file, *parts)
 
 
 _of_worker: dict[str, Encoder] = {}
@@ -124,14 +132,19 @@ def _begin(folder: Path) -> None:
     _of_worker["encode"] = Encoder(folder)
 
 
-def _encode_in_worker(file: Path, *texts: list[str]) -> None:
-    _encode_unit(_of_worker["encode"], file, *texts)
+def _encode_in_worker(file: Path, *parts: _Part) -> None:
+    _encode_unit(_of_worker["encode"], file, *parts)
 
 
-def _encode_unit(encode: Encoder, file: Path, train: list[str], validation: list[str]) -> None:
-    tokens = {"train": encode(train), "validation": encode(validation)}
+def _encode_unit(encode: Encoder, file: Path, train: _Part, validation: _Part) -> None:
+    kept: dict[str, NDArray[Any]] = {}
+    for name, part in (("train", train), ("validation", validation)):
+        rows = encode.rows([text for text, _ in part])
+        firsts = np.cumsum([0, *(len(row) for row in rows)])[:-1]
+        kept[name] = np.concatenate([np.zeros(0, dtype=encode.dtype), *rows])
+        kept[f"{name}_seams"] = firsts[[not goes_on for _, goes_on in part]].astype(np.int64)
     with whole_file(file) as partial, partial.open("wb") as content:
-        np.savez(content, **tokens)  # type: ignore[arg-type]
+        np.savez(content, **kept)  # type: ignore[arg-type]
 
 
 def train_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None:
@@ -164,7 +177,15 @@ def train_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> None
 
 
 class Encoder:
-    """Text blocks to ids with whatever backend litgpt finds in a tokenizer folder."""
+    """Text blocks to ids with whatever backend litgpt finds in a tokenizer folder.
+
+    Attributes:
+        vocab_size: Number of token ids, V.
+        end_of_document: The token with which it ends a document, if it has one.
+        end_of_text: The same, if it can be spelled in a text; ``None`` otherwise.
+        separator: What stands between two documents of a text.
+        dtype: Of the ids.
+    """
 
     def __init__(self, folder: Path) -> None:
         from litgpt.tokenizer import Tokenizer
@@ -176,14 +197,20 @@ class Encoder:
             processor.get_vocab_size(with_added_tokens=True) if self._fast else int(self._tokenizer.vocab_size)
         )
         # documents are told apart by the tokenizer's own end-of-text token, where it has one that text can spell
-        self.end_of_text: int | None = self._tokenizer.eos_id if self._fast else None
-        end = None if self.end_of_text is None else processor.id_to_token(self.end_of_text)
-        self.separator = end or "\n\n"
+        self.end_of_document = _only(self._tokenizer.eos_id)
+        end = None if self.end_of_document is None or not self._fast else processor.id_to_token(self.end_of_document)
+        spelled = bool(end) and self.end_of_document in processor.encode(end, add_special_tokens=False).ids
+        self.end_of_text = self.end_of_document if spelled else None
+        self.separator = end if end and spelled else "\n\n"
         self.dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
 
     def __call__(self, blocks: list[str]) -> NDArray[Any]:
         """Ids of the blocks, one after the other."""
-        parts: list[NDArray[Any]] = [np.zeros(0, dtype=self.dtype)]
+        return np.concatenate([np.zeros(0, dtype=self.dtype), *self.rows(blocks)])
+
+    def rows(self, blocks: list[str]) -> list[NDArray[Any]]:
+        """Ids of each block."""
+        parts: list[NDArray[Any]] = []
         for first in range(0, len(blocks), _ENCODE_BLOCKS):
             chunk = blocks[first : first + _ENCODE_BLOCKS]
             if self._fast:
@@ -191,4 +218,10 @@ class Encoder:
             else:
                 rows = self._tokenizer.processor.encode(chunk)
             parts += [np.asarray(row, dtype=self.dtype) for row in rows]
-        return np.concatenate(parts)
+        return parts
+
+
+def _only(token_id: int | list[int] | None) -> int | None:
+    """The first of several ids that end a text; ``None`` for none, or one that a tokenizer says it lacks (-1)."""
+    first = token_id[0] if isinstance(token_id, list) and token_id else token_id
+    return first if isinstance(first, int) and first >= 0 else None

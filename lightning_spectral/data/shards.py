@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_spectral.data.encode import Encoder
 from lightning_spectral.data.files import ABOUT_DATA, digest_of, find_files, reader_of
 from lightning_spectral.data.litdata_folder import INDEX, litdata_folders, open_chunks
 from lightning_spectral.text import one_line, whole_file
@@ -63,6 +64,12 @@ class TokenSequence:
             first, part = end, part + 1
         return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint16)
 
+    @property
+    def seams(self) -> NDArray[np.int64]:
+        """First ids of its arrays, as places in the sequence."""
+        starts = np.array([0, *self._ends[:-1]], dtype=np.int64) - self._start
+        return starts[(starts >= 0) & (starts < len(self))]
+
     def split(self, at: int) -> tuple[TokenSequence, TokenSequence]:
         """The first ``at`` ids and the rest."""
         middle = self._start + at
@@ -96,6 +103,21 @@ class TokenShards:
     def validation(self) -> TokenSequence:
         """Held-out ids."""
         return self._split[1]
+
+    def seams(self, name: str) -> NDArray[np.int64]:
+        """Places in the tokens ``train`` or ``validation`` where a shard begins, which may not go on from the last."""
+        return (self.train if name == "train" else self.validation).seams
+
+    def end_of_document(self) -> int | None:
+        """The token with which the tokenizer ends a document, if there is one."""
+        return None if self.folder is None else Encoder(self.folder).end_of_document
+
+    def has_no_ends(self, end_of_document: int) -> bool:
+        """Whether the training ids are one document as far as they say: one shard without a token that ends it."""
+        starts = range(0, len(self.train), _CHUNK)
+        return len(self.train.seams) < 2 and not any(
+            bool((self.train[first : first + _CHUNK] == end_of_document).any()) for first in starts
+        )
 
     @cached_property
     def _split(self) -> tuple[TokenSequence, TokenSequence]:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_spectral.data.batches import ResumableLoader, StepBatches, TokenBlocks
 from lightning_spectral.data.corpus import Corpus
-from lightning_spectral.data.encode import Encoder, check_num_proc
+from lightning_spectral.data.encode import check_num_proc
 from lightning_spectral.data.shards import TokenShards
 from lightning_spectral.data.tokens import TokenCache, prepare_tokens
 
@@ -36,8 +36,9 @@ class TextBlocks(DataModule):  # type: ignore[misc]
             ``~/.cache/lightning_spectral``.
         num_proc: Processes that tokenise the text, once.
         documents: ``packed`` cuts sequences from the stream of all documents, wherever they end, as the paper's data
-            and litgpt's are; ``apart`` lets none reach from one document into the next: what of a document is left
-            after its last whole sequence is not used, and no sequence is padded.
+            and litgpt's are; ``apart`` lets none reach from one document into the next, nor across a place where
+            held-out text was taken out or a shard begins: what of a document is left after its last whole sequence is
+            not used, and no sequence is padded.
 
     Raises:
         ValueError: If ``num_proc`` is no integer >= 1, or ``documents`` is neither of the two.
@@ -181,7 +182,12 @@ class TextBlocks(DataModule):  # type: ignore[misc]
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Held-out blocks in text order, every world-th of them on each rank."""
-        blocks = TokenBlocks(self.cache.validation, self._seq_length, self._end_of_text)
+        blocks = self._blocks("validation")
+        if not len(blocks) and len(self.cache.validation) > 1:
+            rank_zero_warn(
+                f"`documents` is `apart`, and no document of the held-out text has more than {self._seq_length} "
+                "tokens: nothing is validated on. Set a smaller `train.max_seq_length`, or `packed`."
+            )
         rank, world_size = self._place()
         share = len(blocks) // world_size  # the same number on every rank, so that none waits in a reduction
         indices = [rank + world_size * place for place in range(share)] if share else range(len(blocks))
@@ -189,7 +195,7 @@ class TextBlocks(DataModule):  # type: ignore[misc]
 
     def _train_blocks(self) -> TokenBlocks:
         tokens = self.cache.train
-        blocks = TokenBlocks(tokens, self._seq_length, self._end_of_text)
+        blocks = self._blocks("train")
         if len(tokens) <= self._seq_length:
             raise ValueError(
                 f"the training text has {len(tokens)} tokens, too few for one block of {self._seq_length} and "
@@ -208,18 +214,31 @@ class TextBlocks(DataModule):  # type: ignore[misc]
             )
         return blocks
 
-    @cached_property
-    def _end_of_text(self) -> int | None:
-        """The token that ends a document, where that matters."""
+    def _blocks(self, name: Literal["train", "validation"]) -> TokenBlocks:
+        tokens = self.cache.train if name == "train" else self.cache.validation
         if self.documents == "packed":
-            return None
-        folder = self.cache.folder
-        found = None if folder is None else Encoder(folder).end_of_text
+            return TokenBlocks(tokens, self._seq_length)
+        return TokenBlocks(tokens, self._seq_length, self._end_of_document, self.cache.seams(name))
+
+    @cached_property
+    def _end_of_document(self) -> int:
+        """The token that ends a document.
+
+        Raises:
+            ValueError: If there is none, or none that these tokens have.
+        """
+        found, folder = self.cache.end_of_document(), self.cache.folder
         if found is None:
-            missing = "there is no tokenizer" if folder is None else f"the tokenizer in `{folder}` has no such token"
+            missing = "there is no tokenizer" if folder is None else f"the tokenizer in `{folder}` has none to use here"
             raise ValueError(
                 f"`documents` is `apart`, which needs the token that ends a document, and {missing}: set "
                 "`tokenizer_dir` to a tokenizer with one, or `documents` to `packed`."
+            )
+        if isinstance(self.cache, TokenShards) and self.cache.has_no_ends(found):
+            raise ValueError(
+                f"`documents` is `apart`, and the {len(self.cache.train):,} training tokens hold no token {found}, "
+                f"with which the tokenizer in `{folder}` ends a document: give the tokenizer that made them, or "
+                "`packed`."
             )
         return found
 

@@ -1,8 +1,9 @@
 """From text to cached tokens: a tokenizer, two token arrays and one count per id, built once per (text, settings).
 
 The cache folder of one corpus holds ``tokenizer.json``, ``tokenizer_config.json`` (litgpt reads both), ``train.npy``,
-``validation.npy``, ``counts.npy`` (int64, one entry per id, training split only) and ``about.json``, which has the size
-and a digest of each. It appears under its final name only when complete. One process builds, others wait for it; text
+``validation.npy``, ``train_seams.npy`` and ``validation_seams.npy`` (int64, where text of the other split lay between),
+``counts.npy`` (int64, one entry per id, training split only) and ``about.json``, which has the size and a digest of
+each. It appears under its final name only when complete. One process builds, others wait for it; text
 is read as a stream, in memory that does not grow with it; an interrupted build goes on from what it has finished.
 """
 
@@ -63,6 +64,25 @@ class TokenCache:
         """Held-out tokens, memory-mapped, shape (num_tokens,)."""
         tokens: NDArray[Any] = np.load(self.folder / "validation.npy", mmap_mode="r")
         return tokens
+
+    def seams(self, name: str) -> NDArray[np.int64]:
+        """Places in the tokens ``train`` or ``validation`` where the text does not go on from the token before.
+
+        Raises:
+            ValueError: If an earlier version of this package, which did not keep them, made the cache.
+        """
+        try:
+            places: NDArray[np.int64] = np.load(self.folder / f"{name}_seams.npy")
+        except FileNotFoundError:
+            raise ValueError(
+                f"the token cache `{self.folder}` does not say where held-out text was taken out, which `documents: "
+                "apart` needs to know: delete it, and it is built again."
+            ) from None
+        return places
+
+    def end_of_document(self) -> int | None:
+        """The token between two documents, if there is one."""
+        return Encoder(self.folder).end_of_text
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -272,16 +292,19 @@ def _assemble(
     """Write ``train.npy`` and ``validation.npy``; returns their lengths and the counts of the training tokens."""
     counts = np.zeros(encode.vocab_size, dtype=np.int64)
     lengths = {"train": 0, "validation": 0}
+    seams: dict[str, list[NDArray[np.int64]]] = {name: [] for name in lengths}
     raw = {name: (folder / f"unit-{name}.raw") for name in lengths}
     with raw["train"].open("wb") as train, raw["validation"].open("wb") as validation:
         for unit in units:
             for name, out in (("train", train), ("validation", validation)):
                 unit[name].tofile(out)
+                seams[name].append(unit[f"{name}_seams"] + lengths[name])
                 lengths[name] += len(unit[name])
-            largest = 1 + max((int(tokens.max()) for tokens in unit.values() if len(tokens)), default=0)
+            largest = 1 + max((int(unit[name].max()) for name in lengths if len(unit[name])), default=0)
             counts = np.pad(counts, (0, max(0, largest - len(counts))))
             counts += np.bincount(unit["train"], minlength=len(counts))
     for name, length in lengths.items():
+        np.save(folder / f"{name}_seams.npy", np.concatenate([np.zeros(0, dtype=np.int64), *seams[name]]))
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(encode.dtype)), "fortran_order": False}
         with (folder / f"{name}.npy").open("wb") as out, raw[name].open("rb") as content:
             np.lib.format.write_array_header_1_0(out, {**header, "shape": (length,)})

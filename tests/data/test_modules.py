@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,6 +132,73 @@ def test_documents_apart_are_in_no_sequence_together(tmp_path: Path) -> None:
     packed.connect(batch_size=2, max_seq_length=32)
     assert data.num_train_blocks < packed.num_train_blocks
     assert any((block[:-1] == end).any() for batch in packed.train_dataloader() for block in batch)
+
+
+def _named_documents(folder: Path, num: int) -> Path:
+    """Every document is one word of its own, again and again."""
+    rows = [{"text": f"<{row}> " * (20 + 37 * row % 200)} for row in range(num)]
+    (folder / "named.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "named.jsonl"
+
+
+def _words(data: TextFiles, block: torch.Tensor) -> set[str]:
+    return set(re.findall(r"<(\d+)>", data.tokenizer.processor.decode(block.tolist())))
+
+
+def test_documents_apart_are_apart_also_where_held_out_text_lay_between(tmp_path: Path) -> None:
+    path = _named_documents(tmp_path, 150)
+    data = TextFiles(str(path), vocab_size=300, cache_dir=tmp_path / "cache", documents="apart")
+    data.connect(batch_size=1, max_seq_length=24)
+    train, held_out = list(data.train_dataloader()), list(data.val_dataloader())
+    assert len(train) > 1000
+    assert len(held_out) > 20
+    assert max(len(_words(data, batch[0])) for batch in (*train, *held_out)) == 1
+
+
+def test_a_cache_that_does_not_know_its_seams_is_packed_only(tmp_path: Path) -> None:
+    path = _named_documents(tmp_path, 40)
+    data = TextFiles(str(path), vocab_size=300, cache_dir=tmp_path / "cache", documents="apart")
+    folder = data.cache.folder
+    about = json.loads((folder / "about.json").read_text())
+    for name in ("train_seams.npy", "validation_seams.npy"):
+        (folder / name).unlink()
+        del about["files_written"][name]
+    (folder / "about.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="does not say where held-out text was taken out, which `documents: apart`"):
+        TextFiles(str(path), vocab_size=300, cache_dir=tmp_path / "cache", documents="apart").train_dataloader()
+    assert TextFiles(str(path), vocab_size=300, cache_dir=tmp_path / "cache").num_train_blocks > 0
+
+
+def test_held_out_documents_that_are_too_short_are_said(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("one two three " * 500)
+    (tmp_path / "validation.txt").write_text("one two three ")
+    data = TextFiles(str(tmp_path), vocab_size=300, cache_dir=tmp_path / "cache", documents="apart")
+    data.connect(batch_size=1, max_seq_length=64)
+    with pytest.warns(UserWarning, match="no document of the held-out text has more than 64 tokens: nothing is val"):
+        assert len(data.val_dataloader()) == 0
+
+
+def _shards(folder: Path, *parts: list[int]) -> Path:
+    (folder / "shards").mkdir()
+    for number, ids in enumerate(parts):
+        np.save(folder / "shards" / f"train_{number}.npy", np.array(ids, dtype=np.uint16))
+    np.save(folder / "shards" / "val_0.npy", np.array(parts[0], dtype=np.uint16))
+    return folder / "shards"
+
+
+def test_token_files_apart_need_an_end_that_occurs_and_are_cut_where_a_file_begins(tmp_path: Path) -> None:
+    tokenizer = TextFiles(str(_named_documents(tmp_path, 40)), vocab_size=300, cache_dir=tmp_path / "cache").cache
+    path = _shards(tmp_path, [5] * 50)
+    settings: Any = {"vocab_size": 300, "cache_dir": tmp_path / "cache", "documents": "apart"}
+    data = TokenFiles(str(path), tokenizer_dir=tokenizer.folder, **settings)
+    data.connect(batch_size=1, max_seq_length=16)
+    with pytest.raises(ValueError, match=r"the 50 training tokens hold no token 0, with which the tokenizer in"):
+        data.train_dataloader()
+    np.save(path / "train_1.npy", np.array([6] * 50, dtype=np.uint16))
+    data = TokenFiles(str(path), tokenizer_dir=tokenizer.folder, **settings)
+    data.connect(batch_size=1, max_seq_length=16)
+    found = [set(batch[0].tolist()) for batch in data.train_dataloader()]
+    assert sorted(map(sorted, found)) == [[5], [5], [5], [6], [6], [6]]
 
 
 def test_documents_apart_that_are_too_short_are_said(tmp_path: Path) -> None:

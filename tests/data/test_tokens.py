@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -106,18 +107,53 @@ def interrupt_a_build(corpus: Corpus, folder: Path, monkeypatch: pytest.MonkeyPa
     """Stop it in the fifth batch of texts; the list of batch sizes grows further with what is encoded later."""
     monkeypatch.setattr(encode_module, "UNIT_BLOCKS", 4)
     encoded: list[int] = []
-    encode = tokens.Encoder.__call__
+    encode = tokens.Encoder.rows
 
-    def interrupted(self: tokens.Encoder, texts: list[str]) -> np.ndarray:
+    def interrupted(self: tokens.Encoder, texts: list[str]) -> list[np.ndarray]:
         encoded.append(len(texts))
         if len(encoded) == 5:
             raise KeyboardInterrupt
         return encode(self, texts)
 
-    monkeypatch.setattr(tokens.Encoder, "__call__", interrupted)
+    monkeypatch.setattr(tokens.Encoder, "rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare_tokens(corpus, vocab_size=300, cache_dir=folder)
     return encoded
+
+
+@pytest.mark.parametrize("unit_blocks", [1, 4, 5, 2_048])
+def test_seams_are_where_the_other_split_lay_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_blocks: int
+) -> None:
+    monkeypatch.setattr(encode_module, "UNIT_BLOCKS", unit_blocks)
+    cache = prepare_tokens(_corpus(tmp_path), vocab_size=300, cache_dir=tmp_path / "cache")
+    made = list(blocks([tiny_text()]))
+    lengths = [len(row) for row in tokens.Encoder(cache.folder).rows([block.text for block in made])]
+    expected: dict[bool, list[int]] = {False: [], True: []}
+    for number, block in enumerate(made):
+        if number == 0 or made[number - 1].held_out != block.held_out:
+            before = zip(made[:number], lengths, strict=False)
+            expected[block.held_out].append(sum(n for one, n in before if one.held_out == block.held_out))
+    assert cache.seams("train").tolist() == expected[False]
+    assert cache.seams("validation").tolist() == expected[True]
+    assert len(expected[True]) >= 1
+
+
+def test_a_tokenizer_whose_end_of_text_cannot_be_spelled_has_no_separator_token(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import models
+
+    Fast(models.BPE(vocab={"<": 0, "/": 1, "s": 2, ">": 3, "</s>": 4, "\n": 5}, merges=[])).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+    encoder = tokens.Encoder(tmp_path)
+    assert (encoder.end_of_document, encoder.end_of_text, encoder.separator) == (4, None, "\n\n")
+    Fast(models.WordLevel({"a": 0}, "a")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    assert tokens.Encoder(tmp_path).end_of_document == 7
 
 
 def test_an_interrupted_build_goes_on_from_its_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,17 +65,35 @@ class ForwardCall:
 
 @dataclass
 class Frame:
-    """One call of a module that encloses stacks: its tensors by name, and whether an exception of its own ended it."""
+    """One call of a module that encloses stacks.
+
+    Attributes:
+        path: Of the module.
+        arguments: Its tensors by name.
+        parent: The call around it.
+        handling: Whether an exception was being handled when it began.
+        failed: Whether an exception of its own ended it.
+        goes_round: Whether it enters what the module returned last.
+    """
 
     path: str
     arguments: dict[str, Tensor]
     parent: Frame | None = None
     handling: bool = False
     failed: bool = False
+    goes_round: bool = False
 
     def chain(self) -> list[Frame]:
         """This frame and those around it, innermost first."""
         return [self, *(self.parent.chain() if self.parent else [])]
+
+    def is_next_pass(self, before: Frame) -> bool:
+        """Whether the same modules run again, the outermost of them on what it returned last."""
+        ours, theirs = self.chain(), before.chain()
+        if [frame.path for frame in ours] != [frame.path for frame in theirs]:
+            return False
+        again = [frame for frame, other in zip(ours, theirs, strict=True) if frame is not other]
+        return bool(again) and again[-1].goes_round
 
 
 @dataclass
@@ -125,7 +143,7 @@ class RawCall:
     def continues(self, layer: int, frame: Frame | None, num_ids: int) -> bool:
         """Whether another run of a block still belongs to this call."""
         if frame is not self.frame:
-            return False
+            return frame is not None and self.frame is not None and frame.is_next_pass(self.frame)
         if layer not in {run.layer for run in self.runs} or frame is not None:
             return True
         # Blocks that are called one by one: a loop over one of them, or the next pass over all of them.

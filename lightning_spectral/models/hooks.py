@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_spectral.models.passes import Outputs
+
 KINDS = (
     "open",  # a module that encloses stacks is called: its arguments
     "close",  # it returns, or an exception passes through it
@@ -53,6 +55,7 @@ class Switch:
         first: Called once, when the first block or row that counts is seen in eager code.
         hooks: Every hook, in the order in which a forward would meet them.
         has_traced: Whether a compiled region made events that are not among them yet.
+        outputs: Of modules that enclose stacks.
     """
 
     def __init__(self, fraction: float = 1.0) -> None:
@@ -67,6 +70,7 @@ class Switch:
         self.first: Callable[[], None] | None = None
         self.hooks: list[Hook] = []
         self.has_traced = False
+        self.outputs = Outputs()
 
     def seed(self, seed: int, device: torch.device) -> None:
         """Draw the jitter for one micro-batch from a generator of its own."""
@@ -105,6 +109,7 @@ class Switch:
     def clear(self) -> None:
         """Forget every event."""
         self.has_traced = False
+        self.outputs.clear()
         self.events.clear()
         for hook in self.hooks:
             hook.traced.clear()
@@ -249,8 +254,11 @@ class Hook:
         kind = self.kind
         if kind == "open":
             named = {name: _argument(value) for name, value in kwargs.items()}
-            return tuple(_argument(value) for value in args), named, self._is_handling()
+            positional = tuple(_argument(value) for value in args)
+            return positional, named, self._is_handling(), self._goes_round(args, kwargs)
         if kind == "close":
+            if not torch.compiler.is_compiling():
+                self.switch.outputs.leave(self.path, _tensor_of(output))
             return (sys.exc_info()[1] is not None,)
         if kind == "ids":
             ids, looked_up = _first_tensor(args, kwargs), _tensor_of(output)
@@ -265,6 +273,12 @@ class Hook:
     def _is_handling(self) -> bool:
         """Whether the caller is handling an exception: one that passes through later is then another one."""
         return not torch.compiler.is_compiling() and sys.exc_info()[1] is not None
+
+    def _goes_round(self, args: Any, kwargs: Any) -> bool:
+        """Whether the module enters what it returned last."""
+        if torch.compiler.is_compiling():
+            return False
+        return self.switch.outputs.lead_to(self.path, _first_tensor(args, kwargs))
 
 
 def kept_rows(lead: tuple[int, ...], fraction: float, jitter: Tensor) -> Tensor:

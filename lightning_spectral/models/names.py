@@ -1,7 +1,8 @@
-"""Names of modules and parameters without what DDP, FSDP, torch.compile and checkpointing put into them."""
+"""Names without what wrappers (DDP, FSDP, torch.compile, checkpointing) put into them, and those of arguments."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -39,3 +40,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
     children = module._modules  # of a TorchScript module no dict
     inner = next((children[name] for name in WRAPPERS if name in children and children[name] is not None), None)
     return module if inner is None else unwrapped(inner)
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Of a module's forward, in order; none where it does not tell."""
+    try:
+        return tuple(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):
+        return ()

@@ -65,10 +65,10 @@ class Reader:
         _TAKERS[hook.kind](self, hook, content)
 
     def _open_frame(self, hook: Hook, content: Any) -> None:
-        values, named, handling = content
+        values, named, handling, goes_round = content
         arguments = {name: value for name, value in zip(hook.target, values, strict=False) if value is not None}
         arguments |= {name: value for name, value in named.items() if value is not None}
-        self._frame = Frame(hook.path, arguments, self._frame, handling=handling)
+        self._frame = Frame(hook.path, arguments, self._frame, handling=handling, goes_round=goes_round)
 
     def _close(self, hook: Hook, content: Any) -> None:
         while self._frame is not None:
@@ -97,6 +97,7 @@ class Reader:
             call = RawCall(stack, self._frame, len(self.ids))
             self._open[stack.name] = call
             self.calls.append(call)
+        call.frame = self._frame
         call.runs.append(Run(layer, entered))
         return call.runs[-1]
 

@@ -7,7 +7,7 @@ could not make sense of is in ``notes``.
 
 from __future__ import annotations
 
-import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ from lightning_spectral.models.calls import ForwardCall, Piece, RawCall, assembl
 from lightning_spectral.models.hooks import Hook, Switch, kept_rows
 from lightning_spectral.models.layout import Ids, Layout, candidates, looks_like_positions, prove
 from lightning_spectral.models.masks import call_mask
-from lightning_spectral.models.names import clean_name
+from lightning_spectral.models.names import argument_names, clean_name
 from lightning_spectral.models.parameter_taps import EnterExperts, LeaveExperts
 from lightning_spectral.models.reader import Reader
 from lightning_spectral.models.shards import whole_rows
@@ -144,7 +144,7 @@ class Recorder:
     def _attach(self, model: nn.Module, found: Found) -> None:
         enclosing = enclosing_modules(model, found.stacks)
         for path, module in enclosing:
-            self._before(module, Hook(self._switch, "open", path, _argument_names(module), always=True))
+            self._before(module, Hook(self._switch, "open", path, argument_names(module), always=True))
         for path, table in found.embeddings.items():
             self._after(table, Hook(self._switch, "ids", path, always=True))
         for stack in found.stacks:
@@ -251,11 +251,13 @@ class Recorder:
         most = 0.0
         shapes = (raw.stack.name, tuple(entered.shape))
         won = self._won.get(shapes)
+        alike = Counter((path, tuple(ids.shape)) for path, ids, _ in looked_up)
         for path, ids, embedded in sorted(looked_up, key=lambda call: call[0] != won):
             call = _time_first(Ids(ids, embedded, call_mask(ids, arguments)), raw)
             key = (*shapes, path, tuple(call.ids.shape))
             num_rows = len(entered.reshape(-1, entered.shape[-1]))
-            layout = self._known(key, call, num_rows)
+            # of several inputs of one shape that were embedded before any was run, only content tells which this is
+            layout = self._known(key, call, num_rows) if alike[path, tuple(ids.shape)] == 1 else None
             if layout is not None and path == won:
                 return call, layout, ""
             layout = layout or prove(call, entered)
@@ -322,13 +324,6 @@ def enclosing_modules(model: nn.Module, stacks: Sequence[Stack]) -> list[tuple[s
 
     visit(model, "")
     return found
-
-
-def _argument_names(module: nn.Module) -> tuple[str, ...]:
-    try:
-        return tuple(inspect.signature(module.forward).parameters)
-    except (TypeError, ValueError):
-        return ()
 
 
 def _in_order(ids: Sequence[tuple[str, Tensor, Tensor]], num_before: int) -> list[tuple[str, Tensor, Tensor]]:

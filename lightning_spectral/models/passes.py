@@ -1,0 +1,47 @@
+"""Whether a module runs again on what came out of it: a further pass of a loop, and no call over other data."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+
+_LOOK = 64  # autograd nodes between an output and the next input: what is added or normalised in between
+
+
+class Outputs:
+    """The latest output of each module that encloses blocks."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, tuple[weakref.ref[Tensor], Any]] = {}
+
+    def leave(self, path: str, output: Tensor | None) -> None:
+        """A module has returned."""
+        if output is not None:
+            self._latest[path] = weakref.ref(output), output.grad_fn
+
+    def lead_to(self, path: str, entering: Tensor | None) -> bool:
+        """Whether what enters a module is made of what it returned last.
+
+        Without gradients only the output itself is recognised, not what was made of it.
+        """
+        if entering is None or path not in self._latest:
+            return False
+        output, node = self._latest[path]
+        return output() is entering or (node is not None and _descends(entering.grad_fn, node))
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._latest.clear()
+
+
+def _descends(node: Any, ancestor: Any) -> bool:
+    """Whether an autograd node is made of another one, a few operations before."""
+    level, seen = [node], 0
+    while level and seen < _LOOK:
+        if any(one is ancestor for one in level):
+            return True
+        seen += len(level)
+        level = [before for one in level if one is not None for before, _ in one.next_functions]
+    return False

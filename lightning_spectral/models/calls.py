@@ -16,6 +16,8 @@ from torch import Tensor
 from lightning_spectral.models.layout import Ids, Layout
 from lightning_spectral.models.sites import Site, Stack
 
+UNPROVEN = "no arrangement of the token ids agrees with what entered the first block"
+
 
 @dataclass(frozen=True)
 class ForwardCall:
@@ -196,7 +198,10 @@ def assemble(
             places[at_depth.key] = found[0] if len(found) == 1 else torch.cat(found)
     shape = lead if layout is None or ids is None else tuple(ids.ids.shape)
     arguments = () if call.frame is None else tuple(frame.arguments for frame in call.frame.chain())
-    sequences_P, num_sequences = _sequences(shape, ids if layout is not None else None, arguments, call.entered.device)
+    if layout is None and len(lead) == 1 and reason == UNPROVEN:  # tokens of any number of texts, in any order
+        sequences_P, num_sequences = torch.zeros(lead[0], dtype=torch.int64, device=call.entered.device), 1
+    else:
+        sequences_P, num_sequences = _sequences(shape, None if layout is None else ids, arguments, call.entered.device)
     return ForwardCall(
         stack=call.stack.name,
         shape=shape,

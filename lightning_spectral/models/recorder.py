@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_spectral.models.calls import ForwardCall, Piece, RawCall, assemble
+from lightning_spectral.models.calls import UNPROVEN, ForwardCall, Piece, RawCall, assemble
 from lightning_spectral.models.hooks import Hook, Switch, kept_rows
 from lightning_spectral.models.layout import Ids, Layout, candidates, looks_like_positions, prove
 from lightning_spectral.models.masks import call_mask
@@ -270,7 +270,7 @@ class Recorder:
             if layout.agreement > 0.9 and num_tokens == num_rows:
                 break
         if best is None:
-            return None, None, "no arrangement of the token ids agrees with what entered the first block"
+            return None, None, UNPROVEN
         return best[0], best[1], ""
 
     def _known(self, key: tuple[Any, ...], ids: Ids, num_rows: int) -> Layout | None:

@@ -145,6 +145,18 @@ def test_blocks_called_one_by_one_without_the_root():
     assert torch.equal(places[:, 4:].flatten(), torch.arange(128))
 
 
+def test_tokens_in_an_order_that_nobody_knows_are_one_sequence():
+    """Unpadded by hand: of each text some tokens, one behind another. None of them is a text by itself."""
+
+    def step(model):
+        x = model.embed(ids()).flatten(0, 1)[torch.randperm(8 * T)[: 6 * T]]
+        for layer in model.layers:
+            x = layer(x)
+
+    (call,), _ = calls_of(Decoder(), step)
+    assert (call.ids, call.num_sequences, call.sequences_P.tolist()) == (None, 1, [0] * 6 * T)
+
+
 def test_only_training_forwards_with_gradients_count_and_the_others_are_named():
     def step(model):
         with torch.no_grad():

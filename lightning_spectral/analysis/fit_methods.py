@@ -88,7 +88,7 @@ def _mixed(points: Sequence[Point]) -> Estimate:
     x, y = logs(points)
     design = seed_design(x, [point.seed for point in points])
     if design is None:
-        raise ValueError("`mixed` needs two seeds, one of which covers two widths")
+        raise ValueError("`mixed` needs two seeds that cover several widths each")
     fit = design.fit(y, errors_of(points))
     slope, height = fit.uncertainty(design.slope), fit.uncertainty(design.level)
     beta, level = float(design.slope @ y), float(design.level @ y)
@@ -192,10 +192,11 @@ METHODS: Final[dict[str, Callable[[Sequence[Point]], Estimate]]] = {
 
 
 def choose_method(points: Sequence[Point]) -> str:
-    """``mixed`` when known seeds share widths, else ``ols``; ``ols_seed_means`` for what ``mixed`` cannot take."""
-    repeats = len({point.x for point in points}) < len(points)
-    if not repeats or len({point.seed for point in points}) < 2:
-        return "ols"
+    """``mixed`` when seeds cover several widths each, else ``ols``, of means where widths repeat."""
     usable = all(point.x > 0 for point in points)
-    x = np.log([point.x for point in points]) if usable else np.ones(1)
-    return "mixed" if usable and seed_design(x, [point.seed for point in points]) else "ols_seed_means"
+    seeds, x = [point.seed for point in points], [point.x for point in points]
+    if len(set(seeds)) < 2:
+        return "ols"
+    if usable and seed_design(np.log(x), seeds):
+        return "mixed"
+    return "ols_seed_means" if len(set(x)) < len(x) else "ols"

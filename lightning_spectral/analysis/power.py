@@ -43,12 +43,15 @@ class Scatter:
         """Of the difference in a study of so many seeds and widths over the same range."""
         of_seeds, of_widths = self.num_seeds / num_seeds, self.num_widths / num_widths
         runs = self.runs * of_seeds * of_widths
+        over_widths = None
         if num_seeds < 2:
             terms, df = [runs + (self.slopes + self.widths) * of_widths], [num_widths - 2]
         else:
             terms = [self.slopes * of_seeds + runs, self.widths * of_widths]
             df = [num_seeds - 1, num_widths - 2]
-        return Uncertainty(np.array(terms), np.array(df, dtype=np.float64), np.zeros(()))
+            if num_seeds > num_widths - 1:  # as `strata` has it
+                over_widths = (np.asarray(terms[1] + runs), float(num_widths - 2))
+        return Uncertainty(np.array(terms), np.array(df, dtype=np.float64), np.zeros(()), over_widths)
 
     def separates(self, amount: float, power: float, num_seeds: int, num_widths: int) -> bool:
         """Whether such a study finds slopes that differ by ``amount`` in a share ``power`` of cases."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 from scipy import stats
 
+from lightning_spectral.analysis.compare import ratio_of
+from lightning_spectral.analysis.fits import fit_series
+from lightning_spectral.analysis.points import Point
 from lightning_spectral.analysis.strata import Uncertainty, seed_design, width_design
 
 X = np.log(np.array([128, 256, 384, 512, 768, 1024.0]))
@@ -153,3 +158,49 @@ def test_slopes_cover_between_93_and_97_percent(seeds: int, seed_slope: float, n
     """200,000 draws put each between 93.2 and 96.9; of 4,000 the share has a standard error of a third of a point."""
     found = share_covered(seeds, seed_slope, noise, width, np.random.default_rng(3))
     assert 0.93 - 3 * 0.0033 <= found <= 0.97 + 3 * 0.0033
+
+
+def study(
+    rng: np.random.Generator, cells: list[tuple[int, int]], *, seed_slope: float = 0.0, width: float = 0.0
+) -> list[Point]:
+    """Runs of slope .5 at some (width, seed); runs scatter by .1."""
+    at = {d: width * rng.standard_normal() for d in sorted({d for d, _ in cells})}
+    tilt = {s: seed_slope * rng.standard_normal() for s in sorted({s for _, s in cells})}
+    ln = {(d, s): (0.5 + tilt[s]) * np.log(d / 512) + at[d] + 0.1 * rng.standard_normal() for d, s in cells}
+    return [Point((), float(d), float(np.exp(y)), f"{d}_{s}", str(s)) for (d, s), y in ln.items()]
+
+
+def covered(cells: list[tuple[int, int]], draws: int = 1500, method: str = "auto", **what: float) -> float:
+    rng = np.random.default_rng(0)
+    fits = [fit_series(study(rng, cells, **what), extras=False, method=method) for _ in range(draws)]
+    return float(np.mean([fit.ci_low <= 0.5 <= fit.ci_high for fit in fits]))
+
+
+@pytest.mark.parametrize("seeds", [4, 8])
+def test_many_seeds_do_not_make_up_for_few_widths(seeds: int) -> None:
+    cells = [(d, s) for d in (128, 512, 2048) for s in range(seeds)]
+    # 95 % less four standard errors of 1,500 draws; 88 % where the widths' part alone says what is known of it
+    assert covered(cells, width=0.1) >= 0.927
+
+
+def test_seeds_that_share_no_width_are_seeds() -> None:
+    cells = [(256 * k, k % 2) for k in range(1, 9)]
+    assert fit_series(study(np.random.default_rng(0), cells)).method == "mixed"
+    assert covered(cells, seed_slope=0.1) >= 0.927
+    assert covered(cells, seed_slope=0.1, method="ols") < 0.9
+
+
+def test_a_seed_for_each_width_is_no_seed() -> None:
+    """Nor where one of them has two neighbours: a line within seeds would be drawn through these two."""
+    for seeds in (range(8), (0, 0, 1, 2, 3, 4, 5, 6)):
+        points = study(np.random.default_rng(0), [(256 * (k + 1), s) for k, s in enumerate(seeds)])
+        fit, oracle = (
+            fit_series(points),
+            stats.linregress(np.log([p.x for p in points]), np.log([p.value for p in points])),
+        )
+        assert fit.method == "ols"
+        assert fit.beta == pytest.approx(oracle.slope, rel=1e-9)
+        assert fit.ci_high - fit.beta == pytest.approx(stats.t.ppf(0.975, 6) * oracle.stderr, rel=1e-9)
+        ratio = ratio_of(points, [replace(p, value=1.0) for p in points])
+        assert ratio is not None
+        assert ratio.method == "ols_of_ln_ratio"

@@ -10,11 +10,29 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning import Trainer
+from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 import lightning_spectral
-from lightning_spectral import Muon, SpectralAlarm, load, observe, show
+from lightning_spectral import (
+    FabricSpectralProbe,
+    HuggingFaceProbe,
+    Muon,
+    QKClipCallback,
+    SpectralAlarm,
+    SpectralRankCallback,
+    TailTokenProbe,
+    UpdateAudience,
+    WeightSpectrumCallback,
+    load,
+    observe,
+    read_spectral,
+    show,
+)
 from lightning_spectral.cli import main
+from lightning_spectral.functional import hard_rank
 from lightning_spectral.metrics import SpectralRank
 from lightning_spectral.text import did_you_mean, read_yaml
 from tests.analysis.synthetic import write_study
@@ -24,6 +42,7 @@ def _updated(*shape: int) -> Any:
     SpectralRank(8).update(torch.zeros(*shape))
 
 
+QUIET: dict[str, Any] = {"logger": False, "accelerator": "cpu", "enable_progress_bar": False}
 MISTAKES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: lightning_spectral.SpectralRankCalback, AttributeError, "SpectralRankCalback.*`SpectralRankCallback`"),
     (lambda: observe("model"), TypeError, r"observe measures a model .*'model'"),
@@ -46,6 +65,83 @@ MISTAKES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: load("/nowhere/at/all"), FileNotFoundError, "`/nowhere/at/all`.*`out_dir` of a run"),
     (lambda: load("/nowhere", kind="spectrl"), ValueError, "`spectrl`; did you mean `spectral`"),
 ]
+
+
+MORE: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: TailTokenProbe(bucket="tail"), TypeError, "TailTokenProbe has no argument `bucket`: known here: counts"),
+    (lambda: SpectralRankCallback(every=9), TypeError, "SpectralRankCallback has no argument `every`.*`every_n_steps`"),
+    (lambda: SpectralRankCallback(on=["val"]), ValueError, r"`on` .*\['val'\]; did you mean `validation`"),
+    (lambda: SpectralRankCallback(on="validation"), ValueError, r"`on` .*'validation': write on=\['validation'\]"),
+    (lambda: UpdateAudience(rule=["muon"]), TypeError, "UpdateAudience has no argument `rule`.*`rules`"),
+    (lambda: QKClipCallback(treshold=9), TypeError, "QKClipCallback has no argument `treshold`.*`threshold`"),
+    (lambda: WeightSpectrumCallback(wat=["weight"]), TypeError, "WeightSpectrumCallback has no argument `wat`.*`what`"),
+    (lambda: WeightSpectrumCallback(what=["weights"]), ValueError, r"`what` .*\['weights'\]; did you mean `weight`"),
+    (lambda: SpectralAlarm(treshold=0.5), TypeError, "SpectralAlarm has no argument `treshold`: known here: .*below"),
+    (
+        lambda: SpectralAlarm(below=50, relative_to="width"),
+        ValueError,
+        r"`below=50` of the width.* share \(0.5 is half",
+    ),
+    (lambda: observe(_net(), optimizer=torch.optim.SGD), ValueError, "`optimizer` .* the class `SGD`: make one first"),
+    (lambda: observe(_net(), optimizer=3), ValueError, "`optimizer` must be an optimizer .*, got 3"),
+    (lambda: observe(_net(), dirpath="x"), ValueError, "`dirpath` is for callbacks: .*`out='x'`"),
+    (lambda: observe(_net(), resume="auto"), ValueError, "`resume` must be True or False, got 'auto'"),
+    (
+        lambda: observe(_net(), process_group="dp"),
+        ValueError,
+        "`process_group` must be a process group, got 'dp'.*get_group",
+    ),
+    (lambda: FabricSpectralProbe(_net()), ValueError, "TailTokenProbe, not Linear: give it one of them"),
+    (
+        lambda: FabricSpectralProbe(SpectralRankCallback),
+        ValueError,
+        "not SpectralRankCallback: give it one of them, made",
+    ),
+    (lambda: Trainer(**QUIET, callbacks=[HuggingFaceProbe(1)]), TypeError, "HuggingFaceProbe is for transformers"),
+    (
+        lambda: Trainer(**QUIET, callbacks=[FabricSpectralProbe(SpectralRankCallback(1))]),
+        MisconfigurationException,
+        r"a Trainer takes `callbacks=\[SpectralRankCallback\(...\)\]` itself",
+    ),
+    (
+        lambda: _in_fabric(SpectralRankCallback(1)),
+        MisconfigurationException,
+        r"FabricSpectralProbe\(SpectralRankCallback",
+    ),
+    (
+        lambda: _in_fabric(SpectralAlarm(below=0.5)),
+        MisconfigurationException,
+        r"FabricSpectralProbe\(callback, alarms=",
+    ),
+    (
+        lambda: SpectralRankCallback(1).on_init_end(),
+        MisconfigurationException,
+        "transformers.Trainer takes a HuggingFaceProbe",
+    ),
+    (lambda: read_spectral("/nowhere"), FileNotFoundError, "no `spectral.jsonl` at `/nowhere`: give a run folder"),
+    (lambda: load(3), TypeError, "run folders are paths or patterns, got 3 of type int"),
+    (lambda: show(3), TypeError, "run folders are paths or patterns, got 3 of type int"),
+    (lambda: Muon(_net().parameters), TypeError, r"`params` is the function `parameters`: call it, `parameters\(\)`"),
+    (
+        lambda: Muon([{"parms": [_net().weight]}]),
+        ValueError,
+        r"keys \['parms'\] and no `params`; did you mean `params`",
+    ),
+    (lambda: Muon(_net(), ns_steps=5), TypeError, "Muon has no argument `ns_steps`: here it is `steps`"),
+    (lambda: lightning_spectral.Dion(_net(), rank=64), TypeError, "`rank`: here it is `rank_fraction`"),
+    (lambda: lightning_spectral.NorMuon(_net(), beta2=0.9), TypeError, "`beta2`: here it is `moment_beta`"),
+    (lambda: SpectralRank(8).update([[1.0] * 8]), TypeError, r"`rows` must be a tensor of shape \(N, D\), got list"),
+    (lambda: hard_rank([1.0, 2.0]), TypeError, "`eigs` must be a tensor of eigenvalues, got list"),
+]
+MISTAKES += MORE
+
+
+def _net() -> nn.Linear:
+    return nn.Linear(2, 2)
+
+
+def _in_fabric(callback: Any) -> None:
+    Fabric(accelerator="cpu", devices=1, callbacks=[callback]).setup(_net())
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")  # torchmetrics' own word to it

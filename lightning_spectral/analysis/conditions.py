@@ -43,8 +43,8 @@ def condition(text: str) -> Callable[[Mapping[str, str]], bool]:
             same = row[name] == wanted or (cell is not None and cell == limit)
             return same == (sign != "!=")
         if cell is None or limit is None or math.isnan(limit):
-            word = row[name] if cell is None else wanted
-            raise ValueError(f"`--where {text}` compares numbers, and `{word}` is none.")
+            which = f"'{wanted}'" if limit is None or math.isnan(limit) else f"'{row[name]}' in that column"
+            raise ValueError(f"`--where {text}` compares numbers, and {which} is none.")
         return _TESTS[sign](cell, limit)
 
     return holds

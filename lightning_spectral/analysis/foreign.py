@@ -121,6 +121,8 @@ def read_foreign(path: str | Path, tag: str | None = None) -> list[ForeignRun]:
         seen = f"; it has {', '.join(f'`{name}`' for name in names)}: say what they are with --tag" if names else ""
         if not files:
             seen = ": it has no .txt, .log, .csv, .json, .jsonl or event file; give the folder that holds the logs"
+        if not seen:
+            seen = ": give the paper's raw logs (`Step N: SE_pre=...`), TensorBoard event files, or exports of W&B"
         raise ValueError(f"`{root}` holds no number that is known here{seen}.")
     return found
 

@@ -69,7 +69,7 @@ def rows(paths: str | Path | Iterable[str | Path], kind: str = "spectral") -> li
     if kind not in KINDS:
         raise ValueError(f"unknown kind of records `{kind}`; {did_you_mean(kind, KINDS, otherwise='choose')}")
     name, read = KINDS[kind]
-    given = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    given = as_paths(paths)
     files = sorted({file for path in given for file in _files(str(path), name)})
     if not files:
         raise FileNotFoundError(
@@ -78,6 +78,19 @@ def rows(paths: str | Path | Iterable[str | Path], kind: str = "spectral") -> li
     found = [row for file in files for row in _rows_of(file, read)]
     keys = list(dict.fromkeys(key for row in found for key in row))
     return [{key: row.get(key) for key in keys} for row in found]
+
+
+def as_paths(paths: str | Path | Iterable[str | Path]) -> list[str | Path]:
+    """One path or several, as a list.
+
+    Raises:
+        TypeError: If they are something else.
+    """
+    given = [paths] if isinstance(paths, (str, Path)) else list(paths) if isinstance(paths, Iterable) else [paths]
+    wrong = next((path for path in given if not isinstance(path, (str, Path))), None)
+    if wrong is not None:
+        raise TypeError(f"run folders are paths or patterns, got {wrong!r:.80} of type {type(wrong).__name__}.")
+    return given
 
 
 def _files(path: str, name: str) -> Iterator[Path]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lightning_spectral.analysis.linear import t_quantile
 from lightning_spectral.analysis.recipe_facts import decay_step
 from lightning_spectral.analysis.runs import Run, RunSet
+from lightning_spectral.text import did_you_mean
 
 FloatArray = NDArray[np.float64]
 LAST_WINDOWS: Final = 5
@@ -136,7 +137,8 @@ def points_of_runs(
     known = {"optimizer", "site", "bucket", "metric", "layer", *(key for run in runs.runs for key in run.info.labels)}
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"the runs have no column `{unknown[0]}` to group by; they have {', '.join(sorted(known))}.")
+        hint = did_you_mean(unknown[0], sorted(known), otherwise="they have")
+        raise ValueError(f"the runs have no column `{unknown[0]}` to group by; {hint}")
     if "metric" not in names and len(metrics) > 1:
         raise ValueError(f"`by` without `metric` needs one metric, got {', '.join(metrics)}. Pass --metrics hard_rank.")
     if sites is None and "site" not in names:

@@ -151,6 +151,8 @@ def _one_stack(columns: SpectralColumns, stack: str | None) -> SpectralColumns:
     if len(chosen) == 1 or not found:
         return columns if len(found) < 2 else columns.take(columns.texts["stack"] == chosen[0].encode())
     names = ", ".join(f"`{name}`" for name in found)
+    if stack is not None and found == [""]:
+        raise _Unusable("no_such_stack", f"its records name no stack of blocks: leave out `--stack {stack}`.")
     raise _Unusable("several_stacks", f"its records are of the stacks {names}; choose one of them with --stack.")
 
 

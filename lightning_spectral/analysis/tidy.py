@@ -106,6 +106,10 @@ def read_points_csv(
         if column is not None and column not in names:
             hint = did_you_mean(column, names, otherwise="it has")
             raise ValueError(f"`{path}` has no column `{column}` ({role}); {hint}")
+    if x == y:
+        raise ValueError(
+            f"`--x` and `--y` are both the column `{x}`: give the column of the width, and that of the value."
+        )
     source = source or next((name for name in _ID_NAMES if name in names and name not in by), None)
     roles = _Roles(x, y, seed, source, spread, rows, columns.steps, columns.also)
     points, problems, used = _points_of(sheet, by, roles, kept)

@@ -61,6 +61,14 @@ class SpectralAlarm(AlarmRule, Callback):
         watched = {"metric": self.metric, "bucket": self.bucket, "site": self.site, "stage": self.stage}
         return state_key(self, **watched, **{side: self.threshold}, relative_to=self.relative_to)
 
+    def on_after_setup(self, fabric: Any = None, module: Any = None) -> None:
+        """What Fabric calls of its callbacks.
+
+        Raises:
+            MisconfigurationException: Always: it would watch nothing there.
+        """
+        raise MisconfigurationException("SpectralAlarm in Fabric: `FabricSpectralProbe(callback, alarms=[...])`.")
+
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -46,6 +47,28 @@ class AttachedToTrainer(SavedState):
     def is_redundant(self, trainer: pl.Trainer) -> bool:
         """Whether another callback of this trainer measures the same."""
         return False
+
+    def on_after_setup(self, fabric: Any = None, module: Any = None) -> None:
+        """What Fabric calls of its callbacks.
+
+        Raises:
+            MisconfigurationException: Always: it would measure nothing there.
+        """
+        name = type(self).__name__
+        raise MisconfigurationException(
+            f"{name} is a Trainer's callback: Fabric takes it as `callbacks=[FabricSpectralProbe({name}(...))]`."
+        )
+
+    def on_init_end(self, *args: Any, **objects: Any) -> None:
+        """What Hugging Face's Trainer calls of its callbacks.
+
+        Raises:
+            MisconfigurationException: Always: it would measure nothing there.
+        """
+        raise MisconfigurationException(
+            f"{type(self).__name__} is a callback of Lightning: transformers.Trainer takes a HuggingFaceProbe with the "
+            "same arguments."
+        )
 
     def refuse(self, reason: str) -> None:
         """What is asked for cannot be measured: an error before step 1."""

@@ -32,7 +32,7 @@ class SpectralCallback(BeginsFit, AttachedToTrainer, EvaluationHooks):
     """
 
     def __init__(self, every_n_steps: int = 200, **shared: Unpack[SharedArguments]) -> None:
-        refuse_unknown(type(self).__name__, shared)
+        refuse_unknown(type(self), shared)
         self.begin(ProbeSettings(every_n_steps=every_n_steps, **shared), None)
 
     @override

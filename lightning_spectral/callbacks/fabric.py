@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,7 +23,7 @@ from lightning_spectral.probe.alarms import AlarmRule, Alarms
 from lightning_spectral.probe.host import Host, Scalars
 from lightning_spectral.probe.loop import LoopObserver
 from lightning_spectral.probe.run_folder import RunFolder
-from lightning_spectral.text.arguments import require_count
+from lightning_spectral.text.arguments import refuses_unknown, require_count
 
 
 class FabricSpectralProbe:
@@ -50,14 +51,14 @@ class FabricSpectralProbe:
         model, optimizer = fabric.setup(model, optimizer)
     """
 
+    @refuses_unknown
     def __init__(
         self, callback: SpectralCallback, *, num_steps: int | None = None, alarms: Sequence[AlarmRule] = ()
     ) -> None:
         if not isinstance(callback, SpectralCallback):
-            raise ValueError(
-                f"FabricSpectralProbe drives SpectralRankCallback and TailTokenProbe, not {type(callback).__name__}: "
-                "that one needs a Trainer."
-            )
+            why = "that one needs a Trainer" if isinstance(callback, Callback) else "give it one of them, made"
+            seen = callback.__name__ if isinstance(callback, type) else type(callback).__name__
+            raise ValueError(f"FabricSpectralProbe drives SpectralRankCallback and TailTokenProbe, not {seen}: {why}.")
         if num_steps is not None:
             require_count("num_steps", num_steps)
         self.callback = callback
@@ -69,6 +70,18 @@ class FabricSpectralProbe:
         self._resume = self._is_attached = False
         self._optimizer: int | None = None
         self._host: Host | None = None
+
+    @property
+    def state_key(self) -> str:
+        """What a Trainer asks its callbacks for.
+
+        Raises:
+            MisconfigurationException: Always.
+        """
+        name = type(self.callback).__name__
+        raise MisconfigurationException(
+            f"FabricSpectralProbe is a callback of Fabric: a Trainer takes `callbacks=[{name}(...)]` itself."
+        )
 
     @property
     def step(self) -> int:

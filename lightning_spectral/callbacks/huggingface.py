@@ -58,7 +58,7 @@ class HuggingFaceProbe(TrainerCallback):  # type: ignore[misc]  # transformers h
         **shared: Unpack[SharedArguments],
     ) -> None:
         buckets = None if counts is None else BucketSettings(counts=counts)
-        refuse_unknown(type(self).__name__, shared)
+        refuse_unknown(type(self), shared)
         self._begin(Measurement(ProbeSettings(every_n_steps=every_n_steps, **shared), buckets), alarms)
 
     @classmethod
@@ -73,6 +73,20 @@ class HuggingFaceProbe(TrainerCallback):  # type: ignore[misc]  # transformers h
         self.alarms = Alarms(alarms, measurement, stopping="training stops")
         self.latest: Scalars = {}
         self._loop: LoopObserver | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept in each checkpoint of the Trainer."""
+        return {} if self._loop is None else self._loop.state_dict()
+
+    @property
+    def state_key(self) -> str:
+        """What a Trainer of Lightning asks its callbacks for.
+
+        Raises:
+            TypeError: Always.
+        """
+        name = "SpectralRankCallback" if self.measurement.buckets is None else "TailTokenProbe"
+        raise TypeError(f"{type(self).__name__} is for transformers.Trainer: Lightning's takes a {name}.")
 
     @property
     def run_folder(self) -> RunFolder | None:
@@ -139,7 +153,7 @@ class HuggingFaceProbe(TrainerCallback):  # type: ignore[misc]  # transformers h
         path = self._state_file(args, int(state.global_step))
         if state.is_world_process_zero and path.parent.is_dir():
             with self._loop.observer.guard(f"writing `{path}`", "not_closed"):
-                torch.save(self._loop.state_dict(), path)
+                torch.save(self.state_dict(), path)
 
     def _state_file(self, args: Any, step: int) -> Path:
         """In the Trainer's own checkpoint, one for each probe."""

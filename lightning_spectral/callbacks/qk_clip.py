@@ -16,7 +16,7 @@ from lightning_spectral.callbacks.trainer_host import log_scalars
 from lightning_spectral.models.placement import Shards, blocks_of, local
 from lightning_spectral.models.query_key import Attention, HeadRows, LargestLogits, find_attentions
 from lightning_spectral.probe.guard import warn
-from lightning_spectral.text.arguments import require_count, require_kinds
+from lightning_spectral.text.arguments import refuses_unknown, require_count, require_kinds
 
 # H query heads, G key heads
 
@@ -44,6 +44,7 @@ class QKClipCallback(Callback):
         ``Trainer(callbacks=[QKClipCallback(threshold=100.0)])``
     """
 
+    @refuses_unknown
     def __init__(self, threshold: float = 100.0, *, every_n_steps: int = 1) -> None:
         require_kinds(QKClipCallback.__init__, locals())
         if not threshold > 0:

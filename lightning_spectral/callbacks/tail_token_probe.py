@@ -64,5 +64,5 @@ class TailTokenProbe(SpectralCallback):
             num_position_groups=num_position_groups,
             losses=losses,
         )
-        refuse_unknown(type(self).__name__, shared)
+        refuse_unknown(type(self), shared)
         self.begin(ProbeSettings(every_n_steps=every_n_steps, **shared), buckets)

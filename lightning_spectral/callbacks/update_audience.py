@@ -43,7 +43,7 @@ from lightning_spectral.probe.schedule import Schedule
 from lightning_spectral.probe.settings import STREAM
 from lightning_spectral.records import append_lines
 from lightning_spectral.text import parse_json
-from lightning_spectral.text.arguments import require_count, require_kinds, require_run_id
+from lightning_spectral.text.arguments import refuses_unknown, require_count, require_kinds, require_run_id
 
 AUDIENCE_FILE = "audience.jsonl"
 _WAITING_AT_MOST = 50_000  # records kept in memory while they cannot be written
@@ -107,6 +107,7 @@ class UpdateAudience(BeginsFit):
         ``Trainer(callbacks=[UpdateAudience(every_n_steps=50, counts="counts.npy")])``
     """
 
+    @refuses_unknown
     def __init__(
         self,
         every_n_steps: int = 50,

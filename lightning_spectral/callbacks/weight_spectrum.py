@@ -17,7 +17,7 @@ from lightning_spectral.callbacks.turns import LastStep, come_first, leave
 from lightning_spectral.lightning_private import state_key
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.weight_spectra import WHAT, WeightObserver, WeightSettings
-from lightning_spectral.text.arguments import require_kinds, require_run_id
+from lightning_spectral.text.arguments import refuses_unknown, require_kinds, require_run_id
 
 
 class WeightSpectrumCallback(BeginsFit):
@@ -48,6 +48,7 @@ class WeightSpectrumCallback(BeginsFit):
         ``Trainer(callbacks=[WeightSpectrumCallback(every_n_steps=100)])``
     """
 
+    @refuses_unknown
     def __init__(
         self,
         every_n_steps: int = 200,

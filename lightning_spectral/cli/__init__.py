@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if verb == "help" and rest[:1] and rest[0] in VERBS:
         verb, rest = rest[0], ["--help"]
+    if verb == "lightning-spectral" and rest[:1] and rest[0] in VERBS:
+        print(f"lightning-spectral: its name is written once: `lightning-spectral {rest[0]} ...`.", file=sys.stderr)
+        return 2
     if verb not in VERBS:
         hint = did_you_mean(
             verb, ["--version", "--help"] if verb.startswith("-") else VERBS, otherwise="see --help for"
@@ -87,6 +90,9 @@ def _run(verb: str, words: Sequence[str]) -> int:
     except OSError as error:
         if error.errno not in _OF_THE_DISK and not _was_named(error.filename, words):
             raise
+        if isinstance(error, (FileExistsError, NotADirectoryError)) and Path(error.filename or "").is_file():
+            option = _option_of(error.filename, words)
+            return _say(verb, visible(f"{option}`{error.filename}` is a file, and a folder is wanted there."), 2)
         what = f"`{error.filename}`: " if error.filename else ""
         return _say(verb, f"{visible(what)}{error.strerror}.", 1)
 
@@ -102,6 +108,16 @@ def _was_named(path: object, words: Sequence[str]) -> bool:
         return False
     named = [Path(word.partition("=")[2] if word.startswith("--") else word) for word in words if "/" in word]
     return any(Path(path).is_relative_to(one) or one.is_relative_to(path) for one in named)
+
+
+def _option_of(path: str, words: Sequence[str]) -> str:
+    """The option whose value is this path, or lies below it, as the beginning of a sentence; else nothing."""
+    for place, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        value = value if equals else "".join(words[place + 1 : place + 2])
+        if option.startswith("--") and value and Path(value).is_relative_to(path):
+            return f"`{option} {value}`: "
+    return ""
 
 
 class _Visible:

@@ -204,6 +204,8 @@ def fit_runs(options: argparse.Namespace, by: list[str] | None) -> tuple[Fitted,
         raise CommandError(
             f"no run has records of `--stage {options.stage}`; stages are train, validation and measure."
         )
+    if options.stack is not None and not runs.runs and runs.problems:
+        raise CommandError(f"no run has the stack `--stack {options.stack}`: {runs.problems[0].message}")
     if options.until_step is None:
         runs = finished_only(runs)
     runs = said_of_diverged(runs, options.until_step)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_spectral.cli.measure import HINTS
 from lightning_spectral.cli.model_source import KINDS, SEARCH, model_of, settings_of
-from lightning_spectral.cli.parser import VerbParser, refuse_model
+from lightning_spectral.cli.parser import VerbParser, at_least, refuse_model
 from lightning_spectral.text import CommandError, one_line
 from lightning_spectral.text.tables import Column, Table, add_format_option, aside, print_table
 
@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Run the verb; 0 done, 2 bad input."""
-    options = _options(argv)
+    try:
+        return _inspect(_options(argv))
+    except CommandError as error:  # the same sentences as of `optimizer-table --model`
+        raise CommandError(str(error).replace("`--model ", "`")) from error
+
+
+def _inspect(options: argparse.Namespace) -> int:
     refuse_model(options.model)
-    if options.buckets < 1 or options.shards < 1:
-        raise CommandError(f"--buckets and --shards must be >= 1, got {options.buckets} and {options.shards}.")
     limit = options.memory_limit_mib
-    if options.ranks < 1 or (limit is not None and not limit > 0):
-        raise CommandError(f"--ranks must be >= 1 and --memory-limit-mib > 0, got {options.ranks} and {limit}.")
     if options.ranks > 1 and limit is None:
         raise CommandError("--ranks says how many share a window: give --memory-limit-mib, what each may use, too.")
     groups = options.buckets * options.shards
@@ -65,10 +67,19 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--modules", nargs="+", help="globs of down projections to measure instead of all")
     parser.add_argument("--hints", nargs="+", metavar="DOWN[,UP]", help=HINTS)
     parser.add_argument("--embedding", metavar="GLOB", help="the token embedding, where it is not found automatically")
-    parser.add_argument("--buckets", type=int, default=3, help="1: pooled only; 3: head, mid, tail (default: 3)")
-    parser.add_argument("--shards", type=int, default=2, help="groups of sequences for unbiased ranks (default: 2)")
-    parser.add_argument("--memory-limit-mib", type=float, metavar="MIB", help="say what is kept of a window in so much")
-    parser.add_argument("--ranks", type=int, default=1, help="that share a window (default: 1)")
+    parser.add_argument(
+        "--buckets", type=at_least(1), default=3, help="1: pooled only; 3: head, mid, tail (default: 3)"
+    )
+    parser.add_argument(
+        "--shards", type=at_least(1), default=2, help="groups of sequences for unbiased ranks (default: 2)"
+    )
+    parser.add_argument(
+        "--memory-limit-mib",
+        type=at_least(0, float, itself=False),
+        metavar="MIB",
+        help="say what is kept of a window in so much",
+    )
+    parser.add_argument("--ranks", type=at_least(1), default=1, help="that share a window (default: 1)")
     add_format_option(parser)
     return parser.parse_args(argv)
 

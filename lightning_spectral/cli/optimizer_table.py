@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         try:
             optimizer = optimizer_class(source.model, **settings)
         except (TypeError, ValueError) as error:
-            raise CommandError(one_line(error)) from error
+            raise CommandError(f"{'`--set`: ' if options.set else ''}{one_line(error)}") from error
         finally:
             log.setLevel(level)
     print_table(optimizer.routing, options.format)
@@ -77,7 +77,7 @@ def _optimizer_class(name: str) -> Any:
         found = getattr(optim, name) if name in optim.__all__ else import_class(name)
     except ImportError as error:
         hint = did_you_mean(name, [n for n in optim.__all__ if n != "SpectralOptimizer"], otherwise="there are")
-        raise CommandError(f"no optimizer `{name}`: {hint}") from error
+        raise CommandError(f"no optimizer `{name}` (`--optimizer`): {hint}") from error
     if not (isinstance(found, type) and issubclass(found, optim.SpectralOptimizer)):
         raise CommandError(f"`--optimizer {name}` does not route parameters: name one of {', '.join(optim.__all__)}.")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,12 @@ def recipe_parser(verb: str, *, description: str, epilog: str, smoke: str) -> Ve
     return parser
 
 
+def _is_value(word: str, words: Sequence[str]) -> bool:
+    """Whether it follows an option that has no ``=``."""
+    before = words[words.index(word) - 1] if words.index(word) else ""
+    return before.startswith("--") and "=" not in before
+
+
 def parse_recipe_words(parser: VerbParser, argv: Sequence[str]) -> tuple[Any, list[str]]:
     """Options and the words left for the recipe.
 
@@ -62,5 +69,8 @@ def parse_recipe_words(parser: VerbParser, argv: Sequence[str]) -> tuple[Any, li
     options, words = parser.parse_known_args(argv)
     if any(word.partition("=")[0] == "--config" for word in words):
         raise CommandError(f"`--config` is of `pretrain`: here the recipe is the first word, {parser.prog} RECIPE.")
+    stray = next((word for word in words if re.match(r"[\w.]+=", word)), None)
+    if stray is not None and not _is_value(stray, words):
+        raise CommandError(f"`{stray}` is one word too many: an axis is `--axis {stray}`.")
     parser.refuse_unknown(words, also=keys())
     return options, words

@@ -47,6 +47,10 @@ def _report(options: argparse.Namespace, argv: list[str]) -> int:
     inputs.refuse_unused(options, tables_given=bool(tables))
     if options.by and not tables:
         raise CommandError("a report groups runs by their labels; --by is for tables.")
+    if tables and options.site != "post":
+        raise CommandError(
+            "`--site` is for run folders, and tables were given: leave it out, or use `--where site=pre`."
+        )
     if not tables and (measured := inputs.guarded(lambda: of_measured(options.where))):
         raise CommandError(f"a report shows all that was measured: `--where {measured[0]}` is for fit and compare.")
 

@@ -80,6 +80,11 @@ class FoundFiles:
         return "; ".join(parts)
 
 
+def _refuse_address(path: str) -> None:
+    if re.match(r"\w+://", path):
+        raise FileNotFoundError(f"`{path}` is an address: download the file, and give its path.")
+
+
 def find_files(path: str | Path, *, suffixes: Collection[str] = READERS) -> FoundFiles:
     """Files behind a path, a glob or a folder.
 
@@ -91,6 +96,7 @@ def find_files(path: str | Path, *, suffixes: Collection[str] = READERS) -> Foun
         FileNotFoundError: If nothing readable is there; it names what was left out.
         ValueError: If a named file has a suffix that no reader knows.
     """
+    _refuse_address(str(path))
     text = str(Path(path).expanduser())
     if Path(text).is_file():
         if _data_suffix(Path(text)) not in suffixes:

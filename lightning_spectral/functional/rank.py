@@ -240,6 +240,8 @@ def sampling_status(num_tokens: int, width: int, trace: float, rounding: float =
 
 
 def _probabilities(eigs: Tensor) -> Tensor:
+    if not isinstance(eigs, Tensor):
+        raise TypeError(f"`eigs` must be a tensor of eigenvalues, got {type(eigs).__name__}: `torch.tensor(eigs)`.")
     eigs = eigs if eigs.dtype == torch.float64 else eigs.to(torch.float32)
     top = eigs.amax(-1, keepdim=True)
     if not bool(eigs.isfinite().all()) or bool((top <= 0).any()):

@@ -55,7 +55,10 @@ class StreamingCovariance(Metric):
 
         Raises:
             ValueError: If the rows do not have D features or a group is not in [0, G).
+            TypeError: If they are no tensor.
         """
+        if not isinstance(rows_ND, Tensor):
+            raise TypeError(f"`rows` must be a tensor of shape (N, D), got {type(rows_ND).__name__}.")
         if groups_N is None:
             groups_N = torch.zeros(rows_ND.shape[0], dtype=torch.int64, device=rows_ND.device)
         if groups_N.shape != rows_ND.shape[:1]:

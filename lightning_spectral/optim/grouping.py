@@ -13,6 +13,7 @@ from lightning_spectral.optim.members import MIXED, PARALLEL, Group, parallel_li
 from lightning_spectral.optim.owners import NamedParameter, find_owners, find_owners_together
 from lightning_spectral.optim.routing import ROLES, Route, route
 from lightning_spectral.optim.settings import HEAD_LR_SCALES, CommonSettings, check_group
+from lightning_spectral.text import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,9 @@ class Grouping:
 
 
 def _given(entry: dict[str, Any]) -> Any:
+    if "params" not in entry:
+        hint = did_you_mean(next(iter(entry), ""), ["params"], otherwise="its key is")
+        raise ValueError(f"a group has the keys {list(entry)} and no `params`; {hint}")
     params = entry["params"]
     return [params] if isinstance(params, Tensor) else params
 

@@ -56,6 +56,9 @@ def find_owners(params: Any, shards: Shards | None = None) -> list[NamedParamete
     """
     if isinstance(params, type):
         raise TypeError(f"`params` is the class `{params.__name__}`, not a model: make one first. {REMEDY}")
+    if callable(params) and not isinstance(params, nn.Module):
+        name = getattr(params, "__name__", type(params).__name__)
+        raise TypeError(f"`params` is the function `{name}`: call it, `{name}()`. {REMEDY}")
     if isinstance(params, nn.Module):
         return _walk([params], None, (), shards)
     root = _module_behind(params)

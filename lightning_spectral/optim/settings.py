@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from lightning_spectral.functional.orthogonalize import METHODS
 from lightning_spectral.models.layouts import SPLITS
@@ -89,7 +89,27 @@ def refuse_unknown(optimizer: type, settings: type[CommonSettings], shared: Mapp
     known = [*(name for name in own if name not in ("self", "params", "shared")), *(f.name for f in fields(settings))]
     for name in shared:
         if name not in known:
-            raise TypeError(f"{optimizer.__name__} has no argument `{name}`: {did_you_mean(name, known)}")
+            meant = next((own for own in _HABITS.get(name, ()) if own in known), None)
+            hint = did_you_mean(name, known) if meant is None else f"here it is `{meant}`."
+            raise TypeError(f"{optimizer.__name__} has no argument `{name}`: {hint}")
+
+
+# what other libraries call an argument -> what it may be here
+_HABITS: Final[dict[str, tuple[str, ...]]] = {
+    "beta2": ("moment_beta", "betas"),
+    "beta1": ("momentum", "betas"),
+    "ns_steps": ("steps",),
+    "mu": ("momentum",),
+    "rank": ("rank_fraction",),
+    "precondition_frequency": ("basis_every",),
+    "adamw_lr": ("fallback_lr",),
+    "adam_lr": ("fallback_lr",),
+    "embed_lr": ("fallback_lr",),
+    "adamw_betas": ("betas",),
+    "adam_betas": ("betas",),
+    "adjust_lr_fn": ("lr_scale",),
+    "grad_clip": ("max_grad_norm",),
+}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lightning_spectral.records import (
     read_alarms,
 )
 from lightning_spectral.text import did_you_mean
-from lightning_spectral.text.arguments import require_count, require_kinds
+from lightning_spectral.text.arguments import refuses_unknown, require_count, require_kinds
 
 _OWN = "SpectralAlarm"
 _NAMES = {"width": "the width D", "untrained": "the untrained network's", "past": "its best so far"}
@@ -52,6 +52,7 @@ class AlarmRule:
         ValueError: If an argument is out of range.
     """
 
+    @refuses_unknown
     def __init__(
         self,
         metric: str = "hard_rank",
@@ -73,6 +74,10 @@ class AlarmRule:
         if threshold is None or not threshold > 0:
             raise ValueError(f"`{'below' if above is None else 'above'}` must be a share > 0, got {threshold!r}.")
         require_count("patience", patience)
+        if below is not None and below > 1 and relative_to != "untrained":
+            raise ValueError(
+                f"`below={below!r}` of the {relative_to} holds always: it is a share (0.5 is half), not a percentage."
+            )
         known = (*RANK_METRICS, "hard_rank_debiased", "soft_rank_debiased", "asymmetry")
         if metric not in known:
             raise ValueError(f"unknown `metric` {metric!r}: {did_you_mean(metric, known)}")

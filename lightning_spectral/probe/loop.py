@@ -135,7 +135,13 @@ class LoopObserver:
         return {"step": self.step, **self.observer.state_dict(), **self.alarms.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue the records of an earlier run; before or after :meth:`attach`."""
+        """Continue the records of an earlier run; before or after :meth:`attach`.
+
+        Raises:
+            ValueError: If it is no state of a loop.
+        """
+        if "step" not in state:
+            raise ValueError(f"the state has no `step`, but {list(state)[:5]}: give what `state_dict()` returned.")
         self.step = state["step"]
         self.observer.load_state_dict(dict(state))
         self.alarms.load_state_dict(state)

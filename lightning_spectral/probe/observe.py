@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -161,7 +161,8 @@ def observe(
         )
     if process_group is not None and isinstance(counts, str) and counts == STREAM:
         raise ValueError("`counts='stream'` with a `process_group`: later stages see no ids; give an array or a file.")
-    refuse_unknown("observe", shared)
+    refuse_unknown(observe, shared)
+    _refuse_other_kinds(shared, optimizer, resume, process_group)
     if not isinstance(model, nn.Module):
         what = f"the class `{model.__name__}`: make one first" if isinstance(model, type) else f"`{model!r:.80}`"
         raise TypeError(f"observe measures a model (torch.nn.Module), got {what}.")
@@ -177,6 +178,27 @@ def observe(
     if optimizer is not None:
         observation.follow(optimizer)
     return observation
+
+
+def _refuse_other_kinds(shared: Mapping[str, Any], optimizer: Any, resume: Any, process_group: Any) -> None:
+    """What would be found out in the midst of the loop.
+
+    Raises:
+        ValueError: With the argument, the value seen and the remedy.
+    """
+    if "dirpath" in shared:
+        raise ValueError(f"`dirpath` is for callbacks: observe takes the run folder as `out={shared['dirpath']!r}`.")
+    if optimizer is not None and not isinstance(optimizer, Optimizer) and not hasattr(optimizer, "optimizer"):
+        seen = (
+            f"the class `{optimizer.__name__}`: make one first" if isinstance(optimizer, type) else f"{optimizer!r:.80}"
+        )
+        raise ValueError(f"`optimizer` must be an optimizer (torch.optim.Optimizer), got {seen}.")
+    if not isinstance(resume, bool):
+        raise ValueError(f"`resume` must be True or False, got {resume!r:.80}: True goes on with the records in `out`.")
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        raise ValueError(
+            f"`process_group` must be a process group, got {process_group!r:.80}: e.g. `mesh['dp'].get_group()`."
+        )
 
 
 def plain_host(

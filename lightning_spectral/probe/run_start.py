@@ -60,4 +60,5 @@ def open_folder(
 
 
 def _cannot(host: Host, failed: OSError) -> str:
-    return f"the run folder `{host.folder}` cannot be written ({one_line(failed)}); give another `dirpath`."
+    why = "it is a file" if Path(host.folder).is_file() else one_line(failed)
+    return f"the run folder `{host.folder}` cannot be written ({why}); give another `dirpath` (of `observe`: `out`)."

@@ -137,7 +137,11 @@ class ProbeSettings:
         if self.hints is not None:
             object.__setattr__(self, "hints", as_hints(self.hints))
         if isinstance(self.on, Collection) and (isinstance(self.on, str) or not self.on or {*self.on} - {*STAGES}):
-            raise ValueError(f"`on` must be a list of stages from {LOOPS}, got {self.on!r}.")
+            given = [self.on] if isinstance(self.on, str) else [one for one in self.on if one not in STAGES][:1]
+            close = did_you_mean(given[0], LOOPS) if given else "."
+            hint = f"; {close}" if close.endswith("?") and close.split("`")[1] != self.on else "."
+            hint = f": write on=[{self.on!r}]." if isinstance(self.on, str) and self.on in LOOPS else hint
+            raise ValueError(f"`on` must be a list of stages from {LOOPS}, got {self.on!r}{hint}")
         require_kinds(ProbeSettings, vars(self))
         if self.memory_limit_mib is not None and self.memory_limit_mib <= 0:
             raise ValueError(f"`memory_limit_mib` must be > 0, got {self.memory_limit_mib}.")
@@ -147,11 +151,11 @@ class ProbeSettings:
         require_count("every_n_steps", self.every_n_steps)
 
 
-def refuse_unknown(kind: str, shared: Iterable[str]) -> None:
+def refuse_unknown(called: Callable[..., Any], shared: Iterable[str]) -> None:
     """Refuse shared arguments that are not there; before ``ProbeSettings(**shared)``, which would name itself.
 
     Args:
-        kind: What the user has called, for the message.
+        called: The class or function that the user has called.
         shared: Names of the arguments.
 
     Raises:
@@ -160,7 +164,9 @@ def refuse_unknown(kind: str, shared: Iterable[str]) -> None:
     known = [one.name for one in fields(ProbeSettings)]
     for name in shared:
         if name not in known:
-            raise TypeError(f"{kind} has no argument `{name}`: {did_you_mean(name, known)}")
+            own = inspect.signature(called).parameters.values()
+            names = [one.name for one in own if one.kind is not one.VAR_KEYWORD and one.name not in known]
+            raise TypeError(f"{called.__name__} has no argument `{name}`: {did_you_mean(name, [*names, *known])}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ from lightning_spectral.probe.run_start import open_folder
 from lightning_spectral.probe.scalars import finite
 from lightning_spectral.probe.schedule import Schedule
 from lightning_spectral.records import WeightRecord
-from lightning_spectral.text import one_line
+from lightning_spectral.text import did_you_mean, one_line
 from lightning_spectral.text.arguments import require_count
 
 WHAT = ("weight", "gradient", "momentum", "update")
@@ -62,7 +62,10 @@ class WeightSettings:
 
     def __post_init__(self) -> None:
         if isinstance(self.what, str) or not self.what or set(self.what) - set(WHAT):
-            raise ValueError(f"`what` must be a list from {list(WHAT)}, got {self.what!r}.")
+            wrong = next((one for one in self.what if one not in WHAT), "") if not isinstance(self.what, str) else ""
+            close = did_you_mean(wrong, WHAT)
+            hint = f"; {close}" if close.endswith("?") else "."
+            raise ValueError(f"`what` must be a list from {list(WHAT)}, got {list(self.what)}{hint}")
         if self.coefficients is not None:
             coefficient_set(self.coefficients)
         require_count("ns_steps", self.ns_steps)

@@ -245,8 +245,12 @@ def _build(content: Any, kind: type[BuiltT]) -> BuiltT:
 
 
 def _file(path: str | Path, name: str) -> Path:
-    path = Path(path)
-    return plain_file(path / name if path.is_dir() else path)
+    file = Path(path) / name if Path(path).is_dir() else Path(path)
+    if not file.exists():
+        raise FileNotFoundError(
+            f"no `{name}` at `{path}`: give a run folder (`lightning_spectral.load` looks below one)."
+        )
+    return plain_file(file)
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lightning_spectral.analysis.last_window import summary
+from lightning_spectral.analysis.load import as_paths
 from lightning_spectral.analysis.points import nanmedian
 from lightning_spectral.analysis.reading import load_runs
 from lightning_spectral.analysis.runs import Run
@@ -62,7 +63,7 @@ def show(
         ValueError: If there is no run, or none has such numbers.
     """
     metrics = [metrics] if isinstance(metrics, str) else metrics
-    found = load_runs([runs] if isinstance(runs, (str, Path)) else runs).runs
+    found = load_runs(as_paths(runs)).runs
     usable = [run for run in found if site in run.sites]
     if not usable:
         sites = ", ".join(sorted({name for run in found for name in run.sites})) or "none"

@@ -17,8 +17,10 @@ A recipe says in a ``sweep:`` block what varies::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +53,13 @@ def read(
         RecipeError: If the recipe or an axis cannot be read, or a name is not known.
     """
     file = document.find(source)
+    given = [parse_axis(text) for text in axes]
     common = dict(document.parse_words(overrides))
     tree = document.read_tree(file)
     grids = read_grids(tree, file)
     if smoke:
         settings, grids = smoke_form(tree, file, grids)
         common = {**settings, **common}
-    given = [parse_axis(text) for text in axes]
     names = [axis.name for axis in given]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -66,12 +68,26 @@ def read(
         grids = [_with_axes(grids[0] if grids else [], given)]
     if not grids:
         raise RecipeError(f"`{file}` has no `sweep:` block and no --axis was given: nothing varies.")
-    values = [own for grid in grids for axis in grid for _, own in axis.values]
-    for own in ({}, *values):
+    for own in ({}, *_checked_together(grids)):
         named = with_class_paths(document.overridden(tree, {**common, **own}))
         refuse_unknown_names(named)
         refuse_wrong_values(named)
     return file, tree, common, grids
+
+
+def _checked_together(grids: list[list[Axis]]) -> Iterator[dict[str, Any]]:
+    """Overrides of runs: all of a small grid, else every value beside the first one of the other axes."""
+    for grid in grids:
+        firsts = [axis.values[0][1] for axis in grid]
+        if prod(len(axis.values) for axis in grid) <= 32:
+            yield from (_merged(run) for run in product(*([own for _, own in axis.values] for axis in grid)))
+            continue
+        for place, axis in enumerate(grid):
+            yield from (_merged([*firsts[:place], own, *firsts[place + 1 :]]) for _, own in axis.values)
+
+
+def _merged(overrides: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    return {key: value for own in overrides for key, value in own.items()}
 
 
 def read_grids(tree: Mapping[str, Any], file: Path) -> list[list[Axis]]:
@@ -170,14 +186,16 @@ def _is_number(value: Any) -> bool:
 
 
 def distinct(grids: list[list[Axis]]) -> Iterator[dict[str, Any]]:
-    """Overrides of each value that is a name or has a label, and of one number of each key.
+    """Overrides of a run for each value that is a name or has a label, and for one number of each key.
 
     Checking a recipe in full takes most of a second, too long to do it for each of a hundred runs.
     """
     seen: list[Any] = []
-    for axis in (axis for grid in grids for axis in grid):
-        for _, overrides in axis.values:
-            key = axis.name if set(overrides) == {axis.name} and _is_number(overrides[axis.name]) else overrides
-            if key not in seen:
-                seen.append(key)
-                yield overrides
+    for grid in grids:
+        firsts = [axis.values[0][1] for axis in grid]
+        for place, axis in enumerate(grid):
+            for _, overrides in axis.values:
+                key = axis.name if set(overrides) == {axis.name} and _is_number(overrides[axis.name]) else overrides
+                if key not in seen:
+                    seen.append(key)
+                    yield _merged([*firsts[:place], overrides, *firsts[place + 1 :]])

@@ -57,7 +57,10 @@ def did_you_mean(wrong: object, known: Iterable[object], *, otherwise: str = "kn
     """
     names = [str(name) for name in known]
     by_letters = {name.lower(): name for name in reversed(names)}  # capitals are no difference
-    close = difflib.get_close_matches(str(wrong).lower(), by_letters, n=1)
+    word = str(wrong).lower()
+    close = difflib.get_close_matches(word, by_letters, n=1)
+    if not close and len(word) > 2:  # a beginning, such as `every` of `every_n_steps`
+        close = [letters for name in names if (letters := name.lower()).startswith(word)][:1]
     return f"did you mean `{prefix}{by_letters[close[0]]}`?" if close else f"{otherwise}: {', '.join(names)}."
 
 

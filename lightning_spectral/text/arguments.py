@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, wraps
 from numbers import Integral, Real
 from os import PathLike
 from types import NoneType, UnionType
-from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from lightning_spectral.text import did_you_mean, is_name, one_line
+
+Init = TypeVar("Init", bound=Callable[..., None])
 
 
 def require_choice(name: str, value: object, allowed: Iterable[object]) -> None:
@@ -79,6 +82,24 @@ def require_kinds(owner: Callable[..., Any], values: Mapping[str, Any]) -> None:
         text = one_line(repr(value))
         seen = f"{text if len(text) <= 80 else text[:77] + '...'} of type {type(value).__name__}"
         raise ValueError(f"`{name}` must be {words}, got {seen}.{_remedy(kinds, value)}")
+
+
+def refuses_unknown(init: Init) -> Init:
+    """A constructor that answers an argument it does not have with the nearest that it has.
+
+    Raises:
+        TypeError: When it is called with one.
+    """
+    known = [name for name in inspect.signature(init).parameters if name != "self"]
+
+    @wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(f"{type(self).__name__} has no argument `{name}`: {did_you_mean(name, known)}")
+        init(self, *args, **kwargs)
+
+    return cast(Init, checked)
 
 
 _LISTS: Final = (list, Sequence, tuple)

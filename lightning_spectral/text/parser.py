@@ -25,6 +25,7 @@ class VerbParser(argparse.ArgumentParser):
 
     def __init__(self, verb: str = "", *, description: str = "", epilog: str | None = None, **more: Any) -> None:
         more.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter if epilog else argparse.HelpFormatter)
+        self._words: list[str] = []  # of the command line
         self._of_a_verb = "prog" in more  # the parser of a sub-command
         more |= {"allow_abbrev": False, "exit_on_error": False}
         super().__init__(more.pop("prog", f"lightning-spectral {verb}"), description=description, epilog=epilog, **more)
@@ -45,6 +46,7 @@ class VerbParser(argparse.ArgumentParser):
         Raises:
             CommandError: If a value does not fit.
         """
+        self._words = [] if args is None else list(args)
         try:
             options, rest = super().parse_known_args(args, namespace)
         except argparse.ArgumentError as error:
@@ -63,6 +65,10 @@ class VerbParser(argparse.ArgumentParser):
         if not found:
             raise CommandError(f"{message}.")
         name = found[1].split(", ")[0]
+        given = [word.partition("=")[0] for word in self._words if word.startswith("--")]
+        wrong = next((word for word in given if did_you_mean(word, [name]).endswith("?")), None)
+        if wrong not in (None, *self._option_string_actions):
+            raise CommandError(f"unknown option `{wrong}`; did you mean `{name}`?")
         raise CommandError(f"`{name}` is missing: {self._help(self._action(name.split('/')[-1]))}.")
 
     def refuse_unknown(self, words: Iterable[str], also: Iterable[str] = ()) -> None:
@@ -119,6 +125,9 @@ class VerbParser(argparse.ArgumentParser):
             return f"`{name}` must be {_WANTED.get(kind[1], kind[1])}, got {value}."
         if error.message.startswith("expected"):
             wanted = _WANTED.get(getattr(action.type, "__name__", ""), "") if action is not None else ""
+            after = self._words[self._words.index(name) + 1 :][:1] if name in self._words else []
+            if after and re.match(r"-\d", after[0]):
+                return f"`{name}` has no value: `{after[0]}` reads as an option, write `{name}={after[0]}`."
             return f"`{name}` has no value: {self._help(action)}" + (f" ({wanted})." if wanted else ".")
         return f"`{name}` {error.message}."
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lightning_spectral.text import did_you_mean
+from lightning_spectral.text.packages import is_installed, why_missing
 from lightning_spectral.training.document import RecipeError
 from lightning_spectral.training.sources import file_of, is_missing, tree_of
 
@@ -91,6 +92,8 @@ def check_strategy(wanted: Any) -> None:
         if not isinstance(path, str) or "." not in path or is_missing(path):
             raise RecipeError(f"`strategy` names the class `{path}`, which does not exist; give the full class path.")
         return
+    if str(wanted).startswith("deepspeed") and not is_installed("deepspeed"):
+        raise RecipeError(f"`strategy: {wanted}`: {why_missing('deepspeed')}")
     known = [*_OURS, *strategy_names()]
     if not spread_of(wanted).kind and wanted not in known:
         raise RecipeError(f"`strategy` is {wanted}; {did_you_mean(wanted, known, otherwise='there are')}")

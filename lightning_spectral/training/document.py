@@ -78,6 +78,11 @@ def parse_words(words: Sequence[str]) -> list[tuple[str, Any]]:
     while rest:
         word = rest.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
+        if pairs and not word.startswith("--") and re.match(r"[\[{]", str(pairs[-1][1])):
+            raise RecipeError(
+                f"`--{pairs[-1][0]}` has the value `{pairs[-1][1]}`, and then comes `{word}`: put the whole value in "
+                "quotes, '{key: value}'."
+            )
         if not word.startswith("--") or not key:
             wanted = f"write `-{word}`" if re.match(r"-[a-zA-Z]\w*(\.|$)", word) else "write `--key value`"
             raise RecipeError(f"`{word}` is not an option: {wanted}, e.g. `--train.max_steps 50`.")
@@ -87,8 +92,32 @@ def parse_words(words: Sequence[str]) -> list[tuple[str, Any]]:
             value = rest.pop(0)
         if not all(key.removesuffix("+").split(".")):
             raise RecipeError(f"`--{key}` has an empty name between its dots: write e.g. `--train.max_steps 50`.")
-        pairs.append((key, read_value(value)))
+        pairs.append((key, _value_of(key, value)))
+    _refuse_replaced(pairs)
     return pairs
+
+
+def _value_of(key: str, text: str) -> Any:
+    """A value; what begins like a mapping must be one.
+
+    Raises:
+        RecipeError: If it is none.
+    """
+    value = read_value(text)
+    if isinstance(value, str) and text.startswith("{") and text.endswith("}"):
+        raise RecipeError(
+            f"`--{key}`: `{text}` is no YAML: names with signs in them want quotes of their own, "
+            "\"{modules: ['*.proj']}\"."
+        )
+    return value
+
+
+def _refuse_replaced(pairs: Sequence[tuple[str, Any]]) -> None:
+    """A whole that comes after a part of it would replace that part without a word."""
+    for place, (key, value) in enumerate(pairs):
+        part = next((earlier for earlier, _ in pairs[:place] if earlier.startswith(f"{key}.")), None)
+        if part is not None and not (isinstance(value, dict) and "class_path" not in value):
+            raise RecipeError(f"`--{key}` comes after `--{part}` and would replace it: give `--{key}` first.")
 
 
 def read_value(text: str) -> Any:
@@ -207,7 +236,19 @@ def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
     if append:
         old = node.get(place) if isinstance(node, dict) else node[place]
         value = [*(old or []), *(value if isinstance(value, list) else [value])]
+    if len(steps) == 1:
+        value = _laid_over(node.get(place), value)
     node[place] = value
+
+
+def _laid_over(old: Any, value: Any) -> Any:
+    """``--train={max_steps: 3}`` leaves the block's other keys, as in jsonargparse; another class has its own."""
+    if not isinstance(value, dict) or not isinstance(old, dict):
+        return value
+    if "class_path" in old and value.get("class_path", old["class_path"]) != old["class_path"]:
+        return value
+    init_args = {**(old.get("init_args") or {}), **(value.get("init_args") or {})}
+    return {**old, **value, **({"init_args": init_args} if init_args else {})}
 
 
 def _place(node: Any, step: str, here: str) -> Any:
@@ -220,7 +261,8 @@ def _place(node: Any, step: str, here: str) -> Any:
         return classes.index(step)
     if not classes:
         raise RecipeError(
-            f"`{here}`: the list is empty; `--callbacks+ {step}` adds one, and what follows it can set it."
+            f"`{here}`: the list is empty; `--callbacks+ {'NAME' if step.isdigit() else step}` adds one, and what "
+            "follows it can set it."
         )
     hint = did_you_mean(step, classes, otherwise="it has")
     raise RecipeError(f"`{here}` names no item of the list; {hint}")

@@ -5,6 +5,7 @@ What exists is read from the sources of the installed packages (:mod:`.sources`)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -47,6 +48,10 @@ _HABITS: Final = {
     "batch_size": "global_batch_size",
     "steps": "max_steps",
     "num_epochs": "epochs",
+    "width": "intermediate_size",
+    "heads": "n_head",
+    "layers": "n_layer",
+    "depth": "n_layer",
 }
 _CLASS_KEYS: Final = ("class_path", "init_args", "dict_kwargs")
 _NO_DATA = ("DataModule", "SFTDataset")  # of ``litgpt.data.__all__``: bases, no data
@@ -173,12 +178,17 @@ def refuse_unknown_names(tree: Mapping[str, Any]) -> None:
 def _refuse_unknown(given: Iterable[str], known: Iterable[str], prefix: str) -> None:
     known = list(known)
     for key in given:
+        name, colon, value = str(key).partition(":")
+        if colon and name in known:
+            raise RecipeError(f"`{prefix}{key}`: YAML wants a space after the colon, `{name}: {value}`.")
         if key not in known:
             raise RecipeError(f"unknown key `{prefix}{key}`; {did_you_mean(key, known, prefix=prefix)}")
 
 
 def _nearest_key(key: str, tree: Mapping[str, Any]) -> str:
     """A suggestion: the key of that name further down, else the nearest at the top."""
+    if key == "base":
+        return "a recipe is laid over another in its file: write `base: NAME` there."
     word = _HABITS.get(key.replace("-", "_"), key.replace("-", "_"))
     deeper = next((path for path in _paths_below(tree) if path.rpartition(".")[2] == word), None)
     return f"did you mean `{deeper}`?" if deeper else did_you_mean(key, keys())
@@ -205,7 +215,9 @@ def class_of(key: str, spec: Any) -> tuple[str, dict[str, Any]]:
         RecipeError: If it is something else, or has other keys.
     """
     if not isinstance(spec, dict) or not isinstance(spec.get("class_path"), str):
-        raise RecipeError(f"`{key}` must be a class name or have a `class_path`, got {spec!r}.")
+        near = next((own for own in spec if did_you_mean(own, ["class_path"]).endswith("?")), None) if spec else None
+        hint = "." if near in (None, "class_path") else f": `{near}` must be `class_path`."
+        raise RecipeError(f"`{key}` must be a class name or have a `class_path`, got {spec!r}{hint}")
     name = spec["class_path"].rpartition(".")[2]
     for other in spec:
         if other not in _CLASS_KEYS:
@@ -233,7 +245,7 @@ def _refuse_unknown_class(key: str, spec: Any) -> None:
     path, init_args = class_of(key, spec)
     if "." not in path or is_missing(path):
         module, _, name = path.rpartition(".")
-        names = public_names(module) if module else public_names("lightning_spectral.callbacks")
+        names = public_names(module) if module else _known_callbacks()
         hint = did_you_mean(name, names, otherwise="it has") if names else "give the full class path."
         raise RecipeError(f"`{key}` names `{path}`, which does not exist; {hint}")
     known = arguments_of(path)
@@ -303,9 +315,20 @@ def _nearest(name: str, known: list[str]) -> str:
     return did_you_mean(name, known, otherwise="by name there are")
 
 
+_CALLBACK_ROOMS: Final = ("lightning_spectral.callbacks", "lightning_spectral", "lightning.pytorch.callbacks")
+
+
+def _known_callbacks() -> list[str]:
+    """Names that mean a callback without their module: ours, then Lightning's."""
+    ours = [name for name in public_names("lightning_spectral") if re.search("(Callback|Probe|Alarm|Audience)$", name)]
+    return list(dict.fromkeys([*ours, *public_names(_CALLBACK_ROOMS[-1])]))
+
+
 def _callback(spec: Any) -> Any:
     if isinstance(spec, str):
         spec = {"class_path": spec}
-    if isinstance(spec, dict) and spec.get("class_path") in public_names("lightning_spectral.callbacks"):
-        return {**spec, "class_path": f"lightning_spectral.callbacks.{spec['class_path']}"}
+    name = spec.get("class_path") if isinstance(spec, dict) else None
+    if name in _known_callbacks():
+        room = next(room for room in _CALLBACK_ROOMS if name in public_names(room))
+        return {**spec, "class_path": f"{room}.{name}"}
     return spec

@@ -151,17 +151,30 @@ _COUNTS = (
 
 
 def bad_numbers(content: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for each count below 1.
+    """A sentence for each count below 1, and each other number that is too small.
 
     Args:
         content: Every key of the schema with its value.
     """
+    yield from _bad_sizes(content)
     for group, names, may_be_empty in _COUNTS:
         for name in names:
             value = content[group][name]
             if isinstance(value, (int, float)) and value < 1:
                 remedy = "; leave it empty for no limit" if may_be_empty else ""
                 yield f"`{group}.{name}` must be >= 1, got {value}{remedy}."
+
+
+def _bad_sizes(content: Mapping[str, Any]) -> Iterator[str]:
+    """What a model has none of, or a machine."""
+    config = content["model_config"] or {}
+    sizes = ("n_layer", "n_head", "n_embd", "intermediate_size", "block_size", "vocab_size", "padded_vocab_size")
+    values = [(f"model_config.{name}", config.get(name), 1) for name in sizes]
+    values += [("num_nodes", content["num_nodes"], 1), ("seed", content["seed"], 0)]
+    values += [("train.lr_warmup_steps", content["train"]["lr_warmup_steps"], 0)]
+    for key, value, least in values:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value < least:
+            yield f"`{key}` must be >= {least}, got {value}."
 
 
 def bad_combinations(content: Mapping[str, Any]) -> Iterator[str]:

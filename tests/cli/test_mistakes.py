@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from lightning_spectral.cli import main
 from tests.analysis.synthetic import write_study
-from tests.cli import mistakes
+from tests.cli import mistakes, mistakes_more
 from tests.tiny import write_recipe
 
 
@@ -38,9 +39,19 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(path) for name, path in here.items()}
 
 
+def spelled(command: str, places: dict[str, str]) -> list[str]:
+    """The words of a command, with paths for those in capitals, also before a slash or a colon."""
+    known = "|".join(places)
+    words = shlex.split(command)
+    return [re.sub(rf"^({known})(?=[/:]|$)", lambda found: places[found[0]], word) for word in words]
+
+
+ALL = [*mistakes.ALL, *mistakes_more.ALL]
+
+
 def answer(command: str, places: dict[str, str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """Exit code and what is said on stderr."""
-    words = [places.get(word, word) for word in shlex.split(command)]
+    words = spelled(command, places)
     try:
         code = main(words)
     except SystemExit as end:
@@ -49,7 +60,7 @@ def answer(command: str, places: dict[str, str], capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.filterwarnings("ignore")  # of litgpt, when it is imported
-@pytest.mark.parametrize(("command", "wanted"), mistakes.ALL, ids=[command for command, _ in mistakes.ALL])
+@pytest.mark.parametrize(("command", "wanted"), ALL, ids=[command for command, _ in ALL])
 def test_the_answer_names_key_value_and_remedy(command, wanted, places, capsys, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
     code, said = answer(command, places, capsys)
@@ -58,7 +69,8 @@ def test_the_answer_names_key_value_and_remedy(command, wanted, places, capsys, 
     sentences = [line for line in said.splitlines() if line.startswith("lightning-spectral")]
     assert len(sentences) == 1, said
     for word in wanted:
-        assert places.get(word, word) in sentences[0], f"`{word}` is not in: {said}"
+        wanted_word = re.sub(r"\b(FILE|TEXT)(?=[/:])", lambda found: places[found[0]], places.get(word, word))
+        assert wanted_word in sentences[0], f"`{word}` is not in: {said}"
     if command not in dict(mistakes.VERBS):
         assert sentences[0].startswith(f"lightning-spectral {verb}"), said
         assert said.splitlines() == sentences, said  # no usage, no traceback, no other lines around it
@@ -66,13 +78,20 @@ def test_the_answer_names_key_value_and_remedy(command, wanted, places, capsys, 
 
 
 def test_there_are_more_than_120_of_them_and_none_twice() -> None:
-    commands = [command for command, _ in mistakes.ALL]
-    assert len(set(commands)) == len(commands) > 120
+    commands = [command for command, _ in ALL]
+    assert len(set(commands)) == len(commands) > 240
 
 
 EARLY = [
     command
-    for group in (mistakes.VERBS, mistakes.PRETRAIN, mistakes.SWEEP, mistakes.ANALYSIS, mistakes.MODELS)
+    for group in (
+        mistakes.VERBS,
+        mistakes.PRETRAIN,
+        mistakes.SWEEP,
+        mistakes.ANALYSIS,
+        mistakes.MODELS,
+        mistakes_more.EARLY,
+    )
     for command, _ in group
 ]
 COSTS = """
@@ -94,8 +113,8 @@ print(json.dumps(found))
 
 @pytest.mark.slow  # two hundred commands
 def test_early_answers_import_no_lightning_and_take_less_than_a_second_of_cpu(places, tmp_path: Path) -> None:
-    spelled = [shlex.join(places.get(word, word) for word in shlex.split(command)) for command in EARLY]
-    words = [sys.executable, "-c", COSTS, json.dumps(spelled)]
+    commands = [shlex.join(spelled(command, places)) for command in EARLY]
+    words = [sys.executable, "-c", COSTS, json.dumps(commands)]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
     costs = json.loads(done.stdout.splitlines()[-1])
     assert len(costs) == len(EARLY)

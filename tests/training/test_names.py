@@ -23,6 +23,7 @@ from lightning_spectral.optim.settings import OrthogonalArguments
 from lightning_spectral.probe.settings import SharedArguments
 from lightning_spectral.text import import_class
 from lightning_spectral.training import devices, document, measure, names, sources, values
+from lightning_spectral.training.document import RecipeError, overridden
 from lightning_spectral.training.schema import defaults
 
 HEAVY = ("torch", "lightning", "litgpt", "jsonargparse", "transformers", "datasets", "scipy", "matplotlib")
@@ -207,3 +208,41 @@ def test_every_other_name_stays_as_it_is(name):
 def test_a_device_that_does_not_exist_is_named_with_those_that_do():
     with pytest.raises(ValueError, match=r"`device` must be auto, cpu, cuda .* got `gpu0`"):
         measure._device("gpu0")
+
+
+WHOLE = {
+    "model_name": "pythia-14m",
+    "train": {"max_steps": 7, "global_batch_size": 8},
+    "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1, "eps": 1e-8}},
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "wanted"),
+    [
+        (["--train={max_steps: 3}"], "train", {"max_steps": 3, "global_batch_size": 8}),
+        (["--train.max_steps=3", "--train={epochs: 1}"], "train", {**WHOLE["train"], "max_steps": 3, "epochs": 1}),
+        (["--train=null", "--train={max_steps: 3}"], "train", {"max_steps": 3}),
+        (
+            ["--optimizer={init_args: {lr: 1}}"],
+            "optimizer",
+            {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1, "eps": 1e-8}},
+        ),
+        (
+            ["--optimizer={class_path: torch.optim.SGD, init_args: {lr: 1}}"],
+            "optimizer",
+            {"class_path": "torch.optim.SGD", "init_args": {"lr": 1}},
+        ),
+        (["--optimizer=SGD"], "optimizer", "SGD"),
+    ],
+)
+def test_a_block_on_the_command_line_is_laid_over_the_recipes_as_jsonargparse_does(words, key, wanted) -> None:
+    assert overridden(WHOLE, words)[key] == wanted
+
+
+@pytest.mark.parametrize(
+    "words", [["--optimizer.init_args.lr=1", "--optimizer=SGD"], ["--train.max_steps=3", "--train=null"]]
+)
+def test_a_whole_after_a_part_of_it_is_refused(words) -> None:
+    with pytest.raises(RecipeError, match="comes after .* and would replace it: give .* first"):
+        overridden(WHOLE, words)

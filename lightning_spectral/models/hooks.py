@@ -266,13 +266,21 @@ class Hook:
         tensor = _tensor_of(output) if kind == "output" else _first_tensor(args, kwargs)
         if tensor is None:
             return None
+        if kind == "block":
+            return tensor.detach(), torch.compiler.is_compiling() or self._may_go_on(tensor)
         if kind in ("rows", "output"):
+            if kind == "rows" and not torch.compiler.is_compiling():
+                self.switch.outputs.leave_rows(self.target.stack, tensor)
             return self.switch.rows(tensor.detach(), copy=kind == "output")
         return (tensor.detach(),)
 
     def _is_handling(self) -> bool:
         """Whether the caller is handling an exception: one that passes through later is then another one."""
         return not torch.compiler.is_compiling() and sys.exc_info()[1] is not None
+
+    def _may_go_on(self, entering: Tensor) -> bool:
+        """Whether a block may enter what the blocks of its stack have returned."""
+        return self.switch.outputs.may_lead_to(self.target[0].name, entering)
 
     def _goes_round(self, args: Any, kwargs: Any) -> bool:
         """Whether the module enters what it returned last."""

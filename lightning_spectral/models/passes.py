@@ -1,4 +1,4 @@
-"""Whether a module runs again on what came out of it: a further pass of a loop, and no call over other data."""
+"""Whether modules run again on what came out of them: a further pass of a loop, and no call over other data."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-_LOOK = 64  # autograd nodes between an output and the next input: what is added or normalised in between
+_LOOK = 256  # autograd nodes looked at between an output and the next input, and beside them
 
 
 class Outputs:
-    """The latest output of each module that encloses blocks."""
+    """The latest output of each module that encloses blocks, and what entered a stack's latest down projection."""
 
     def __init__(self) -> None:
         self._latest: dict[str, tuple[weakref.ref[Tensor], Any]] = {}
+        self._rows: dict[str, Any] = {}
 
     def leave(self, path: str, output: Tensor | None) -> None:
         """A module has returned."""
@@ -31,9 +32,19 @@ class Outputs:
         output, node = self._latest[path]
         return output() is entering or (node is not None and _descends(entering.grad_fn, node))
 
+    def leave_rows(self, stack: str, rows: Tensor) -> None:
+        """A down projection of a stack is entered."""
+        self._rows[stack] = rows.grad_fn
+
+    def may_lead_to(self, stack: str, entering: Tensor) -> bool:
+        """Whether what enters a block can be made of what the stack's blocks returned: not where gradients deny it."""
+        node = self._rows.get(stack)
+        return node is None or entering.grad_fn is None or _descends(entering.grad_fn, node)
+
     def clear(self) -> None:
         """Forget them."""
         self._latest.clear()
+        self._rows.clear()
 
 
 def _descends(node: Any, ancestor: Any) -> bool:

@@ -84,22 +84,32 @@ class Reader:
 
     def _block(self, hook: Hook, content: Any) -> None:
         stack, layer = hook.target
-        self._enter(stack, layer, content[0])
+        entered, may_go_on = content
+        self._enter(stack, layer, entered, may_go_on=may_go_on)
 
-    def _enter(self, stack: Stack, layer: int, entered: Tensor) -> Run | None:
+    def _enter(self, stack: Stack, layer: int, entered: Tensor, *, may_go_on: bool = True) -> Run | None:
         if self._frame is not None:
             self._framed.add(stack.name)
         elif self._recomputes and stack.name in self._framed:
             self._open.pop(stack.name, None)
             return None
         call = self._open.get(stack.name)
-        if call is None or not call.continues(layer, self._frame, len(self.ids)) or self._embeds_others(call, layer):
+        if call is None or not self._goes_on(call, layer, may_go_on):
             call = RawCall(stack, self._frame, len(self.ids))
             self._open[stack.name] = call
             self.calls.append(call)
         call.frame = self._frame
         call.runs.append(Run(layer, entered))
         return call.runs[-1]
+
+    def _goes_on(self, call: RawCall, layer: int, may_go_on: bool) -> bool:
+        """Whether a run of a block belongs to a call that is open."""
+        again = layer in {run.layer for run in call.runs}
+        return (
+            call.continues(layer, self._frame, len(self.ids))
+            and (may_go_on or not again)
+            and not self._embeds_others(call, layer)
+        )
 
     def _embeds_others(self, call: RawCall, layer: int) -> bool:
         """Whether the first block comes again after its table has looked other ids up: a part of the batch, no loop."""

@@ -256,8 +256,9 @@ class Recorder:
             call = _time_first(Ids(ids, embedded, call_mask(ids, arguments)), raw)
             key = (*shapes, path, tuple(call.ids.shape))
             num_rows = len(entered.reshape(-1, entered.shape[-1]))
-            # of several inputs of one shape that were embedded before any was run, only content tells which this is
-            layout = self._known(key, call, num_rows) if alike[path, tuple(ids.shape)] == 1 else None
+            # where several inputs of one shape, or one in parts, were embedded, only content tells which this is
+            alone = alike[path, tuple(ids.shape)] == 1 and num_rows >= ids.numel()
+            layout = self._known(key, call, num_rows) if alone else None
             if layout is not None and path == won:
                 return call, layout, ""
             layout = layout or prove(call, entered)

@@ -86,7 +86,8 @@ class LoopObserver:
         called = model if outer is None else outer
         before, after = _Hook(self._before_forward), _Hook(self._after_forward)
         self._handles = [
-            called.register_forward_pre_hook(before, with_kwargs=True),
+            # before the recorder's, so that a micro-batch that begins here holds the call itself
+            called.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
             called.register_forward_hook(after, with_kwargs=True),
         ]
         before.place = called._forward_pre_hooks, self._handles[0].id

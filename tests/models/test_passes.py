@@ -95,6 +95,25 @@ def with_memory(model, first, second):
     return model.core(model.embed(second) + memory)
 
 
+def segments(model, first, second):
+    """One table look-up, then one half of the positions after the other, in one forward."""
+    parts = []
+    for x in model.embed(torch.cat([first, second], 1)).chunk(2, 1):
+        for layer in model.core.layers:
+            x = layer(x)
+        parts.append(x)
+    return torch.cat(parts, 1)
+
+
+def blocks_in_turn(model, first, second):
+    x = start = model.embed(first)
+    for _ in range(3):
+        for layer in model.core.layers:
+            x = layer(x)
+        x = torch.nn.functional.layer_norm(x, (D,)) + start
+    return x
+
+
 def same_twice(model, first, second):
     x = model.embed(first)
     return model.core(x) + model.core(x)
@@ -109,7 +128,7 @@ def in_head(*ids: Tensor) -> int:
     ("run", "depths", "inputs"),
     [
         (looped, 6, 1), (with_input, 6, 1), (grouped, 6, 1), (two_inputs, 2, 2), (embedded_first, 2, 2),
-        (with_memory, 2, 2), (same_twice, 2, 2),
+        (with_memory, 2, 2), (same_twice, 2, 2), (segments, 2, 2), (blocks_in_turn, 6, 1),
     ],
 )  # fmt: skip
 def test_rows_of_each_depth(tmp_path, run, depths, inputs, micro_batches):
@@ -123,7 +142,7 @@ def test_rows_of_each_depth(tmp_path, run, depths, inputs, micro_batches):
             for _ in range(micro_batches):
                 first, second = torch.randint(0, 12, (B, T)), torch.randint(20, VOCAB, (B, T))
                 model(first, second).square().mean().backward()
-                one_input = run not in (two_inputs, embedded_first, with_memory)
+                one_input = run not in (two_inputs, embedded_first, with_memory, segments)
                 expected[step] += in_head(first) * inputs if one_input else in_head(first, second)
             optimizer.step()
             optimizer.zero_grad()

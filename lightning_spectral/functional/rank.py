@@ -217,6 +217,19 @@ def debiased_hard_rank(num_tokens: int, trace: float, frobenius_sq: float, quart
     return trace_part / frobenius_part if frobenius_part > 0 else math.nan
 
 
+def possible_rank(estimate: float, width: int) -> float:
+    """An estimate of a rank, within what a rank of this width can be: noise takes one beyond, a nearly empty ratio far.
+
+    Args:
+        estimate: Of a rank; not positive or NaN where it could not be told.
+        width: D.
+
+    Returns:
+        In [1, D], or NaN.
+    """
+    return min(max(estimate, 1.0), float(width)) if estimate > 0 else math.nan
+
+
 def sampling_status(num_tokens: int, width: int, trace: float, rounding: float = 0.0) -> str:
     """How far a rank of this window can be trusted; one of ``records.STATUSES``.
 

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from lightning_spectral.functional.few_rows import RowWeights, entropy_of_rows, population
 from lightning_spectral.functional.products import full_precision
+from lightning_spectral.functional.rank import possible_rank
 
 MIN_ROWS = 8  # fewer say nothing about halves
 _FP64_UP_TO = 512  # rows: an fp64 solve of so few takes milliseconds
 _BLOCK = 1_024
 _FLOOR = 5e-3  # of the stated error of the soft rank: what the fit on a grid is good for
+_NOTHING = 1e-9  # share of the variance of all rows: a half with less has none of its own
 _TRUST = 0.1  # share of what the row weights change that counts as error
 
 
@@ -93,13 +95,14 @@ def rank_rows(rows_ND: Float[Tensor, "N D"], sequences_N: Int[Tensor, " N"], num
         pairs = _pairs(centred_ND, norms_N, sequences_N)
         frobenius_sq = pairs.frobenius_sq + (pairs.quartic - pairs.frobenius_sq) / max(num_seen, num_rows)
         across = pairs.trace_sq / pairs.across if pairs.across > 0 else math.nan
+        width = rows_ND.shape[1]
         return RowRanks(
             num_rows,
             trace,
             rounding,
-            hard_rank=pairs.trace_sq / frobenius_sq if frobenius_sq > 0 else math.nan,
-            hard_rank_debiased=pairs.hard_rank,
-            hard_rank_across=across,
+            hard_rank=possible_rank(pairs.trace_sq / frobenius_sq if frobenius_sq > 0 else math.nan, width),
+            hard_rank_debiased=possible_rank(pairs.hard_rank, width),
+            hard_rank_across=possible_rank(across, width),
             hard_rank_error=_hard_error(centred_ND, sequences_N),
             **_soft(centred_ND, norms_N, sequences_N, pairs.hard_rank, max(num_seen, num_rows)),
         )
@@ -119,9 +122,10 @@ def _soft(
     halves = []
     for half in (0, 1):
         part_ND = centred_ND[_parts(sequences_N, 2) == half]
-        if len(part_ND) >= MIN_ROWS:
-            part_ND = part_ND - part_ND.mean(0)
-            rows = RowWeights.from_norms(_norms(part_ND), hard_rank)
+        part_ND = part_ND - part_ND.mean(0)
+        own_N = _norms(part_ND)
+        if len(part_ND) >= MIN_ROWS and float(own_N.mean()) > _NOTHING * float(norms_N.mean()):
+            rows = RowWeights.from_norms(own_N, hard_rank)
             halves.append(entropy_of_rows(population(_eigenvalues(part_ND), len(part_ND), width, rows), num_seen))
     error = math.nan
     if len(halves) == 2:

@@ -186,8 +186,8 @@ class Publication:
             return
         share = f"{len(bad)} of {len(records)} spectra"
         message = (
-            f"NaN or Inf activations at step {bad[0].step} in `{bad[0].module}` ({share}); recorded with status "
-            "`nonfinite`."
+            f"NaN or Inf activations at step {bad[0].step} in `{bad[0].module}` ({share}; what is beyond "
+            "1e19 has no finite square, and counts as such); recorded with status `nonfinite`."
         )
         if settings.on_nonfinite == "raise":
             raise DeliberateError(f"{name}: {message}")

@@ -93,9 +93,10 @@ def measure(
     hard = _hard_rank(own, absolute_epsilon)
     unbiased = ranks.debiased_hard_rank(own.num_tokens, own.trace, own.frobenius_sq, own.quartic)
     across = across_groups(state, groups)
+    shown_unbiased, shown_across = (ranks.possible_rank(one, own.width) for one in (unbiased, across.hard_rank))
     parts = _leave_one_out(state, groups, absolute_epsilon, solve if exact else None)
     hard_parts, soft_parts = [part.hard_rank for part in parts], [part.soft_rank for part in parts]
-    debiased = _extrapolated(soft_rank, soft_parts, own.width, _power(own.num_tokens, hard, across.hard_rank))
+    debiased = _extrapolated(soft_rank, soft_parts, own.width, _power(own.num_tokens, hard, shown_across, own.width))
     if debiased and eigs is not None and num_sequences > 1 and unbiased > 0 and across.hard_rank > 0:
         likeness = Likeness.of(own.num_tokens, hard, unbiased, across.hard_rank)
         debiased = _by_model(debiased, soft_rank, eigs, own, num_sequences, parts, likeness, across.lean)
@@ -105,12 +106,12 @@ def measure(
         status=status,
         values={
             **values,
-            **({} if math.isnan(across.hard_rank) else {HARD_RANK_ACROSS: across.hard_rank}),
+            **({} if math.isnan(shown_across) else {HARD_RANK_ACROSS: shown_across}),
             "soft_rank": soft_rank,
             "hard_rank": hard,
             "spectral_entropy": entropy,
         },
-        hard_rank_debiased=None if math.isnan(unbiased) else unbiased,
+        hard_rank_debiased=None if math.isnan(shown_unbiased) else shown_unbiased,
         soft_rank_debiased=debiased,
         trace=own.trace,
         renyi=renyi,
@@ -156,11 +157,12 @@ def _approximate_soft_rank(own: Sample) -> float:
 def _hard_rank(own: Sample, absolute_epsilon: float) -> float:
     if own.frobenius_sq <= 0:
         return math.nan
-    return own.trace**2 / (own.frobenius_sq + absolute_epsilon)
+    hard_rank = own.trace**2 / (own.frobenius_sq + absolute_epsilon)
+    return hard_rank if absolute_epsilon else ranks.possible_rank(hard_rank, own.width)  # subnormal squares round
 
 
 def _extrapolated(value: float, parts: Sequence[float], width: int, power: float) -> float | None:
-    """The rank of infinitely many sequences, from that of all and those without each of K shards; at most ``width``.
+    """The rank of infinitely many sequences, from that of all and those without each of K shards; in [1, width].
 
     Along ``S_N ** -power = S ** -power + c / N``; power 0: along ``ln S_N``. Two shards: twice all minus the halves.
     """
@@ -169,9 +171,9 @@ def _extrapolated(value: float, parts: Sequence[float], width: int, power: float
     shards = len(parts)
     logs = [math.log(part / value) for part in parts]
     if power < 1e-6:
-        return min(value * math.exp(-(shards - 1) * sum(logs) / shards), float(width))
+        return ranks.possible_rank(value * math.exp(-(shards - 1) * sum(logs) / shards), width)
     gone = (shards - 1) * sum(math.expm1(-power * log) for log in logs) / shards
-    return min(value * (1.0 - gone) ** (-1.0 / power), float(width)) if gone < 1 else float(width)
+    return ranks.possible_rank(value * (1.0 - gone) ** (-1.0 / power), width) if gone < 1 else float(width)
 
 
 def _by_model(
@@ -200,14 +202,15 @@ def _by_model(
     return min(float(own.width), math.exp((1 - trust) * math.log(along) + trust * entropy))
 
 
-def _power(num_tokens: int, hard: float, across: float) -> float:
+def _power(num_tokens: int, hard: float, across: float, width: int) -> float:
     """Of the law along which a soft rank is extrapolated, from 0 (independent rows) to 1 (sequences of one direction).
 
     The bias of the hard rank, which is known, says how many rows count as one: ``1 / R_N - 1 / R`` is ``1 / N`` for
     independent rows. Their soft rank follows ``ln S_N = ln S - c / N`` closely, on every spectrum tried; the more rows
-    count as one, the nearer is ``1 / S_N = 1 / S + c / N``, which the hard rank follows (`bench_finite_rows.py`).
+    count as one, the nearer is ``1 / S_N = 1 / S + c / N``, which the hard rank follows (`bench_finite_rows.py`). Where
+    no ``1 / R`` above 0 was found, that of the largest rank is taken: a rounding must not decide.
     """
-    alike = num_tokens * (1.0 / hard - 1.0 / across) if across > 0 and hard > 0 else 1.0
+    alike = num_tokens * (1.0 / hard - 1.0 / (width if math.isnan(across) else across)) if hard > 0 else 1.0
     return 1.0 - 1.0 / max(alike, 1.0)
 
 

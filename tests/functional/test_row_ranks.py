@@ -160,6 +160,22 @@ def test_two_rows_show_one_direction() -> None:
     assert entropy_of_rows(behind, 3) == pytest.approx(math.log(2), abs=0.03)
 
 
+def test_a_half_of_equal_rows_says_nothing_of_the_error() -> None:
+    rows = torch.ones(40, 16)
+    rows[::2] = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
+    found = rank_rows(rows, torch.arange(40), 400)
+    assert found.soft_rank > 1
+    assert math.isnan(found.soft_rank_error)
+
+
+def test_no_rank_is_beyond_the_width() -> None:
+    """Rows of a direction each: unbiased estimates are 1.03 times the width, or 1 / 0."""
+    for num in (11, 32):
+        found = rank_rows(torch.eye(16)[torch.arange(num) % 16], torch.arange(num), 100 * num)
+        for value in (found.hard_rank, found.hard_rank_debiased, found.hard_rank_across, found.soft_rank_debiased):
+            assert not value > 16 * (1 + 1e-9)
+
+
 def test_what_cannot_be_told() -> None:
     assert math.isnan(rank_rows(torch.randn(5, 8), torch.arange(5), 50).soft_rank)
     assert math.isnan(rank_rows(torch.ones(64, 8), torch.arange(64), 64).hard_rank)  # no variance

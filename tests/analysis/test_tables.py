@@ -99,7 +99,7 @@ def test_rows_are_kept_by_conditions(tmp_path: Path) -> None:
         condition("Dion")
     assert condition("lr=3e-3")({"lr": "0.003"})
     assert not condition("lr!=3e-3")({"lr": "0.003"})
-    with pytest.raises(ValueError, match=r"`--where lr<low` compares numbers, and `low` is none"):
+    with pytest.raises(ValueError, match=r"`--where lr<low` compares numbers, and 'low' is none"):
         condition("lr<low")({"lr": "1"})
 
 

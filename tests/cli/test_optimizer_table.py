@@ -58,7 +58,7 @@ def test_litgpt_and_hugging_face_names(capsys):
     ("arguments", "message"),
     [
         (["--model", "gpt-22"], "is no litgpt name, Hugging Face model type, folder or class path"),
-        (["--model", "pythia-14m", "--optimizer", "Moun"], "no optimizer `Moun`: did you mean `Muon`?"),
+        (["--model", "pythia-14m", "--optimizer", "Moun"], "no optimizer `Moun` (`--optimizer`): did you mean `Muon`?"),
         (["--model", "pythia-14m", "--set", "splitt=heads"], "`--set splitt` is no setting; did you mean `split`?"),
         (["--model", "pythia-14m", "--set", "split=head"], "`split` must be one of"),
         (["--model", "pythia-14m", "--set", "lr"], "must be NAME=VALUE"),

@@ -19,6 +19,7 @@ from lightning_spectral.analysis.cells import Sheet, finite, read_sheet
 from lightning_spectral.analysis.conditions import condition
 from lightning_spectral.analysis.effects import EffectComparison, compare_effects
 from lightning_spectral.analysis.points import Point, PointTable
+from lightning_spectral.analysis.runs import Problem
 from lightning_spectral.analysis.tables import BETA_NAMES, END_NAMES, STEP_NAMES, as_of_runs, ours, recognised
 from lightning_spectral.analysis.trajectory import Trajectory, fit_windows
 
@@ -99,43 +100,50 @@ def _plain(labels: Series) -> str:
 
 
 def kind_of(table: str | Path | Sheet) -> Kind:
-    """What a table holds, by its header."""
-    names = set(read_sheet(table).names)
-    betas = "beta" in names or bool(names & set(BETA_NAMES))
-    if _first(STEP_NAMES, names) and betas:
+    """What a table holds, by its header, and whether it has several steps."""
+    sheet = read_sheet(table)
+    names = set(sheet.names)
+    step, betas = _first(STEP_NAMES, names), "beta" in names or bool(names & set(BETA_NAMES))
+    if step and betas:
         return "betas_over_training"
-    if (
-        _first(STEP_NAMES, names)
-        and recognised(sorted(names)).x in names
-        and (names & set(_RANKS) or "metric" in names)
-    ):
-        return "curves"
+    if step and recognised(sorted(names)).x in names:
+        several = "value" in names and len({row[step] for row in sheet.whole_rows}) > 1
+        if names & set(_RANKS) or "metric" in names or several:
+            return "curves"
     return "estimates" if betas and "value" not in names else "points"
 
 
-def read_curves(table: str | Path | Sheet, where: Sequence[str] = ()) -> list[RankCurve]:
-    """Ranks by width and step, from ``soft_rank`` and ``hard_rank`` columns, or ``metric`` and ``value``.
+def read_curves(
+    table: str | Path | Sheet, where: Sequence[str] = (), problems: list[Problem] | None = None
+) -> list[RankCurve]:
+    """Ranks by width and step, from ``soft_rank`` and ``hard_rank`` columns, or ``value`` (and ``metric``).
+
+    Args:
+        table: The table.
+        where: Conditions on rows.
+        problems: Is given a sentence where a run has several ranks at one step, of which the last counts.
 
     Raises:
-        ValueError: If no row holds a step, a width and a positive rank.
+        ValueError: If no row holds a step, a width and a positive rank, or a step is no whole number.
     """
     rows, path = _rows(table, where)
     names = list(rows[0]) if rows else []
     columns = recognised(names)
-    step = _first(STEP_NAMES, names)
     ranks: list[str] = [name for name in _RANKS if name in names]
-    metrics = ranks or ["value"]
     points = [
         Point(
-            (*(row[name] for name in columns.by if name != "metric"), metric if metric != "value" else row["metric"]),
-            float(row[columns.x]),
-            float(row[metric]),
+            (
+                *(row[name] for name in columns.by if name != "metric"),
+                rank if ranks else row.get("metric", "hard_rank"),
+            ),
+            _number(row, columns.x),
+            _number(row, rank),
             seed=row[columns.seed] if columns.seed else "",
-            steps=(int(float(row[step])),),
+            steps=(step,),
         )
         for row in rows
-        for metric in metrics
-        if step and _positive(row.get(columns.x)) and _positive(row.get(metric)) and finite(row[step]) is not None
+        for rank in ranks or ["value"]
+        if (step := _step_of(row, path)) is not None and _number(row, columns.x) > 0 and _number(row, rank) > 0
     ]
     if not points:
         raise ValueError(f"`{path}` holds no row with a step, a width and a rank.")
@@ -143,10 +151,32 @@ def read_curves(table: str | Path | Sheet, where: Sequence[str] = ()) -> list[Ra
     found: dict[tuple[tuple[str, ...], float, str], dict[int, float]] = {}
     for point in as_of_runs(PointTable(by, tuple(points), columns.x), "value").points:
         found.setdefault((point.series[:-1], point.x, point.seed), {})[point.steps[0]] = point.value
+    again = len(points) - sum(len(own) for own in found.values())
+    if again and problems is not None:
+        text = f"`{path}` has several ranks of one series, width and seed at one step ({again} more); the last counts."
+        problems.append(Problem(str(path), "repeated_steps", text))
     return [
         RankCurve(series, width, seed, np.array(sorted(own)), np.array([own[at] for at in sorted(own)]))
         for (series, width, seed), own in found.items()
     ]
+
+
+def _step_of(row: Mapping[str, str], path: Path) -> int | None:
+    """The step of a row; ``None`` for a blank or a word.
+
+    Raises:
+        ValueError: If it lies between two steps.
+    """
+    name = _first(STEP_NAMES, row)
+    step = None if name is None else finite(row[name])
+    if step is not None and not step.is_integer():
+        raise ValueError(f"`{path}` has the step `{row[name or '']}`: steps are whole numbers of optimizer steps.")
+    return None if step is None else int(step)
+
+
+def _number(row: Mapping[str, str], name: str) -> float:
+    """A cell's number; 0 for a blank or a word."""
+    return finite(row.get(name)) or 0.0
 
 
 def paths_of(curves: Sequence[RankCurve]) -> list[Trajectory]:
@@ -182,17 +212,14 @@ def read_paths(table: str | Path | Sheet, where: Sequence[str] = ()) -> list[Tra
         ValueError: If no row holds a step and an exponent.
     """
     rows, path = _rows(table, where)
-    step, found = (
-        _first(STEP_NAMES, rows[0] if rows else ()),
-        dict[tuple[str, ...], list[tuple[int, float, float, float]]](),
-    )
+    found: dict[tuple[str, ...], list[tuple[int, float, float, float]]] = {}
     for row in rows:
         betas = {BETA_NAMES[name]: row[name] for name in BETA_NAMES if name in row}
         betas |= {row.get("metric", "hard_rank"): row["beta"]} if "beta" in row else {}
         for metric, cell in betas.items():
-            at, beta = finite(row.get(step or "")), finite(cell)
+            at, beta = _step_of(row, path), finite(cell)
             if at is not None and beta is not None:
-                found.setdefault(_series(row, metric), []).append((int(at), beta, *_ends_of(row)))
+                found.setdefault(_series(row, metric), []).append((at, beta, *_ends_of(row)))
     if not found:
         raise ValueError(f"`{path}` holds no row with a step and an exponent.")
     out = []
@@ -272,8 +299,3 @@ def _rows(table: str | Path | Sheet, where: Sequence[str]) -> tuple[list[dict[st
 
 def _first(known: Sequence[str], names: object) -> str | None:
     return next((name for name in known if name in names), None)  # type: ignore[operator]
-
-
-def _positive(cell: str | None) -> bool:
-    value = finite(cell)
-    return value is not None and value > 0

@@ -99,12 +99,13 @@ def scene_of_tables(options: argparse.Namespace, files: list[str]):  # type: ign
     def of(kind: str) -> list[Sheet]:
         return [sheet for own, sheet in kinds if own == kind]
 
-    curves = [curve for file in of("curves") for curve in read_curves(file, options.where)]
+    problems: list[Problem] = []
+    curves = [curve for file in of("curves") for curve in read_curves(file, options.where, problems)]
     paths = [path for file in of("betas_over_training") for path in read_paths(file, options.where)]
     estimates = [own for file in of("estimates") for own in read_estimates(file, options.where)]
-    problems: list[Problem] = []
     if of("points"):
-        table, problems = inputs.read_tables(options, of("points"))
+        table, of_points = inputs.read_tables(options, of("points"))
+        problems += of_points
         table = as_of_runs(table, options.y)
     else:
         most = max((len(curve.series) - 3 for curve in curves), default=1)

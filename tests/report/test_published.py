@@ -19,6 +19,7 @@ from lightning_spectral.analysis.published import (
     read_paths,
     shifts_of,
 )
+from lightning_spectral.analysis.runs import Problem
 from lightning_spectral.cli import main
 
 WIDTHS, STEPS = (256, 512, 1024, 2048), (1, 100, 200)
@@ -221,3 +222,41 @@ def test_pdf_of_every_figure_and_latex_of_every_table(tmp_path: Path) -> None:
             assert not set(bare.removesuffix(r" \\")) & set("%$#_~^\\") or line == r"\hline"
             assert line == r"\hline" or bare.count("&") == columns - 1
     assert r"50\%\_a\&b \#1" in (out / "fits.tex").read_text()
+
+
+WHOLE = "optimizer,width,step,value\n" + "".join(f"a,{d}k,{s}k,{d**0.5 * s}\n" for d in (1, 2, 4) for s in (1, 2))
+
+
+def test_values_at_several_steps_are_curves(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(WHOLE)
+    assert kind_of(path) == "curves"
+    (own,) = paths_of(read_curves(path))
+    assert own.steps.tolist() == [1000, 2000]
+    np.testing.assert_allclose(own.beta, 0.5, rtol=1e-9)
+    path.write_text("".join(line for line in WHOLE.splitlines(keepends=True) if ",2k," not in line))
+    assert kind_of(path) == "points"  # all of one step
+
+
+def test_steps_between_steps_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("optimizer,width,step,hard_rank\na,64,.25,3\na,64,.5,4\n")
+    with pytest.raises(ValueError, match=r"has the step `.25`: steps are whole numbers"):
+        read_curves(tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text("optimizer,step,beta\na,1.5,3\n")
+    with pytest.raises(ValueError, match=r"has the step `1.5`"):
+        read_paths(tmp_path / "t.csv")
+
+
+def test_a_run_that_is_there_twice_at_a_step_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(WHOLE + "a,1k,2k,3\n")
+    problems: list[Problem] = []
+    last = {
+        (c.width, int(s)): v
+        for c in read_curves(path, problems=problems)
+        for s, v in zip(c.steps, c.values, strict=True)
+    }
+    assert last[1000, 2000] == 3
+    assert [problem.kind for problem in problems] == ["repeated_steps"]
+    assert main(["report", str(path), "--out", str(tmp_path / "out")]) == 0
+    assert "several ranks of one series, width and seed at one step (1 more)" in "".join(capsys.readouterr())

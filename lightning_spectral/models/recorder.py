@@ -246,7 +246,8 @@ class Recorder:
         arguments = () if raw.frame is None else tuple(frame.arguments for frame in raw.frame.chain())
         looked_up = _in_order(reader.ids, raw.num_ids)
         if not looked_up:
-            return None, None, "no token ids entered an embedding of the model"
+            where = "" if self._found.embeddings else ", in which no table was found: name it (`embedding='*.wte'`)"
+            return None, None, f"no token ids entered an embedding of the model{where}"
         best: tuple[Ids, Layout] | None = None
         most = 0.0
         shapes = (raw.stack.name, tuple(entered.shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -17,6 +18,8 @@ from lightning_spectral.models.reader import HIDDEN_EXPERTS
 from lightning_spectral.models.series import Series, all_series
 from lightning_spectral.models.sites import SITES, Found, Site, Stack, entrances, network_sites
 from lightning_spectral.models.walk import is_program, modules_of, named_modules, uncollected
+
+_OWN_TABLE = re.compile(r"^(?!.*(unembed|pos|rotary|rope|patch|time)).*embed", re.IGNORECASE)
 
 
 @uncollected()
@@ -59,14 +62,14 @@ def find_stacks(
             stacks = _with_hinted(stacks, by_glob(named, series, [row.down for row in rows], sites, rows))
     if not is_part and not any(stack.sites for stack in stacks):
         raise ValueError(_nothing_found(model, named))
-    tables = {name: module for name, module in named.items() if is_embedding(module)}
+    known = {name: module for name, module in named.items() if is_embedding(module) or is_own_table(module)}
+    tables = known
     if embedding is not None:
         tables = {name: named[name] for name in named if fnmatchcase(name, embedding)}
         if not tables and is_part:
             elsewhere.append(embedding)
         elif not tables:
-            known = [name for name, module in named.items() if is_embedding(module)]
-            raise ValueError(f"No module matches the embedding `{embedding}`. Embedding tables here: {known[:6]}.")
+            raise ValueError(f"No module matches the embedding `{embedding}`. Embedding tables here: {[*known][:6]}.")
     plain = {name: module for name, module in tables.items() if _wrapped_table(module) is None} or tables
     likely = [module for name, module in plain.items() if not is_other_table(name)] or list(plain.values())
     table = max(likely, key=_num_ids, default=None)
@@ -90,8 +93,22 @@ def _wrapped_table(module: nn.Module) -> nn.Module | None:
     return inner if inner is not None and is_embedding(inner) else None
 
 
+def is_own_table(module: nn.Module) -> bool:
+    """Whether a class of the script's, by its name, looks ids up in its one matrix; what it is called with decides."""
+    if is_embedding(module) or module._modules or _OWN_TABLE.search(type(module).__name__) is None:
+        return False
+    return [parameter.ndim for parameter in module._parameters.values() if parameter is not None] == [2]
+
+
+def num_ids(embedding: nn.Module | None) -> int | None:
+    """Ids that a table holds; ``None`` where it does not tell."""
+    if embedding is None or is_own_table(embedding):
+        return None if embedding is None else max(len(parameter) for parameter in embedding.parameters())
+    return getattr(embedding, "num_embeddings", None)
+
+
 def _num_ids(module: nn.Module) -> int:
-    return int(getattr(module, "num_embeddings", 0))
+    return num_ids(module) or 0
 
 
 def _matching(named: dict[str, nn.Module], hints: Sequence[Hint]) -> tuple[list[Hint], list[str]]:
@@ -164,9 +181,9 @@ def _head(model: nn.Module, table: nn.Module | None, stacks: Sequence[Stack]) ->
     return next((module for module in reversed(outside) if _maps_to(module, _num_ids(table))), None)
 
 
-def _maps_to(module: nn.Module, num_ids: int) -> bool:
+def _maps_to(module: nn.Module, width: int) -> bool:
     widths = widths_of(module)
-    return widths is not None and widths[1] == num_ids
+    return widths is not None and widths[1] == width
 
 
 def _nothing_found(model: nn.Module, named: dict[str, nn.Module]) -> str:

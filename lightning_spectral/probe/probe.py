@@ -17,7 +17,7 @@ from lightning_spectral.functional.products import Calibration
 from lightning_spectral.models.calls import ForwardCall
 from lightning_spectral.models.recorder import Recorder
 from lightning_spectral.models.sites import Site
-from lightning_spectral.models.stacks import find_stacks
+from lightning_spectral.models.stacks import find_stacks, num_ids
 from lightning_spectral.probe.accumulate import Accumulator
 from lightning_spectral.probe.collectives import all_reduce
 from lightning_spectral.probe.grouping import Grouping, check_vocabulary
@@ -69,7 +69,7 @@ class SpectralProbe:
             hints=options.hints,
             is_part=is_part,
         )
-        vocab = getattr(self.found.embedding, "num_embeddings", None)
+        vocab = num_ids(self.found.embedding)
         if grouping.vocab_size is not None and vocab is not None:
             check_vocabulary(grouping.vocab_size, vocab, num_known_ids(model))
         self.recorder = Recorder(model, self.found, token_fraction=options.token_fraction)

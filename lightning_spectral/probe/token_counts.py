@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_spectral.functional.buckets import frequency_buckets, look_up
 from lightning_spectral.models.calls import ForwardCall
+from lightning_spectral.models.stacks import num_ids
 from lightning_spectral.probe.adapters import ids_in, is_of
 from lightning_spectral.probe.collectives import all_reduce
 from lightning_spectral.probe.grouping import Grouping
@@ -152,7 +153,7 @@ class StreamCounts:
         assert measurement.buckets is not None
         self._buckets = measurement.buckets
         probe = SpectralProbe(model, Grouping(BUCKETS, self._codes, self._buckets.attribute_to), measurement.options)
-        vocab = getattr(probe.found.embedding, "num_embeddings", None)
+        vocab = num_ids(probe.found.embedding)
         if vocab is None:
             probe.remove()
             raise ValueError(_no_vocabulary(model, probe.found.embedding))

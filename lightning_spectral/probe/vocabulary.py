@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_spectral.models.sites import Found
+from lightning_spectral.models.stacks import num_ids
 from lightning_spectral.probe.grouping import Grouping
 
 
@@ -17,6 +18,6 @@ def num_known_ids(model: nn.Module) -> int | None:
 
 def vocabulary_sizes(found: Found, grouping: Grouping) -> set[int]:
     """Widths that logits over the vocabulary can have."""
-    sizes = [grouping.vocab_size, getattr(found.embedding, "num_embeddings", None)]
+    sizes = [grouping.vocab_size, num_ids(found.embedding)]
     sizes.append(getattr(found.head, "out_features", None))
     return {size for size in sizes if isinstance(size, int)}

@@ -22,7 +22,7 @@ from torch import nn
 from lightning_spectral.data.corpus import Corpus, documents
 from lightning_spectral.data.encode import Encoder
 from lightning_spectral.models.families import Hint, as_hints
-from lightning_spectral.models.stacks import find_stacks
+from lightning_spectral.models.stacks import find_stacks, num_ids
 from lightning_spectral.probe.grouping import check_vocabulary, load_counts
 from lightning_spectral.probe.host import Host
 from lightning_spectral.probe.measurement import Measurement
@@ -210,10 +210,9 @@ def _vocabulary(
     checkpoint: Path,
 ) -> int:
     """Ids that the model embeds, at least those of the tokens."""
-    embedding: Any = find_stacks(model, modules=modules, hints=hints).embedding
-    if embedding is None:
+    vocab = num_ids(find_stacks(model, modules=modules, hints=hints).embedding)
+    if vocab is None:
         raise ValueError(f"`{checkpoint}` embeds no token ids: it is no model of text.")
-    vocab = int(embedding.num_embeddings)
     if int(tokens.max(initial=0)) >= vocab:
         raise ValueError(
             f"the tokenizer gives ids up to {int(tokens.max())}, but `{checkpoint}` embeds {vocab}: use the tokenizer "

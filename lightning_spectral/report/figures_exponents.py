@@ -12,7 +12,7 @@ from lightning_spectral.analysis.published import Estimate, effect_of, shifts_of
 from lightning_spectral.records.looks import bucket_name, metric_name
 from lightning_spectral.report.numbers import ON_X
 from lightning_spectral.report.scene import ReportData, ReportFigure, joined
-from lightning_spectral.report.style import SeriesStyle
+from lightning_spectral.report.style import LETTER, SeriesStyle
 
 _RANKS = ("hard_rank", "soft_rank")
 _NO_FIT = "A slope needs at least 3 FFN widths with positive ranks."
@@ -27,7 +27,7 @@ def betas(scene: ReportData) -> ReportFigure:
     rows = len(scene.fitted_series)
     figure = Figure(figsize=(11.5, 0.9 + len(metrics) * (0.6 + 0.26 * rows)))
     axes = figure.subplots(len(metrics), len(buckets), squeeze=False, sharex="row", sharey=True)
-    _tight(figure, len(metrics))
+    _tight(figure, scene, scene.fitted_series, len(metrics))
     for r, metric in enumerate(metrics):
         for c, bucket in enumerate(buckets):
             ax = axes[r, c]
@@ -67,7 +67,7 @@ def betas(scene: ReportData) -> ReportFigure:
     return ReportFigure(
         figure,
         "Exponents side by side: where intervals overlap, the order of two optimizers is not settled by the points.",
-        "Line: 95 % interval over widths. Pale bar below: 95 % interval over seeds (where seeds exist). Tick: "
+        "Line: 95 % interval, over widths and (where there are several) seeds. Pale bar below: over seeds alone. Tick: "
         "the untrained network. Differences with their p values stand in comparisons.csv.",
     )
 
@@ -82,7 +82,7 @@ def asymmetry(scene: ReportData) -> ReportFigure:
     rows = len(scene.fitted_series)
     figure = Figure(figsize=(11.5, 0.95 + 0.3 * rows))
     axes = figure.subplots(1, len(buckets), squeeze=False, sharex=True, sharey=True)[0]
-    _tight(figure)
+    _tight(figure, scene, scene.fitted_series)
     separated = []
     lows: list[float] = [0.0, 1.05]
     for ax, bucket in zip(axes, buckets, strict=True):
@@ -142,7 +142,7 @@ def decay(scene: ReportData) -> ReportFigure:
     rows = len(keys)
     figure = Figure(figsize=(11.5, 0.9 + len(metrics) * (0.6 + 0.34 * rows)))
     axes = figure.subplots(len(metrics), len(buckets), squeeze=False, sharex="row", sharey=True)
-    _tight(figure, len(metrics))
+    _tight(figure, scene, keys, len(metrics))
     for r, metric in enumerate(metrics):
         ends = [0.0]
         for ax, bucket in zip(axes[r], buckets, strict=True):
@@ -204,7 +204,7 @@ def estimates(scene: ReportData) -> ReportFigure:
     keys = [key for key in scene.series if any(e.series[:-3] == key for e in own)]
     figure = Figure(figsize=(11.5, 0.9 + len(metrics) * (0.6 + 0.3 * len(keys))))
     axes = figure.subplots(len(metrics), len(buckets), squeeze=False, sharex="row", sharey=True)
-    _tight(figure, len(metrics))
+    _tight(figure, scene, keys, len(metrics))
     for r, metric in enumerate(metrics):
         for c, bucket in enumerate(buckets):
             ax = axes[r, c]
@@ -262,11 +262,17 @@ def _rows(scene: ReportData, ax: Axes, keys: list[tuple[str, ...]]) -> None:
     ax.grid(axis="y", visible=False)
 
 
-def _tight(figure: Figure, rows: int = 1) -> None:
-    """Margins in inches, so that titles and ticks of panels that are a few rows high do not meet."""
-    height = figure.get_figheight()
+def _tight(figure: Figure, scene: ReportData, keys: list[tuple[str, ...]], rows: int = 1) -> None:
+    """Margins in inches, so that titles and ticks of panels a few rows high do not meet, and names have their room."""
+    height, width = figure.get_figheight(), figure.get_figwidth()
+    names = 0.25 + 1.15 * LETTER * max((len(scene.looks[key].name) for key in keys), default=0)
     top, bottom, between = 0.35, 0.55, 0.55
     panel = (height - top - bottom - (rows - 1) * between) / rows
     figure.subplots_adjust(
-        left=0.12, right=0.985, top=1 - top / height, bottom=bottom / height, wspace=0.08, hspace=between / panel
+        left=max(0.12, names / width),
+        right=0.985,
+        top=1 - top / height,
+        bottom=bottom / height,
+        wspace=0.08,
+        hspace=between / panel,
     )

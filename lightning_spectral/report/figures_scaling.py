@@ -16,6 +16,7 @@ from lightning_spectral.analysis.points import Point
 from lightning_spectral.records.looks import bucket_name, metric_name
 from lightning_spectral.report.scene import ReportData, ReportFigure, beta_text
 from lightning_spectral.report.style import (
+    LETTER,
     SeriesStyle,
     label_right,
     log2_axis,
@@ -25,7 +26,6 @@ from lightning_spectral.report.style import (
 
 _RANKS = ("hard_rank", "soft_rank")
 _LEGEND_COLUMNS = 6
-_LETTER = 0.07  # inches of a label
 
 
 def _limits(scene: ReportData, panels: list[tuple[str, str]]) -> list[tuple[float, float]]:
@@ -137,7 +137,8 @@ def scaling_laws(scene: ReportData) -> ReportFigure:
         figure,
         _steepest(scene, metrics[0]),
         "Point: median of the last windows in each layer, then of the layers; thin bar: one SD over layers; small "
-        "dots: single seeds. Line and band: fit with its 95 % interval over widths (no band over fewer than 4). "
+        "dots: single seeds. Line and band: fit with its 95 % interval, over widths and (where they are several) seeds "
+        "(no band over fewer than 4 widths). "
         "Dotted: slope 1. Grey dashed: the untrained network, whose slope training must be judged against.",
     )
 
@@ -145,7 +146,7 @@ def scaling_laws(scene: ReportData) -> ReportFigure:
 def _beside(figure: Figure, panels: int, letters: int) -> None:
     """Room at the right of each panel for labels of so many letters, and for the ticks of the next panel."""
     width, ticks = figure.get_figwidth(), 0.55
-    label = max(0.2 + _LETTER * letters, 0.15 * width)
+    label = max(0.2 + LETTER * letters, 0.15 * width)
     panel = (width - panels * (ticks + label)) / panels
     figure.subplots_adjust(
         left=ticks / width, right=1 - label / width, top=0.92, bottom=0.12, wspace=(label + ticks) / panel

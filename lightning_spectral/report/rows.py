@@ -12,6 +12,7 @@ from lightning_spectral.analysis.recipe_facts import learning_rate
 from lightning_spectral.analysis.runs import Run
 from lightning_spectral.records.looks import bucket_name, metric_name
 from lightning_spectral.report.scene import ReportData, beta_text, joined
+from lightning_spectral.report.style import shown_name
 
 _SHOWN_KINDS: Final = (
     "slope_difference",
@@ -53,7 +54,8 @@ def comparison_headline(scene: ReportData) -> str:
     if not found:
         return "No two series could be compared."
     best = min(found, key=lambda c: c.p)
-    a, b = scene.sides(best)
+    names = {" ".join(filter(None, key)): look.name for key, look in scene.looks.items()}
+    a, b = (names.get(side, shown_name(side)) for side in scene.sides(best))
     a, b, sign = (a, b, 1) if best.estimate >= 0 else (b, a, -1)
     low, high = sorted((sign * best.ci_low, sign * best.ci_high))
     corrected = f" (corrected for {len(found)} pairs: {best.p_holm:.2g})" if len(found) > 1 else ""

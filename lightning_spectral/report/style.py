@@ -82,6 +82,9 @@ class SeriesStyle:
 _DIRECTIONS: Final = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 
+LETTER = 0.07  # inches of a label
+
+
 def shown_name(label: str, longest: int = 40) -> str:
     """A label that fits a figure: cut, and without the characters that turn the text around it backwards."""
     clean = "".join(sign for sign in label if unicodedata.bidirectional(sign) not in _DIRECTIONS)

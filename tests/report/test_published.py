@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lightning_spectral.analysis.points import Point, PointTable
 from lightning_spectral.analysis.published import (
     effect_of,
     kind_of,
@@ -19,8 +21,13 @@ from lightning_spectral.analysis.published import (
     read_paths,
     shifts_of,
 )
-from lightning_spectral.analysis.runs import Problem
+from lightning_spectral.analysis.runs import Problem, RunSet
+from lightning_spectral.analysis.study import comparisons_of, fit_points
 from lightning_spectral.cli import main
+from lightning_spectral.report.figures_exponents import asymmetry, betas
+from lightning_spectral.report.figures_scaling import scaling_laws
+from lightning_spectral.report.rows import comparison_headline
+from lightning_spectral.report.scene import ReportData, ReportFigure
 
 WIDTHS, STEPS = (256, 512, 1024, 2048), (1, 100, 200)
 
@@ -159,21 +166,35 @@ def test_points_and_tables_with_other_labels_are_one_report(tmp_path: Path) -> N
     assert float(fits["AdamW", "", "160m"]["beta"]) == pytest.approx(0.4)
 
 
-def test_long_labels_stay_out_of_the_next_panel(tmp_path: Path) -> None:
-    from lightning_spectral.analysis.points import Point, PointTable
-    from lightning_spectral.analysis.runs import RunSet
-    from lightning_spectral.analysis.study import fit_points
-    from lightning_spectral.report.figures_scaling import scaling_laws
-    from lightning_spectral.report.scene import ReportData
-
-    name = "AdamW with a rather long name"
+def scene_of(*names: str) -> ReportData:
+    """TAIL hard and soft rank of some series, a different slope each."""
     points = [
-        Point((name, "post", "tail", metric, "median"), float(width), width**0.5 * (1 + 0.3 * (width == 512)))
+        Point((name, "post", "tail", metric, "median"), float(width), width ** (0.5 + k) * (1 + 0.3 * (width == 512)))
+        for k, name in enumerate(names)
         for metric in ("hard_rank", "soft_rank")
         for width in WIDTHS
     ]
-    table = PointTable(("optimizer", "site", "bucket", "metric", "layer"), tuple(points))
-    figure = scaling_laws(ReportData(RunSet((), ()), fit_points(table), (), (), ())).figure
+    fitted = fit_points(PointTable(("optimizer", "site", "bucket", "metric", "layer"), tuple(points)))
+    return ReportData(RunSet((), ()), fitted, tuple(comparisons_of(fitted)), (), ())
+
+
+@pytest.mark.parametrize("draw", [betas, asymmetry])
+def test_long_labels_beside_an_axis_have_their_room(draw: Callable[[ReportData], ReportFigure]) -> None:
+    figure = draw(scene_of("M" * 20, "x" * 300)).figure
+    assert figure is not None
+    figure.canvas.draw()
+    names = [label for label in figure.axes[0].get_yticklabels() if label.get_text()]
+    assert len(names) == 2
+    assert min(name.get_window_extent().x0 for name in names) >= 0
+
+
+def test_the_first_sentence_has_the_names_of_the_figures() -> None:
+    sentence = comparison_headline(scene_of("\u202eevil\u202c", "y" * 300))
+    assert sentence.startswith("The slope of " + "y" * 39 + "\u2026 exceeds that of evil by ")
+
+
+def test_long_labels_stay_out_of_the_next_panel() -> None:
+    figure = scaling_laws(scene_of("AdamW with a rather long name")).figure
     assert figure is not None
     figure.canvas.draw()
     left, right = figure.axes

@@ -12,6 +12,7 @@ from lightning_spectral.analysis.points import LAYER_MEDIAN
 from lightning_spectral.analysis.recipe_facts import decay_step, is_whole, num_steps, seed_meaning
 from lightning_spectral.analysis.runs import RunSet
 from lightning_spectral.analysis.study import Fitted
+from lightning_spectral.analysis.tables import WIDTH_NAMES
 
 FEW_WIDTHS: Final = 4
 _FOCUS: Final = {"site": "post", "bucket": "tail", "metric": "hard_rank", "layer": LAYER_MEDIAN}
@@ -48,7 +49,7 @@ def caveats_of(fitted: Fitted, runs: RunSet | None, *, listed: bool = True) -> l
     if runs is None:
         if known:
             out.append("A table holds no untrained network: whose slope training must be judged against is not known.")
-        return out
+        return [_over(fitted.table.x_name, text) for text in out]
     return [
         *out,
         *_null_caveats(known),
@@ -56,6 +57,14 @@ def caveats_of(fitted: Fitted, runs: RunSet | None, *, listed: bool = True) -> l
         *_rate_caveats(fitted, runs),
         *_runs(runs),
     ]
+
+
+def _over(x_name: str, text: str) -> str:
+    """A sentence about widths as one about another column of a table."""
+    if x_name in WIDTH_NAMES:
+        return text
+    text = text.replace("an effect a width", f"an effect a value of `{x_name}`").replace("other widths", "other ones")
+    return text.replace("Few widths", f"Few values of `{x_name}`").replace("widths", f"values of `{x_name}`")
 
 
 def interval_meaning(fits: Sequence[PowerLawFit], runs: RunSet | None) -> str:

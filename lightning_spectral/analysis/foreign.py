@@ -149,7 +149,7 @@ def _places(tag: str | None) -> Place:
 def _reader_of(file: Path) -> Reader | None:
     if "tfevents" in file.name:
         return _read_events
-    readers: dict[str, Reader] = {".txt": _read_paper, ".log": _read_paper, ".csv": _read_csv}
+    readers: dict[str, Reader] = {".txt": _read_paper, ".log": _read_paper, ".csv": _read_csv, ".tsv": _read_csv}
     return (readers | {".json": _read_json, ".jsonl": _read_json}).get(Path(_plain(file)).suffix)
 
 

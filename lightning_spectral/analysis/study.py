@@ -204,4 +204,4 @@ def effects_of(fitted: Fitted, architecture: str) -> list[Comparison]:
 
 def is_table(path: str | Path) -> bool:
     """Whether an input is a tidy table rather than a run folder."""
-    return Path(path).suffix.lower() in (".csv", ".tsv")
+    return Path(path).name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))

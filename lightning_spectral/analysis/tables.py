@@ -11,7 +11,7 @@ from typing import Final
 from lightning_spectral.analysis.points import LAYER_MEDIAN, Point, PointTable
 from lightning_spectral.records.looks import BUCKET_NAMES, METRIC_NAMES
 
-_X_NAMES: Final = ("width", "ffn_hidden_dim", "ffn_width", "intermediate_size", "d_ff")
+WIDTH_NAMES: Final = ("width", "ffn_hidden_dim", "ffn_width", "intermediate_size", "d_ff")
 _SEED_NAMES: Final = ("seed",)
 _ROWS_NAMES: Final = ("num_tokens", "num_rows")  # the second until schema 2
 _OWN: Final = {"value", "spread", "steps", "run_id"}
@@ -29,7 +29,7 @@ END_NAMES: Final = (("beta_lower", "beta_upper"), ("ci_low", "ci_high"), ("beta_
 # every column that is known without being asked for
 KNOWN: Final = frozenset(
     (
-        *(*_X_NAMES, *_SEED_NAMES, *_ROWS_NAMES, *_OWN, *_ALSO, *_LABELS, *_OF_A_TABLE, *STEP_NAMES, *BETA_NAMES),
+        *(*WIDTH_NAMES, *_SEED_NAMES, *_ROWS_NAMES, *_OWN, *_ALSO, *_LABELS, *_OF_A_TABLE, *STEP_NAMES, *BETA_NAMES),
         *(name for ends in END_NAMES for name in ends),
         *(*METRIC_NAMES, "beta", "std_err", "id"),
     )
@@ -70,7 +70,7 @@ def recognised(names: Sequence[str], x: str | None = None, by: Sequence[str] | N
         x: Column of the width, if it is known.
         by: Columns that make a series, if they are known.
     """
-    first = next((name for name in _X_NAMES if name in names), _X_NAMES[0])
+    first = next((name for name in WIDTH_NAMES if name in names), WIDTH_NAMES[0])
     chosen = x or first
     own = set(names) >= _OWN and chosen in names
     if by is None:

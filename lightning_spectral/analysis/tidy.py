@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_spectral.analysis.cells import Sheet, is_whole, names_of, number_of, read_sheet
+from lightning_spectral.analysis.cells import Sheet, finite, is_whole, names_of, number_of, read_sheet
 from lightning_spectral.analysis.conditions import condition
 from lightning_spectral.analysis.fits import PowerLawFit
 from lightning_spectral.analysis.points import Point, PointTable
@@ -169,7 +169,7 @@ def _points_of(
                 _optional(row, roles.x),
                 value,
                 row[roles.source] if roles.source else "",
-                row[roles.seed] if roles.seed else "",
+                _seed(row[roles.seed]) if roles.seed else "",
                 _spread(row, names_of(roles.spread)),
                 _optional(row, roles.rows),
                 value if is_rank or "rank" in row.get("metric", "") else math.nan,
@@ -189,6 +189,12 @@ def _points_of(
             "deviation. Give both ends, --spread LOW,HIGH."
         )
     return points, problems, used
+
+
+def _seed(cell: str) -> str:
+    """``0.0``, as pandas writes a column with a blank, is seed ``0``."""
+    number = finite(cell)
+    return str(int(number)) if number is not None and number.is_integer() else cell
 
 
 def _also(row: dict[str, str], names: Sequence[str]) -> dict[str, float]:

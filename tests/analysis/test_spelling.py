@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -159,3 +160,21 @@ def test_labels_with_blanks_behind_are_one_series(tmp_path: Path) -> None:
         "optimizer,width,value\n" + "".join(f"{'Muon ' if w > 9 else 'Muon'},{w},{w}\n" for w in (8, 16, 32))
     )
     assert {point.series for point in read_points_csv(path)[0].points} == {("Muon",)}
+
+
+def test_seeds_as_pandas_writes_them_are_the_same_seeds(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    cells = [
+        f"{name},{w},{s}{end},{w**0.5 * (1 + s)}"
+        for name, end in (("a", ""), ("b", ".0"))
+        for w in WIDTHS
+        for s in (0, 1)
+    ]
+    path.write_text("optimizer,width,seed,value\n" + "\n".join([*cells, "b,64,first,1"]) + "\n")
+    assert {point.seed for point in read_points_csv(path)[0].points} == {"0", "1", "first"}
+
+
+def test_a_packed_table_is_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv.gz"
+    path.write_bytes(gzip.compress(text(rows()).encode()))
+    assert main(["fit", str(path), "--out", str(tmp_path / "out")]) == 0

@@ -208,3 +208,12 @@ def test_many_problems_of_a_kind_are_counted(tmp_path: Path, capsys: pytest.Capt
     shown = capsys.readouterr().err
     assert shown.count("is not a number") == 6
     assert "34 more of this kind (skipped lines), 40 in all" in shown
+
+
+def test_what_is_said_of_widths_is_said_of_the_column_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("params,loss\n" + "".join(f"{n}M,{n**-0.1}\n" for n in (70, 160, 410)))
+    assert main(["fit", str(path), "--x", "params", "--y", "loss"]) == 0
+    said = capsys.readouterr().out
+    assert "the intervals are over values of `params` (Student's t), not over seeds" in said
+    assert "Few values of `params`: 3." in said

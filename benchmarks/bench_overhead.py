@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import harness, peers, unarmed
 from lightning_spectral import SpectralRankCallback, TailTokenProbe
-from lightning_spectral.models.recorder import Recorder
+from lightning_spectral.models.matching import Matcher
 from lightning_spectral.probe.probe import SpectralProbe
 from lightning_spectral.probe.window import ClosedWindow
 
@@ -303,7 +303,7 @@ def race(
 def proof_of_layout(size: Size, options: Any, folder: Path) -> tuple[float, float]:
     """CPU seconds of the proof, and of all that windows do, over windows at every step."""
     proof, window = unarmed.Clock(), unarmed.Clock()
-    proof.wrap(Recorder, "_layout")
+    proof.wrap(Matcher, "match")
     for owner, name in (
         (SpectralProbe, "collect"),
         (SpectralProbe, "settle"),

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_spectral.models.layout import Ids, Layout
-from lightning_spectral.models.sites import Site, Stack
+from lightning_spectral.models.runs import Piece, RawCall, Run, depths
+from lightning_spectral.models.sites import Site
 
 UNPROVEN = "no arrangement of the token ids agrees with what entered the first block"
 
@@ -63,109 +64,6 @@ class ForwardCall:
     unmatched: dict[str, str] = field(default_factory=dict)
     unseen: dict[str, str] = field(default_factory=dict)
     deeper: tuple[Site, ...] = ()
-
-
-@dataclass
-class Frame:
-    """One call of a module that encloses stacks.
-
-    Attributes:
-        path: Of the module.
-        arguments: Its tensors by name.
-        parent: The call around it.
-        handling: Whether an exception was being handled when it began.
-        failed: Whether an exception of its own ended it.
-        goes_round: Whether it enters what the module returned last.
-    """
-
-    path: str
-    arguments: dict[str, Tensor]
-    parent: Frame | None = None
-    handling: bool = False
-    failed: bool = False
-    goes_round: bool = False
-
-    def chain(self) -> list[Frame]:
-        """This frame and those around it, innermost first."""
-        return [self, *(self.parent.chain() if self.parent else [])]
-
-    def is_next_pass(self, before: Frame) -> bool:
-        """Whether the same modules run again, the outermost of them on what it returned last."""
-        ours, theirs = self.chain(), before.chain()
-        if [frame.path for frame in ours] != [frame.path for frame in theirs]:
-            return False
-        again = [frame for frame, other in zip(ours, theirs, strict=True) if frame is not other]
-        return bool(again) and again[-1].goes_round
-
-
-@dataclass
-class Piece:
-    """Rows of one call of one tapped module, the leading shape that they were kept of, and what a router sent."""
-
-    site: Site
-    rows: Tensor
-    lead: tuple[int, ...]
-    arrived: Tensor | None = None
-    sent: Tensor | None = None
-
-
-@dataclass
-class Run:
-    """One run of one block."""
-
-    layer: int
-    entered: Tensor
-    pieces: list[Piece] = field(default_factory=list)
-    routed: dict[int, Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class RawCall:
-    """Runs of a stack's blocks that belong to one forward call, and the embedding calls seen until then."""
-
-    stack: Stack
-    frame: Frame | None
-    num_ids: int
-    runs: list[Run] = field(default_factory=list)
-    unseen: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def entered(self) -> Tensor:
-        """What came into the first block that ran."""
-        return self.runs[0].entered
-
-    @property
-    def failed(self) -> bool:
-        """Whether an exception ended it: by its frame, or because the last block gave no rows."""
-        if self.frame is not None:
-            return any(frame.failed for frame in self.frame.chain())
-        layers = {site.layer for site in self.stack.sites if not site.is_routed}
-        return bool(layers) and self.runs[-1].layer in layers and not self.runs[-1].pieces
-
-    def continues(self, layer: int, frame: Frame | None, num_ids: int) -> bool:
-        """Whether another run of a block still belongs to this call."""
-        if frame is not self.frame:
-            return frame is not None and self.frame is not None and frame.is_next_pass(self.frame)
-        if layer not in {run.layer for run in self.runs} or frame is not None:
-            return True
-        # Blocks that are called one by one: a loop over one of them, or the next pass over all of them.
-        return num_ids == self.num_ids and len({run.layer for run in self.runs}) < max(len(self.stack.blocks), 2)
-
-
-def depths(call: RawCall) -> list[tuple[int, int]]:
-    """Depth of each run, and how often its block had run before in this call.
-
-    The depth is the block's index; where blocks run several times (a shared or looped layer), the number of the run.
-    """
-    occurrences: dict[int, int] = {}
-    layers = sorted({run.layer for run in call.runs})
-    out = []
-    for run in call.runs:
-        before = occurrences.get(run.layer, 0)
-        occurrences[run.layer] = before + 1
-        depth = run.layer if before == 0 else before * len(layers) + layers.index(run.layer)
-        out.append((depth, before))
-    return out
 
 
 def assemble(

@@ -11,18 +11,18 @@ would be guarded by its length and recompile): :meth:`Switch.drain` puts them in
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 import sys
 from collections.abc import Callable
 from functools import lru_cache
-from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_spectral.models.modes import in_backward, in_function_forward
 from lightning_spectral.models.passes import Outputs
+from lightning_spectral.models.traced import in_order
 
 KINDS = (
     "open",  # a module that encloses stacks is called: its arguments
@@ -96,13 +96,12 @@ class Switch:
         return tensor.reshape(-1, tensor.shape[-1]).index_select(0, self.kept[1]), lead
 
     def drain(self) -> None:
-        """Events of compiled regions, behind those seen so far: round by round in the order of the hooks."""
+        """Events of compiled regions, in order, behind those seen so far."""
         if not self.has_traced:
             return
         self.has_traced = False
         compiled = [hook for hook in self.hooks if hook.traced]
-        for index in range(max((len(hook.traced) for hook in compiled), default=0)):
-            self.events += [(hook, hook.traced[index], True) for hook in compiled if index < len(hook.traced)]
+        self.events += [(hook, content, True) for hook, content in in_order(compiled)]
         for hook in compiled:
             hook.traced.clear()
 
@@ -214,7 +213,7 @@ class Hook:
     def _record(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         switch = self.switch
         try:
-            if _in_backward() or torch._C._get_tracing_state() is not None or not self._counts(module):
+            if in_backward() or torch._C._get_tracing_state() is not None or not self._counts(module):
                 return
             if switch.first is not None and not self.always:
                 first, switch.first = switch.first, None
@@ -282,10 +281,10 @@ class Hook:
         """Whether a block may enter what the blocks of its stack have returned."""
         return self.switch.outputs.may_lead_to(self.target[0].name, entering)
 
-    def _goes_round(self, args: Any, kwargs: Any) -> bool:
-        """Whether the module enters what it returned last."""
+    def _goes_round(self, args: Any, kwargs: Any) -> bool | None:
+        """Whether what the module returned last goes into it; ``None`` where that cannot be seen."""
         if torch.compiler.is_compiling():
-            return False
+            return None
         return self.switch.outputs.lead_to(self.path, _first_tensor(args, kwargs))
 
 
@@ -323,30 +322,6 @@ def _tensor_of(output: Any) -> Tensor | None:
 def _argument(value: Any) -> Tensor | None:
     """An argument as it is: ids, masks and positions. Without an operation, which would be a graph of its own."""
     return value if isinstance(value, Tensor) and not value.is_floating_point() else None
-
-
-def _in_backward() -> bool:
-    """Whether an autograd engine runs on this thread: what runs forward now is recomputation."""
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
-def in_function_forward() -> bool:
-    """Whether a ``torch.autograd.Function`` runs its forward (re-entrant checkpointing), which turns gradients off."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if _is_forward(frame.f_code):
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
-@lru_cache(maxsize=4096)
-def _is_forward(code: CodeType) -> bool:
-    """Whether this is the forward of a ``torch.autograd.Function``: its ``apply`` has no frame from torch 2.14 on."""
-    kinds = [torch.autograd.Function]
-    for kind in kinds:  # grows
-        kinds += kind.__subclasses__()
-    return any(getattr(inspect.unwrap(kind.forward), "__code__", None) is code for kind in kinds)
 
 
 def _is_real(content: Any) -> bool:

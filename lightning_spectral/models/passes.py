@@ -22,15 +22,14 @@ class Outputs:
         if output is not None:
             self._latest[path] = weakref.ref(output), output.grad_fn
 
-    def lead_to(self, path: str, entering: Tensor | None) -> bool:
-        """Whether what enters a module is made of what it returned last.
-
-        Without gradients only the output itself is recognised, not what was made of it.
-        """
+    def lead_to(self, path: str, entering: Tensor | None) -> bool | None:
+        """Whether what enters a module is made of what it returned last; ``None`` where no gradient tells."""
         if entering is None or path not in self._latest:
             return False
         output, node = self._latest[path]
-        return output() is entering or (node is not None and _descends(entering.grad_fn, node))
+        if output() is entering:
+            return True
+        return None if node is None or entering.grad_fn is None else _descends(entering.grad_fn, node)
 
     def leave_rows(self, stack: str, rows: Tensor) -> None:
         """A down projection of a stack is entered."""

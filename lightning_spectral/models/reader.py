@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_spectral.models.calls import Frame, Piece, RawCall, Run
 from lightning_spectral.models.hooks import Hook
 from lightning_spectral.models.layout import looks_like_positions
+from lightning_spectral.models.runs import Frame, Piece, RawCall, Run
 from lightning_spectral.models.sites import Site, Stack
 
 COMPILED_EXPERTS = (
@@ -95,12 +95,19 @@ class Reader:
             return None
         call = self._open.get(stack.name)
         if call is None or not self._goes_on(call, layer, may_go_on):
-            call = RawCall(stack, self._frame, len(self.ids))
+            call = RawCall(stack, self._frame, len(self.ids), may_go_on=self._maybe_pass_of(call))
             self._open[stack.name] = call
             self.calls.append(call)
         call.frame = self._frame
         call.runs.append(Run(layer, entered))
         return call.runs[-1]
+
+    def _maybe_pass_of(self, call: RawCall | None) -> RawCall | None:
+        """The call, if modules around its stack run again where nothing tells on what."""
+        if call is None or call.frame is None or self._frame is None:
+            return None
+        is_alike = self._traced or call.num_ids == len(self.ids)  # of a compiled region ids come first
+        return call if is_alike and self._frame.is_next_pass(call.frame) is None else None
 
     def _goes_on(self, call: RawCall, layer: int, may_go_on: bool) -> bool:
         """Whether a run of a block belongs to a call that is open."""

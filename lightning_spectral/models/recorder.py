@@ -7,28 +7,23 @@ could not make sense of is in ``notes``.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_spectral.models.calls import UNPROVEN, ForwardCall, Piece, RawCall, assemble
+from lightning_spectral.models.calls import ForwardCall, assemble
 from lightning_spectral.models.hooks import Hook, Switch, kept_rows
-from lightning_spectral.models.layout import Ids, Layout, candidates, looks_like_positions, prove
-from lightning_spectral.models.masks import call_mask
+from lightning_spectral.models.matching import Match, Matcher, is_pass
 from lightning_spectral.models.names import argument_names, clean_name
 from lightning_spectral.models.parameter_taps import EnterExperts, LeaveExperts
 from lightning_spectral.models.reader import Reader
+from lightning_spectral.models.runs import Piece, RawCall
 from lightning_spectral.models.shards import whole_rows
 from lightning_spectral.models.sites import Found, Site, Stack
 from lightning_spectral.models.walk import uncollected
-
-# Embedding calls looked at for one forward call: a generation inside the step makes hundreds.
-_LOOK_BACK = 8
 
 
 class Recorder:
@@ -46,8 +41,7 @@ class Recorder:
         self._switch = Switch(token_fraction)
         self._open = False
         self._keys = {site.key for site in self.sites}
-        self._proven: dict[tuple[Any, ...], tuple[str, float]] = {}
-        self._won: dict[tuple[Any, ...], str] = {}
+        self._matcher = Matcher(has_tables=bool(found.embeddings))
         self._framed: set[str] = set()
         self._handles: list[RemovableHandle] = []
         with uncollected():
@@ -128,8 +122,7 @@ class Recorder:
         self._switch.clear()
         self._switch.first = None
         self._switch.notes.clear()
-        self._proven.clear()
-        self._won.clear()
+        self._matcher.forget()
 
     def remove(self) -> None:
         """Take every hook off the model."""
@@ -208,7 +201,7 @@ class Recorder:
         for hook, content, traced in self._switch.events:
             reader.take(hook, content, traced)
         kept = self._kept(reader)
-        calls: list[ForwardCall] = []
+        found: dict[int, tuple[RawCall, Match]] = {}
         for raw in reader.calls:
             if raw.failed:
                 self._switch.note(
@@ -216,9 +209,15 @@ class Recorder:
                 )
                 continue
             self._make_whole(raw)
-            ids, layout, reason = self._layout(raw, reader)
-            calls.append(assemble(raw, layout, ids, reason, kept))
-        return calls
+            match = self._matcher.match(raw, reader.ids)
+            before = None if raw.may_go_on is None else found.get(id(raw.may_go_on))
+            if before is not None and is_pass(raw, match, *before):
+                before[0].runs += raw.runs
+                found[id(raw)] = before
+            else:
+                found[id(raw)] = raw, match
+        each = {id(raw): (raw, match) for raw, match in found.values()}  # once, whatever goes on with it
+        return [assemble(raw, match.layout, match.ids, match.reason, kept) for raw, match in each.values()]
 
     def _kept(self, reader: Reader) -> dict[tuple[int, ...], Tensor]:
         if self._switch.jitter is None:
@@ -239,49 +238,6 @@ class Recorder:
                 except ValueError as error:
                     self._switch.note("slice", str(error))
             run.pieces = whole
-
-    def _layout(self, raw: RawCall, reader: Reader) -> tuple[Ids | None, Layout | None, str]:
-        """The ids of a call and their layout, proven once a window for each combination of shapes."""
-        entered = raw.entered
-        arguments = () if raw.frame is None else tuple(frame.arguments for frame in raw.frame.chain())
-        looked_up = _in_order(reader.ids, raw.num_ids)
-        if not looked_up:
-            where = "" if self._found.embeddings else ", in which no table was found: name it (`embedding='*.wte'`)"
-            return None, None, f"no token ids entered an embedding of the model{where}"
-        best: tuple[Ids, Layout] | None = None
-        most = 0.0
-        shapes = (raw.stack.name, tuple(entered.shape))
-        won = self._won.get(shapes)
-        alike = Counter((path, tuple(ids.shape)) for path, ids, _ in looked_up)
-        for path, ids, embedded in sorted(looked_up, key=lambda call: call[0] != won):
-            call = _time_first(Ids(ids, embedded, call_mask(ids, arguments)), raw)
-            key = (*shapes, path, tuple(call.ids.shape))
-            num_rows = len(entered.reshape(-1, entered.shape[-1]))
-            # where several inputs of one shape, or one in parts, were embedded, only content tells which this is
-            alone = alike[path, tuple(ids.shape)] == 1 and num_rows >= ids.numel()
-            layout = self._known(key, call, num_rows) if alone else None
-            if layout is not None and path == won:
-                return call, layout, ""
-            layout = layout or prove(call, entered)
-            if layout is None:
-                continue
-            self._proven[key] = layout.name, layout.agreement
-            num_tokens = int((layout.tokens_N >= 0).sum())  # a table of virtual tokens explains few rows
-            if layout.agreement * num_tokens > most:
-                best, most, self._won[shapes] = (call, layout), layout.agreement * num_tokens, path
-            if layout.agreement > 0.9 and num_tokens == num_rows:
-                break
-        if best is None:
-            return None, None, UNPROVEN
-        return best[0], best[1], ""
-
-    def _known(self, key: tuple[Any, ...], ids: Ids, num_rows: int) -> Layout | None:
-        """The layout that was proven for these shapes in this window."""
-        if key not in self._proven or self._proven[key][1] < 0.9:
-            return None
-        name, agreement = self._proven[key]
-        tokens_N = next((found for other, found in candidates(ids, num_rows) if other == name), None)
-        return None if tokens_N is None else Layout(name, tokens_N, agreement)
 
     def know(self, deeper: Mapping[str, tuple[str, str, int, int]]) -> None:
         """Add sites that other ranks saw: name, site, depth and run by key."""
@@ -326,22 +282,3 @@ def enclosing_modules(model: nn.Module, stacks: Sequence[Stack]) -> list[tuple[s
 
     visit(model, "")
     return found
-
-
-def _in_order(ids: Sequence[tuple[str, Tensor, Tensor]], num_before: int) -> list[tuple[str, Tensor, Tensor]]:
-    """Embedding calls, the latest before the forward call first, those behind it last; positions are left out."""
-    ordered = [*reversed(ids[:num_before]), *ids[num_before:]]
-    return [call for call in ordered[:_LOOK_BACK] if not looks_like_positions(call[1])]
-
-
-def _time_first(ids: Ids, raw: RawCall) -> Ids:
-    """Ids with sequences along the first axis, where it can be seen that they were turned."""
-    if ids.ids.ndim != 2 or 1 in ids.ids.shape:
-        return ids
-    turned = ids.ids.stride()[0] == 1 and ids.ids.stride()[1] > 1
-    attention = next((m for _, block in raw.stack.blocks for m in block.modules() if hasattr(m, "batch_first")), None)
-    time_first = attention is not None and not attention.batch_first and raw.entered.shape[:2] == ids.ids.shape
-    if not turned and not time_first:
-        return ids
-    mask = None if ids.mask is None else ids.mask.T
-    return Ids(ids.ids.T, ids.embedded.transpose(0, 1), mask)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
-from lightning_spectral.models.hooks import in_function_forward
+from lightning_spectral.models.modes import in_function_forward
 from lightning_spectral.probe.loss_calls import SCORERS, Scored, whole
 from lightning_spectral.probe.loss_gradient import NOT_PROVEN, read_gradient
 from lightning_spectral.probe.loss_masks import Followed

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_spectral.models.hooks import in_function_forward
 from lightning_spectral.models.layout import Ids, prove
+from lightning_spectral.models.modes import in_function_forward
 from lightning_spectral.models.recorder import Recorder
 from lightning_spectral.models.stacks import find_stacks
 from tests.models import tiny

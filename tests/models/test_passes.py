@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lightning_spectral import observe, read_spectral
 from lightning_spectral.models.passes import Outputs
+from lightning_spectral.models.recorder import Recorder
+from lightning_spectral.models.stacks import find_stacks
 
 D, FFN, VOCAB, B, T = 16, 32, 50, 8, 16
 COUNTS = torch.arange(VOCAB, 0, -1)
@@ -154,14 +156,49 @@ def test_rows_of_each_depth(tmp_path, run, depths, inputs, micro_batches):
         assert head == dict.fromkeys(range(depths), expected[step])
 
 
-def test_without_gradients_only_the_output_itself_is_known():
+def test_without_gradients_only_the_output_itself_is_sure():
     outputs, linear, x = Outputs(), nn.Linear(2, 2), torch.ones(1, 2)
     with torch.no_grad():
         out = linear(x)
         outputs.leave("core", out)
         assert outputs.lead_to("core", out)
-        assert not outputs.lead_to("core", out + 1)
+        assert outputs.lead_to("core", out + 1) is None
     assert not outputs.lead_to("other", out)
     assert not outputs.lead_to("core", None)
     outputs.clear()
     assert not outputs.lead_to("core", out)
+
+
+def rows_by_depth(run, *, compiled: bool = False, training: bool = True) -> dict[int, tuple[int, int]]:
+    """Rows and sequences of each depth of one forward."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Model(run)
+    recorder = Recorder(model, find_stacks(model))
+    called = torch.compile(model, backend="aot_eager") if compiled else model
+    recorder.start(training=training)
+    with torch.set_grad_enabled(training):
+        called(torch.randint(0, 12, (B, T)), torch.randint(20, VOCAB, (B, T)))
+    calls = recorder.collect()
+    recorder.remove()
+    layer_of = {site.key: site.layer for site in recorder.sites}
+    found: dict[int, tuple[int, int]] = {}
+    for call in calls:
+        assert call.ids is not None
+        for key, rows in call.rows.items():
+            before = found.get(layer_of[key], (0, 0))
+            found[layer_of[key]] = before[0] + len(rows), before[1] + call.num_sequences
+    return found
+
+
+KINDS = (looped, with_input, grouped, two_inputs, embedded_first, with_memory, blocks_in_turn)
+
+
+@pytest.mark.parametrize("run", KINDS)
+def test_a_compiled_region_has_the_passes_of_eager_code(run):
+    assert rows_by_depth(run, compiled=True) == rows_by_depth(run)
+
+
+@pytest.mark.parametrize("run", [*KINDS, same_twice])
+def test_without_gradients_content_tells(run):
+    assert rows_by_depth(run, training=False) == rows_by_depth(run)

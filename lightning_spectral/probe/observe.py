@@ -123,7 +123,7 @@ def observe(
     model: nn.Module,
     every_n_steps: int = 200,
     *,
-    out: str | Path | None = None,
+    out: str | Path = "spectral",
     optimizer: Optimizer | None = None,
     num_steps: int | None = None,
     resume: bool = False,
@@ -137,10 +137,10 @@ def observe(
     Args:
         model: The model that the loop calls; wrapped or not.
         every_n_steps: Optimizer steps between windows.
-        out: Run folder, in callbacks ``dirpath``, which is understood too; default ``spectral``.
+        out: Run folder.
         optimizer: Its steps are followed, so that the loop need not call ``step()``.
         num_steps: Optimizer steps of the run, if known: the last one is measured too.
-        resume: Go on with the records in the folder; then call ``load_state_dict`` with the state that was saved.
+        resume: Go on with the records in ``out``; then call ``load_state_dict`` with the state that was saved.
         counts: Occurrences of each token id, or ``"stream"``: measures frequent and rare tokens apart, with their
             losses, as :class:`~lightning_spectral.TailTokenProbe` does.
         process_group: With pipeline stages, the ranks that hold this stage's layers and see other data; every rank
@@ -166,10 +166,7 @@ def observe(
     if not isinstance(model, nn.Module):
         what = f"the class `{model.__name__}`: make one first" if isinstance(model, type) else f"`{model!r:.80}`"
         raise TypeError(f"observe measures a model (torch.nn.Module), got {what}.")
-    settings = ProbeSettings(every_n_steps=every_n_steps, **shared)
-    if out is not None and settings.dirpath is not None:
-        raise ValueError(f"`out={str(out)!r}` and `dirpath={settings.dirpath!r}` both name the run folder: give one.")
-    settings = replace(settings, dirpath=str(out or settings.dirpath or "spectral"))
+    settings = replace(ProbeSettings(every_n_steps=every_n_steps, **shared), dirpath=str(out))
     buckets = None if counts is None else BucketSettings(counts=counts)
     measurement = Measurement(settings, buckets)
     loop = LoopObserver(measurement, name="observe", num_steps=num_steps, alarms=Alarms(alarms, measurement))

@@ -135,12 +135,3 @@ def test_what_a_probe_covers() -> None:
     assert not tail.covers(Measurement(ProbeSettings(every_n_steps=2, on=["train", "test"])))
     assert not tail.covers(Measurement(ProbeSettings(every_n_steps=2, num_jackknife_groups=4)))
     assert not tail.covers(tail)
-
-
-def test_the_folder_of_observe_has_the_name_of_callbacks_too(tmp_path):
-    model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
-    with observe(model, 1, dirpath=str(tmp_path / "run"), modules=["2"]):
-        pass
-    assert (tmp_path / "run" / "run.json").exists()
-    with pytest.raises(ValueError, match=r"`out='a'` and `dirpath='b'` both name the run folder"):
-        observe(model, 1, out="a", dirpath="b", modules=["2"])

@@ -30,6 +30,7 @@ from lightning_spectral.analysis.spectra import read_spectrum
 from lightning_spectral.analysis.tidy import read_points_csv
 from lightning_spectral.callbacks.probe_file import load_callbacks
 from lightning_spectral.callbacks.update_audience import read_audience
+from lightning_spectral.cli import main
 from lightning_spectral.cli.model_source import model_of
 from lightning_spectral.data.litdata_folder import open_chunks
 from lightning_spectral.memory.advise import read_counts
@@ -58,6 +59,7 @@ from lightning_spectral.tensorboard.reader import RunReader
 from lightning_spectral.text import CommandError
 from lightning_spectral.training.checkpoint_names import progress_of
 from lightning_spectral.training.document import RecipeError, read_tree
+from tests.analysis.synthetic import write_study
 from tests.data.test_litdata import write_folder
 from tests.records_factory import spectral
 
@@ -304,3 +306,23 @@ def test_a_table_with_a_quotation_mark_left_open_is_named(read: Any, tmp_path: P
     (tmp_path / "a.csv").write_text('run_id,step,width,soft_rank\n"' + "x,1,64,2.0\n" * 20_000)
     with pytest.raises(ValueError, match=r"a.csv` is no whole table"):
         read(tmp_path / "a.csv")
+
+
+def test_whole_numbers_of_any_size_and_labels_of_any_kind_are_read(tmp_path: Path) -> None:
+    """Written by another program: JSON has no limit of a number, and a label may be one."""
+    runs = write_study(tmp_path, {"muon": 0.9, "adamw": 0.3}, widths=(64, 128, 256), steps=(100,), layers=1)
+    for number, run in enumerate(runs):
+        lines = [json.loads(line) for line in (run / "spectral.jsonl").read_text().splitlines()]
+        lines[0] |= {"hard_rank_across_sequences": 2**70, "mine": 10**400, "other": None}
+        (run / "spectral.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        about = json.loads((run / "run.json").read_text())
+        about["labels"] = {"optimizer": number // 3 + 0.5, "warm": True, "note": None}
+        (run / "run.json").write_text(json.dumps(about))
+    columns = scan_spectral(runs[0] / "spectral.jsonl")
+    assert np.nanmax(columns.floats["hard_rank_across_sequences"]) == 2.0**70
+    assert np.isinf(columns.floats["mine"]).sum() == 1
+    found = read_run_folder(runs[3])[0]
+    assert found is not None
+    assert (found.optimizer, found.info.labels) == ("1.5", {"optimizer": "1.5", "warm": "True"})
+    assert main(["compare", str(tmp_path), "--last", "1"]) == 0
+    assert main(["report", str(tmp_path), "--last", "1", "--out", str(tmp_path / "page")]) == 0

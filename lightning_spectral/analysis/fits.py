@@ -129,7 +129,8 @@ class PowerLawFit:
         reach = (self.ci_high - self.beta) / self.std_err if self.std_err > 0 else 0.0
         half = reach * np.sqrt(self.level_se**2 + (self.std_err * at) ** 2)
         center = self.level + self.beta * at
-        return np.exp(center - half), np.exp(center + half)
+        with np.errstate(over="ignore"):  # beyond the largest number the band is open
+            return np.exp(center - half), np.exp(center + half)
 
 
 def fit_series(
@@ -230,7 +231,9 @@ def _with_seed_intervals(fit: PowerLawFit, points: Sequence[Point]) -> PowerLawF
         return fit
     by_seed = METHODS["seed_slopes"](points)
     out = replace(fit, seed_low=by_seed.low, seed_high=by_seed.high)
-    if not all(point.layers for point in points):
+    if len({len(point.layers) for point in points}) > 1 or not all(v > 0 for point in points for v in point.layers):
+        return out  # a layer that a run lacks cannot be drawn there
+    if not points[0].layers:
         return out
     boot = METHODS["bootstrap"](points)
     return replace(out, boot_low=boot.low, boot_high=boot.high)

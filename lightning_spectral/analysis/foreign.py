@@ -37,6 +37,7 @@ TAGS: Final = (
 )  # fmt: skip
 _STAGES: Final = {"val": "validation", "eval": "validation", "": "train"}
 _FIELDS: Final = ("soft_rank", "hard_rank", "spectral_entropy", "early_enrichment", "top_share", "trace")
+_LARGEST: Final = 700.0  # of an entropy in nats whose exponential is a number
 _NOT_FINITE: Final = "NaN, infinite or no number"
 _NO_STEP: Final = "of a step that is no whole number from 0 on"
 
@@ -286,7 +287,7 @@ def _record(
     run: ForeignRun, width: int, key: tuple[Any, ...], values: dict[str, float], tokens: int, median: bool
 ) -> SpectralRecord:
     step, layer, site, bucket, stage = key
-    if "spectral_entropy" in values:
+    if values.get("spectral_entropy", math.inf) < _LARGEST:
         values.setdefault("soft_rank", math.exp(values["spectral_entropy"]))
     known = {name: values.get(name) for name in _FIELDS}
     return SpectralRecord(

@@ -88,7 +88,8 @@ def loss_curve(
         found = [
             (float(record.step or 0), record.loss)
             for record in run.losses
-            if record.stage == stage and record.bucket == bucket and None not in (record.step, record.loss)
+            if record.stage == stage and record.bucket == bucket and record.step is not None
+            if record.loss is not None and math.isfinite(record.loss)
         ]
         if found:
             steps, losses = np.array(sorted(found)).T

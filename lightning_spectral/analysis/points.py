@@ -278,7 +278,7 @@ class _Windows:
         if low is None or high is None or groups < 2:
             return nothing
         ends = [run.cube(f"{metric}_ci_{end}")[:, :, self._window] for end in ("low", "high")]
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             reach = np.log(ends[1] / ends[0]) / 2
         windows = max(len(self._window), 1)
         # the median of independent windows has 1.25 times the error of their mean

@@ -203,9 +203,16 @@ def _extra(cells: tuple[bytes, ...]) -> dict[str, FloatArray]:
     parsed = [json.loads(b"{" + cell.removeprefix(b", ") + b"}") if cell else {} for cell in cells]
     names = sorted({name for values in parsed for name in values})
     return {
-        name: np.array([values[name] if values.get(name) is not None else np.nan for values in parsed])
+        name: np.fromiter((_float(values.get(name)) for values in parsed), dtype=np.float64, count=len(parsed))
         for name in names
     }
+
+
+def _float(value: float | None) -> float:
+    try:
+        return math.nan if value is None else float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.inf
 
 
 def _numbers(cells: tuple[bytes, ...]) -> FloatArray:

@@ -19,7 +19,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -159,7 +159,9 @@ def read_run(folder: str | Path) -> RunInfo:
     """
     path = _file(folder, RUN_FILE)
     try:
-        return _build(parse_json(path.read_bytes()), RunInfo)
+        info = _build(parse_json(path.read_bytes()), RunInfo)
+        # labels of other programs may be numbers
+        return replace(info, labels={name: str(value) for name, value in info.labels.items() if value is not None})
     except ValueError as error:  # of JSON, of its encoding, of its fields
         raise ValueError(f"`{path}` is not a run description: {error}. Was it edited by hand?") from error
 

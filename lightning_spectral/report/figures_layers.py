@@ -75,7 +75,8 @@ def _ranks_by_layer(scene: ReportData, ax: Axes, metric: str) -> None:
         own = [p for p in scene.points(key, scene.focus, metric) if p.x == widest and p.layers]
         if not own:
             continue
-        mean = np.exp(np.mean(np.log([p.layers for p in own]), axis=0))
+        deepest = max(len(p.layers) for p in own)  # a run that lacks a layer has no place for the others
+        mean = np.exp(np.mean(np.log([p.layers for p in own if len(p.layers) == deepest]), axis=0))
         ax.plot(
             range(len(mean)),
             mean,

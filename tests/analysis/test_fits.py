@@ -161,3 +161,19 @@ def test_a_logged_curve_of_143000_rows_is_fitted_in_seconds() -> None:
     assert fit.beta == pytest.approx(0.3, abs=0.001)
     assert fit.theil_sen == pytest.approx(0.3, abs=0.01)
     assert peak < 200e6
+
+
+def test_a_band_beyond_the_largest_number_is_open() -> None:
+    points = [Point((), float(w), v) for w, v in ((64, 1e-3), (128, 1e300), (256, 1e-3), (512, 1e300))]
+    low, high = fit_series(points).band(np.array([64.0, 512.0]))
+    assert np.isinf(high).any()
+    assert (low >= 0).all()
+
+
+@pytest.mark.parametrize("layers", [(3.0, 4.0), (3.0, 4.0, math.nan), (3.0, 4.0, 0.0), ()])
+def test_a_layer_that_one_run_lacks_costs_the_bootstrap_and_nothing_else(layers: tuple[float, ...]) -> None:
+    points = power_law_points(0.5, seeds=3, noise=0.05, layers=3)
+    whole, fit = fit_series(points), fit_series([replace(points[0], layers=layers), *points[1:]])
+    assert math.isfinite(whole.boot_low)
+    assert math.isnan(fit.boot_low)
+    assert (fit.beta, fit.ci_low, fit.seed_low) == (whole.beta, whole.ci_low, whole.seed_low)

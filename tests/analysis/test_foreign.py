@@ -271,3 +271,9 @@ def test_nothing_is_written_where_one_run_cannot_be(tmp_path: Path, capsys: pyte
     assert main(["import", str(tmp_path / "in"), "--width", "8", "--out", str(tmp_path / "out")]) == 2
     assert "holds losses of `b`, but no rank" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_entropy_without_an_exponential_is_no_rank(tmp_path: Path) -> None:
+    (tmp_path / "layer0.txt").write_text("Step 1: SE_post=7e5, PR_post=3\n")
+    ((record,),) = (spectral_records(run, 64) for run in read_foreign(tmp_path))
+    assert (record.spectral_entropy, record.soft_rank, record.hard_rank) == (7e5, None, 3.0)

@@ -328,3 +328,17 @@ def test_one_run_with_one_window_is_dots_and_plain_words(tmp_path: Path) -> None
 )
 def test_the_rest_of_a_label_keeps_its_letters(label: str, shown: str) -> None:
     assert looks_of([(label,)])[label,].name == shown
+
+
+def test_runs_of_one_series_may_have_other_numbers_of_layers(tmp_path: Path) -> None:
+    """The last seed lost its deepest layer: it has no place in the mean by layer, and the others have."""
+    for layers, seed in ((3, 0), (3, 1), (2, 2)):
+        write_study(tmp_path, {"muon": 0.9}, seeds=(seed,), layers=layers)
+    scene = scene_of(tmp_path)
+    figure = FIGURES["layers"].draw(scene).figure
+    assert figure is not None
+    (line,) = [line for line in figure.axes[-1].lines if line.get_label() == "Muon"]
+    widest = [p for p in scene.points(scene.series[0], scene.focus, "hard_rank") if p.x == 1024 and len(p.layers) == 3]
+    assert len(widest) == 2
+    expected = np.exp(np.mean(np.log([p.layers for p in widest]), axis=0))
+    np.testing.assert_allclose(np.asarray(line.get_ydata(), dtype=float), expected, rtol=1e-12)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from lightning_spectral.models.modes import in_function_forward
-from lightning_spectral.probe.loss_calls import SCORERS, Scored, whole
+from lightning_spectral.probe.loss_calls import SCORERS, Scored, saved_log_probs, whole
 from lightning_spectral.probe.loss_gradient import NOT_PROVEN, read_gradient
 from lightning_spectral.probe.loss_masks import Followed
 
@@ -141,7 +141,8 @@ class LossTap(TorchFunctionMode):
             if func in SCORERS:
                 if is_fake(out):
                     return
-                scored = SCORERS[func](self.vocab_sizes, *args, **kwargs)
+                known = {"log_probs": saved_log_probs(out)} if func is F.cross_entropy else {}
+                scored = SCORERS[func](self.vocab_sizes, *args, **kwargs, **known)
                 if scored is not None:
                     self._keep_call(scored, out)
                     return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from lightning_spectral.records.looks import bucket_name, metric_name
 from lightning_spectral.report.dark import ON_CELL
@@ -67,16 +68,26 @@ def _only_ranks(scene: ReportData, metric: str) -> ReportFigure:
     return ReportFigure(figure, "Ranks by layer; no exponent of a layer could be fitted.", "Mean over seeds.")
 
 
+def _mean_over_seeds(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(layer,) geometric mean of (seed, layer), of the seeds that have a number there; NaN without one."""
+    known = np.isfinite(values) & (values > 0)
+    logs = np.log(np.where(known, values, 1.0)).sum(axis=0)
+    return np.where(known.any(axis=0), np.exp(logs / np.maximum(known.sum(axis=0), 1)), np.nan)
+
+
 def _ranks_by_layer(scene: ReportData, ax: Axes, metric: str) -> None:
     widest = scene.widths[-1]
-    ends = []
+    ends, values = [], []
     for key in scene.series:
         look = scene.looks[key]
         own = [p for p in scene.points(key, scene.focus, metric) if p.x == widest and p.layers]
         if not own:
             continue
         deepest = max(len(p.layers) for p in own)  # a run that lacks a layer has no place for the others
-        mean = np.exp(np.mean(np.log([p.layers for p in own if len(p.layers) == deepest]), axis=0))
+        mean = _mean_over_seeds(np.array([p.layers for p in own if len(p.layers) == deepest]))
+        known = mean[np.isfinite(mean)]
+        if not len(known):
+            continue
         ax.plot(
             range(len(mean)),
             mean,
@@ -87,9 +98,9 @@ def _ranks_by_layer(scene: ReportData, ax: Axes, metric: str) -> None:
             ms=5,
             label=look.name,
         )
-        ends.append((float(mean[-1]), look.name, look.text_color))
+        ends.append((float(known[-1]), look.name, look.text_color))
+        values += known.tolist()
     if ends:
-        values = [v for line in ax.lines for v in np.asarray(line.get_ydata(), dtype=float)]
         log2_axis(ax, "y", min(values) / 1.2, max(values) * 1.2)
         ax.set_xticks(range(len(scene.layers)), [str(k) for k in range(len(scene.layers))])
         label_right(ax, ends)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import shlex
@@ -342,3 +343,18 @@ def test_runs_of_one_series_may_have_other_numbers_of_layers(tmp_path: Path) -> 
     assert len(widest) == 2
     expected = np.exp(np.mean(np.log([p.layers for p in widest]), axis=0))
     np.testing.assert_allclose(np.asarray(line.get_ydata(), dtype=float), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_layer_without_a_number_costs_no_page(tmp_path: Path, lost: int) -> None:
+    """A layer of the widest run of one optimizer had no variance, in all its windows."""
+    runs = write_study(tmp_path / "runs", {"muon": 0.9, "adamw": 0.3}, layers=3)
+    widest = next(run for run in runs if run.name.startswith("muon_1024"))
+    lines = [json.loads(line) for line in (widest / "spectral.jsonl").read_text().splitlines()]
+    dead = {"status": "degenerate", "soft_rank": None, "hard_rank": None, "soft_rank_debiased": None}
+    written = [line | (dead if line["layer"] == lost else {}) for line in lines]
+    (widest / "spectral.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+    write_report(scene_of(tmp_path / "runs"), tmp_path / "out")
+    drawn = rows_of(tmp_path / "out" / "figures" / "layers.csv")
+    shown = {row["x"] for row in drawn if row["series"] == "Muon" and row["panel"].startswith("hard rank by layer")}
+    assert shown == {str(k) for k in range(3) if k != lost}

@@ -20,8 +20,8 @@ from lightning_spectral.analysis.tables import ours
 from lightning_spectral.records import POOLED, LossRecord, SpectralRecord
 from lightning_spectral.text import parse_json
 
-_STEP: Final = re.compile(r"^\s*step\s+(\d+)\s*:(.*)$", re.IGNORECASE)
-_BUCKET: Final = re.compile(r"^\s*([A-Za-z][\w ]*?)\s*\(n=(\d+)\)\s*:(.*)$")
+_STEP: Final = re.compile(r"^\s*step\s+(\d{1,15})\s*:(.*)$", re.IGNORECASE)
+_BUCKET: Final = re.compile(r"^\s*([A-Za-z][\w ]*?)\s*\(n=(\d{1,15})\)\s*:(.*)$")
 _PAIR: Final = re.compile(r"(\w+)=([-+.\deEnNaAiIfF]+)")
 # of the paper's logs -> field of a record
 _PAPER: Final = {"SE": "spectral_entropy", "PR": "hard_rank", "EEE": "early_enrichment", "JS": "js_divergence"}
@@ -37,6 +37,7 @@ TAGS: Final = (
 )  # fmt: skip
 _STAGES: Final = {"val": "validation", "eval": "validation", "": "train"}
 _FIELDS: Final = ("soft_rank", "hard_rank", "spectral_entropy", "early_enrichment", "top_share", "trace")
+_LAST_STEP: Final = 2**53  # beyond it not every whole number is a float
 _LARGEST: Final = 700.0  # of an entropy in nats whose exponential is a number
 _NOT_FINITE: Final = "NaN, infinite or no number"
 _NO_STEP: Final = "of a step that is no whole number from 0 on"
@@ -250,7 +251,7 @@ def _add(run: ForeignRun, tag: str, step: float | None, cell: Any, place_of: Pla
     if place is None:
         run.unread[tag] = None
         return
-    if step is None or not (step >= 0 and float(step).is_integer()):
+    if step is None or not (0 <= step <= _LAST_STEP and float(step).is_integer()):
         run.left_out[_NO_STEP] += 1
         return
     if value is None:

@@ -116,15 +116,18 @@ def read_points_csv(
     if not sheet.ends_whole:
         cut = f"`{path}` ends without a line break: if it was cut off, its last row is wrong."
         problems.append(Problem(str(path), "no_line_break", cut))
-    apart = telling_apart(
-        used, replace(columns, seed=seed), [n for n in (y, *names_of(spread), rows, source, *columns.also) if n]
-    )
-    if apart:
-        which = "the column " * (len(apart) == 1) + " and ".join(f"`{name}`" for name in apart)
-        verb = "tells" if len(apart) == 1 else "tell"
-        why = f"`{path}` has several rows of one series and {x}; {which} {verb} them apart (--by, --seed)."
-        problems.append(Problem(str(path), "repeated_x", why))
+    named = [n for n in (y, *names_of(spread), rows, source, *columns.also) if n]
+    problems += _repeated(path, x, telling_apart(used, replace(columns, seed=seed), named))
     return with_layers(PointTable(tuple(by), tuple(points), x)), problems
+
+
+def _repeated(path: Path, x: str, apart: Sequence[str]) -> list[Problem]:
+    """What is said of rows of one series and x that some columns tell apart."""
+    if not apart:
+        return []
+    which = f"the column `{apart[0]}` tells" if len(apart) == 1 else f"`{apart[0]}` and `{apart[1]}` tell"
+    why = f"`{path}` has several rows of one series and {x}; {which} them apart (--by, --seed)."
+    return [Problem(str(path), "repeated_x", why)]
 
 
 @dataclass(frozen=True)

@@ -277,3 +277,19 @@ def test_an_entropy_without_an_exponential_is_no_rank(tmp_path: Path) -> None:
     (tmp_path / "layer0.txt").write_text("Step 1: SE_post=7e5, PR_post=3\n")
     ((record,),) = (spectral_records(run, 64) for run in read_foreign(tmp_path))
     assert (record.spectral_entropy, record.soft_rank, record.hard_rank) == (7e5, None, 3.0)
+
+
+def test_steps_and_counts_that_no_run_has_are_none(tmp_path: Path) -> None:
+    many = "9" * 400
+    (tmp_path / "layer0.txt").write_text(
+        f"Step 1: PR_post=3\n  TAIL (n={many}): PR_post=4\nStep {many}: PR_post=5\nStep 2: PR_post=6\n"
+    )
+    (run,) = read_foreign(tmp_path)
+    assert [(r.step, r.bucket, r.hard_rank) for r in spectral_records(run, 64)] == [
+        (1, "pooled", 3.0),
+        (2, "pooled", 6.0),
+    ]
+    (tmp_path / "t.csv").write_text(f"_step,{TAG}\n1,2\n1e300,3\n")
+    (run,) = read_foreign(tmp_path / "t.csv")
+    assert [r.step for r in spectral_records(run, 64)] == [1]
+    assert sum(run.left_out.values()) == 1

@@ -101,11 +101,7 @@ def read_points_csv(
     kept = {text: condition(text) for text in where}
     needed = [("--x", x), ("--y", y), *(("--by", name) for name in by)]
     optional = [("--seed", seed), ("--id", source), ("--rows", rows)]
-    optional += [("--spread", name) for name in names_of(spread)]
-    for role, column in (*needed, *optional):
-        if column is not None and column not in names:
-            hint = did_you_mean(column, names, otherwise="it has")
-            raise ValueError(f"`{path}` has no column `{column}` ({role}); {hint}")
+    _refuse_unknown(sheet, [*needed, *optional, *(("--spread", name) for name in names_of(spread))])
     if x == y:
         raise ValueError(
             f"`--x` and `--y` are both the column `{x}`: give the column of the width, and that of the value."
@@ -119,6 +115,18 @@ def read_points_csv(
     named = [n for n in (y, *names_of(spread), rows, source, *columns.also) if n]
     problems += _repeated(path, x, telling_apart(used, replace(columns, seed=seed), named))
     return with_layers(PointTable(tuple(by), tuple(points), x)), problems
+
+
+def _refuse_unknown(sheet: Sheet, columns: Sequence[tuple[str, str | None]]) -> None:
+    """Columns, each with its option, that a table has not.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for role, column in columns:
+        if column is not None and column not in sheet.names:
+            hint = did_you_mean(column, sheet.names, otherwise="it has")
+            raise ValueError(f"`{sheet.path}` has no column `{column}` ({role}); {hint}")
 
 
 def _repeated(path: Path, x: str, apart: Sequence[str]) -> list[Problem]:

@@ -107,7 +107,7 @@ def entropy_of_endless(
     except RuntimeError:  # the fit on the grid does not settle
         return math.nan
     shown = entropy_of_rows(behind, num_rows)
-    rows = round(sum(size for _, size in parts) / len(parts))  # shards are alike
+    rows = max(1, round(len(parts) / sum(1 / size for _, size in parts)))  # what is hidden goes as 1 / N
     fall = shown - entropy_of_rows(behind, rows, likeness.weights(rows, num_sequences * rows / num_rows))
     seen_fall = entropy - sum(of_part for of_part, _ in parts) / len(parts)
     return entropy + seen_fall / fall * (behind.entropy - shown) if fall > 1e-9 else math.nan

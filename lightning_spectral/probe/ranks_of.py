@@ -10,14 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from scipy.special import stdtrit
 from torch import Tensor
 
-from lightning_spectral.functional import approximate
+from lightning_spectral.functional import approximate, left_out
 from lightning_spectral.functional import rank as ranks
 from lightning_spectral.functional.covariance import Moments
 from lightning_spectral.functional.few_sequences import Likeness, entropy_of_endless
-from lightning_spectral.functional.sample import Gram, Sample, across_groups, sample
+from lightning_spectral.functional.sample import Gram, Sample, across_groups, num_rows, sample
 from lightning_spectral.probe.eigensolve import Eigensolver
 
 HARD_RANK_ACROSS = "hard_rank_across_sequences"  # in `extra` of a record
@@ -95,8 +94,10 @@ def measure(
     across = across_groups(state, groups)
     shown_unbiased, shown_across = (ranks.possible_rank(one, own.width) for one in (unbiased, across.hard_rank))
     parts = _leave_one_out(state, groups, absolute_epsilon, solve if exact else None)
-    hard_parts, soft_parts = [part.hard_rank for part in parts], [part.soft_rank for part in parts]
-    debiased = _extrapolated(soft_rank, soft_parts, own.width, _power(own.num_tokens, hard, shown_across, own.width))
+    hard_parts = [(part.hard_rank, part.num_tokens) for part in parts]
+    soft_parts = [(part.soft_rank, part.num_tokens) for part in parts]
+    power = _power(own.num_tokens, hard, shown_across, own.width)
+    debiased = left_out.endless(soft_rank, own.num_tokens, soft_parts, own.width, power)
     if debiased and eigs is not None and num_sequences > 1 and unbiased > 0 and across.hard_rank > 0:
         likeness = Likeness.of(own.num_tokens, hard, unbiased, across.hard_rank)
         debiased = _by_model(debiased, soft_rank, eigs, own, num_sequences, parts, likeness, across.lean)
@@ -115,8 +116,8 @@ def measure(
         soft_rank_debiased=debiased,
         trace=own.trace,
         renyi=renyi,
-        hard_rank_ci=_jackknife_interval(hard, hard_parts),
-        soft_rank_ci=_jackknife_interval(soft_rank, soft_parts),
+        hard_rank_ci=left_out.interval(hard, own.num_tokens, hard_parts),
+        soft_rank_ci=left_out.interval(soft_rank, own.num_tokens, soft_parts),
         eigenvalues=eigs,
         soft_method="exact" if exact else "approx",
     )
@@ -134,10 +135,11 @@ class _Part:
 def _leave_one_out(
     state: Moments | Gram, groups: Sequence[int], absolute_epsilon: float, solve: Eigensolver | None
 ) -> list[_Part]:
-    """Without each of the shards in turn; nothing if one shard holds all that can be measured."""
+    """Without each of the shards in turn that has rows; nothing if one shard holds all that can be measured."""
     parts = []
-    for left in groups if len(groups) > 1 else ():
-        part = sample(state, [group for group in groups if group != left])
+    members = [group for group in groups if num_rows(state, group)]
+    for left in members if len(members) > 1 else ():
+        part = sample(state, [group for group in members if group != left])
         if _status(part) in UNMEASURABLE:
             return []
         soft_rank = float(ranks.soft_rank(solve(part))) if solve else _approximate_soft_rank(part)
@@ -159,21 +161,6 @@ def _hard_rank(own: Sample, absolute_epsilon: float) -> float:
         return math.nan
     hard_rank = own.trace**2 / (own.frobenius_sq + absolute_epsilon)
     return hard_rank if absolute_epsilon else ranks.possible_rank(hard_rank, own.width)  # subnormal squares round
-
-
-def _extrapolated(value: float, parts: Sequence[float], width: int, power: float) -> float | None:
-    """The rank of infinitely many sequences, from that of all and those without each of K shards; in [1, width].
-
-    Along ``S_N ** -power = S ** -power + c / N``; power 0: along ``ln S_N``. Two shards: twice all minus the halves.
-    """
-    if not parts or not all(part > 0 for part in (value, *parts)):
-        return None
-    shards = len(parts)
-    logs = [math.log(part / value) for part in parts]
-    if power < 1e-6:
-        return ranks.possible_rank(value * math.exp(-(shards - 1) * sum(logs) / shards), width)
-    gone = (shards - 1) * sum(math.expm1(-power * log) for log in logs) / shards
-    return ranks.possible_rank(value * (1.0 - gone) ** (-1.0 / power), width) if gone < 1 else float(width)
 
 
 def _by_model(
@@ -212,14 +199,3 @@ def _power(num_tokens: int, hard: float, across: float, width: int) -> float:
     """
     alike = num_tokens * (1.0 / hard - 1.0 / (width if math.isnan(across) else across)) if hard > 0 else 1.0
     return 1.0 - 1.0 / max(alike, 1.0)
-
-
-def _jackknife_interval(value: float, parts: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
-    """Delete-a-shard jackknife t interval of ``ln rank``: a rank is positive and its errors are relative."""
-    if len(parts) < 2 or not all(part > 0 for part in (value, *parts)):
-        return None
-    logs = [math.log(part) for part in parts]
-    center = math.fsum(logs) / len(logs)
-    standard_error = math.sqrt((len(parts) - 1) / len(parts) * math.fsum((log - center) ** 2 for log in logs))
-    reach = float(stdtrit(len(parts) - 1, (1 + level) / 2)) * standard_error
-    return value * math.exp(-reach), value * math.exp(reach)

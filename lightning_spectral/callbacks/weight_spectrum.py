@@ -16,7 +16,8 @@ from lightning_spectral.callbacks.trainer_host import host_of, publish_medians
 from lightning_spectral.callbacks.turns import LastStep, come_first, leave
 from lightning_spectral.lightning_private import state_key
 from lightning_spectral.probe.run_folder import RunFolder
-from lightning_spectral.probe.weight_spectra import WHAT, WeightObserver, WeightSettings
+from lightning_spectral.probe.weight_settings import WHAT, WeightSettings
+from lightning_spectral.probe.weight_spectra import WeightObserver
 from lightning_spectral.text.arguments import refuses_unknown, require_kinds, require_run_id
 
 

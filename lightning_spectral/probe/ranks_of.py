@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lightning_spectral.functional import approximate, left_out
 from lightning_spectral.functional import rank as ranks
+from lightning_spectral.functional.across import across_groups
 from lightning_spectral.functional.covariance import Moments
 from lightning_spectral.functional.few_sequences import Likeness, entropy_of_endless
-from lightning_spectral.functional.sample import Gram, Sample, across_groups, num_rows, sample
+from lightning_spectral.functional.sample import Gram, Sample, num_rows, sample
 from lightning_spectral.probe.eigensolve import Eigensolver
 
 HARD_RANK_ACROSS = "hard_rank_across_sequences"  # in `extra` of a record

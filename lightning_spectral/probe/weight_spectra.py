@@ -17,7 +17,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
@@ -27,7 +26,6 @@ from torch.optim import Optimizer
 
 from lightning_spectral.functional.flattening import FLAT_BAND, spectrum_flattening
 from lightning_spectral.functional.matrix_spectrum import spectrum_measures
-from lightning_spectral.functional.orthogonalize import coefficient_set
 from lightning_spectral.models.layouts import matrices_of
 from lightning_spectral.models.names import clean_names
 from lightning_spectral.models.places import places_in
@@ -40,36 +38,12 @@ from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.run_start import open_folder
 from lightning_spectral.probe.scalars import finite
 from lightning_spectral.probe.schedule import Schedule
+from lightning_spectral.probe.weight_settings import WHAT, WeightSettings
 from lightning_spectral.records import WeightRecord
-from lightning_spectral.text import did_you_mean, one_line
-from lightning_spectral.text.arguments import require_count
+from lightning_spectral.text import one_line
 
-WHAT = ("weight", "gradient", "momentum", "update")
 _MOMENTUM_KEYS = ("momentum_buffer", "momentum", "exp_avg")  # torch's SGD and Muon, ours, Adam
 _SCALARS = ("effective_rank", "stable_rank", "normalized_entropy", "top10_energy", "flattened_share")
-
-
-@dataclass(frozen=True)
-class WeightSettings:
-    """What is measured; :class:`~lightning_spectral.WeightSpectrumCallback` documents the arguments."""
-
-    every_n_steps: int = 200
-    what: Sequence[str] = WHAT
-    parameters: Sequence[str] | None = None
-    coefficients: str | None = "muon"
-    ns_steps: int = 5
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        if isinstance(self.what, str) or not self.what or set(self.what) - set(WHAT):
-            wrong = next((one for one in self.what if one not in WHAT), "") if not isinstance(self.what, str) else ""
-            close = did_you_mean(wrong, WHAT)
-            hint = f"; {close}" if close.endswith("?") else "."
-            raise ValueError(f"`what` must be a list from {list(WHAT)}, got {list(self.what)}{hint}")
-        if self.coefficients is not None:
-            coefficient_set(self.coefficients)
-        require_count("ns_steps", self.ns_steps)
-        require_count("every_n_steps", self.every_n_steps)
 
 
 class WeightObserver:

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
+from lightning_spectral.functional.across import across_groups
 from lightning_spectral.functional.covariance import empty_moments, update_
 from lightning_spectral.functional.few_sequences import Likeness, entropy_of_endless
 from lightning_spectral.functional.rank import soft_rank
-from lightning_spectral.functional.sample import across_groups
 from lightning_spectral.probe.ranks_of import measure
 
 WIDTH, LENGTH, SEQUENCES = 128, 64, 12

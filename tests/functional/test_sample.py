@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_spectral.functional.across import across_groups
 from lightning_spectral.functional.covariance import empty_moments, take_groups, update_
-from lightning_spectral.functional.sample import across_groups, gram, sample
+from lightning_spectral.functional.sample import gram, sample
 from lightning_spectral.probe.ranks_of import measure
 
 WIDTH = 40

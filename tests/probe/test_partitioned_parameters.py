@@ -12,7 +12,8 @@ from torch import nn
 from lightning_spectral import observe
 from lightning_spectral.probe.observe import plain_host
 from lightning_spectral.probe.settings import ProbeSettings
-from lightning_spectral.probe.weight_spectra import WeightObserver, WeightSettings
+from lightning_spectral.probe.weight_settings import WeightSettings
+from lightning_spectral.probe.weight_spectra import WeightObserver
 from tests.scripts import toys
 from tests.scripts.test_shells import Model, by_key
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_spectral.functional import approximate, left_out
 from lightning_spectral.functional import rank as ranks
-from lightning_spectral.functional.across import across_groups
+from lightning_spectral.functional.across import AcrossGroups, across_groups
 from lightning_spectral.functional.covariance import Moments
 from lightning_spectral.functional.few_sequences import Likeness, entropy_of_endless
 from lightning_spectral.functional.sample import Gram, Sample, num_rows, sample
@@ -89,7 +89,6 @@ def measure(
     eigs = solve(own) if exact else None
     values, renyi = ({}, {}) if eigs is None else ranks.rank_values(eigs, renyi_orders)
     soft_rank = values["soft_rank"] if exact else _approximate_soft_rank(own)
-    entropy = values.get("spectral_entropy", math.log(soft_rank))
     hard = _hard_rank(own, absolute_epsilon)
     unbiased = ranks.debiased_hard_rank(own.num_tokens, own.trace, own.frobenius_sq, own.quartic)
     across = across_groups(state, groups)
@@ -99,9 +98,8 @@ def measure(
     soft_parts = [(part.soft_rank, part.num_tokens) for part in parts]
     power = _power(own.num_tokens, hard, shown_across, own.width)
     debiased = left_out.endless(soft_rank, own.num_tokens, soft_parts, own.width, power)
-    if debiased and eigs is not None and num_sequences > 1 and unbiased > 0 and across.hard_rank > 0:
-        likeness = Likeness.of(own.num_tokens, hard, unbiased, across.hard_rank)
-        debiased = _by_model(debiased, soft_rank, eigs, own, num_sequences, parts, likeness, across.lean)
+    if debiased and eigs is not None and num_sequences > 1 and unbiased > 0:
+        debiased = _by_model(debiased, soft_rank, eigs, own, num_sequences, parts, unbiased, across)
     return RankMeasurement(
         num_tokens=own.num_tokens,
         width=own.width,
@@ -111,7 +109,7 @@ def measure(
             **({} if math.isnan(shown_across) else {HARD_RANK_ACROSS: shown_across}),
             "soft_rank": soft_rank,
             "hard_rank": hard,
-            "spectral_entropy": entropy,
+            "spectral_entropy": values.get("spectral_entropy", math.log(soft_rank)),
         },
         hard_rank_debiased=None if math.isnan(shown_unbiased) else shown_unbiased,
         soft_rank_debiased=debiased,
@@ -171,22 +169,24 @@ def _by_model(
     own: Sample,
     num_sequences: int,
     parts: Sequence[_Part],
-    likeness: Likeness,
-    lean: float,
+    unbiased: float,
+    across: AcrossGroups,
 ) -> float:
     """The extrapolated rank, moved towards that of a model of rows that are alike, as far as the model holds.
 
     The model is right where what rows share is spread as they are, and goes too far where it lies along the larger
     eigenvalues; the extrapolation is the other way round (`bench_finite_rows.py`). Unlike lengths of rows it knows.
     """
-    little = math.log(along / shown) < _LITTLE or likeness.of_rows + likeness.of_sequences < _ALONE
-    if little or not lean > 0:
+    if not (across.hard_rank > 0 and across.lean > 0):
+        return along
+    likeness = Likeness.of(own.num_tokens, _hard_rank(own, 0.0), unbiased, across.hard_rank)
+    if math.log(along / shown) < _LITTLE or likeness.of_rows + likeness.of_sequences < _ALONE:
         return along
     seen = [(math.log(part.soft_rank), part.num_tokens) for part in parts]
     entropy = entropy_of_endless(eigs, math.log(shown), own.width, own.num_tokens, num_sequences, seen, likeness)
     if not entropy >= math.log(shown):
         return along
-    trust = 1 - likeness.share_of_sequences * (1 - min(1.0, (lean / _LEANS) ** -6))
+    trust = 1 - likeness.share_of_sequences * (1 - min(1.0, (across.lean / _LEANS) ** -6))
     return min(float(own.width), math.exp((1 - trust) * math.log(along) + trust * entropy))
 
 

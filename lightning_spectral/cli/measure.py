@@ -48,7 +48,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--modules", nargs="+", help="globs of down projections to measure instead of all")
     parser.add_argument("--hints", nargs="+", metavar="DOWN[,UP]", help=HINTS)
     parser.add_argument(
-        "--shards", type=int, default=2, help="of sequences: 2 for unbiased ranks (default), 8 for useful intervals"
+        "--shards",
+        type=at_least(1),
+        default=2,
+        help="of sequences: 2 for unbiased ranks (default), 8 for useful intervals",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--memory_limit_mib", type=float, help="of the rows (default: a quarter of what is free)")
@@ -60,7 +63,16 @@ def main(argv: list[str]) -> int:
     add_format_option(parser)
     options = parser.parse_args(argv)
     with parser.own_words():
-        return _measured(options)
+        try:
+            return _measured(options)
+        except CommandError as error:
+            raise CommandError(_of_measure(str(error))) from error
+
+
+def _of_measure(said: str) -> str:
+    """What concerns a training, in the words of this verb."""
+    said = said.replace("or count the training's own tokens: `counts='stream'`", "or leave it out: then of this text")
+    return said.replace("give another `dirpath` (of `observe`: `out`)", "give another folder as `out`")
 
 
 def _measured(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from typing import Final
 CALLBACK: Final = "pretrain --config RECIPE --callbacks+ {class_path:\\"
 ALARM: Final = f"{CALLBACK} SpectralAlarm,\\ init_args:\\ "
 
-EARLY: Final = [
+EARLY = [
     ("pretrain --config RECIPE --train={max_steps: 3}", ["`--train`", "`{max_steps:`", "`3}`", "quotes"]),
     ("pretrain --config RECIPE --train {max_steps:3}", ["`train.max_steps:3`", "`max_steps: 3`", "space"]),
     (
@@ -71,6 +71,10 @@ EARLY: Final = [
     ("memory reproduce --budget -3m", ["`--budget`", "`-3m`", "--budget=-3m"]),
     ("inspect pythia-14m --ranks 0", ["`--ranks`", "0", ">= 1"]),
     ("inspect pythia-14m --memory-limit-mib -5", ["`--memory-limit-mib`", "-5", "> 0"]),
+]
+
+EARLY += [
+    ("measure EMPTY --data TEXT --shards 0", ["`--shards`", "0", ">= 1"]),
 ]
 
 FULL: Final = [

@@ -227,6 +227,7 @@ BROKEN: dict[str, Callable[[Path, Path, Path], list[str]]] = {
         hf, folder, lambda own: (own / "tokenizer.json").write_text("{")
     ),
     "device": lambda trained, hf, folder: [str(hf), "--device", "cuda"],
+    "a file as folder": lambda trained, hf, folder: [str(hf), "--out", str(hf / "config.json")],
     "long": lambda trained, hf, folder: [str(hf), "--seq_length", "64"],
 }
 
@@ -245,7 +246,8 @@ BROKEN: dict[str, Callable[[Path, Path, Path], list[str]]] = {
         ("foreign ckpt", "has no 'hyper_parameters'"),
         ("ckpt without tokenizer", "no `tokenizer.json` or `tokenizer.model` in"),
         ("small vocabulary", "embeds 300: use the tokenizer that it was trained with"),
-        ("no counts", "no file `"),
+        ("no counts", "or leave it out: then of this text"),
+        ("a file as folder", "(it is a file); give another folder as `--out`"),
         ("other counts", "embeds 300 token ids but the token counts have 280"),
         ("hf torn", "cannot be read ("),
         ("hf without weights", "holds no `*.safetensors`"),

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from lightning_spectral import SentenceParser
+
 
 class Bytes(LightningDataModule):
     """A text, a token per byte.
@@ -50,4 +52,5 @@ class GPT2(LightningModule):
 
 
 if __name__ == "__main__":
-    LightningCLI(GPT2, Bytes, save_config_callback=None)
+    # with the parser a mistake is answered with one sentence; without it, with the types that were tried
+    LightningCLI(GPT2, Bytes, save_config_callback=None, parser_class=SentenceParser)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_spectral.callbacks.alarm import SpectralAlarm
     from lightning_spectral.callbacks.huggingface import HuggingFaceProbe
     from lightning_spectral.callbacks.qk_clip import QKClipCallback
+    from lightning_spectral.callbacks.sentences import SentenceParser
     from lightning_spectral.callbacks.weight_spectrum import WeightSpectrumCallback
     from lightning_spectral.memory.module import AssociativeMemory, AssociativeMemoryDataModule
     from lightning_spectral.memory.recall import FactRecall, FactRecallDataModule
@@ -41,6 +42,7 @@ _HOME_OF = {
     "NorMuon": "lightning_spectral.optim",
     "QKClipCallback": "lightning_spectral.callbacks.qk_clip",
     "SOAP": "lightning_spectral.optim",
+    "SentenceParser": "lightning_spectral.callbacks.sentences",
     "SpectralAlarm": "lightning_spectral.callbacks.alarm",
     "SpectralRankCallback": "lightning_spectral.callbacks",
     "SpectralRecord": "lightning_spectral.records",
@@ -72,6 +74,7 @@ __all__ = [
     "NorDion2",
     "NorMuon",
     "QKClipCallback",
+    "SentenceParser",
     "SpectralAlarm",
     "SpectralRankCallback",
     "SpectralRecord",

@@ -15,7 +15,7 @@ WIDTH_NAMES: Final = ("width", "ffn_hidden_dim", "ffn_width", "intermediate_size
 _SEED_NAMES: Final = ("seed",)
 _ROWS_NAMES: Final = ("num_tokens", "num_rows")  # the second until schema 2
 _OWN: Final = {"value", "spread", "steps", "run_id"}
-_ALSO: Final = ("error", "raw", "num_sequences")  # fields of a point that our tables have, where runs have them
+ALSO: Final = ("raw", "error", "num_sequences")  # fields of a point that our tables have, where runs have them
 # columns that make a series where they are there
 _LABELS: Final = (
     *("optimizer", "model", "dion_rank_fraction", "rank_fraction", "heads", "n_head", "norm", "positions"),
@@ -29,7 +29,7 @@ END_NAMES: Final = (("beta_lower", "beta_upper"), ("ci_low", "ci_high"), ("beta_
 # every column that is known without being asked for
 KNOWN: Final = frozenset(
     (
-        *(*WIDTH_NAMES, *_SEED_NAMES, *_ROWS_NAMES, *_OWN, *_ALSO, *_LABELS, *_OF_A_TABLE, *STEP_NAMES, *BETA_NAMES),
+        *(*WIDTH_NAMES, *_SEED_NAMES, *_ROWS_NAMES, *_OWN, *ALSO, *_LABELS, *_OF_A_TABLE, *STEP_NAMES, *BETA_NAMES),
         *(name for ends in END_NAMES for name in ends),
         *(*METRIC_NAMES, "beta", "std_err", "id"),
     )
@@ -80,7 +80,7 @@ def recognised(names: Sequence[str], x: str | None = None, by: Sequence[str] | N
     seed = next((name for name in _SEED_NAMES if name in free), None)
     rows = next((name for name in _ROWS_NAMES if name in free), None)
     spread, steps = ("spread" if own else None), ("steps" if own else None)
-    also = tuple(name for name in _ALSO if own and name in names)
+    also = tuple(name for name in ALSO if own and name in names)
     return Columns(chosen, tuple(by), seed, spread, rows, steps, also)
 
 

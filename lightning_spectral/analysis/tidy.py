@@ -21,7 +21,7 @@ from lightning_spectral.analysis.fits import PowerLawFit
 from lightning_spectral.analysis.points import Point, PointTable
 from lightning_spectral.analysis.runs import Problem
 from lightning_spectral.analysis.spelling import column_of
-from lightning_spectral.analysis.tables import recognised, telling_apart, with_layers
+from lightning_spectral.analysis.tables import ALSO, recognised, telling_apart, with_layers
 from lightning_spectral.text import did_you_mean, whole_file
 from lightning_spectral.text.tables import harmless
 
@@ -281,9 +281,7 @@ def fit_table(by: Sequence[str], fits: Iterable[PowerLawFit]) -> tuple[list[str]
 
 def points_table(table: PointTable) -> tuple[list[str], list[list[Any]]]:
     """Header and rows of ``points.csv``."""
-    also = [
-        name for name in ("raw", "error", "num_sequences") if any(math.isfinite(getattr(p, name)) for p in table.points)
-    ]
+    also = [name for name in ALSO if any(math.isfinite(getattr(p, name)) for p in table.points)]
     header = [*table.by, table.x_name, "seed", "value", "spread", "num_tokens", *also, "steps", "run_id"]
     rows = [
         [

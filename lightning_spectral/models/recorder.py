@@ -201,7 +201,8 @@ class Recorder:
         for hook, content, traced in self._switch.events:
             reader.take(hook, content, traced)
         kept = self._kept(reader)
-        found: dict[int, tuple[RawCall, Match]] = {}
+        found: list[tuple[RawCall, Match]] = []
+        part_of: dict[int, tuple[RawCall, Match]] = {}
         for raw in reader.calls:
             if raw.failed:
                 self._switch.note(
@@ -210,14 +211,14 @@ class Recorder:
                 continue
             self._make_whole(raw)
             match = self._matcher.match(raw, reader.ids)
-            before = None if raw.may_go_on is None else found.get(id(raw.may_go_on))
-            if before is not None and is_pass(raw, match, *before):
-                before[0].runs += raw.runs
-                found[id(raw)] = before
+            call = part_of.get(id(raw.may_go_on))
+            if call is not None and is_pass(raw, match, *call):
+                call[0].runs += raw.runs
             else:
-                found[id(raw)] = raw, match
-        each = {id(raw): (raw, match) for raw, match in found.values()}  # once, whatever goes on with it
-        return [assemble(raw, match.layout, match.ids, match.reason, kept) for raw, match in each.values()]
+                call = raw, match
+                found.append(call)
+            part_of[id(raw)] = call
+        return [assemble(raw, match.layout, match.ids, match.reason, kept) for raw, match in found]
 
     def _kept(self, reader: Reader) -> dict[tuple[int, ...], Tensor]:
         if self._switch.jitter is None:

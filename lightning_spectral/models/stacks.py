@@ -102,8 +102,8 @@ def is_own_table(module: nn.Module) -> bool:
 
 def num_ids(embedding: nn.Module | None) -> int | None:
     """Ids that a table holds; ``None`` where it does not tell."""
-    if embedding is None or is_own_table(embedding):
-        return None if embedding is None else max(len(parameter) for parameter in embedding.parameters())
+    if embedding is not None and is_own_table(embedding):
+        return len(next(embedding.parameters()))
     return getattr(embedding, "num_embeddings", None)
 
 

@@ -74,7 +74,9 @@ class BatchAdapter:
             found = _cut(masks[0].tensor, shape)
             return ~found.bool() if "padding" in masks[0].name and found.dtype == torch.bool else found.bool()
         labels = [_cut(entry.tensor, shape) for entry in beside if _stem(entry.name, _LABELS) is not None]
-        unnamed = [_cut(entry.tensor, shape) for entry in beside if entry.name.isdigit() and not _same(entry, ids)]
+        unnamed = [
+            _cut(entry.tensor, shape) for entry in beside if entry.name.isdigit() and not is_of(entry.tensor, ids)
+        ]
         for found in (*labels, *unnamed):
             if not found.is_floating_point() and bool((found == IGNORE_INDEX).any()):
                 return found != IGNORE_INDEX
@@ -100,12 +102,7 @@ class BatchAdapter:
 
 def holds_ids(batch: Any, ids: Tensor | None) -> bool:
     """Whether a tensor of the batch is these ids, or these ids and one column more."""
-    return any(_same(entry, ids) for entry in entries(batch))
-
-
-def is_of(tensor: Tensor, ids: Tensor) -> bool:
-    """Whether a tensor of a batch is these ids, or these ids and one column more."""
-    return _same(Entry((), "", tensor), ids)
+    return any(is_of(entry.tensor, ids) for entry in entries(batch))
 
 
 def ids_in(batch: Any) -> list[Tensor]:
@@ -158,7 +155,7 @@ def _beside(batch: Any, ids: Tensor | None, shape: Sequence[int]) -> list[Entry]
     """
     everything = list(entries(batch))
     fitting = [entry for entry in everything if _fits(entry.tensor, shape)]
-    home = next((entry for entry in everything if _same(entry, ids)), None)
+    home = next((entry for entry in everything if is_of(entry.tensor, ids)), None)
     if home is None:
         return fitting
     rest = _without(home.name, _IDS)
@@ -178,7 +175,7 @@ def _is_mask(entry: Entry, ids: Tensor | None) -> bool:
         return False
     if "mask" in entry.name or entry.tensor.dtype == torch.bool:
         return True
-    return entry.name.isdigit() and not _same(entry, ids) and _looks_like_padding(entry.tensor)
+    return entry.name.isdigit() and not is_of(entry.tensor, ids) and _looks_like_padding(entry.tensor)
 
 
 def _looks_like_padding(tensor: Tensor) -> bool:
@@ -189,10 +186,10 @@ def _looks_like_padding(tensor: Tensor) -> bool:
     return bool((changes <= 1).all()) and bool((tensor == 1).any())
 
 
-def _same(entry: Entry, ids: Tensor | None) -> bool:
-    if ids is None or not _is_integer(entry.tensor):
+def is_of(tensor: Tensor, ids: Tensor | None) -> bool:
+    """Whether a tensor of a batch is these ids, or these ids and one column more."""
+    if ids is None or not _is_integer(tensor):
         return False
-    tensor = entry.tensor
     if tuple(tensor.shape) == tuple(ids.shape):
         return tensor.data_ptr() == ids.data_ptr() or bool(torch.equal(tensor.to(ids.device), ids))
     return _begins(tensor, ids)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
-from lightning_spectral.models.modes import in_function_forward
+from lightning_spectral.models.modes import in_backward, in_function_forward
 from lightning_spectral.probe.loss_calls import SCORERS, Scored, saved_log_probs, whole
 from lightning_spectral.probe.loss_gradient import NOT_PROVEN, read_gradient
 from lightning_spectral.probe.loss_masks import Followed
@@ -132,7 +132,7 @@ class LossTap(TorchFunctionMode):
         return out
 
     def _counts(self) -> bool:
-        if inside_functorch() or inside_backward():
+        if inside_functorch() or in_backward():
             return False
         return not self.training or torch.is_grad_enabled() or in_function_forward()
 
@@ -231,11 +231,6 @@ def _classes_of(func: Any, logits: Tensor, args: Any, kwargs: Any) -> int:
     axis = kwargs.get("dim", args[1] if len(args) > 1 else -1)
     axis = axis[0] if isinstance(axis, (tuple, list)) and len(axis) == 1 else axis
     return axis if isinstance(axis, int) else -1
-
-
-def inside_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread: what is computed now is recomputation."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def inside_functorch() -> bool:

@@ -21,7 +21,13 @@ from lightning_spectral.models.families import Hint, as_hints
 from lightning_spectral.probe.grouping import Grouping, by_frequency, by_position, load_counts
 from lightning_spectral.records import STAGES
 from lightning_spectral.text import did_you_mean
-from lightning_spectral.text.arguments import require_choice, require_count, require_kinds, require_run_id
+from lightning_spectral.text.arguments import (
+    refuse_arguments,
+    require_choice,
+    require_count,
+    require_kinds,
+    require_run_id,
+)
 
 MEASURE: Final = "measure"  # a pass over a finished model; a trainer knows the loops
 LOOPS = [stage for stage in STAGES if stage != MEASURE]
@@ -162,11 +168,9 @@ def refuse_unknown(called: Callable[..., Any], shared: Iterable[str]) -> None:
         TypeError: With the nearest argument that there is.
     """
     known = [one.name for one in fields(ProbeSettings)]
-    for name in shared:
-        if name not in known:
-            own = inspect.signature(called).parameters.values()
-            names = [one.name for one in own if one.kind is not one.VAR_KEYWORD and one.name not in known]
-            raise TypeError(f"{called.__name__} has no argument `{name}`: {did_you_mean(name, [*names, *known])}")
+    own = inspect.signature(called).parameters.values()
+    names = [one.name for one in own if one.kind is not one.VAR_KEYWORD and one.name not in known]
+    refuse_arguments(called.__name__, shared, [*names, *known])
 
 
 @dataclass(frozen=True, kw_only=True)

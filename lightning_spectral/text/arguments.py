@@ -84,6 +84,17 @@ def require_kinds(owner: Callable[..., Any], values: Mapping[str, Any]) -> None:
         raise ValueError(f"`{name}` must be {words}, got {seen}.{_remedy(kinds, value)}")
 
 
+def refuse_arguments(owner: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Refuse names of arguments that are not there.
+
+    Raises:
+        TypeError: With the nearest that there is.
+    """
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{owner} has no argument `{name}`: {did_you_mean(name, known)}")
+
+
 def refuses_unknown(init: Init) -> Init:
     """A constructor that answers an argument it does not have with the nearest that it has.
 
@@ -94,9 +105,7 @@ def refuses_unknown(init: Init) -> Init:
 
     @wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in kwargs:
-            if name not in known:
-                raise TypeError(f"{type(self).__name__} has no argument `{name}`: {did_you_mean(name, known)}")
+        refuse_arguments(type(self).__name__, kwargs, known)
         init(self, *args, **kwargs)
 
     return cast(Init, checked)

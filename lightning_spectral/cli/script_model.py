@@ -1,13 +1,16 @@
 """The models of a training script, as they are when it first goes backward; there the script is ended.
 
 It runs as ``python script.py`` would, up to there: no optimizer has stepped. Every model that was called until then is
-hooked at its first call, so that the layout is that of the script's own batches.
+hooked at its first call, so that the layout is that of the script's own batches. What would keep its results is a dry
+run: our run folders, the loggers of a Lightning Trainer, W&B.
 """
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
@@ -26,6 +29,7 @@ from lightning_spectral.models.rehearsal import Rehearsed
 from lightning_spectral.models.sites import Found
 from lightning_spectral.models.stacks import find_stacks
 from lightning_spectral.models.walk import modules_of
+from lightning_spectral.probe.run_folder import rehearsal
 from lightning_spectral.text import CommandError, one_line
 
 _ENOUGH_EVENTS = 4_096  # a script may evaluate for an hour before it trains
@@ -108,7 +112,7 @@ def models_of(script: Path, words: Sequence[str], **search: Any) -> list[Called]
     """
     watch = _Watch(**search)
     failure = ""
-    with _ended_at_backward(watch, script.read_text(encoding="utf-8")), _as_main(script, words):
+    with rehearsal(), _ended_at_backward(watch, script.read_text(encoding="utf-8")), _as_main(script, words):
         try:
             with redirect_stdout(sys.stderr):
                 runpy.run_path(str(script), run_name="__main__")
@@ -143,29 +147,38 @@ def _ended_at_backward(watch: _Watch, text: str) -> Iterator[None]:
     handle = register_module_forward_pre_hook(called)
     for owner, name in ((Tensor, "backward"), (torch.autograd, "backward"), (torch.autograd, "grad")):
         put(owner, name, ended)
-    for trainer in _trainers(text):
-        for name in ("fit", "validate", "test", "predict"):
-            put(trainer, name, _seeing(watch, getattr(trainer, name)))
-    try:
-        yield
-    finally:
-        for owner, name, value in reversed(kept):
-            setattr(owner, name, value)
-        handle.remove()
+    with tempfile.TemporaryDirectory() as folder:
+        for package in _lightning_packages(text):
+            logger = _dry_logger(import_module(f"{package}.loggers.logger").DummyLogger, folder)
+            trainer = import_module(package).Trainer
+            for name in ("fit", "validate", "test", "predict"):
+                put(trainer, name, _seeing(watch, getattr(trainer, name), logger))
+        try:
+            yield
+        finally:
+            for owner, name, value in reversed(kept):
+                setattr(owner, name, value)
+            handle.remove()
 
 
-def _trainers(text: str) -> list[type]:
-    """Trainers that a script may use: what they are given is a model, also where only its parts are called."""
+def _lightning_packages(text: str) -> list[str]:
+    """Whose Trainers a script may use: what they are given is a model, also where only its parts are called."""
     names = {"lightning.pytorch": "lightning", "pytorch_lightning": "pytorch_lightning"}
-    return [import_module(module).Trainer for module, word in names.items() if word in text and find_spec(word)]
+    return [package for package, word in names.items() if word in text and find_spec(word)]
 
 
-def _seeing(watch: _Watch, method: Callable[..., Any]) -> Callable[..., Any]:
+def _dry_logger(dummy: type, folder: str) -> Any:
+    """A logger that keeps nothing, with a folder for what the script itself writes beside it."""
+    return type("DryLogger", (dummy,), {"save_dir": folder, "log_dir": folder})()
+
+
+def _seeing(watch: _Watch, method: Callable[..., Any], logger: Any) -> Callable[..., Any]:
     @wraps(method)
     def seen(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         model = kwargs.get("model", args[0] if args else None)
         if isinstance(model, nn.Module):
             watch.see(model)
+        trainer.loggers = [logger for _ in trainer.loggers]
         return method(trainer, *args, **kwargs)
 
     return seen
@@ -173,10 +186,15 @@ def _seeing(watch: _Watch, method: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _as_main(script: Path, words: Sequence[str]) -> Iterator[None]:
-    kept = sys.argv, list(sys.path)
+    kept = sys.argv, list(sys.path), os.environ.get("WANDB_MODE")
     sys.argv = [str(script), *words]
     sys.path.insert(0, str(script.parent.absolute()))
+    os.environ["WANDB_MODE"] = "disabled"
     try:
         yield
     finally:
         sys.argv, sys.path[:] = kept[0], kept[1]
+        if kept[2] is None:
+            del os.environ["WANDB_MODE"]
+        else:
+            os.environ["WANDB_MODE"] = kept[2]

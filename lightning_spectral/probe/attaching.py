@@ -186,12 +186,13 @@ def remove(probe: SpectralProbe | None) -> None:
 
 
 def said_at_start(
-    measurement: Measurement, name: str, probe: SpectralProbe, folder: RunFolder | None, *, beside: bool, writes: bool
+    measurement: Measurement, name: str, probe: SpectralProbe, folder: RunFolder | None, *, beside: bool, is_first: bool
 ) -> str:
     """One line about what is measured, what it takes, and where the numbers go."""
     sites, settings = probe.sites, measurement.settings
     state = "unknown before the first forward" if probe.state_mib is None else f"{probe.state_mib:.1f} MiB"
-    place = "a folder that the first window opens" if folder is None else f"`{folder.path}`"
+    place = "records in a folder that the first window opens" if folder is None else f"records in `{folder.path}`"
+    is_dry = folder is not None and is_first and not folder.writes
     products = "".join(f"products of width {width} by {choice}; " for width, choice in probe.products.items())
     named = f" ({sites[0].name} ... {sites[-1].name})" if sites else ", none in this stage"
     return (
@@ -199,7 +200,7 @@ def said_at_start(
         f"to {probe.waiting_mib:.1f} MiB of rows, {_when(settings)}; {products}"
         f"{'' if probe.plan is None else f'{probe.plan}; '}"
         f"{'solved in the background; ' if beside else ''}"
-        f"{f'records in {place}' if writes else 'a dry run: nothing is written'}."
+        f"{'a dry run: nothing is written' if is_dry else place}."
     )
 
 

@@ -103,9 +103,7 @@ class Observer:
             self.detach()
             raise
         self.state = "armed"
-        said = said_at_start(
-            self.measurement, self.name, probe, self.run_folder, beside=beside, writes=host.writes or not host.is_first
-        )
+        said = said_at_start(self.measurement, self.name, probe, self.run_folder, beside=beside, is_first=host.is_first)
         host.inform(said)
 
     @property

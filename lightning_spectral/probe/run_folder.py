@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 import secrets
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -36,7 +38,18 @@ _KINDS: dict[str, Any] = {
 }
 _WAITING_AT_MOST = 50_000  # records kept in memory, about 2 KB each, while they cannot be written
 _WAITING_BYTES = 128 << 20  # likewise of files of eigenvalues
+_REHEARSAL: ContextVar[bool] = ContextVar("rehearsal", default=False)
 _EIGENVALUE_FILE = re.compile(rf"{rec.EIGENVALUES_FOLDER}/\w+\.safetensors", re.ASCII)
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Run folders that are made here are dry runs: none is opened, and no earlier run is moved aside."""
+    token = _REHEARSAL.set(True)
+    try:
+        yield
+    finally:
+        _REHEARSAL.reset(token)
 
 
 class RunFolder:
@@ -62,7 +75,7 @@ class RunFolder:
         locks: bool = False,
     ) -> None:
         self.wanted = self.path = Path(path)
-        self.writes, self.info = writes, info
+        self.writes, self.info = writes and not _REHEARSAL.get(), info
         # of each file: key of a record -> its fields that hold something; empty for what was on disk before
         self._known: dict[str, dict[tuple[Any, ...], frozenset[str]]] = {name: {} for name in _READERS}
         self._field_sets: dict[frozenset[str], frozenset[str]] = {}  # each once: a run has a few, and many records
@@ -72,7 +85,7 @@ class RunFolder:
         self._num_dropped, self._num_files_dropped = 0, 0
         self._told = False
         self._lock: RunLock | None = None
-        if writes:
+        if self.writes:
             try:
                 self._open(resume, makes_room, locks)
             except BaseException:

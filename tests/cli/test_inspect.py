@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -184,6 +185,55 @@ def test_a_script_with_a_trainer_of_which_only_parts_are_called(capsys, tmp_path
     (row,), _ = rows_of(capsys, str(tmp_path / "train.py"))
     assert (row["stack"], row["width"], row["layout"]) == ("net.blocks", 40, "(B, T)")
     assert not (tmp_path / "train.py.done").exists()
+
+
+MEASURES = """
+import os
+from lightning_spectral import observe
+assert os.environ["WANDB_MODE"] == "disabled"
+model = Net()
+with observe(model, every_n_steps=1, out="here") as probe:
+    model(torch.randint(1, 60, (3, 9))).square().mean().backward()
+"""
+
+MEASURES_IN_A_TRAINER = """
+import lightning.pytorch as pl
+from pathlib import Path
+from lightning_spectral import SpectralRankCallback, TailTokenProbe, WeightSpectrumCallback
+class Lit(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+    def on_fit_start(self):
+        Path(self.logger.log_dir, "config.txt").write_text(str(self.trainer.log_dir))
+    def training_step(self, batch, index):
+        return self.net(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+kinds = [SpectralRankCallback, WeightSpectrumCallback, lambda **args: TailTokenProbe(counts="stream", **args)]
+trainer = pl.Trainer(max_steps=3, accelerator="cpu", callbacks=[kind(every_n_steps=1, ARGS) for kind in kinds])
+trainer.fit(Lit(), torch.utils.data.DataLoader(torch.randint(1, 60, (8, 9)), batch_size=4))
+"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    [MEASURES, MEASURES_IN_A_TRAINER.replace("ARGS", ""), MEASURES_IN_A_TRAINER.replace("ARGS", 'dirpath="here"')],
+)
+def test_a_script_that_measures_already_leaves_every_folder_as_it_was(capsys, tmp_path, monkeypatch, script):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "train.py").write_text(CLASS + script)
+    earlier = tmp_path / "here" / "spectral.jsonl"
+    earlier.parent.mkdir()
+    earlier.write_text("of an earlier run\n")
+    (tmp_path / "here" / "run.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    (row,), _ = rows_of(capsys, str(tmp_path / "train.py"))
+    assert (row["width"], row["layout"]) == (40, "(T, B)")
+    assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in path.parts] == before
+    assert earlier.read_text() == "of an earlier run\n"
+    assert os.environ["WANDB_MODE"] == "offline"
 
 
 @pytest.mark.parametrize(

@@ -55,19 +55,19 @@ class BatchAdapter:
         Args:
             batch: What the script was given.
             ids: Token ids of the call, where known.
-            shape: Shape of its places.
+            shape: Shape of its places; what ``mask_fn`` returns may have a column more, as the ids of a batch have.
 
         Raises:
             ValueError: If ``mask_fn`` returns another shape.
         """
         if self._mask_fn is not None:
             given = self._mask_fn(batch)
-            if given is not None and tuple(given.shape) != tuple(shape):
+            if given is not None and not _fits(given, shape):
                 raise ValueError(
                     f"The padding mask has shape {tuple(given.shape)} but the model was given ids of shape "
                     f"{tuple(shape)}: pass a `mask_fn(batch)` that returns one value per id."
                 )
-            return None if given is None else given.bool()
+            return None if given is None else _cut(given, shape).bool()
         beside = _beside(batch, ids, shape)
         masks = [entry for entry in beside if _is_mask(entry, ids)]
         if masks:

@@ -42,15 +42,20 @@ class GivenIds:
         self._refused = ""
 
     def __call__(self, calls: Sequence[ForwardCall]) -> tuple[list[ForwardCall], dict[str, str]]:
-        """The calls, each with the next rows of the ids where it knows none itself, and what is to be said of them."""
+        """The calls, each with the next rows of the ids where it knows none itself, and what is to be said of them.
+
+        A call that has ids of its own takes the padding of those that were given.
+        """
         notes: dict[str, str] = {}
         return [self._of(call, notes) for call in calls], notes
 
     def _of(self, call: ForwardCall, notes: dict[str, str]) -> ForwardCall:
-        if call.ids is not None or not (self._waiting or self._refused):
+        if not (self._waiting or self._refused):
             return call
         rows = call.shape[0] if call.shape else 0
         left = self._waiting[0] if self._waiting else None
+        if call.ids is not None:
+            return call if left is None else self._masked(call, left)
         if left is None or len(call.shape) != 2 or call.shape[1] != left.shape[1] or len(left) < rows:
             given = f"the ids that are left, {tuple(left.shape)}" if left is not None else "what was given"
             notes["given_ids"] = self._refused or (
@@ -58,7 +63,18 @@ class GivenIds:
                 "stage is given, once for each batch"
             )
             return replace(call, reason=notes["given_ids"])
-        ids, self._waiting[0] = left[:rows], left[rows:]
-        if rows == len(left):
+        return replace(call, ids=self._take(rows).to(call.sequences_P.device), layout="given", reason="")
+
+    def _masked(self, call: ForwardCall, left: Tensor) -> ForwardCall:
+        given = left[: call.shape[0]].to(call.sequences_P.device)
+        real = given >= 0
+        if given.shape != call.shape or not bool(((given == call.ids) | ~real).all()):
+            return call  # of another text
+        self._take(call.shape[0])
+        return replace(call, mask=real if call.mask is None else real & call.mask) if not bool(real.all()) else call
+
+    def _take(self, rows: int) -> Tensor:
+        ids, self._waiting[0] = self._waiting[0][:rows], self._waiting[0][rows:]
+        if not len(self._waiting[0]):
             self._waiting.popleft()
-        return replace(call, ids=ids.to(call.sequences_P.device), layout="given", reason="")
+        return ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 import lightning_spectral as ls
+from lightning_spectral.models.calls import ForwardCall
 from lightning_spectral.probe.given_ids import GivenIds
 from lightning_spectral.records import SpectralRecord, read_losses, read_spectral
 from tests.distributed.harness import run_ranks
@@ -238,10 +240,23 @@ def test_ids_that_do_not_fit_later_are_a_reason_and_training_goes_on(tmp_path: P
     assert {by_layer(tmp_path, 4)[layer, "tail"].status for layer in range(LAYERS)} == {"few_tokens"}
 
 
-def test_negative_ids_are_padding(tmp_path: Path) -> None:
+def test_negative_ids_are_padding_in_every_stage(tmp_path: Path) -> None:
     run_ranks(staged, 2, tmp_path, ScheduleGPipe, lambda step, ids: F.pad(ids[:, :-5], (0, 5), value=-100))
     found = by_layer(tmp_path, 2)
-    assert [found[layer, "pooled"].num_tokens for layer in range(LAYERS)] == [96, 96, 56, 56]
+    assert [found[layer, "pooled"].num_tokens for layer in range(LAYERS)] == [56, 56, 56, 56]
+
+
+def test_given_padding_of_calls_that_have_ids_of_their_own() -> None:
+    ids = torch.arange(24).view(4, 6)
+    call = ForwardCall("", (2, 6), ids[:2], torch.arange(12) // 6, 2, {}, {})
+    given, other = GivenIds(), replace(call, ids=ids[2:] + 1)
+    given.add(torch.where(ids % 6 < 4, ids, -100))
+    (first, unlike, last), notes = given([replace(call, mask=ids[:2] > 0), other, replace(call, ids=ids[2:])])
+    assert torch.equal(first.mask, (ids[:2] % 6 < 4) & (ids[:2] > 0))  # type: ignore[arg-type]
+    assert unlike is other
+    assert torch.equal(last.mask, ids[2:] % 6 < 4)  # type: ignore[arg-type]
+    assert torch.equal(last.ids, ids[2:])  # type: ignore[arg-type]
+    assert not notes
 
 
 def focal(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

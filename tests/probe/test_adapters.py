@@ -78,6 +78,8 @@ def test_each_of_two_sequences_has_its_own_mask() -> None:
 def test_a_mask_fn_comes_first_and_must_fit() -> None:
     assert torch.equal(BatchAdapter(lambda batch: ~REAL).mask(BATCHES["dict"], IDS, IDS.shape), ~REAL)
     assert BatchAdapter(lambda batch: None).mask(BATCHES["dict"], IDS, IDS.shape) is None
+    longer = torch.cat([IDS, IDS[:, :1]], 1)
+    assert torch.equal(BatchAdapter(lambda batch: batch != 5).mask(longer, IDS, IDS.shape), IDS != 5)
     with pytest.raises(ValueError, match=r"shape \(2, 2\) but the model was given ids of shape \(4, 8\)"):
         BatchAdapter(lambda batch: torch.ones(2, 2)).mask(IDS, IDS, IDS.shape)
 

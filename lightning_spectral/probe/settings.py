@@ -98,9 +98,9 @@ class ProbeSettings:
         dirpath: Run folder; default ``save_dir/name/version`` of the first logger, or the trainer's root directory.
         run_id: Id of the run; default a timestamp and a random suffix.
         labels: Free labels for analysis, e.g. ``{"optimizer": "muon"}``.
-        mask_fn: ``batch -> (B, T)`` mask, False at padding, instead of what the model's own arguments and the batch say;
-            of a column more than the model's ids the last is cut off. All but Lightning pass what the model was
-            called with: its keyword arguments, or else the tuple of the others.
+        mask_fn: ``batch -> (B, T)`` mask, False at padding, instead of what the model's arguments and the batch say; of
+            a column more than the model's ids the last is cut off. All but Lightning pass what the model was called
+            with: its keyword arguments, or else the tuple of the others.
         on_nonfinite: NaN or Inf activations are recorded with a status and ``warn`` once, only ``record``, or
             ``raise``.
         memory_limit_mib: What the state of a window may take on each rank; default a quarter of what is free when

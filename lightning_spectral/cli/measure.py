@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 HINTS = """globs of down projections (and up projections) in blocks of which the structure is not understood; all others
 are measured as without"""
+_STEPS = """\
+The step of a checkpoint is read from trainer_state.json, else from its name: step1000, step-8.ckpt, checkpoint-500,
+global_step12, iter_100, stage1-step10000-tokens42B, or 1000 in a folder `steps`. Any other number is none
+(revision-1000, 1000): link it as step-1000. Three or more in one folder with different steps are one curve."""
 _BUCKETS = ("pooled", "head", "mid", "tail")
 
 
@@ -26,6 +30,7 @@ def main(argv: list[str]) -> int:
     """Run the verb; 0 done, 2 bad input."""
     parser = VerbParser(
         "measure",
+        epilog=_STEPS,
         description="Ranks of checkpoints on a text: no training loop, the records of a run. One or two are shown side "
         "by side; of more, every model (the folder around its steps) becomes a run folder, and a second call goes on.",
     )
@@ -142,9 +147,12 @@ def _series(checkpoints: list[Path], options: argparse.Namespace) -> int:
     from lightning_spectral.probe.guard import DeliberateError
     from lightning_spectral.records import read_spectral
     from lightning_spectral.sweep.launchers import calls_on_ray
+    from lightning_spectral.training.checkpoint_names import why_no_curve
     from lightning_spectral.training.measure_series import measure_series
 
     out = aside(options.format)
+    for sentence in why_no_curve(checkpoints):
+        print(f"note: {sentence}", file=out)
     try:
         result = measure_series(
             checkpoints,

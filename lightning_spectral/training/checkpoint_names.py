@@ -1,7 +1,8 @@
 """Which step a checkpoint is of, by what lies beside it and by its name; never guessed.
 
-``step1000``, ``step-00000008``, ``epoch=0-step=100.ckpt``, ``checkpoint-500``, ``global_step12``, ``iter-000100`` and
-``stage1-step10000-tokens42B`` are names that people use; a Hugging Face Trainer leaves ``trainer_state.json``.
+``step1000``, ``step-00000008``, ``epoch=0-step=100.ckpt``, ``checkpoint-500``, ``global_step12``, ``iteration-100`` and
+``stage1-step10000-tokens42B`` are names that people use, as is ``1000`` in a folder ``steps``; a Hugging Face Trainer
+leaves ``trainer_state.json``. A number alone may be a width, a seed or a version, and ``revision-2`` is one.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from lightning_spectral.text import parse_json
 
 _NOT_WHOLE = r"(?![a-z\d]|\.\d|[_,]\d{3}(?!\d))"  # 1.2.3 is a version, 1_000 may be a step or two numbers
 _STEP = re.compile(
-    r"(?:^|[^a-z])(?:global[-_]?)?(?:steps?|iter|checkpoint|ckpt|update)[-_=]?(\d+(?:\.\d+)?)([km]?)" + _NOT_WHOLE, re.I
+    r"(?:^|[^a-z])(?:global[-_]?)?(?:steps?|iter(?:ation)?s?|checkpoint|ckpt|updates?)[-_=]?(\d+(?:\.\d+)?)([km]?)"
+    + _NOT_WHOLE,
+    re.I,
 )
+_COUNTS_STEPS = re.compile(r"(?:global[-_]?)?(?:steps?|iter(?:ation)?s?|updates?)", re.I)  # of a folder of numbers
 _TOKENS = re.compile(r"(?:^|[^a-z])tokens?[-_=]?(\d+(?:\.\d+)?)([kmbt]?)(?![a-z\d])", re.I)
 _SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _WEIGHTS = ("lit_model.pth", "*.safetensors", "*.ckpt")
@@ -34,7 +38,7 @@ class Progress:
 
 def progress_of(checkpoint: Path) -> Progress:
     """Step and tokens by ``trainer_state.json``, else by the name of the file or folder."""
-    found = _progress_of_name(checkpoint.name)
+    found = _progress_of_name(_telling_name(checkpoint))
     try:
         state = parse_json((checkpoint / "trainer_state.json").read_text())
         step, tokens = state.get("global_step"), state.get("num_input_tokens_seen")
@@ -42,6 +46,13 @@ def progress_of(checkpoint: Path) -> Progress:
         return found
     step = step if isinstance(step, int) else found.step
     return Progress(step, tokens if isinstance(tokens, int) and tokens > 0 else found.tokens)
+
+
+def _telling_name(checkpoint: Path) -> str:
+    """Its name; behind that of the folder where this says what a bare number counts, as in ``steps/1000``."""
+    parent = checkpoint.absolute().parent.name
+    bare = checkpoint.name.isdecimal() and _COUNTS_STEPS.fullmatch(parent)
+    return f"{parent}-{checkpoint.name}" if bare else checkpoint.name
 
 
 def _progress_of_name(name: str) -> Progress:
@@ -110,18 +121,47 @@ def folders_of(checkpoints: Sequence[Path], out: Path) -> dict[Path, list[Path]]
     Checkpoints of one parent folder whose steps are known and differ are one model at several steps: one run folder,
     named as the parent. Every other checkpoint has a run folder of its own.
     """
-    by_parent: dict[Path, list[Path]] = {}
-    for checkpoint in checkpoints:
-        by_parent.setdefault(checkpoint.absolute().parent, []).append(checkpoint)
+    by_parent = _by_parent(checkpoints)
     names = _short_names(list(by_parent))
     folders: dict[Path, list[Path]] = {}
     for parent, members in by_parent.items():
         steps = [progress_of(member).step for member in members]
-        if len(set(steps)) == len(members) and None not in steps and len(members) > 1:
+        if _is_curve(steps):
             folders[out / names[parent]] = members
         else:
             folders |= {out / names[parent] / _stem(member): [member] for member in members}
     return folders
+
+
+def why_no_curve(checkpoints: Sequence[Path]) -> list[str]:
+    """A sentence for every folder whose checkpoints look like steps of one model and are not joined."""
+    said = []
+    for parent, members in _by_parent(checkpoints).items():
+        steps = [progress_of(member).step for member in members]
+        unknown = [member.name for member, step in zip(members, steps, strict=True) if step is None]
+        alike = len({re.sub(r"\d+", "", member.name) for member in members}) == 1
+        if len(members) < 2 or _is_curve(steps) or (len(unknown) == len(members) and not alike):
+            continue
+        one = unknown[0] if unknown else members[0].name
+        why = f"the name `{one}` says no step" if unknown else "two of them are of the same step"
+        link = f"link it under a name with its step (`ln -s {one} step-1000`)" if unknown else "give each a folder"
+        said.append(
+            f"the {len(members)} checkpoints in `{parent}` are no curve over steps, each is a run of its own: {why}. "
+            f"If they are steps of one model, {link}, or choose by a glob."
+        )
+    return said
+
+
+def _by_parent(checkpoints: Iterable[Path]) -> dict[Path, list[Path]]:
+    by_parent: dict[Path, list[Path]] = {}
+    for checkpoint in checkpoints:
+        by_parent.setdefault(checkpoint.absolute().parent, []).append(checkpoint)
+    return by_parent
+
+
+def _is_curve(steps: Sequence[int | None]) -> bool:
+    """Whether checkpoints of one folder are one model at several steps."""
+    return len(steps) > 1 and None not in steps and len(set(steps)) == len(steps)
 
 
 def _short_names(parents: Sequence[Path]) -> dict[Path, Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -19,7 +20,7 @@ from lightning_spectral import cli, read_spectral
 from lightning_spectral.data.corpus import Corpus
 from lightning_spectral.records import read_losses
 from lightning_spectral.training import measure_series as series
-from lightning_spectral.training.checkpoint_names import Progress, find_checkpoints, folders_of, progress_of
+from lightning_spectral.training.checkpoint_names import Progress, find_checkpoints, folders_of, progress_of, why_no_curve
 from lightning_spectral.training.pretrain import run
 from lightning_spectral.training.recipe import load
 from tests.tiny import LIGHTNING_WARNINGS, tiny_text, tiny_tree, write_recipe
@@ -52,6 +53,16 @@ pytestmark = [pytest.mark.filterwarnings(text) for text in LIGHTNING_WARNINGS]
         ("step1.5", None, None),
         ("step-1.2.3", None, None),
         ("step1e3", None, None),
+        ("iteration_300", 300, None),
+        ("iterations-300", 300, None),
+        ("updates7", 7, None),
+        ("revision-step1000", 1000, None),
+        ("revision-1000", None, None),  # a version
+        ("1000", None, None),  # a width, a seed
+        ("steps/1000", 1000, None),
+        ("global_step/0000012", 12, None),
+        ("iters/final", None, None),
+        ("checkpoints/64", None, None),
         ("step3b", None, None),  # no step, or one of another unit: not guessed
     ],
 )
@@ -87,6 +98,38 @@ def test_models_at_several_steps_share_a_folder(tmp_path: Path) -> None:
     }
     with pytest.raises(FileNotFoundError, match="no checkpoint at `.*/none\\*`: give a litgpt folder"):
         find_checkpoints([str(tmp_path / "none*")])
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["revision-1000", "revision-2000", "revision-3000"], "the name `revision-1000` says no step"),
+        (["10", "20"], "`ln -s 10 step-1000`"),
+        (["step1", "step2", "main"], "the 3 checkpoints in `.*hub` are no curve .* the name `main` says no step"),
+        (["a-step1", "b-step1"], "two of them are of the same step.*give each a folder"),
+        (["step1", "step2", "step3"], None),
+        (["small", "large", "huge"], None),  # models
+        (["1000"], None),
+    ],
+)
+def test_what_looks_like_steps_and_is_not_joined_is_said(names: list[str], said: str | None) -> None:
+    checkpoints = [Path("/nowhere/hub") / name for name in names]
+    sentences = why_no_curve([*checkpoints, Path("/nowhere/other/final")])
+    assert len(sentences) == (said is not None)
+    assert said is None or re.search(said, sentences[0])
+    assert (len(folders_of(checkpoints, Path("out"))) < len(names)) == (names == ["step1", "step2", "step3"])
+
+
+def test_the_verb_says_so_before_it_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("revision-1", "revision-2", "revision-3"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(b"")
+    (tmp_path / "text.txt").write_text("no more than this")
+    words = ["measure", str(tmp_path), "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 2  # they hold no weights
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"note: the 3 checkpoints in `{tmp_path}` are no curve over steps")
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,8 @@ class SpectralCallback(BeginsFit, AttachedToTrainer, EvaluationHooks):
         if trainer.ckpt_path is None and trainer.global_step == 0:
             self.observer.forget()
         self.attach(trainer, pl_module)
+        if trainer.ckpt_path is not None and self.run_folder is not None and self.measurement.settings.dirpath is None:
+            self.progress.warn_of_gap(self.run_folder)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_spectral.probe.guard import warn
 from lightning_spectral.probe.observer import Observer
+from lightning_spectral.probe.run_folder import RunFolder
 
 ENTRY = "lightning_spectral"
 _OURS = ("SpectralRankCallback", "TailTokenProbe")
@@ -23,11 +25,13 @@ class Progress:
     Attributes:
         has_state: Whether the callback's own state came with the checkpoint that was loaded.
         run_id: The run that the loaded checkpoint is of, if known.
+        folder: Where that run's records were written, if known.
     """
 
     def __init__(self) -> None:
         self.has_state = False
         self.run_id: str | None = None
+        self.folder: str | None = None
         self._loaded_step: int | None = None
         self._loaded_tokens: int | None = None
         self._trained_to: int | None = None
@@ -35,14 +39,20 @@ class Progress:
 
     def save(self, observer: Observer, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         """Write the entry into a checkpoint."""
-        run_id = observer.run_folder.run_id if observer.run_folder else None
-        checkpoint[ENTRY] = {"step": trainer.global_step, "tokens_seen": observer.tokens.seen, "run_id": run_id}
+        folder = observer.run_folder
+        checkpoint[ENTRY] = {
+            "step": trainer.global_step,
+            "tokens_seen": observer.tokens.seen,
+            "run_id": folder.run_id if folder else None,
+            "folder": str(folder.path) if folder else None,
+        }
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Read it from the checkpoint that a Trainer restores."""
         entry = checkpoint.get(ENTRY) or _earlier(checkpoint.get("callbacks") or {})
         self._loaded_step = checkpoint.get("global_step")
         self._loaded_tokens, self.run_id = entry.get("tokens_seen"), entry.get("run_id")
+        self.folder = entry.get("folder")
         self.has_state = False
 
     def reconcile(self, observer: Observer, step: int) -> None:
@@ -53,6 +63,16 @@ class Progress:
             observer.tokens.seen = self._loaded_tokens if self._loaded_step == step else None
             observer.schedule.previous = None
         self._trained_to = step
+
+    def warn_of_gap(self, folder: RunFolder) -> None:
+        """Say where the earlier records are, if a resumed run does not go on in their folder."""
+        if folder.writes and self.run_id not in (None, folder.run_id):
+            before = f"`{self.folder}`" if self.folder else f"the folder of the run `{self.run_id}`"
+            warn(
+                f"the resumed run records in `{folder.path}`, its records up to step {self._loaded_step} are in "
+                f"{before}: a logger that counts versions has begun a new one. `dirpath=`, or a logger with a `version` "
+                "of yours, keeps a run in one folder."
+            )
 
     def of_weights(self, observer: Observer, trainer: pl.Trainer) -> tuple[int | None, int | None]:
         """Step and tokens of the weights that an evaluation has seen."""

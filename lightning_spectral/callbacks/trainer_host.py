@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_spectral.lightning_private import callback_metrics
@@ -68,10 +69,14 @@ def host_of(
 
 
 def folder_of(trainer: pl.Trainer) -> str:
-    """``save_dir/name/version`` of the first logger, where Lightning puts checkpoints too; else the root directory."""
+    """``save_dir/name/version`` of the TensorBoard logger, else of the first; without a logger the root directory.
+
+    So that the tab SPECTRAL finds records beside the event files, whatever other loggers there are.
+    """
     if not trainer.loggers:
         return str(trainer.default_root_dir)
-    logger = trainer.loggers[0]
+    drawn = (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
+    logger = next(drawn, trainer.loggers[0])
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return os.path.join(str(logger.save_dir or trainer.default_root_dir), str(logger.name), version)
 

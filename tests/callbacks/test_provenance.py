@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,43 @@ def test_records_lie_where_checkpoints_do(tmp_path: Path, logger: Any, folder: s
     trainer.fit(tiny.Module(), tiny.loader())
     assert (tmp_path / folder / "spectral.jsonl").exists()
     assert (tmp_path / folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("tensorboard_first", [True, False])
+def test_of_several_loggers_records_lie_beside_tensorboards_files(tmp_path: Path, tensorboard_first: bool) -> None:
+    loggers: list[Any] = [TensorBoardLogger(tmp_path / "tb", name="n"), CSVLogger(tmp_path / "csv")]
+    trainer = tiny.trainer(
+        tmp_path, [SpectralRankCallback(1)], logger=loggers if tensorboard_first else loggers[::-1], max_steps=1
+    )
+    trainer.fit(tiny.Module(), tiny.loader())
+    (file,) = tmp_path.rglob("spectral.jsonl")
+    assert file.parent == tmp_path / "tb" / "n" / "version_0"
+    assert list(file.parent.glob("events.out.tfevents.*"))
+
+
+def resumed(path: Path, checkpoint: str, callback: SpectralRankCallback, **logger: Any) -> tuple[str, list[str]]:
+    """Where it records, and what it said about that."""
+    trainer = tiny.trainer(path, [callback], max_steps=4, logger=TensorBoardLogger(path, name="n", **logger))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(tiny.Module(), tiny.loader(), ckpt_path=checkpoint)
+    said = [str(one.message) for one in caught]
+    return callback.run_folder.path.name, [text for text in said if "the resumed run records" in text]
+
+
+def test_a_run_that_is_resumed_into_another_folder_says_where_it_began(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, [SpectralRankCallback(1)], max_steps=3, logger=TensorBoardLogger(tmp_path, "n"))
+    trainer.fit(tiny.Module(), tiny.loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = str(tmp_path / "a.ckpt")
+    folder, (said,) = resumed(tmp_path, checkpoint, SpectralRankCallback(1))
+    assert folder == "version_1"
+    assert re.search("`.*/n/version_1`, its records up to step 3 are in `.*/n/version_0`: .* `dirpath=`", said)
+    assert seen(tmp_path / "n" / "version_1") == [("train", 3, 3 * ROWS)]
+    asked_for = SpectralRankCallback(1, dirpath=str(tmp_path / "mine"))
+    assert resumed(tmp_path, checkpoint, asked_for) == ("mine", [])
+    assert resumed(tmp_path, checkpoint, SpectralRankCallback(1), version=0) == ("version_0", [])
+    assert seen(tmp_path / "n" / "version_0") == [("train", step, step * ROWS) for step in range(4)]
 
 
 @pytest.mark.parametrize(("accumulate", "epochs", "expected"), [(1, 2, 7), (2, 2, 3), (3, 1, 1)])

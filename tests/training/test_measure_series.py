@@ -20,7 +20,13 @@ from lightning_spectral import cli, read_spectral
 from lightning_spectral.data.corpus import Corpus
 from lightning_spectral.records import read_losses
 from lightning_spectral.training import measure_series as series
-from lightning_spectral.training.checkpoint_names import Progress, find_checkpoints, folders_of, progress_of, why_no_curve
+from lightning_spectral.training.checkpoint_names import (
+    Progress,
+    find_checkpoints,
+    folders_of,
+    progress_of,
+    why_no_curve,
+)
 from lightning_spectral.training.pretrain import run
 from lightning_spectral.training.recipe import load
 from tests.tiny import LIGHTNING_WARNINGS, tiny_text, tiny_tree, write_recipe

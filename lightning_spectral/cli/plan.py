@@ -8,7 +8,17 @@ from itertools import product
 from typing import Any
 
 from lightning_spectral.cli.parser import at_least, parse_recipe_words, recipe_parser
-from lightning_spectral.sweep.budget import DEFAULT_MFU, LAUNCHES_S, PEAK_FLOPS, RunCost, duration, hours, run_cost
+from lightning_spectral.sweep.budget import (
+    DEFAULT_MFU,
+    LAUNCHES_S,
+    MEMORY_BYTES,
+    PEAK_FLOPS,
+    RunCost,
+    duration,
+    hours,
+    memory,
+    run_cost,
+)
 from lightning_spectral.text import CommandError
 from lightning_spectral.text.tables import Table, add_format_option, print_table
 
@@ -67,12 +77,20 @@ def _costs(options: argparse.Namespace, words: Sequence[str]) -> list[RunCost]:
     return costs
 
 
+def _window(cost: RunCost, gpu: str) -> str:
+    all_rows = f"{memory(cost.measure_bytes)} on each rank, {cost.windows} windows in a run"
+    limit = MEMORY_BYTES[gpu] / 4  # `memory_limit_mib` by default: of what is free, so at most that
+    if cost.measure_bytes <= limit:
+        return all_rows
+    return f"{all_rows}; more than the {memory(limit)} that it may take of one {gpu}: a sample of rows is kept"
+
+
 def _table(costs: Sequence[RunCost], gpu: str, mfu: float, num_gpus: int) -> Table:
     total = sum(cost.train_flops for cost in costs)
     measuring = sum(cost.measure_flops for cost in costs)
     largest = max(costs, key=lambda cost: cost.state_bytes)
     widest = max(costs, key=lambda cost: cost.measure_bytes)
-    per_gpu = largest.state_bytes / 2**30
+    per_gpu = largest.state_bytes
     all_runs, steps = hours(total, gpu, mfu, num_gpus), sum(cost.steps for cost in costs)
     launch_bound = []
     if all_runs * 3600 / steps < LAUNCHES_S / 2:
@@ -86,8 +104,8 @@ def _table(costs: Sequence[RunCost], gpu: str, mfu: float, num_gpus: int) -> Tab
         ("time", f"{duration(all_runs)} on {num_gpus} x {gpu} at {mfu:.0%} of its peak, all runs"),
         ("longest run", duration(hours(max(c.train_flops for c in costs), gpu, mfu, num_gpus))),
         *launch_bound,
-        ("memory", f"{per_gpu:.2f} GiB a GPU under DDP, {per_gpu / num_gpus:.2f} under FSDP; activations on top"),
-        ("a window", f"{widest.measure_bytes / 2**30:.2f} GiB on each rank, {widest.windows} windows in a run"),
-        ("disk", f"{sum(cost.disk_bytes for cost in costs) / 2**30:,.1f} GiB"),
+        ("memory", f"{memory(per_gpu)} a GPU under DDP, {memory(per_gpu / num_gpus)} under FSDP; activations on top"),
+        ("a window", _window(widest, gpu)),
+        ("disk", memory(sum(cost.disk_bytes for cost in costs))),
     ]
     return Table(("what", "estimate"), rows)

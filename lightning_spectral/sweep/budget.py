@@ -1,16 +1,18 @@
 """What a recipe or a sweep takes, before anything starts: arithmetic on the recipes, nothing is built.
 
-Floating-point operations of training are ``6 N`` per token for the N parameters of the matrix products (embedding
-looked up, head multiplied), plus ``12 L d T`` for attention over T tokens (arXiv:2001.08361, arXiv:2204.02311). Memory
-is that of weights, gradients and optimizer state; activations come on top.
+Floating-point operations of training are ``6 N`` per token for the N parameters of the matrix products that a token
+goes through (embedding looked up, head multiplied, of experts its own), plus ``12 L d T`` for attention over
+T tokens (arXiv:2001.08361, arXiv:2204.02311). Memory is that of weights, gradients and optimizer state; activations
+come on top.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
+from lightning_spectral.sweep.model_size import ModelSize, model_size
 from lightning_spectral.text import CommandError, did_you_mean
 
 # dense bf16 peak, FLOP/s; vendors' data sheets (SXM modules where there are several)
@@ -23,11 +25,20 @@ PEAK_FLOPS: Final = {
     "rtx4090": 165e12,
     "mi300x": 1_307e12,
 }
+MEMORY_BYTES: Final = {
+    "a100": 80 * 2**30,
+    "h100": 80 * 2**30,
+    "h200": 141 * 2**30,
+    "b200": 192 * 2**30,
+    "l40s": 48 * 2**30,
+    "rtx4090": 24 * 2**30,
+    "mi300x": 192 * 2**30,
+}
 DEFAULT_MFU: Final = 0.4
 # Of a step whose products take no time: 28,800 steps of the pocket GPT took 417 s of an H100 that 14 workers shared,
 # one of eight layers by itself 24 ms.
 LAUNCHES_S: Final = 0.02
-RECORD_BYTES: Final = 1_300
+RECORD_BYTES: Final = 1_600  # of a bucket's ranks and losses
 _GROUPS: Final = {"TailTokenProbe": 3, "SpectralRankCallback": 1}
 
 
@@ -68,23 +79,30 @@ def run_cost(name: str, content: Mapping[str, Any]) -> RunCost:
         content: A recipe's tree with its overrides.
 
     Raises:
-        CommandError: If the recipe does not say how large the model or how long the run is.
+        CommandError: If the recipe does not say how long the run is, or litgpt refuses its model.
     """
-    model, train = _model(content), content.get("train") or {}
-    layers, width, seq = model["n_layer"], model["n_embd"], train.get("max_seq_length") or model["block_size"]
+    size, train = model_size(content), content.get("train") or {}
+    seq = train.get("max_seq_length") or size.block_size
     steps, tokens = _length(train, seq)
-    hidden = layers * (model["attention"] + model["matrices"] * width * model["ffn"])
-    head = model["vocab"] * width
-    flops = tokens * (6 * (hidden + head) + 12 * layers * width * seq)
-    parameters = hidden + 2 * head
     windows, every_window = _windows(content, steps), _rows_per_window(content, train, seq)
     groups, sites = _groups_and_sites(content)
-    products = windows * every_window * layers * sites * model["ffn"] ** 2
-    window_bytes = 4 * groups * sites * layers * 0.5625 * model["ffn"] ** 2
-    records = windows * layers * sites * (groups + (groups > 1)) * RECORD_BYTES
-    state = 4 * (parameters * 2 + _optimizer_slots(content, hidden, parameters))
-    disk = 2 * (state - 4 * parameters) + 4 * parameters + records
-    return RunCost(name, parameters, tokens, steps, flops, state, products, window_bytes * bool(windows), windows, disk)
+    products = sum(down.number * down.share * down.columns**2 for down in size.down)
+    window_bytes = 4 * groups * sites * 0.5625 * sum(down.number * down.columns**2 for down in size.down)
+    records = windows * sum(down.number for down in size.down) * sites * _records_of_a_site(content) * RECORD_BYTES
+    optimizer = 4 * _optimizer_numbers(content, size)
+    weights = 4 * size.parameters
+    return RunCost(
+        name=name,
+        parameters=size.parameters,
+        tokens=tokens,
+        steps=steps,
+        train_flops=tokens * size.flops_per_token(seq),
+        state_bytes=2 * weights + optimizer,
+        measure_flops=windows * every_window * sites * products,
+        measure_bytes=window_bytes * bool(windows),
+        windows=windows,
+        disk_bytes=2 * (weights + optimizer) + weights + records,
+    )
 
 
 def hours(flops: float, gpu: str, mfu: float, num_gpus: int) -> float:
@@ -105,37 +123,11 @@ def duration(hours: float) -> str:
     return f"{hours * 60:.1f} minutes" if hours < 1.5 else f"{hours:,.1f} hours"
 
 
-def _model(content: Mapping[str, Any]) -> dict[str, int]:
-    given = content.get("model_config")
-    if given is None:
-        from litgpt.config import Config  # seconds to import: only for a model that is litgpt's own
-
-        from lightning_spectral.training.document import named_config
-
-        given = asdict(Config(**named_config(str(content.get("model_name")))))
-    missing = [name for name in ("n_layer", "n_embd") if not given.get(name)]
-    if missing:
-        raise CommandError(f"`model_config.{missing[0]}` is not given: the size of the model is not known.")
-    width, heads = int(given["n_embd"]), int(given.get("n_head") or 1)
-    groups = int(given.get("n_query_groups") or heads)
-    multiplier = (content.get("architecture") or {}).get("ffn_multiplier")
-    ffn = round(multiplier * width) if multiplier else int(given.get("intermediate_size") or 4 * width)
-    gated = "LLaMA" in str(given.get("mlp_class_name", "")) or "Gemma" in str(given.get("mlp_class_name", ""))
-    return {
-        "n_layer": int(given["n_layer"]),
-        "n_embd": width,
-        "block_size": int(given.get("block_size") or 512),
-        "ffn": ffn,
-        "matrices": 3 if gated else 2,
-        "attention": 2 * width * width + 2 * width * width * groups // heads,
-        "vocab": int(given.get("padded_vocab_size") or given.get("vocab_size") or _data_vocabulary(content)),
-    }
-
-
-def _data_vocabulary(content: Mapping[str, Any]) -> int:
-    data = content.get("data")
-    init_args = (data.get("init_args") or {}) if isinstance(data, Mapping) else {}
-    return int(init_args.get("vocab_size") or 2048)
+def memory(num_bytes: float) -> str:
+    """``3e9`` -> ``2.79 GiB``."""
+    if num_bytes < 0.1 * 2**30:
+        return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / 2**30:,.2f} GiB"
 
 
 def _length(train: Mapping[str, Any], seq: int) -> tuple[int, int]:
@@ -160,25 +152,37 @@ def _callbacks(content: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]
     return found
 
 
+def _buckets(name: str, arguments: Mapping[str, Any]) -> int:
+    """Groups of tokens that are measured apart."""
+    if arguments.get("group_by") == "position":
+        return int(arguments.get("num_position_groups", 4))
+    return _GROUPS[name]
+
+
 def _groups_and_sites(content: Mapping[str, Any]) -> tuple[int, int]:
     """Of the callback that keeps the most state: a plain rank callback beside a probe adds none."""
     best = (0, 1)
     for name, arguments in _callbacks(content):
-        by_position = arguments.get("group_by") == "position"
-        groups = int(arguments.get("num_position_groups", 4)) if by_position else _GROUPS[name]
-        groups *= int(arguments.get("num_jackknife_groups", 2))
+        groups = _buckets(name, arguments) * int(arguments.get("num_jackknife_groups", 2))
         best = max(best, (groups, len(arguments.get("sites", ["post"]))))
     return best
+
+
+def _records_of_a_site(content: Mapping[str, Any]) -> int:
+    """Lines of a window for one layer and site: every bucket, and all together."""
+    buckets = max((_buckets(name, arguments) for name, arguments in _callbacks(content)), default=0)
+    return buckets + (buckets > 1)
 
 
 def _windows(content: Mapping[str, Any], steps: int) -> int:
     counts = [0]
     for _, arguments in _callbacks(content):
-        stages = arguments.get("on", ["train"])
-        if "train" in stages:
-            counts.append(steps // int(arguments.get("every_n_steps", 200)) + 1)
+        stages, every, windows = arguments.get("on", ["train"]), int(arguments.get("every_n_steps", 200)), 0
+        if "train" in stages:  # the first, each n-th, and the last step
+            windows += -(-steps // every) + ((steps - 1) % every != 0)
         if "validation" in stages:
-            counts.append(steps // int((content.get("eval") or {}).get("interval", 1000)) + 1)
+            windows += steps // int((content.get("eval") or {}).get("interval", 1000)) + 1
+        counts.append(windows)
     return max(counts)
 
 
@@ -187,10 +191,32 @@ def _rows_per_window(content: Mapping[str, Any], train: Mapping[str, Any], seq: 
     return share * int(train.get("global_batch_size") or 512) * seq
 
 
-def _optimizer_slots(content: Mapping[str, Any], hidden: float, parameters: float) -> float:
-    """Numbers of optimizer state: two per weight for Adam, one per weight of a matrix rule."""
+def _optimizer_numbers(content: Mapping[str, Any], size: ModelSize) -> float:
+    """Numbers of optimizer state: two per weight for Adam, one for Lion, those of the rule for the hidden matrices."""
     spec = content.get("optimizer")
     path = str(spec.get("class_path") if isinstance(spec, Mapping) else spec or "AdamW")
-    if path.rpartition(".")[2] in ("Muon", "NorMuon", "Dion"):
-        return hidden + 2 * (parameters - hidden)
-    return 2 * parameters
+    arguments = (spec.get("init_args") or {}) if isinstance(spec, Mapping) else {}
+    rule = _RULES.get(path.rpartition(".")[2])
+    if rule is None:
+        return 2 * size.parameters
+    per_vector_weight = 1 if arguments.get("fallback") == "lion" else 2
+    matrices = sum(one.number * rule(one.rows, one.columns, arguments) for one in size.hidden)
+    return matrices + per_vector_weight * (size.parameters - sum(one.entries for one in size.hidden))
+
+
+def _dion(rows: int, columns: int, arguments: Mapping[str, Any]) -> float:
+    rank = max(1, round(float(arguments.get("rank_fraction", 0.25)) * min(rows, columns)))
+    return rows * columns + rank * columns
+
+
+# numbers that each optimizer keeps of a matrix, as its rule's `extra_state` says
+_RULES: Final[dict[str, Callable[[int, int, Mapping[str, Any]], float]]] = {
+    "Muon": lambda rows, columns, _: rows * columns,
+    "MuonH": lambda rows, columns, _: rows * columns,
+    "NorMuon": lambda rows, columns, _: rows * columns + rows,
+    "AdaMuon": lambda rows, columns, _: 2 * rows * columns,
+    "Dion": _dion,
+    "Dion2": lambda rows, columns, _: rows * columns,
+    "NorDion2": lambda rows, columns, _: rows * columns + rows,
+    "SOAP": lambda rows, columns, _: 2 * rows * columns + 2 * min(rows, columns) ** 2,
+}

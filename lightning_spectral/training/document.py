@@ -270,7 +270,7 @@ def _place(node: Any, step: str, here: str) -> Any:
 
 def litgpt_names() -> list[str]:
     """Every model that litgpt has a name for."""
-    return list(_litgpt_config().name_to_config)
+    return list(config_alone().name_to_config)
 
 
 def named_config(name: str) -> dict[str, Any]:
@@ -279,7 +279,7 @@ def named_config(name: str) -> dict[str, Any]:
     Raises:
         RecipeError: If litgpt knows no such model.
     """
-    litgpt = _litgpt_config()
+    litgpt = config_alone()
     if name in litgpt.name_to_config:
         return dict(litgpt.name_to_config[name])
     for config in litgpt.configs:
@@ -293,10 +293,10 @@ def named_config(name: str) -> dict[str, Any]:
 
 def named_models() -> list[str]:
     """The names of litgpt's models."""
-    return list(_litgpt_config().name_to_config)
+    return list(config_alone().name_to_config)
 
 
-def _litgpt_config() -> Any:
+def config_alone() -> Any:
     """``litgpt.config`` without the rest of litgpt, whose import takes seconds: the file is made to be used alone."""
     if "litgpt.config" in sys.modules:
         return sys.modules["litgpt.config"]

@@ -70,8 +70,8 @@ class Progress:
             before = f"`{self.folder}`" if self.folder else f"the folder of the run `{self.run_id}`"
             warn(
                 f"the resumed run records in `{folder.path}`, its records up to step {self._loaded_step} are in "
-                f"{before}: a logger that counts versions has begun a new one. `dirpath=`, or a logger with a `version` "
-                "of yours, keeps a run in one folder."
+                f"{before}: a logger that counts versions has begun a new one. `dirpath=`, or a `version` of the "
+                "logger, keeps a run in one folder."
             )
 
     def of_weights(self, observer: Observer, trainer: pl.Trainer) -> tuple[int | None, int | None]:

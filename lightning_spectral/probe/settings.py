@@ -96,7 +96,7 @@ class ProbeSettings:
             eigensolve, labelled ``soft_method`` in the records, without what needs the whole spectrum (Renyi ranks).
         eigenvalues: Also save every spectrum (``eigenvalues/*.safetensors``).
         dirpath: Run folder; default ``save_dir/name/version`` of the TensorBoard logger, else of the first one, or the
-            trainer's root directory. A resumed run goes on in its folder by this, or by a logger with a fixed ``version``.
+            trainer's root directory. With it, or a logger's fixed ``version``, a resumed run goes on in its folder.
         run_id: Id of the run; default a timestamp and a random suffix.
         labels: Free labels for analysis, e.g. ``{"optimizer": "muon"}``.
         mask_fn: ``batch -> (B, T)`` mask, False at padding, instead of what the model's arguments and the batch say; of

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from lightning_spectral import __version__
 from lightning_spectral.text import CommandError, did_you_mean, one_line, visible
-from lightning_spectral.text.packages import is_installed, why_missing
+from lightning_spectral.text.packages import is_installed, source_commit, why_missing
 
 # verb -> (module with a ``main(argv) -> int``, one line of help)
 VERBS: dict[str, tuple[str, str]] = {
@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     verb, *rest = arguments
     if verb in ("-V", "--version"):
-        print(f"lightning-spectral {__version__}")
+        commit = source_commit()
+        print(f"lightning-spectral {__version__}" + (f" (commit {commit[:12]})" if commit else ""))
         return 0
     if verb == "help" and rest[:1] and rest[0] in VERBS:
         verb, rest = rest[0], ["--help"]

@@ -24,6 +24,7 @@ from lightning_spectral.probe.guard import warn
 from lightning_spectral.probe.run_lock import RunLock
 from lightning_spectral.records import LossRecord, RunInfo, SpectralRecord, WeightRecord
 from lightning_spectral.text import one_line, set_aside, whole_file
+from lightning_spectral.text.packages import source_commit
 
 _PACKAGES = ("lightning-spectral", "torch", "lightning", "litgpt", "torchmetrics")
 _READERS: dict[str, Callable[[Path], Any]] = {
@@ -313,11 +314,12 @@ def new_run_id() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of what a record depends on."""
+    """Versions of what a record depends on, and the commit of our own sources where it is known."""
     found = {}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    commit = source_commit()
+    return {**found, "lightning-spectral commit": commit[:12]} if commit else found

@@ -83,6 +83,27 @@ def test_two_rules_over_four_widths(tmp_path, monkeypatch, capsys) -> None:
     said = capsys.readouterr().out
     assert said.count("64-192") == 16  # an exponent with its interval for each rule, bucket and metric
     assert "slope_difference  post tail hard_rank    adamw - muon" in said
+    (row,) = [line.split() for line in said.splitlines() if line.startswith("post tail hard_rank") and "+-" in line]
+    assert row[3:5] == ["adamw", "muon"]
+    assert (row[7], row[9]) == ("1", "4")  # seeds and widths that there are
+
+
+def test_pipeline_stages_of_one_rank_each(tmp_path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "examples/pipeline_stages.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = read_spectral(tmp_path / "out" / "examples" / "pipeline_stages").records
+    found = {(r.step, r.layer, r.bucket) for r in records}
+    assert found == {(s, k, b) for s in (0, 10, 19) for k in range(4) for b in ("pooled", "head", "mid", "tail")}
+    assert {(r.num_tokens, r.status) for r in records if r.bucket == "pooled"} == {(16 * 64, "ok")}
 
 
 def test_accelerate(tmp_path, monkeypatch) -> None:

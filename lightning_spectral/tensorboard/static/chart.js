@@ -1,10 +1,13 @@
 // A line chart in SVG: lines with bands, dotted levels, markers, labels at the right end, a tooltip at the nearest point.
 
 import { element, short, svg } from "./dom.js";
-import { onDark, scale } from "./scales.js";
+import { onDark, scale, textOnBright } from "./scales.js";
 
 /** What style.css takes in the dark theme for the colour of a mark; a saved chart keeps the colour. */
-const ink = (color, contrast) => ({ style: `--dark: ${onDark(color, contrast)}` });
+const ink = (color) => ({ style: `--dark: ${onDark(color)}` });
+
+/** The same of a text, which is darker than its mark in the bright theme, too. */
+const textInk = (color) => `--dark: ${onDark(color, 4.5)}; --bright: ${textOnBright(color)}`;
 
 const MARGIN = { top: 8, bottom: 38, left: 56 };
 
@@ -35,7 +38,7 @@ export function lineChart(options) {
   }
   for (const level of levels) {
     if (!Number.isFinite(y(level.y))) continue;
-    clip(`M${MARGIN.left},${y(level.y)}H${width - right}`, { stroke: level.color, "stroke-dasharray": level.dash ?? "2 3", opacity: 0.8, class: "level" });
+    clip(`M${MARGIN.left},${y(level.y)}H${width - right}`, { stroke: level.color, "stroke-dasharray": level.dash ?? "2 3", opacity: 0.8, class: "level", ...ink(level.color) });
   }
   for (const vertical of verticals) {
     const at = x(vertical.x);
@@ -72,6 +75,7 @@ function drawAxes(root, { x, y, width, height, right, xLabel, yLabel, xFormat })
   }
   let last = -Infinity;
   for (const tick of x.ticks(Math.max(3, Math.round(width / 75)))) {
+    if (tick < 0 || !Number.isInteger(tick)) continue; // steps, tokens and modes are counted
     const at = x(tick);
     if (!Number.isFinite(at) || at < MARGIN.left - 1 || at > width - right + 1) continue;
     root.append(svg("path", { d: `M${at},${MARGIN.top}V${bottom}`, class: "grid" }));
@@ -126,7 +130,7 @@ function endLabels(root, lines, y, at, height) {
     label.y = Math.min(label.y, floor);
     floor = label.y - 12;
   }
-  for (const label of labels) root.append(svg("text", { x: at, y: label.y + 4, class: "end", fill: label.line.color, ...ink(label.line.color, 4.5) }, label.line.label));
+  for (const label of labels) root.append(svg("text", { x: at, y: label.y + 4, class: "end", fill: label.line.color, style: textInk(label.line.color) }, label.line.label));
 }
 
 function hover(root, { lines, marks, x, y, width, height, right, tip }) {
@@ -159,6 +163,7 @@ function hover(root, { lines, marks, x, y, width, height, right, tip }) {
 
 /** A figure: title, chart and an "SVG" link that saves it. */
 export function figure(title, color, chart) {
+  const width = chart.getAttribute("width");
   const save = element("button", {
     class: "save",
     title: "Save this chart as SVG",
@@ -173,6 +178,6 @@ export function figure(title, color, chart) {
     },
   }, "SVG");
   const heading = element("figcaption", {}, element("span", {}, title), save);
-  if (color) heading.firstChild.style = `color: ${color}; --dark: ${onDark(color, 4.5)}`;
-  return element("figure", {}, heading, chart);
+  if (color) heading.firstChild.style = textInk(color);
+  return element("figure", { style: `width: ${width}px` }, heading, chart);
 }

@@ -24,15 +24,15 @@ export function heatMap(answer, options) {
   const pen = canvas.getContext("2d");
   const style = getComputedStyle(document.body);
   const ink = style.getPropertyValue("--soft").trim() || "#777";
+  const line = style.getPropertyValue("--line").trim() || "#ddd";
   pen.scale(2, 2);
   pen.font = "11px Roboto, system-ui, sans-serif";
   const top = (l) => 4 + (layers.length - 1 - l) * row; // the first layer at the bottom, as in a network
   layers.forEach((name, l) => {
     values[l].forEach((value, k) => {
-      if (value === null) return;
-      pen.fillStyle = shade(value);
+      pen.fillStyle = value === null ? line : shade(value); // no number: a grey cell, its status under the pointer
       pen.fillRect(edges[k], top(l), edges[k + 1] - edges[k] + 0.4, row + 0.2);
-      if (status[l][k] !== "ok") {
+      if (value !== null && status[l][k] !== "ok") {
         pen.fillStyle = "#ffffffb0";
         pen.fillRect((edges[k] + edges[k + 1]) / 2 - 1.5, top(l) + row / 2 - 1.5, 3, 3);
       }

@@ -72,8 +72,8 @@ export function switches(runs) {
 
 const fromHash = (hash) => new URLSearchParams(hash.replace(/^#[^&]*&?/, ""));
 
-/** Follows TensorBoard's dark theme. */
-export function followTheme() {
+/** Follows TensorBoard's dark theme; calls back when it has changed: what is drawn on a canvas keeps its ink. */
+export function followTheme(onChange) {
   const apply = () => {
     let dark = matchMedia("(prefers-color-scheme: dark)").matches && window.parent === window;
     try {
@@ -81,7 +81,9 @@ export function followTheme() {
     } catch {
       dark = false;
     }
+    if (document.documentElement.classList.contains("dark") === dark) return;
     document.documentElement.classList.toggle("dark", dark);
+    onChange();
   };
   apply();
   try {

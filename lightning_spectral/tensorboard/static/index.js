@@ -2,13 +2,15 @@
 
 import { ask, askInParts, element, select, tooltip } from "./dom.js";
 import { connect, followTheme, onReturn } from "./host.js";
+import { shortNames } from "./names.js";
 import { Selection } from "./selection.js";
-import { bucketTools, curvePanels, drawsUntrained, exponentView, heatView, runColors, spectrumView } from "./views.js";
+import { bucketTools, curvePanels, drawsUntrained, exponentView, heatView, inOneChart, legendOf, numberless, runColors, spectrumView } from "./views.js";
 
 const AT_FIRST = 12; // runs selected when the page opens
 const MAX_MAPS = 6; // heat maps at once
 const PART = 12; // runs in one request
 const RELOAD_SECONDS = 30;
+const LONG = 60; // a name in the list takes two lines or so
 
 const state = {
   runs: [], selected: new Set(), filter: "", metric: "hard_rank", site: "post", stage: "train", xAxis: "step", logX: false, logY: false,
@@ -21,7 +23,7 @@ let drawing = 0;
 
 export async function render() {
   document.head.append(element("link", { rel: "stylesheet", href: "./static/style.css" }));
-  followTheme();
+  followTheme(() => draw());
   tip = tooltip();
   document.body.append(element("div", { class: "page" }, element("aside", { class: "side" }), element("main", { class: "main" })));
   const host = connect(() => reload(), (theirs) => reload(theirs));
@@ -56,7 +58,7 @@ async function update() {
   state.runColors = runColors(runs, state.palette);
   drawSide();
   if (!runs.length) {
-    say(state.runs.length ? "No run is selected." : "No run folder (one with a run.json) lies below the logdir. Give TensorBoard the out_dir of a run or sweep.");
+    say(state.runs.length ? "No run is selected." : "No run folder (one with a run.json) lies below the logdir. Give TensorBoard the out_dir of a run or sweep; a run that starts there appears by itself.");
     return;
   }
   const names = runs.map((run) => run.name);
@@ -122,6 +124,7 @@ function adopt() {
 
 function drawSide() {
   const side = document.querySelector(".side");
+  side.hidden = !state.runs.length;
   const choices = state.choices ?? { stages: [], sites: [], metrics: [] };
   const set = (name, ask_ = false) => (value) => {
     state[name] = value;
@@ -165,15 +168,17 @@ function drawSide() {
 }
 
 function runList() {
+  const names = shortNames(visible().map((run) => run.name));
+  const swatches = !inOneChart(state, chosen().length); // in a chart of all buckets colours are buckets
   return element("ul", { class: "runs" }, ...visible().map((run) => {
     const box = element("input", { type: "checkbox", checked: state.selected.has(run.name) || null, change: (event) => {
       if (event.target.checked) state.selected.add(run.name);
       else state.selected.delete(run.name);
       update();
     } });
-    const swatch = element("span", { class: "swatch" });
+    const swatch = element("span", { class: "swatch", hidden: !swatches || null });
     swatch.style.background = state.runColors.get(run.name) ?? "transparent";
-    return element("li", {}, element("label", { title: `${run.run_id} ${run.optimizer}` }, box, swatch, element("span", { class: "name" }, run.name), element("small", {}, run.width ? `D ${run.width}` : "")));
+    return element("li", {}, element("label", { title: `${run.name} (${run.run_id}, ${run.optimizer})` }, box, swatch, element("span", { class: "name" }, run.name.length > LONG ? names.get(run.name) : run.name), element("small", {}, run.width ? `D ${run.width}` : "")));
   }));
 }
 
@@ -187,17 +192,17 @@ async function draw() {
   const skipped = [...(state.of.get(state.metric)?.values() ?? [])].reduce((sum, curve) => sum + curve.skipped, 0);
   const notes = [
     skipped ? element("p", { class: "message" }, `${skipped} line(s) of these runs' files were left out: torn, repeated or of another run.`) : null,
-    state.runs.length > AT_FIRST && runs.length === AT_FIRST ? element("p", { class: "hint" }, `The first ${AT_FIRST} of ${state.runs.length} runs are drawn; select others at the left.`) : null,
+    visible().length > AT_FIRST && runs.length === AT_FIRST ? element("p", { class: "hint" }, `The first ${AT_FIRST} of ${visible().length} runs are drawn; select others at the left.`) : null,
   ];
   const [first, ...others] = metricsShown();
   const ranks = [first, ...others.filter((name) => isLoss() || name !== "loss")].map((name) => curvePanels(state, name, runs, tip, width));
   const losses = !isLoss() && [...state.of.get("loss").values()].some((curve) => curve.steps.length);
   const many = runs.length > 1;
   const sections = [
-    section("Rank curves", `Median over layers, as measured.${drawsUntrained(state, runs.length) ? " Dotted: the untrained network." : ""} Hollow points: status not ok. Red: alarms.`, element("div", { class: "panels" }, ...ranks)),
+    section("Rank curves", `Median over layers, as measured.${drawsUntrained(state, runs.length) ? " Dotted: the untrained network." : ""} Hollow points: status not ok. Red: alarms.`, numberless(state, runs), legendOf(state, runs), element("div", { class: "panels" }, ...ranks.filter(Boolean))),
     isLoss() ? null : half(many, section("Layers", `${metric} of every layer and window${runs.length > MAX_MAPS ? `; the first ${MAX_MAPS} runs` : ""}.`, heat)),
     half(many, section("Eigenspectrum", "Normalised eigenvalues of one layer's covariance; move the slider through training.", spectrum)),
-    losses ? half(many, section("Loss by bucket", "Cross-entropy of the token to be predicted, in nats.", curvePanels(state, "loss", runs, tip, width))) : null,
+    losses ? half(many, section("Loss by bucket", "Cross-entropy of the token to be predicted, in nats.", legendOf(state, runs), curvePanels(state, "loss", runs, tip, width))) : null,
     isLoss() ? null : half(many, section("Exponent over training", "beta of rank ~ D^beta over the widths of the selected runs, with its 95 % interval over widths.", exponent)),
   ];
   const scroll = main.scrollTop;
@@ -212,7 +217,7 @@ const half = (wide, node) => {
   if (!wide) node.classList.add("half");
   return node;
 };
-const section = (title, words, ...content) => element("section", {}, element("h2", {}, title), element("p", {}, words), ...content);
+const section = (title, words, ...content) => element("section", {}, element("h2", {}, title), element("p", {}, words), ...content.filter(Boolean));
 
 /** Fills a section with what a route says; an error is a sentence in its place. */
 async function drawPart(holder, route, parameters, runs, view) {
@@ -244,7 +249,7 @@ function drawSpectrum(holder, runs, width) {
 
 function drawExponent(holder, runs, width) {
   if (new Set(runs.map((run) => run.width)).size < 2) {
-    holder.replaceChildren(element("p", { class: "hint" }, "An exponent needs runs of at least two widths: `lightning-spectral sweep` makes them."));
+    holder.replaceChildren(element("p", { class: "hint" }, "An exponent needs runs of at least two widths: ", element("code", {}, "lightning-spectral sweep"), " makes them."));
     return null;
   }
   return drawPart(holder, "exponents", { metric: state.metric }, runs, (answer) => [exponentView(state, answer, tip, width)]);

@@ -67,13 +67,19 @@ function between(stops, at) {
   return mix(stops[first], stops[first + 1], place - first);
 }
 
-const DARK_PAGE = "#303030"; // --page of style.css in the dark theme
+const BRIGHT_PAGE = "#ffffff"; // --page of style.css
+const DARK_PAGE = "#303030"; // and in the dark theme
 
 /** A colour mixed with white until it can be seen on the dark page: contrast 3 (WCAG 2.1, graphics), 4.5 for text. */
-export function onDark(color, wanted = 3) {
+export const onDark = (color, wanted = 3) => seenOn(DARK_PAGE, color, "#ffffff", wanted);
+
+/** A colour mixed with black until text of it can be read on the bright page. */
+export const textOnBright = (color) => seenOn(BRIGHT_PAGE, color, "#000000", 4.5);
+
+function seenOn(page, color, towards, wanted) {
   if (!/^#[0-9a-f]{6}$/i.test(color ?? "")) return color;
   let seen = color;
-  while (contrast(seen, DARK_PAGE) < wanted) seen = mix(seen, "#ffffff", 0.06);
+  while (contrast(seen, page) < wanted) seen = mix(seen, towards, 0.06);
   return seen;
 }
 

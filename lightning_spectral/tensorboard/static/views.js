@@ -1,12 +1,13 @@
 // The figures: rank curves, losses, heat maps, spectra, exponents. Each takes the state and returns elements.
 
 import { figure, lineChart } from "./chart.js";
-import { element, select, short } from "./dom.js";
+import { element, select, short, svg } from "./dom.js";
 import { heatMap } from "./heatmap.js";
+import { shortNames } from "./names.js";
 import { mix, plasma, viridis } from "./scales.js";
 
 // of the runs of one chart, in order; dots are the untrained network's alone
-const DASHES = [["solid", null], ["dashed", "7 3"], ["dash-dotted", "9 3 2 3"], ["long dashes", "16 5"], ["short dashes", "4 2"]];
+const DASHES = [null, "7 3", "9 3 2 3", "16 5", "4 2"];
 const FEW_LEVELS = 6; // in a chart a bucket, more runs than these would be a comb of levels
 const FEW = 3; // so many runs fit into one chart of all buckets, told apart by dashes
 
@@ -57,10 +58,34 @@ function lineOf(run, bucket, state, metric, extra) {
   return { x, y: scaled(own.median, divide), hollow: own.status.map((status) => status !== "ok" && status !== ""), title, ...extra, divide, own };
 }
 
-const inOneChart = (state, count) => state.panels === "one" || (state.panels === "auto" && count <= FEW);
+/** Whether so many runs share one chart of all buckets, told apart by dashes. */
+export const inOneChart = (state, count) => state.panels === "one" || (state.panels === "auto" && count <= FEW);
 
 /** Whether the untrained network has a dotted line in each chart of so many runs. */
 export const drawsUntrained = (state, count) => state.relative === "untrained" || inOneChart(state, count) || count <= FEW_LEVELS;
+
+/** A piece of the line that the `place`-th run has in a chart of all buckets. */
+const dashOf = (place) => svg("svg", { class: "dash", width: 34, height: 8 }, svg("path", { d: "M0,4H34", "stroke-dasharray": DASHES[place % DASHES.length] }));
+
+/** Which run has which dashes, where runs share charts; else nothing. */
+export function legendOf(state, runs) {
+  if (runs.length < 2 || !inOneChart(state, runs.length)) return null;
+  const names = shortNames(runs.map((run) => run.name));
+  return element("div", { class: "legend" }, ...runs.map((run, place) => element("span", { title: run.name }, dashOf(place), names.get(run.name))));
+}
+
+const hasNumber = (curve, bucket) => curve.buckets[bucket]?.median.some(Number.isFinite);
+
+/** A sentence on runs of which no window has a number; nothing where all have some. */
+export function numberless(state, runs) {
+  const curves = state.of.get(state.metric);
+  const buckets = state.bucketNames;
+  const drawn = runs.filter((run) => curves.get(run.name)?.steps.length);
+  const none = drawn.filter((run) => !buckets.some((bucket) => hasNumber(curves.get(run.name), bucket)));
+  if (!none.length) return null;
+  const statuses = new Set(none.flatMap((run) => buckets.flatMap((bucket) => curves.get(run.name).buckets[bucket]?.status ?? [])));
+  return element("p", { class: "message" }, `No window has a number: ${none.map((run) => run.name).join(", ")} (status: ${[...statuses].filter(Boolean).join(", ")}).`);
+}
 
 /** Rank (or loss) curves with the untrained network dotted: one chart of all buckets, or a chart a bucket. */
 export function curvePanels(state, metric, runs, tip, width) {
@@ -68,7 +93,9 @@ export function curvePanels(state, metric, runs, tip, width) {
   const drawn = runs.filter((run) => curves.get(run.name)?.steps.length);
   const buckets = state.bucketNames.filter((bucket) => drawn.some((run) => curves.get(run.name).buckets[bucket]));
   if (!buckets.length) return element("p", { class: "hint" }, "The selected runs have no such number; choose another metric, site or stage.");
-  const together = inOneChart(state, drawn.length);
+  const together = inOneChart(state, runs.length);
+  const names = shortNames(drawn.map((run) => run.name));
+  if (!drawn.some((run) => buckets.some((bucket) => hasNumber(curves.get(run.name), bucket)))) return null;
   const groups = together ? [buckets] : buckets.map((bucket) => [bucket]);
   const size = halfOf(width);
   const panels = groups.map((group) => {
@@ -76,12 +103,13 @@ export function curvePanels(state, metric, runs, tip, width) {
     const levels = [];
     const marks = [];
     for (const bucket of group) {
-      drawn.forEach((run, r) => {
+      const first = drawn.find((run) => hasNumber(curves.get(run.name), bucket));
+      drawn.forEach((run) => {
         const curve = curves.get(run.name);
         if (!curve.buckets[bucket]) return;
         const color = together ? state.looks.colors[bucket] : state.runColors.get(run.name);
-        const label = together ? (r === 0 ? nameOf(bucket, state.looks) : "") : drawn.length <= 16 ? tail(run.name) : "";
-        const line = lineOf(run, bucket, state, metric, { color, label, dash: together ? DASHES[r % DASHES.length][1] : null, dots: drawn.length <= FEW && curve.steps.length <= 60 });
+        const label = together ? (run === first ? nameOf(bucket, state.looks) : "") : drawn.length <= 16 ? names.get(run.name) : "";
+        const line = lineOf(run, bucket, state, metric, { color, label, dash: together ? DASHES[runs.indexOf(run) % DASHES.length] : null, dots: drawn.length <= FEW && curve.steps.length <= 60 });
         if (state.range) Object.assign(line, { low: scaled(line.own.low, line.divide), high: scaled(line.own.high, line.divide) });
         lines.push(line);
         const untrained = curve.steps[0] === 0 ? line.y[0] : null;
@@ -95,16 +123,14 @@ export function curvePanels(state, metric, runs, tip, width) {
     if (state.relative === "untrained" && !isLoss(metric)) levels.push({ y: 1, color: "#888888" });
     const { label } = shown(curves.get(drawn.find((run) => curves.get(run.name).buckets[group[0]]).name), group[0], state, metric);
     const stage = curves.get(drawn[0].name).stage;
-    const named = stage === "train" ? label : `${label} (${stage})`;
+    const named = stage === "train" ? label : `${stage} ${label}`;
     const title = together ? `${named} by bucket` : `${named}, ${nameOf(group[0], state.looks)}`;
     const chart = lineChart({ lines, levels, marks, tip, title, xLabel: xName(state), yLabel: label, logX: state.logX, logY: state.logY, width: size, height: together ? 300 : 260, testId: `${metric}.${together ? "all" : group[0]}` });
     return figure(title, together ? null : state.looks.colors[group[0]], chart);
   });
-  const legend = together && drawn.length > 1 ? element("p", { class: "hint" }, drawn.map((run, r) => `${DASHES[r % DASHES.length][0]}: ${run.name}`).join("; ")) : null;
-  return element("div", together ? {} : { class: "whole" }, legend, element("div", { class: "panels" }, ...panels));
+  return element("div", together ? {} : { class: "whole" }, element("div", { class: "panels" }, ...panels));
 }
 
-const tail = (name) => (name.length > 20 ? `...${name.slice(-18)}` : name);
 export const xName = (state) => (state.xAxis === "tokens" ? "training tokens" : "optimizer step");
 
 /** Layer x step. */
@@ -119,7 +145,7 @@ export function heatView(state, runs, answers, tip, width) {
     const size = halfOf(width);
     const x = state.xAxis === "tokens" && answer.tokens.every((value) => value !== null) ? answer.tokens : answer.steps;
     const map = heatMap(answer, { width: size, log: state.logY, x, xLabel: x === answer.tokens ? "training tokens" : "optimizer step", tip, title, testId: `layers.${run.name}`, label: `layers of ${run.name}` });
-    return element("figure", {}, element("figcaption", {}, run.name), map);
+    return element("figure", { style: `width: ${size}px` }, element("figcaption", {}, element("span", {}, run.name)), map);
   });
   return element("div", { class: "panels" }, ...panels);
 }
@@ -130,6 +156,7 @@ export function spectrumView(state, runs, answers, tip, width) {
   if (!drawn.length) {
     return element("div", { class: "message" }, "No spectrum was saved for this choice: set ", element("code", {}, "eigenvalues: true"), " on the callback (in Python ", element("code", {}, "eigenvalues=True"), ").");
   }
+  const names = shortNames(drawn.map((run) => run.name));
   const steps = [...new Set(drawn.flatMap((run) => answers[run.name].steps))].sort((a, b) => a - b);
   const holder = element("div");
   const value = element("output", {});
@@ -148,7 +175,7 @@ export function spectrumView(state, runs, answers, tip, width) {
         verticals.push({ x: answer.hard[k], label: `hard ${short(answer.hard[k])}`, color: "#888888" }, { x: answer.soft[k], label: `soft ${short(answer.soft[k])}`, color: "#888888", dash: "5 3" });
       }
       lines.push({
-        x: answer.modes[k], y: answer.shares[k], color, width: 2.4, label: drawn.length > 1 && drawn.length <= 12 ? tail(run.name) : "",
+        x: answer.modes[k], y: answer.shares[k], color, width: 2.4, label: drawn.length > 1 && drawn.length <= 12 ? names.get(run.name) : "",
         title: (m) => [run.name, `step ${answer.steps[k]}, mode ${answer.modes[k][m]}`, `share of variance ${short(answer.shares[k][m])}`, `hard rank ${short(answer.hard[k])}, soft rank ${short(answer.soft[k])}`],
       });
     }

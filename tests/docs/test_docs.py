@@ -11,9 +11,10 @@ import yaml
 from lightning.fabric import Fabric
 
 import lightning_spectral
+from lightning_spectral.analysis.load import rows
 from lightning_spectral.cli import VERBS, main
 from lightning_spectral.cli.parser import VerbParser
-from lightning_spectral.records import STATUSES
+from lightning_spectral.records import STATUSES, read_spectral
 from lightning_spectral.training.names import keys
 from tests.analysis.synthetic import write_one
 from tests.callbacks import tiny
@@ -44,6 +45,8 @@ def test_python_snippets_run(page, code, tmp_path, monkeypatch) -> None:
         "train_loader": tiny.loader(),
         "named_model": tiny.Module(),
         "counts": tiny.counts(),
+        "network": tiny.Module().gpt,
+        "batches": list(tiny.loader()),
     }
     exec(code, {**given, "run_folder": write_one(tmp_path, "muon", 0.9, 64), "Fabric": Fabric})
 
@@ -164,6 +167,19 @@ QUESTIONS = {  # what strangers asked, in their words, and a word of the code th
     "resume a Hugging Face": "resume_from_checkpoint=True",
     "DeepSpeed": "engine.step()",
     "plain loop, Fabric": "probe.step()",
+    "leave padding out": "lambda arguments",
+    "resume a loop of my own": "probe.num_steps",
+    "resume my own Trainer": 'ckpt_path="last"',
+    "has cost my run": 'row["window_s"]',
+    "names say a step": "revision-1000",
+    "such a number may be used": "hard_rank_across_sequences",
+    "a curve of my own": "savefig",
+    "token counts of my own": "np.bincount",
+    "prelude, core, coda": "--stack core",
+    "pipeline stages": "new_group",
+    "how to cite it": "@misc",
+    "W&B and TensorBoard": "TensorBoardLogger",
+    "widths and seeds I need": "lightning-spectral power",
 }
 
 
@@ -221,3 +237,44 @@ def test_every_verb_is_in_the_table() -> None:
 def test_every_status_is_explained() -> None:
     for status in STATUSES:
         assert f"`{status}`" in TEXT["numbers.md"], status
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "beginning", ["from lightning import Trainer\nfrom lightning.pytorch.callbacks", "from pathlib"]
+)
+def test_snippets_on_resuming_go_on(beginning: str, tmp_path, monkeypatch) -> None:
+    """Cut after two steps and started again, each leaves the records of one run."""
+    monkeypatch.chdir(tmp_path)
+    section = TEXT["your-script.md"].partition("## Resuming")[2].partition("\n## ")[0]
+    (code,) = [code for kind, code in BLOCK.findall(section) if kind == "python" and code.startswith(beginning)]
+    assert code.count("4") == 1  # steps
+    for whole in (code.replace("4", "2"), code, code):
+        given = {"model": tiny.Module(), "train_loader": tiny.loader()}
+        exec(whole, {**given, "network": tiny.Module().gpt, "batches": list(tiny.loader())})
+    (file,) = tmp_path.rglob("spectral.jsonl")
+    records = read_spectral(file.parent).records
+    assert len({record.run_id for record in records}) == 1
+    assert {0, 2} <= {record.step for record in records} <= {0, 1, 2, 3}
+    assert len({record.key for record in records}) == len(records)
+
+
+def test_columns_of_load_are_those_that_are_named(tmp_path) -> None:
+    named = TEXT["numbers.md"].partition("\nColumns: ")[2].partition("\n\n")[0]
+    folder = write_one(tmp_path, "muon", 0.9, 64)
+    there = {name for name in rows(folder)[0] if not name.startswith("renyi_") or name == "renyi_0.5"}
+    more = {"hard_rank_across_sequences", "reinjection_0.5", "label_NAME", "loss", "accuracy"}
+    said = set(re.findall(r"`(\w+(?:\.5)?)`", named))
+    assert said - more == {name for name in there if not name.startswith(("label_", "reinjection_"))} - more
+
+
+def test_bibtex_says_what_the_citation_file_says() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    (bibtex,) = [code for kind, code in BLOCK.findall(TEXT["index.md"]) if kind == "bibtex"]
+    for paper in citation["references"]:
+        authors = " and ".join(f"{one['family-names']}, {one['given-names']}" for one in paper["authors"])
+        for field in (f"title = {{{paper['title']}}}", f"author = {{{authors}}}", paper["identifiers"][0]["value"][6:]):
+            assert field in bibtex, field
+    assert f"version = {{{lightning_spectral.__version__}}}" in bibtex
+    assert citation["authors"][0]["name"] in bibtex
+    assert "doi" not in bibtex.lower()

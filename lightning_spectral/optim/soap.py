@@ -90,10 +90,10 @@ class SOAP(SpectralOptimizer):
     Args:
         params: A module, ``named_parameters()``, ``parameters()``, or a list of group dicts.
         lr: Learning rate, as of AdamW; ``lr_scale`` has no meaning here.
-        momentum: Decay of the first moment, in [0, 1).
         moment_beta: Decay of both second moments, in [0, 1).
         basis_every: Steps between two renewals of the eigenbasis.
-        shared: Settings described in ``MatrixSettings`` and ``CommonSettings``.
+        shared: Settings described in ``MatrixSettings`` and ``CommonSettings``; ``momentum`` is the decay of the first
+            moment, in [0, 1).
 
     Raises:
         ValueError: If a setting is out of range.

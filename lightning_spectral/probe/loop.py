@@ -17,10 +17,16 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_spectral.models.hooks import leave_copy
 from lightning_spectral.probe.alarms import Alarms
+from lightning_spectral.probe.guard import warn
 from lightning_spectral.probe.host import Host, Scalars
 from lightning_spectral.probe.measurement import Measurement
 from lightning_spectral.probe.observer import Observer
 from lightning_spectral.text.arguments import require_count
+
+NO_STEP = (
+    "nothing was recorded: the model ran {count} time(s) in training mode and no optimizer step was told. Call "
+    "`probe.step()` after `optimizer.step()`, or give the optimizer: `observe(..., optimizer=optimizer)`."
+)
 
 
 class LoopObserver:
@@ -127,6 +133,10 @@ class LoopObserver:
             handle.remove()
         self._handles.clear()
         self._inputs = None
+        untold = finished and self._num_forwards and not self._has_stepped
+        if untold and self._host is not None and self._host.is_first:
+            warn(NO_STEP.format(count=self._num_forwards))
+        self._num_forwards = 0
         self.observer.drain()
         self.observer.detach(finished=finished, last_step=self.step)
 

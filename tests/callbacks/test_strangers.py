@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from typing import Any
@@ -89,6 +90,24 @@ def test_a_dry_run_does_not_name_a_folder_that_it_will_not_write(tmp_path, caplo
     (said,) = [line for line in caplog.messages if "sites" in line]
     assert "nothing is written" in said
     assert str(tmp_path) not in said
+
+
+@pytest.mark.parametrize(("told", "raises", "says"), [(False, False, 1), (True, False, 0), (False, True, 0)])
+def test_a_loop_that_forgets_to_tell_of_its_steps_hears_so(tmp_path, told, raises, says):
+    gpt = tiny.Module().gpt
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with contextlib.suppress(KeyError), observe(gpt, 2, out=tmp_path) as probe:
+            for _ in range(2):
+                gpt(tiny.data(8)[:, :-1]).sum().backward()
+                if told:
+                    probe.step()
+            if raises:
+                raise KeyError
+        probe.close(finished=True)
+    said = [str(one.message) for one in caught if "nothing was recorded" in str(one.message)]
+    assert len(said) == says
+    assert all("ran 2 time(s)" in one and "`probe.step()` after `optimizer.step()`" in one for one in said)
 
 
 def _warnings_of(rank: int, world_size: int, path: str) -> list[str]:

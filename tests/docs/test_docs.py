@@ -7,13 +7,16 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from lightning.fabric import Fabric
+from torch import nn
 
 import lightning_spectral
 from lightning_spectral.analysis.load import rows
 from lightning_spectral.cli import VERBS, main
 from lightning_spectral.cli.parser import VerbParser
+from lightning_spectral.probe.scalars import detail
 from lightning_spectral.records import STATUSES, read_spectral
 from lightning_spectral.training.names import keys
 from tests.analysis.synthetic import write_one
@@ -278,3 +281,50 @@ def test_bibtex_says_what_the_citation_file_says() -> None:
     assert f"version = {{{lightning_spectral.__version__}}}" in bibtex
     assert citation["authors"][0]["name"] in bibtex
     assert "doi" not in bibtex.lower()
+
+
+class _Looped(nn.Module):
+    """A prelude, two blocks that run three times, a coda."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(64, 16), nn.Linear(16, 64)
+        sizes = {"prelude": 1, "core": 2, "coda": 2}
+        for name, size in sizes.items():
+            setattr(self, name, nn.ModuleList(_Block() for _ in range(size)))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        for block in (*self.prelude, *3 * [*self.core], *self.coda):
+            x = block(x)
+        return self.head(x)
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(48, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+def test_stacks_of_a_looped_model_are_named_as_the_table_says(tmp_path) -> None:
+    section = TEXT["numbers.md"].partition("## Layers that run again")[2].partition("\n## ")[0]
+    cells = [re.findall(r"[\w.]+", cell) for cell in re.findall(r"^\|(.*?\|.*?\|.*?)\|", section, re.M)[2:]]
+    said = {}
+    for stack, *more in cells:
+        said[stack] = ([int(word) for word in more if word.isdigit()], [word for word in more if ".down" in word])
+    model = _Looped()
+    with lightning_spectral.observe(model, out=tmp_path) as probe:
+        ids = torch.randint(64, (8, 17))
+        nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+        probe.step()
+    records = read_spectral(tmp_path).records
+    assert {record.stack for record in records} == {*said}
+    for stack, (layers, modules) in said.items():
+        own = [record for record in records if record.stack == stack]
+        assert [record.layer for record in own] == layers
+        assert [record.module for record in own][: len(modules)] == modules
+    (tag,) = re.findall(r"`(spectral\.hard_rank[^`]+)`", section)
+    assert tag in detail(records, "train")

@@ -35,7 +35,7 @@ def caveats_of(fitted: Fitted, runs: RunSet | None, *, listed: bool = True) -> l
     known = [fit for fit in median_fits(fitted) if not fit.refused]
     out = [interval_meaning(known, runs)] if known else []
     if known and min(fit.num_widths for fit in known) < FEW_WIDTHS:
-        out.append(f"Few widths: {min(fit.num_widths for fit in known)}. An interval over so few says little.")
+        out.append(_few_widths(known, fitted.table.by))
     wide = [fit for fit in known if fit.wide]
     if wide:
         out.append(
@@ -57,6 +57,17 @@ def caveats_of(fitted: Fitted, runs: RunSet | None, *, listed: bool = True) -> l
         *_rate_caveats(fitted, runs),
         *_runs(runs),
     ]
+
+
+def _few_widths(fits: Sequence[PowerLawFit], by: Sequence[str]) -> str:
+    """How few, and of which series where others have more."""
+    few = [fit for fit in fits if fit.num_widths < FEW_WIDTHS]
+    text = f"Few widths: {min(fit.num_widths for fit in few)}"
+    if len(few) < len(fits):
+        places = [k for k, name in enumerate(by) if name not in ("site", "bucket", "metric", "layer")]
+        names = dict.fromkeys(" ".join(filter(None, (fit.series[k] for k in places))) for fit in few)
+        text += f" ({', '.join(names)})"
+    return f"{text}. An interval over so few says little."
 
 
 def _over(x_name: str, text: str) -> str:
@@ -129,6 +140,8 @@ def _decay_caveats(fitted: Fitted, runs: RunSet, listed: bool) -> list[str]:
         return [f"{text}. TAIL hard rank, {'; '.join(shown)}." if shown else f"{text} (before_beta in fits.csv)."]
     steps = {decay_step(run) for run in runs.runs}
     known = sorted(step for step in steps if step is not None)
+    if not known and len(runs.runs) == 1:
+        return []  # one run has no slope that the decay could change
     if not known:
         return ["No state before the learning-rate decay: no run records a schedule that holds the rate, then decays."]
     last = max(step for point in fitted.table.points for step in point.steps) if fitted.table.points else 0

@@ -8,17 +8,19 @@ from typing import Final
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from lightning_spectral.analysis.matched import loss_curve
 from lightning_spectral.analysis.points import nanmedian
 from lightning_spectral.analysis.runs import Run
 from lightning_spectral.records.looks import bucket_colors, bucket_name, metric_name
 from lightning_spectral.report.scene import ReportData, ReportFigure
-from lightning_spectral.report.style import label_right
+from lightning_spectral.report.style import counted, label_right, short_count
 
 RECIPE_FILE: Final = "hyperparameters.yaml"
 _MULTIPLIERS: Final = (1.0, 2.0, 4.0, 8.0)
 _FEW_WINDOWS: Final = 12
+_MANY_CELLS: Final = 1000  # as shapes they are megabytes of page, each view anew
 
 
 def one_run(scene: ReportData) -> ReportFigure:
@@ -33,10 +35,12 @@ def one_run(scene: ReportData) -> ReportFigure:
     head = _ranks(run, left, site, metrics)
     focus = next((bucket for bucket in ("tail", *run.buckets) if bucket in run.buckets), run.buckets[0])
     cube = run.cube(metrics[0])[run.sites.index(site), run.buckets.index(focus)]
-    image = middle.pcolormesh(cube.T, cmap="viridis", shading="flat", edgecolors="face")
-    figure.colorbar(image, ax=middle, pad=0.02)
-    places = np.unique(np.linspace(0, len(run.steps) - 1, min(len(run.steps), 6)).astype(int))
-    middle.set_xticks(places + 0.5, [str(run.steps[place]) for place in places])
+    as_picture = cube.size > _MANY_CELLS
+    image = middle.pcolormesh(cube.T, cmap="viridis", shading="flat", edgecolors="face", rasterized=as_picture)
+    if np.isfinite(cube).any():
+        figure.colorbar(image, ax=middle, pad=0.02, format=FuncFormatter(lambda value, _: short_count(value)))
+    places = np.unique(np.linspace(0, len(run.steps) - 1, min(len(run.steps), 5)).astype(int))
+    middle.set_xticks(places + 0.5, [short_count(run.steps[place]) for place in places])
     shown = np.unique(np.linspace(0, len(run.layers) - 1, min(len(run.layers), 12)).astype(int))
     middle.set_yticks(shown + 0.5, [str(place) for place in shown])
     middle.grid(visible=False)
@@ -67,13 +71,22 @@ def _ranks(run: Run, ax: Axes, site: str, metrics: list[str]) -> str:
             if line == "-":
                 ends.append((float(ranks[shown][-1]), bucket_name(bucket), colors[bucket]))
                 first, last = ranks[shown][0], ranks[shown][-1]
-                way = f"from {first:.3g} to {last:.3g}" if shown.sum() > 1 else f"{last:.3g}"
+                way = f"from {_rank(first)} to {_rank(last)}" if shown.sum() > 1 else _rank(last)
                 head.append(f"{bucket_name(bucket)} {way}")
     ax.set_xlabel("optimizer step")
+    counted(ax.xaxis)
     ax.set_title(f"rank at {site}, D = {run.width}")
     ax.set_ylim(bottom=0)
     label_right(ax, ends)
-    return f"{metric_name(metrics[0])} of {run.run_id}: {', '.join(head)} of D = {run.width}." if head else "No ranks."
+    if head:
+        return f"{metric_name(metrics[0])} of {run.run_id}: {', '.join(head)} of D = {run.width}."
+    statuses = sorted({status.decode() for status in run.columns.texts["status"]})
+    return f"No window of {run.run_id} has a rank (status: {', '.join(statuses)})."
+
+
+def _rank(value: float) -> str:
+    """Three digits, never as a power of ten."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _marker(count: int) -> str:
@@ -82,17 +95,20 @@ def _marker(count: int) -> str:
 
 
 def _losses(run: Run, ax: Axes) -> None:
-    colors, drawn = bucket_colors(run.buckets), False
+    colors = bucket_colors(run.buckets)
+    ends: dict[str, tuple[float, str, str]] = {}
     for bucket in run.buckets:
         for stage, line in (("validation", "-"), ("train", ":")):
             steps, losses = loss_curve(run, bucket, (stage,))
             if len(steps):
                 label = f"{bucket_name(bucket)} {stage} loss"
                 ax.plot(steps, losses, line, marker=_marker(len(steps)), color=colors[bucket], label=label)
-                drawn = True
+                ends[bucket] = (float(losses[-1]), bucket_name(bucket), colors[bucket])
     ax.set_title("loss, nats (dotted: training)")
     ax.set_xlabel("optimizer step")
-    if not drawn:
+    counted(ax.xaxis, most=4)
+    label_right(ax, list(ends.values()))
+    if not ends:
         ax.set_axis_off()
         ax.text(0.5, 0.5, "no losses were logged", transform=ax.transAxes, ha="center", color="#888888")
 

@@ -26,6 +26,7 @@ from lightning_spectral.report.style import (
 
 _RANKS = ("hard_rank", "soft_rank")
 _LEGEND_COLUMNS = 6
+_WIDTH = 11.5  # inches
 
 
 def _limits(scene: ReportData, panels: list[tuple[str, str]]) -> list[tuple[float, float]]:
@@ -123,7 +124,7 @@ def _null(scene: ReportData, bucket: str, metric: str) -> tuple[float, float] | 
 def scaling_laws(scene: ReportData) -> ReportFigure:
     """Rank against width for the headline bucket."""
     metrics = [metric for metric in _RANKS if metric in scene.metrics] or scene.metrics[:2]
-    figure = Figure(figsize=(11.5, tall(4.6, len(scene.series) + 1)))
+    figure = Figure(figsize=(_WIDTH, tall(4.6, len(scene.series) + 1)))
     axes = figure.subplots(1, len(metrics), squeeze=False)[0]
     limits = _limits(scene, [(scene.focus, metric) for metric in metrics])
     labels = [_ends(scene, metric) for metric in metrics]
@@ -191,9 +192,9 @@ def bucket_grid(scene: ReportData) -> ReportFigure:
     """Soft and hard rank against width, for HEAD, MID and TAIL."""
     buckets = [bucket for bucket in ("head", "mid", "tail") if bucket in scene.buckets] or scene.buckets[:3]
     metrics = [metric for metric in ("soft_rank", "hard_rank") if metric in scene.metrics] or scene.metrics[:2]
-    legend = 0.25 * math.ceil((len(scene.series) + 1) / _LEGEND_COLUMNS)
+    legend = 0.25 * math.ceil((len(scene.series) + 1) / _legend_columns(scene))
     height = 2.9 * len(metrics) + 0.25 + legend
-    figure = Figure(figsize=(11.5, height))
+    figure = Figure(figsize=(_WIDTH, height))
     axes = figure.subplots(len(metrics), len(buckets), squeeze=False)
     figure.subplots_adjust(
         left=0.065, right=0.985, top=1 - 0.4 / height, bottom=(0.7 + legend) / height, wspace=0.18, hspace=0.32
@@ -225,6 +226,10 @@ def _legend(scene: ReportData, figure: Figure) -> None:
         for look in (scene.looks[key] for key in scene.series)
     ]
     handles.append(Line2D([], [], color="#999999", ls="--", label="untrained"))
-    figure.legend(
-        handles=handles, loc="lower center", ncols=min(len(handles), _LEGEND_COLUMNS), frameon=False, fontsize=8.5
-    )
+    figure.legend(handles=handles, loc="lower center", ncols=_legend_columns(scene), frameon=False, fontsize=8.5)
+
+
+def _legend_columns(scene: ReportData) -> int:
+    """As many as fit beside each other."""
+    entry = 0.75 + LETTER * max(len(scene.looks[key].name) for key in scene.series)  # inches, with its line
+    return max(1, min(len(scene.series) + 1, _LEGEND_COLUMNS, int(_WIDTH / entry)))

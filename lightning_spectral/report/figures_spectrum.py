@@ -237,19 +237,12 @@ def health(scene: ReportData) -> ReportFigure:
         ax.set_title(title)
         ax.set_xlabel("FFN width D")
         label_right(ax, ends)
-    enough = worst >= ROWS_PER_RANK
-    head = (
-        f"Every point rests on at least {worst:.0f} rows per unit of hard rank"
-        if np.isfinite(worst)
-        else "No rows known"
-    )
+    if not np.isfinite(worst):
+        return ReportFigure(None, "No point has a rank and its rows: the sampling bias is not known.", "")
+    head = f"Every point rests on at least {worst:.0f} rows per unit of hard rank"
+    few = f", fewer than the {ROWS_PER_RANK} it takes to keep the bias near 2 %."
     return ReportFigure(
         figure,
-        head
-        + (
-            ": sampling bias is below 2 %."
-            if enough
-            else f", fewer than the {ROWS_PER_RANK} it takes to keep the bias near 2 %."
-        ),
+        head + (": sampling bias is below 2 %." if worst >= ROWS_PER_RANK else few),
         "Worst run of each width. What biases a rank is N against the RANK, not against D.",
     )

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from lightning_spectral.analysis.matched import MatchedPair, loss_curve
 from lightning_spectral.records.looks import bucket_name, metric_name
 from lightning_spectral.report.scene import ReportData, ReportFigure, Series, joined
-from lightning_spectral.report.style import label_right, log2_axis, tall, width_ticks
+from lightning_spectral.report.style import label_right, log2_axis, shown_name, tall, width_ticks
 
 
 def exponent_over_training(scene: ReportData) -> ReportFigure:
@@ -120,7 +120,7 @@ def rank_curves(scene: ReportData) -> ReportFigure:
             low, high = min(low, float(ranks.min())), max(high, float(ranks.max()))
         labels.append((k, ends))
         _decay_line(scene, ax)
-        ax.set_title(scene.looks[key].name, color=scene.looks[key].text_color)
+        ax.set_title(shown_name(scene.looks[key].name, 104 // columns), color=scene.looks[key].text_color)
         ax.margins(x=0.01)
     for k, ends in labels:
         log2_axis(axes.flat[k], "y", low / 1.2, high * 1.2)

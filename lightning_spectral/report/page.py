@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -14,7 +15,7 @@ import jinja2
 import matplotlib
 import numpy
 import scipy
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from lightning_spectral.analysis.caveats import caveats_of, median_fits, missing_runs
@@ -158,7 +159,12 @@ def warnings_of(scene: ReportData) -> list[str]:
     out += [problem.message for problem in quiet[:6]]
     if len(quiet) > 6:
         out.append(f"{len(quiet) - 6} more problems of the inputs are listed in problems.csv.")
-    out += _missing(scene)
+    missing = _missing(scene)
+    out += missing[:3]
+    if len(missing) > 3:
+        out.append(
+            f"{len(missing) - 3} more series lack runs that others have: they are listed at the end of the page."
+        )
     medians = median_fits(scene.fitted)
     flags: dict[str, int] = {}
     for fit in medians:
@@ -225,6 +231,7 @@ def render(
     return environment.from_string(TEMPLATE).render(
         title=title,
         ink=variable,
+        prose=prose,
         palette=palette([*inks, *(str(view["svg"]) for section in sections for view in section["views"])]),
         subtitle=_subtitle(scene),
         leads=summary_sentences(scene),
@@ -257,6 +264,12 @@ def render(
         hash_column=list(summaries[0]).index("sha256") if summaries else -1,
         runs=[[str(cell) for cell in row.values()] for row in summaries],
     )
+
+
+def prose(text: str) -> Markup:
+    """A sentence as HTML: words in backticks are code, and a number is not torn from its per cent sign."""
+    kept = str(escape(text)).replace(" %", "\u00a0%")
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", kept))  # noqa: S704 - escaped
 
 
 def _sections(scene: ReportData, drawings: dict[str, ReportFigure], pictures: dict[str, str]) -> list[dict[str, Any]]:

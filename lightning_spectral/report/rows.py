@@ -40,8 +40,12 @@ def summary_sentences(scene: ReportData) -> list[str]:
         return ["Exponents as they were published: there are no points to fit, so their intervals are the table's."]
     parts = [f"{name} {beta_text(fit)}" for name, fit in fits if fit and not fit.refused and name in plain]
     if not parts:
-        return [f"No exponent of {what} could be fitted: {joined(sorted({fit.status for _, fit in fits if fit}))}."]
+        return [f"No exponent of {what} could be fitted: {joined(sorted({_reason(fit) for _, fit in fits if fit}))}."]
     return [f"{what} grows with width as D^beta: {joined(parts)}.", comparison_headline(scene)]
+
+
+def _reason(fit: PowerLawFit) -> str:
+    return fit.status.removeprefix("refused:").replace("_", " ")
 
 
 def comparison_headline(scene: ReportData) -> str:

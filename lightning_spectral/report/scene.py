@@ -185,8 +185,8 @@ class ReportData:
 
     @cached_property
     def metrics(self) -> list[str]:
-        """Metrics fitted, or held by a table."""
-        return list(dict.fromkeys(own[-1] for own in self._measured))
+        """Metrics fitted, or held by a table; those of every run where no window has a number."""
+        return list(dict.fromkeys(own[-1] for own in self._measured)) or ["soft_rank", "hard_rank"]
 
     @cached_property
     def widths(self) -> list[int]:

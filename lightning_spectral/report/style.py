@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from lightning_spectral.records.looks import OPTIMIZERS, SPARE_LOOKS, family
 
@@ -86,9 +87,24 @@ LETTER = 0.07  # inches of a label
 
 
 def shown_name(label: str, longest: int = 40) -> str:
-    """A label that fits a figure: cut, and without the characters that turn the text around it backwards."""
+    """A label that fits a figure: cut in its middle (names differ at their ends), nothing that turns text backwards."""
     clean = "".join(sign for sign in label if unicodedata.bidirectional(sign) not in _DIRECTIONS)
-    return clean if len(clean) <= longest else clean[: longest - 1] + "\u2026"
+    end = longest // 2
+    return clean if len(clean) <= longest else clean[: longest - 1 - end] + "\u2026" + clean[-end:]
+
+
+def short_labels(labels: Sequence[str], longest: int = 24) -> list[str]:
+    """Labels of series without the words that all of them have, where one is longer than ``longest``."""
+    words = [re.split(r"[_/ ]+", label) for label in labels]
+    if len(set(labels)) < 2 or max(map(len, labels)) <= longest or len({len(own) for own in words}) > 1:
+        return list(labels)
+    differs = [len(set(column)) > 1 for column in zip(*words, strict=True)]
+    is_key = [  # what a number is of, as in `seed_3`
+        column[0].isalpha() and k + 1 < len(differs) and differs[k + 1] and words[0][k + 1][:1].isdigit()
+        for k, column in enumerate(zip(*words, strict=True))
+    ]
+    kept = [k for k, own in enumerate(differs) if own or is_key[k]]
+    return [" ".join(own[k] for k in kept) for own in words]
 
 
 def looks_of(series: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], SeriesStyle]:
@@ -96,9 +112,9 @@ def looks_of(series: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], SeriesS
     out: dict[tuple[str, ...], SeriesStyle] = {}
     spare = cycle(SPARE_LOOKS)
     seen: Counter[str] = Counter()
-    for key in series:
+    own_labels = short_labels([" ".join(filter(None, key[1:])) for key in series])
+    for key, labels in zip(series, own_labels, strict=True):
         base, rest = family(key[0])
-        labels = " ".join(filter(None, key[1:]))
         if not base:
             color, marker = next(spare)
             out[key] = SeriesStyle(shown_name(" ".join(filter(None, (key[0], labels)))), color, marker)
@@ -119,10 +135,30 @@ def log2_axis(ax: Axes, which: str, low: float, high: float, values: Sequence[fl
     if values is None and len(ticks) > 8:
         ticks = ticks[::2]
     if values is None and len(ticks) < 2:
-        ticks = [low * 1.02, float(np.sqrt(low * high)), high * 0.98]
+        ticks = round_ticks(low, high)
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}" if value < 100 else f"{value:.0f}"))
     axis.set_minor_locator(NullLocator())
+
+
+def round_ticks(low: float, high: float) -> list[float]:
+    """Numbers of few digits inside (low, high), which is shorter than two octaves."""
+    ticks = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    return [float(tick) for tick in ticks if low < tick < high]
+
+
+def counted(axis: Axis, most: int = 5) -> None:
+    """Whole numbers at the ticks of steps or tokens, few enough not to meet: 150000 is 150k."""
+    axis.set_major_locator(MaxNLocator(nbins=most, integer=True, min_n_ticks=1))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+
+
+def short_count(value: float) -> str:
+    """``150k`` for 150000, ``2.5M`` for 2500000; as it is below 10000."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(size, 1e4):
+            return f"{value / size:.4g}{unit}"
+    return f"{value:.6g}"
 
 
 def plain_ticks(*axes: Axis) -> None:

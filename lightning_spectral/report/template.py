@@ -48,6 +48,7 @@ tr.new td { border-top: 1px solid #bbb; }
 nav { font-size: 13px; margin: 10px 0; }
 nav a { color: #0072B2; text-decoration: none; margin-right: 14px; display: inline-block; }
 code { font: 12px "DejaVu Sans Mono", Menlo, monospace; background: #f5f5f5; padding: 1px 4px; overflow-wrap: anywhere; }
+.label { display: inline-block; max-width: 40em; white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
 .swatch { display: inline-block; width: 10px; height: 10px; margin-right: 6px; border-radius: 2px; }
 details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 @media screen and (prefers-color-scheme: dark) { :root { color-scheme: dark; } body { background: #16181c; color: #ddd; }
@@ -67,9 +68,9 @@ details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 <body>
 <h1>{{ title }}</h1>
 <p class="sub">{{ subtitle }}</p>
-{% for sentence in leads %}<p class="lead">{{ sentence }}</p>{% endfor %}
+{% for sentence in leads %}<p class="lead">{{ prose(sentence) }}</p>{% endfor %}
 {% if warnings %}<div class="warnings" role="alert"><b>Read this before quoting a number</b>
-<ul>{% for warning in warnings %}<li>{{ warning }}</li>{% endfor %}</ul></div>{% endif %}
+<ul>{% for warning in warnings %}<li>{{ prose(warning) }}</li>{% endfor %}</ul></div>{% endif %}
 {% if headline %}<div class="scroll"><table class="headline"><thead><tr><th scope="col"></th><th scope="col" class="num">beta</th><th scope="col">95 % CI</th><th scope="col">95 % CI, seeds</th><th scope="col">before decay{{ before_step }}</th><th scope="col" class="num">untrained</th><th scope="col">layers</th><th scope="col">minus {{ reference }}</th><th scope="col">the same before decay</th><th scope="col">over</th></tr></thead>
 <tbody>{% for row in headline %}<tr><td><b style="color:{{ ink(row.color, "text") }}">{{ row.name }}</b></td>
 <td class="num beta" data-csv="fits.csv" data-row="{{ row.row }}" data-column="beta">{{ row.beta }}</td>
@@ -80,11 +81,11 @@ details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 <nav>{% for section in sections %}<a href="#{{ section.key }}">{{ section.title }}</a>{% endfor %}{% if any_fit %}<a href="#beta_table">Table of exponents</a>{% endif %}{% if comparisons %}<a href="#comparisons">Differences</a>{% endif %}<a href="#provenance">Provenance</a></nav>
 {% for section in sections %}
 <section id="{{ section.key }}"><h2>{{ section.title }}</h2>
-<p class="finding">{{ section.headline }}</p>
+<p class="finding">{{ prose(section.headline) }}</p>
 {% if section.views %}<div class="views">
 {% if section.views|length > 1 %}{% for view in section.views %}<input type="radio" name="{{ section.key }}-x" id="{{ section.key }}-view-{{ loop.index }}" class="v{{ loop.index }}"{% if loop.first %} checked{% endif %}><label for="{{ section.key }}-view-{{ loop.index }}">{{ view.name }}</label>{% endfor %}{% endif %}
 {% for view in section.views %}<figure class="f{{ loop.index }}" data-figure="{{ section.key }}" role="img" aria-label="{{ section.headline }}">{{ view.svg }}</figure>{% endfor %}</div>{% endif %}
-{% if section.note %}<p class="note">{{ section.note }}</p>{% endif %}
+{% if section.note %}<p class="note">{{ prose(section.note) }}</p>{% endif %}
 {% if section.numbers %}<details><summary>Numbers of this figure</summary><div class="scroll"><table class="numbers"><thead><tr><th scope="col">panel</th><th scope="col">series</th><th scope="col" class="num">x</th><th scope="col" class="num">value</th></tr></thead>
 <tbody>{% for row in section.numbers %}<tr><th scope="row">{{ row[0] }}</th><td>{{ row[1] }}</td><td class="num">{{ row[2] }}</td><td class="num">{{ row[3] }}</td></tr>{% endfor %}</tbody></table></div></details>{% endif %}
 </section>
@@ -95,7 +96,7 @@ details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 {% for name in fit_names %}<th scope="col">{{ name }}</th>{% endfor %}
 <th scope="col" class="num">beta</th><th scope="col">95 % CI</th><th scope="col">status</th><th scope="col">95 % CI, seeds</th><th scope="col">one width left out</th><th scope="col">before decay</th><th scope="col">layers</th><th scope="col" class="num">untrained</th><th scope="col" class="num">ln A</th><th scope="col" class="num">R2</th><th scope="col" class="num">n</th><th scope="col">widths</th><th scope="col">method</th></tr></thead>
 <tbody>{% for fit in fits %}<tr{% if fit.new %} class="new"{% endif %}>
-{% for cell in fit.cells %}<td>{% if loop.first %}<span class="swatch" style="background:{{ ink(fit.color) }}"></span>{% endif %}{{ cell }}</td>{% endfor %}
+{% for cell in fit.cells %}<td>{% if loop.first %}<span class="swatch" style="background:{{ ink(fit.color) }}"></span>{% endif %}<span class="label">{{ cell }}</span></td>{% endfor %}
 <td class="num" data-csv="fits.csv" data-row="{{ fit.row }}" data-column="beta">{{ fit.beta }}</td>
 <td><span data-csv="fits.csv" data-row="{{ fit.row }}" data-column="ci_low">{{ fit.ci_low }}</span> to <span data-csv="fits.csv" data-row="{{ fit.row }}" data-column="ci_high">{{ fit.ci_high }}</span>{% if fit.wide %} <span class="wide">wide</span>{% endif %}</td>
 <td class="{{ '' if fit.status == 'ok' else 'flag' }}">{{ fit.status }}</td><td>{{ fit.seeds }}</td><td>{{ fit.loo }}</td><td>{{ fit.before or "-" }}</td><td>{{ fit.layers }}</td>
@@ -106,7 +107,7 @@ details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 <td>{{ fit.widths }}</td><td>{{ fit.method }}</td></tr>{% endfor %}</tbody></table></div>
 </section>{% endif %}
 {% if comparisons %}<section id="comparisons"><h2>Differences</h2>
-<p class="finding">{{ comparison_headline }}</p>
+<p class="finding">{{ prose(comparison_headline) }}</p>
 <p class="note">a minus b on {{ focus }}; all of them, with levels, crossovers and the other buckets, are in comparisons.csv. {{ comparisons|length }} differences are shown; p (Holm) is corrected for the pairs of one kind and metric.</p>
 <div class="scroll"><table><thead><tr><th scope="col">a</th><th scope="col">b</th><th scope="col">metric</th><th scope="col">kind</th><th scope="col" class="num">estimate</th><th scope="col">95 % CI</th><th scope="col" class="num">p</th><th scope="col" class="num">p (Holm)</th><th scope="col">status</th><th scope="col">note</th></tr></thead>
 <tbody>{% for c in comparisons %}<tr><td>{{ c.a }}</td><td>{{ c.b }}</td><td>{{ c.metric }}</td><td>{{ c.kind }}</td>
@@ -119,7 +120,7 @@ details summary { cursor: pointer; color: #0072B2; font-size: 13px; }
 <section id="provenance"><h2>Provenance</h2>
 <p class="note">Command: <code>{{ command }}</code><br>Written {{ date }} by lightning-spectral {{ version }}; numpy {{ numpy }}, scipy {{ scipy }}, matplotlib {{ matplotlib }}. Versions of the runs: {{ run_versions }}.</p>
 {% for expected in missing %}<p class="note"><b>Missing:</b> {{ expected }}</p>{% endfor %}
-<details><summary>{{ runs|length }} runs read, with the hash of their records</summary>
+<details><summary>{{ runs|length }} run{{ "s" if runs|length != 1 }} read, with the hash of their records</summary>
 <div class="scroll"><table><thead><tr>{% for name in run_names %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>{% for run in runs %}<tr>{% for cell in run %}<td>{% if loop.index0 == hash_column %}<code title="{{ cell }}">{{ cell[:12] }}</code>{% else %}{{ cell }}{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div></details>
 </section>

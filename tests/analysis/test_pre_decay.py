@@ -58,13 +58,16 @@ def test_where_there_is_no_state_before(tmp_path: Path) -> None:
     write_one(tmp_path / "a", "muon", 0.9, 128, steps=(0, 100), hparams=recipe())  # untrained is not "before"
     write_one(tmp_path / "b", "muon", 0.9, 128, steps=(0, 20, 40), hparams=recipe())  # stopped before the decay
     write_one(tmp_path / "c", "muon", 0.9, 128, steps=(0, 40, 100))  # no recipe
-    for name in "abc":
+    write_one(tmp_path / "c", "muon", 0.9, 256, steps=(0, 40, 100))
+    write_one(tmp_path / "d", "muon", 0.9, 128, steps=(0, 40, 100))  # one run has no slope that a decay could change
+    for name in "abcd":
         assert pre_decay(load_runs([tmp_path / name])) == {}
-    said = {name: " ".join(caveats_of(*fitted_of(tmp_path / name))) for name in "abc"}
+    said = {name: " ".join(caveats_of(*fitted_of(tmp_path / name))) for name in "abcd"}
     assert "no window lies before it" in said["a"]
     assert "All windows lie before the learning-rate decay (step 80)" in said["b"]
     assert "Not finished: muon_128_0 (last window at step 40 of 100)" in said["b"]
     assert "no run records a schedule" in said["c"]
+    assert "no run records a schedule" not in said["d"]
 
 
 def test_a_checkpoint_of_unknown_step_has_no_state_before_a_decay(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_long_labels_beside_an_axis_have_their_room(draw: Callable[[ReportData],
 
 def test_the_first_sentence_has_the_names_of_the_figures() -> None:
     sentence = comparison_headline(scene_of("\u202eevil\u202c", "y" * 300))
-    assert sentence.startswith("The slope of " + "y" * 39 + "\u2026 exceeds that of evil by ")
+    assert sentence.startswith("The slope of " + "y" * 19 + "\u2026" + "y" * 20 + " exceeds that of evil by ")
 
 
 def test_long_labels_stay_out_of_the_next_panel() -> None:

@@ -16,9 +16,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
-from lightning_spectral.callbacks.uploads import add_figure, holds_pictures, upload_records
+from lightning_spectral.callbacks.uploads import add_figure, holds_pictures, is_tensorboard, upload_records
 from lightning_spectral.probe.results import WindowResult
 from lightning_spectral.records import POOLED, RunInfo, SpectralRecord, layer_name
 from lightning_spectral.records.looks import bucket_colors, bucket_name, metric_name, ordered_buckets
@@ -76,7 +75,7 @@ class Pictures:
         self._remember_spectra(step, result)
         if self._num_windows == 0:
             for logger in loggers:
-                if isinstance(logger, TensorBoardLogger):
+                if is_tensorboard(logger):
                     logger.experiment.add_custom_scalars(layout(records, with_losses=bool(result.losses)))
         self._num_windows += 1
         if self._num_windows >= 8 and self._num_windows & (self._num_windows - 1) == 0:  # 8, 16, 32, ...

@@ -10,9 +10,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_spectral.callbacks.uploads import is_tensorboard
 from lightning_spectral.lightning_private import callback_metrics
 from lightning_spectral.probe.host import Host
 from lightning_spectral.probe.results import WindowResult
@@ -75,8 +75,7 @@ def folder_of(trainer: pl.Trainer) -> str:
     """
     if not trainer.loggers:
         return str(trainer.default_root_dir)
-    drawn = (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
-    logger = next(drawn, trainer.loggers[0])
+    logger = next(filter(is_tensorboard, trainer.loggers), trainer.loggers[0])
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return os.path.join(str(logger.save_dir or trainer.default_root_dir), str(logger.name), version)
 

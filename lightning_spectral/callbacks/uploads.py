@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
 from lightning_spectral.records import RUN_FILES, RunInfo
 
 
+def is_tensorboard(logger: Any) -> bool:
+    """Whether a logger writes TensorBoard's files: ``lightning``'s, ``pytorch_lightning``'s, Fabric's, a subclass."""
+    return any(kind.__name__ == "TensorBoardLogger" for kind in type(logger).__mro__)
+
+
 def holds_pictures(logger: Any) -> bool:
     """Whether :func:`add_figure` has somewhere to put a picture."""
-    return isinstance(logger, TensorBoardLogger) or hasattr(logger, "log_image") or _is_mlflow(logger)
+    return is_tensorboard(logger) or hasattr(logger, "log_image") or _is_mlflow(logger)
 
 
 def add_figure(loggers: Sequence[Any], tag: str, figure: Any, step: int) -> None:
@@ -27,7 +31,7 @@ def add_figure(loggers: Sequence[Any], tag: str, figure: Any, step: int) -> None
         step: Optimizer steps done.
     """
     for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
+        if is_tensorboard(logger):
             logger.experiment.add_figure(tag, figure, step)
         elif hasattr(logger, "log_image"):
             logger.log_image(tag, [pixels(figure)], step=step)

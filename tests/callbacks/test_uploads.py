@@ -10,7 +10,8 @@ import pytest
 
 from lightning_spectral import TailTokenProbe
 from lightning_spectral.callbacks.tensorboard import rank_curves
-from lightning_spectral.callbacks.uploads import add_figure, holds_pictures, pixels, upload_records
+from lightning_spectral.callbacks.trainer_host import folder_of
+from lightning_spectral.callbacks.uploads import add_figure, holds_pictures, is_tensorboard, pixels, upload_records
 from lightning_spectral.records import read_run
 from lightning_spectral.records.looks import BUCKET_COLORS
 from tests.analysis.synthetic import write_one
@@ -102,3 +103,20 @@ def test_wandb_offline_keeps_scalars_pictures_and_records(tmp_path, monkeypatch)
         b"losses.jsonl",
     ):
         assert text in content, text
+
+
+def test_tensorboards_logger_is_known_from_whichever_distribution(tmp_path: Path) -> None:
+    """`pytorch_lightning`'s classes are no relatives of `lightning`'s, and our callbacks run in both."""
+    import pytorch_lightning.loggers
+    from lightning.fabric.loggers.tensorboard import TensorBoardLogger as OfFabric
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+    class Own(TensorBoardLogger):
+        pass
+
+    kinds = (TensorBoardLogger, OfFabric, Own, pytorch_lightning.loggers.TensorBoardLogger)
+    assert all(is_tensorboard(kind(str(tmp_path))) for kind in kinds)
+    assert not is_tensorboard(CSVLogger(str(tmp_path)))
+    loggers = [CSVLogger(str(tmp_path)), pytorch_lightning.loggers.TensorBoardLogger(str(tmp_path), "n", version="v")]
+    assert folder_of(SimpleNamespace(loggers=loggers)) == str(tmp_path / "n" / "v")
+    assert holds_pictures(loggers[1])

@@ -1,8 +1,8 @@
 """Text in: documents, and the blocks they are cut into, read as a stream so that no text has to fit into memory.
 
-Hugging Face ``datasets`` reads Parquet and Arrow tables; text files are read here, a megabyte at a time. The documents,
-joined, are cut at white space into blocks of about 20,000 characters; every 18th block is held out, unless there are
-held-out files.
+Of Parquet and Arrow tables one column is read, a few hundred rows at a time; text files are read a megabyte at a time.
+The documents, joined, are cut at white space into blocks of about 20,000 characters; every 18th block is held out,
+unless there are held-out files.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
+from lightning_spectral.data.arrow_tables import table_column
 from lightning_spectral.data.files import FoundFiles, digest_of, reader_of
 from lightning_spectral.data.json_rows import json_rows
 from lightning_spectral.data.zstandard_file import open_zstandard
@@ -128,9 +129,8 @@ def document_pieces(files: Iterable[Path], text_column: str = "text") -> Iterato
                 number += 1
                 yield from ((number, piece) for piece in _text_pieces(file))
         else:
-            names = [str(file) for file in of_reader]
-            for some in [[name] for name in names] if reader == "json" else [names]:
-                for text in texts_of(_rows(str(reader), some), text_column, some):
+            for file in of_reader:
+                for text in texts_of(_rows(str(reader), file, text_column), text_column, str(file)):
                     number += 1
                     yield number, text
 
@@ -217,25 +217,24 @@ def _open_text(file: Path) -> IO[Any]:
     openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     if file.suffix.lower() == ".zst":
         return open_zstandard(file)
-    return openers.get(file.suffix.lower(), open)(file, "rt", encoding="utf-8")  # type: ignore[operator,no-any-return]
+    return openers.get(file.suffix.lower(), open)(file, "rt", encoding="utf-8-sig")  # type: ignore[operator,no-any-return]
 
 
-def _rows(reader: str, files: list[str]) -> Iterator[dict[str, object]]:
-    if reader == "json":
-        with _named(Path(files[0]), "json"), _open_text(Path(files[0])) as content:
-            yield from json_rows(content)
+def _rows(reader: str, file: Path, text_column: str) -> Iterator[dict[str, object]]:
+    if reader != "json":
+        yield from table_column(file, reader, text_column)
         return
-    import datasets  # two seconds to import
-
-    try:
-        yield from datasets.load_dataset(reader, data_files=files, split="train", streaming=True)
-    except (ValueError, OSError, EOFError, datasets.exceptions.DatasetsError) as error:  # pyarrow's are ValueErrors
-        cause = one_line(error.__cause__ or error)
-        raise ValueError(f"cannot read {_some(files)} as {reader}: {cause}. Is it UTF-8 and whole?") from error
+    with _named(file, "json"), _open_text(file) as content:
+        yield from json_rows(content)
 
 
-def texts_of(rows: Iterable[dict[str, object]], column: str, files: list[str]) -> Iterator[str]:
+def texts_of(rows: Iterable[dict[str, object]], column: str, where: str) -> Iterator[str]:
     """The text column of rows.
+
+    Args:
+        rows: Each with its columns.
+        column: The one that holds the text.
+        where: File or data set, for a message.
 
     Raises:
         ValueError: If it is missing or no text.
@@ -243,16 +242,12 @@ def texts_of(rows: Iterable[dict[str, object]], column: str, files: list[str]) -
     for row in rows:
         if column not in row:
             raise ValueError(
-                f"{_some(files)} has no column `{column}`, only {', '.join(f'`{name}`' for name in row)}: name "
+                f"`{where}` has no column `{column}`, only {', '.join(f'`{name}`' for name in row)}: name "
                 "one of them by `text_column`."
             )
         text = row[column]
         if text is None:
             continue
         if not isinstance(text, str):
-            raise ValueError(f"column `{column}` of {_some(files)} holds {type(text).__name__}, not text.")
+            raise ValueError(f"column `{column}` of `{where}` holds {type(text).__name__}, not text.")
         yield text
-
-
-def _some(files: list[str]) -> str:
-    return f"`{files[0]}`" + (f" and {len(files) - 1} more" if len(files) > 1 else "")

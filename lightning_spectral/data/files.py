@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ READERS = {
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
+_POINTERS = (b"version https://git-lfs.github.com/spec/", b"/annex/objects/")
+_POINTER_BYTES = 1 << 10
 _PAGE = 1 << 16
 _WHOLE_BELOW = 1 << 26  # smaller files are digested whole
 _NUM_PAGES = 64
@@ -93,19 +96,22 @@ def find_files(path: str | Path, *, suffixes: Collection[str] = READERS) -> Foun
         suffixes: What counts as data; by default what the text readers know.
 
     Raises:
-        FileNotFoundError: If nothing readable is there; it names what was left out.
+        FileNotFoundError: If nothing readable is there; it names what was left out. If a file is a link to nothing, or
+            stands for one that was not downloaded.
         ValueError: If a named file has a suffix that no reader knows.
+        PermissionError: If a folder cannot be read.
     """
     _refuse_address(str(path))
     text = str(Path(path).expanduser())
-    if Path(text).is_file():
+    if Path(text).is_file() or _leads_nowhere(Path(text)):
+        _refuse_placeholder(Path(text))
         if _data_suffix(Path(text)) not in suffixes:
             raise ValueError(f"`{text}` ends in `{Path(text).suffix}`; the readers know {', '.join(suffixes)}.")
         return FoundFiles((Path(text),))
     if Path(text).is_dir():
-        root, candidates = Path(text), [file for file in Path(text).rglob("*") if file.is_file()]
+        root, candidates = Path(text), files_below(Path(text))
     else:
-        candidates = [Path(file) for file in glob.glob(text, recursive=True) if Path(file).is_file()]
+        candidates = _once(Path(file) for file in glob.glob(text, recursive=True))
         root = Path(re.split(r"[*?\[]", text)[0] + "x").parent  # the last folder that is not a pattern
     wants_markdown = re.search(r"\.md$", text) is not None
     readable, left_out = [], []
@@ -117,6 +123,7 @@ def find_files(path: str | Path, *, suffixes: Collection[str] = READERS) -> Foun
         elif why is None and file.suffix.lower() in COMPRESSED and file.with_suffix("") in present:
             why = f"`{file.stem}` is beside it"
         if why is None:
+            _refuse_placeholder(file)
             readable.append(file)
         elif why:
             left_out.append((file, why))
@@ -132,6 +139,45 @@ def find_files(path: str | Path, *, suffixes: Collection[str] = READERS) -> Foun
             f"{hub if is_hub_name else ''}{seen}"
         )
     return found
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every file in a folder and those below it, links to folders followed; what several names lead to comes once.
+
+    Raises:
+        PermissionError: If a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        seen.add(os.path.realpath(root))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in seen]
+        found += [Path(root, name) for name in names]
+    return _once(found)
+
+
+def _leads_nowhere(file: Path) -> bool:
+    return file.is_symlink() and not file.exists()
+
+
+def _once(names: Iterable[Path]) -> list[Path]:
+    """Files, and links to none, by name; each under one of its names: its own before links to it."""
+    files = [name for name in names if name.is_file() or _leads_nowhere(name)]
+    ordered = sorted(files, key=lambda file: (os.path.realpath(file) != os.path.abspath(file), file))
+    return sorted({os.path.realpath(file): file for file in reversed(ordered)}.values())
+
+
+def _refuse_placeholder(file: Path) -> None:
+    """A name whose content is elsewhere, or was not downloaded, must not count as text, nor be passed over."""
+    if _leads_nowhere(file):
+        raise FileNotFoundError(f"`{file}` is a link to `{os.readlink(file)}`, which does not exist.")
+    if file.stat().st_size < _POINTER_BYTES and file.read_bytes().startswith(_POINTERS):
+        raise FileNotFoundError(
+            f"`{file}` stands for a file that was not downloaded: `git lfs pull` (or `git annex get`)."
+        )
 
 
 def reader_of(file: Path) -> str | None:

@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from lightning_spectral.data.corpus import Corpus, texts_of
-from lightning_spectral.data.files import digest_of
+from lightning_spectral.data.files import digest_of, files_below
 from lightning_spectral.text import one_line
 
 
@@ -57,7 +57,7 @@ class HubCorpus(Corpus):
         split = self.held_out_split if held_out else self.split
         try:
             rows = datasets.load_dataset(self.dataset, self.config, split=split, revision=self.revision, streaming=True)
-            yield from enumerate(texts_of(rows, self.text_column, [f"{self.dataset} ({split})"]))
+            yield from enumerate(texts_of(rows, self.text_column, f"{self.dataset} ({split})"))
         except Exception as error:  # of `datasets`, the hub, its HTTP client: each has its own
             raise ValueError(
                 f"cannot read split `{split}` of the data set `{self.dataset}`: {one_line(error)}. Without a network "
@@ -72,7 +72,7 @@ class HubCorpus(Corpus):
     def _state(self) -> str:
         folder = Path(self.dataset)
         if folder.is_dir():
-            files = sorted(file for file in folder.rglob("*") if file.is_file())
+            files = sorted(file for file in files_below(folder) if file.is_file())
             return ",".join(f"{file.relative_to(folder)}:{digest_of(file)}" for file in files)
         from huggingface_hub import HfApi
 

@@ -25,7 +25,7 @@ def json_rows(content: IO[str]) -> Iterator[dict[str, object]]:
     Raises:
         ValueError: If a line is no JSON object; the message has its number.
     """
-    lines = (line.removeprefix("\ufeff") if number == 1 else line for number, line in enumerate(content, start=1))
+    lines = iter(content)
     first = next(lines, "")
     if first.lstrip().startswith("[") or _is_open(first):
         rows: Iterable[object] = _listed("".join(chain([first], lines)))

@@ -1,7 +1,8 @@
 """Text that is tokens already: ``.bin`` shards of the modded-nanogpt and llm.c format, 1-D ``.npy``, litdata folders.
 
-A ``.bin`` shard is 256 int32 (magic 20240520, version 1, number of tokens, zeros) and then that many uint16. Shards are
-memory-mapped and read as one long sequence of ids; nothing is copied, whatever their size.
+A ``.bin`` shard is 256 int32 (magic, version, number of tokens, zeros) and then that many ids: uint16 after 20240520
+and 1, uint32 after 20240801 and 7 (llm.c's shards for Llama 3). Shards are memory-mapped and read as one long sequence
+of ids; nothing is copied, whatever their size.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_spectral.data.encode import Encoder
-from lightning_spectral.data.files import ABOUT_DATA, digest_of, find_files, reader_of
+from lightning_spectral.data.files import ABOUT_DATA, COMPRESSED, digest_of, files_below, find_files, reader_of
 from lightning_spectral.data.litdata_folder import INDEX, litdata_folders, open_chunks
 from lightning_spectral.text import one_line, whole_file
 
 MAGIC = 20240520
 VERSION = 1
+FORMATS = {(MAGIC, VERSION): np.uint16, (20240801, 7): np.uint32}  # by magic number and version
 HEADER_BYTES = 1024
 SUFFIXES = (".bin", ".npy")
 
@@ -132,30 +134,38 @@ class TokenShards:
         """Occurrences of each id in the training tokens, shape (V,); counted once, then kept in ``cache_dir``.
 
         Raises:
-            ValueError: If a shard holds an id of ``vocab_size`` or more.
+            ValueError: If a shard, also a held-out one, holds an id of ``vocab_size`` or more, or a negative one.
         """
         digest = hashlib.sha256(f"{self.vocab_size}:{len(self.train)}:".encode())
-        for file in self.train_files:
+        for file in (*self.train_files, *self.held_out_files):
             digest.update(_digest_of(file).encode())
         kept = self.cache_dir / "counts" / f"{digest.hexdigest()[:20]}.npy"
         found = _kept_counts(kept, self.vocab_size, len(self.train))
         if found is not None:
             return found
         counts = np.zeros(self.vocab_size, dtype=np.int64)
-        for first in range(0, len(self.train), _CHUNK):
-            ids = self.train[first : first + _CHUNK]
-            if int(ids.max()) >= self.vocab_size:
-                raise ValueError(
-                    f"the shards hold the id {int(ids.max())}, `vocab_size` is {self.vocab_size}: set it to the number "
-                    "of ids of the tokenizer that made them."
-                )
+        for ids in self._chunks(self.train):
             counts += np.bincount(ids, minlength=self.vocab_size)
+        for _ in self._chunks(self.validation):  # checked, not counted
+            pass
         try:
             with whole_file(kept) as partial, partial.open("wb") as file_:
                 np.save(file_, counts)
         except OSError as error:  # the next run counts again
             warnings.warn(f"the counts cannot be kept in `{kept.parent}`: {one_line(error)}.", stacklevel=2)
         return counts
+
+    def _chunks(self, tokens: TokenSequence) -> Iterator[NDArray[Any]]:
+        for first in range(0, len(tokens), _CHUNK):
+            ids = tokens[first : first + _CHUNK]
+            if int(ids.min()) < 0:
+                raise ValueError(f"the shards hold the id {int(ids.min())}: ids of tokens are not negative.")
+            if int(ids.max()) >= self.vocab_size:
+                raise ValueError(
+                    f"the shards hold the id {int(ids.max())}, `vocab_size` is {self.vocab_size}: set it to the number "
+                    "of ids of the tokenizer that made them."
+                )
+            yield ids
 
     def __str__(self) -> str:
         files = len(self.train_files) + len(self.held_out_files)
@@ -191,7 +201,7 @@ def names_tokens(path: str | Path) -> bool:
         return False
     if litdata_folders(where) is not None:
         return True
-    files = [file for file in where.rglob("*") if file.is_file()]
+    files = [file for file in files_below(where) if file.is_file()]
     return any(file.suffix in SUFFIXES for file in files) and not any(
         reader_of(file) for file in files if not ABOUT_DATA.fullmatch(file.name)
     )
@@ -228,7 +238,9 @@ def open_shard(file: Path) -> NDArray[Any]:
         ValueError: If it is cut, of another format, or not 1-D.
     """
     try:
-        if file.suffix == ".npy":
+        if file.suffix.lower() in COMPRESSED:
+            raise ValueError("it is compressed, and shards are memory-mapped: unpack it.")
+        if file.suffix.lower() == ".npy":
             tokens: NDArray[Any] = np.load(file, mmap_mode="r")
         else:
             tokens = _open_bin(file)
@@ -236,6 +248,8 @@ def open_shard(file: Path) -> NDArray[Any]:
         raise ValueError(f"`{file}` is not a token shard: {one_line(error)}") from error
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise ValueError(f"`{file}` holds {tokens.dtype} of shape {tokens.shape}, not a 1-D array of token ids.")
+    if tokens.dtype.kind == "u" and tokens.dtype.itemsize == 8:  # beside int64 numpy would make floats of it
+        return tokens.view(tokens.dtype.str.replace("u", "i"))
     return tokens
 
 
@@ -244,13 +258,13 @@ def _open_bin(file: Path) -> NDArray[Any]:
     if size < HEADER_BYTES:
         raise ValueError(f"it has {size} bytes, its header alone takes {HEADER_BYTES}. Was the download cut?")
     magic, version, num_tokens = np.fromfile(file, dtype=np.int32, count=3).tolist()
-    if (magic, version) != (MAGIC, VERSION):
-        raise ValueError(
-            f"its magic number and version are {magic} and {version}, known are {MAGIC} and {VERSION} (uint16 ids)."
-        )
-    if size != HEADER_BYTES + 2 * num_tokens:
-        raise ValueError(
-            f"its header says {num_tokens:,} tokens, its size is that of {(size - HEADER_BYTES) // 2:,}. Was the "
-            "download cut?"
-        )
-    return np.memmap(file, dtype=np.uint16, mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
+    dtype = FORMATS.get((magic, version))
+    if dtype is None:
+        known = " or ".join(f"{one[0]} and {one[1]} ({np.dtype(kind).name} ids)" for one, kind in FORMATS.items())
+        raise ValueError(f"its magic number and version are {magic} and {version}, known are {known}.")
+    held, rest = divmod(size - HEADER_BYTES, np.dtype(dtype).itemsize)
+    if held != num_tokens or rest:
+        raise ValueError(f"its header says {num_tokens:,} tokens, its size is that of {held:,}. Was the download cut?")
+    if not num_tokens:
+        return np.zeros(0, dtype=dtype)  # nothing to map
+    return np.memmap(file, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(num_tokens,))

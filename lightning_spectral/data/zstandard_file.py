@@ -20,7 +20,7 @@ def open_zstandard(file: Path) -> io.TextIOWrapper:
     """
     if importlib.util.find_spec("zstandard") is None:
         raise ValueError(f"`{file}` needs the package `zstandard`: `pip install zstandard`.")
-    return io.TextIOWrapper(io.BufferedReader(_Frames(file), 1 << 17), encoding="utf-8")
+    return io.TextIOWrapper(io.BufferedReader(_Frames(file), 1 << 17), encoding="utf-8-sig")
 
 
 class _Frames(io.RawIOBase):

@@ -6,11 +6,14 @@ import gzip
 import importlib.machinery
 import importlib.util
 import json
+import os
 import sys
 import types
 import zlib
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -228,7 +231,6 @@ def test_a_missing_column_names_those_that_are_there(tmp_path: Path) -> None:
         list(documents(Corpus((tmp_path / "rows.jsonl",))))
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # pyarrow's reader, on the torn file
 def test_a_torn_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match=r"cannot read `.*torn.parquet`"):
@@ -371,3 +373,94 @@ def test_a_zstandard_file_is_read_whole_or_named(name: str, tmp_path: Path) -> N
     path.write_bytes(b"\xff" + whole[1:])
     with pytest.raises(ValueError, match=rf"cannot read `.*{name}`"):
         list(documents(Corpus((path,))))
+
+
+def parquet(file: Path, **columns: object) -> None:
+    pq.write_table(pa.table(columns), file)
+
+
+def test_a_parquet_file_without_rows_and_one_with_other_columns_beside(tmp_path: Path) -> None:
+    """An empty part is what parallel writers leave; only the text's column need be the same."""
+    parquet(tmp_path / "a.parquet", text=pa.array([], type=pa.string()))
+    parquet(tmp_path / "b.parquet", text=["one"], id=[1])
+    parquet(tmp_path / "c.parquet", id=["x"], text=pa.array(["two"], type=pa.large_string()), extra=[0.5])
+    assert list(documents(Corpus.of(find_files(tmp_path)))) == ["one", "two"]
+
+
+def test_of_several_tables_the_torn_one_is_named(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", text=["one"])
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"cannot read `[^`]*b\.parquet` as parquet: .*Is it whole\?"):
+        list(documents(Corpus.of(find_files(tmp_path))))
+
+
+@pytest.mark.parametrize("kind", ["new_stream", "new_file"])
+def test_both_formats_of_arrow_files(kind: str, tmp_path: Path) -> None:
+    table = pa.table({"text": ["one", "two", None], "id": [1, 2, 3]})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as out, getattr(pa.ipc, kind)(out, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    assert list(documents(Corpus.of(find_files(tmp_path)))) == ["one", "two"]
+
+
+def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    data.mkdir()
+    elsewhere.mkdir()
+    (data / "a.txt").write_text("a")
+    (elsewhere / "b.txt").write_text("b")
+    (data / "more").symlink_to(elsewhere)
+    (data / "again").symlink_to(elsewhere)
+    (data / "itself").symlink_to(data)
+    (data / "newest.txt").symlink_to(data / "a.txt")
+    for path in (data, data / "**/*.txt"):
+        assert sorted(documents(Corpus.of(find_files(path)))) == ["a", "b"]
+    assert find_files(data / "newest.txt").train == (data / "newest.txt",)
+
+
+@pytest.mark.parametrize("path", ["", "*.txt", "b.txt"])
+def test_a_link_to_nothing_is_named(path: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(FileNotFoundError, match=r"b\.txt` is a link to `.*gone\.txt`, which does not exist"):
+        find_files(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    "content", ["version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "/annex/objects/S-1"]
+)
+def test_a_file_that_was_not_downloaded_is_no_text(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").write_text(content)
+    for path in (tmp_path, tmp_path / "b.txt"):
+        with pytest.raises(
+            FileNotFoundError, match=r"b\.txt` stands for a file that was not downloaded: `git lfs pull`"
+        ):
+            find_files(path)
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    os.mkfifo(tmp_path / "b.txt")
+    assert find_files(tmp_path).train == (tmp_path / "a.txt",)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "closed").mkdir()
+    scan = os.scandir
+
+    def refuse(folder: str) -> object:
+        if str(folder).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="closed"):
+        find_files(tmp_path)
+
+
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    with gzip.open(tmp_path / "b.jsonl.gz", "wb") as out:
+        out.write(b'\xef\xbb\xbf{"text": "three"}')
+    assert list(documents(Corpus.of(find_files(tmp_path)))) == ["one\ntwo", "three"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -127,3 +129,49 @@ def test_a_cut_shard_a_wrong_vocabulary_and_an_empty_folder_are_named(tmp_path: 
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no text at `.*empty`: give a .bin, .npy file"):
         find_shards(tmp_path / "empty")
+
+
+def write_wide(file: Path, ids: Sequence[int]) -> None:
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240801, 7, len(ids)
+    file.write_bytes(header.tobytes() + np.array(ids, dtype=np.uint32).tobytes())
+
+
+def test_shards_with_ids_beyond_16_bits(tmp_path: Path) -> None:
+    """llm.c's format for Llama 3."""
+    ids = [70_000, 5, 128_000, *range(40)]
+    write_wide(tmp_path / "a_train_0.bin", ids)
+    assert open_shard(tmp_path / "a_train_0.bin").tolist() == ids
+    cut = (tmp_path / "a_train_0.bin").read_bytes()[:-2]
+    (tmp_path / "a_train_0.bin").write_bytes(cut)
+    with pytest.raises(ValueError, match="its header says 43 tokens, its size is that of 42"):
+        open_shard(tmp_path / "a_train_0.bin")
+
+
+@pytest.mark.parametrize("place", ["train", "val"])
+@pytest.mark.parametrize(("bad", "message"), [(600, "the id 600, `vocab_size` is 512"), (-1, "the id -1: ids of")])
+def test_a_foreign_id_is_refused_in_training_and_held_out_shards(
+    place: str, bad: int, message: str, tmp_path: Path
+) -> None:
+    for name in ("train", "val"):
+        np.save(tmp_path / f"{name}.npy", np.array([*range(99), bad if name == place else 0]))
+    module = TokenFiles(str(tmp_path), vocab_size=512, cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match=message):
+        module.token_counts  # noqa: B018
+
+
+def test_arrays_of_every_integer_type_are_one_sequence(tmp_path: Path) -> None:
+    kinds = ["<u8", ">u8", "<i8", "<u4", ">i4", "<u2", "|u1"]
+    for number, kind in enumerate(kinds):
+        np.save(tmp_path / f"{number}.npy", np.arange(100).astype(kind))
+    module = TokenFiles(str(tmp_path), vocab_size=100, cache_dir=tmp_path / "cache")
+    tokens = [*module.cache.train[:].tolist(), *module.cache.validation[:].tolist()]
+    assert tokens == [*range(100)] * len(kinds)
+    assert module.token_counts.sum() == len(module.cache.train)
+
+
+def test_a_compressed_shard_says_so(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "a.bin.gz", "wb") as out:
+        out.write(b"1" * 2_000)
+    with pytest.raises(ValueError, match=r"a\.bin\.gz` is not a token shard: it is compressed, .* unpack it"):
+        TokenFiles(str(tmp_path), vocab_size=100, cache_dir=tmp_path / "cache").token_counts  # noqa: B018

@@ -105,7 +105,7 @@ def test_bad_input_is_named(words: list[str], message: str, capsys: pytest.Captu
 
 
 BASE = {"train": {"max_steps": 10, "global_batch_size": 8, "max_seq_length": 64}}
-SHAPES = {
+SHAPES: dict[str, dict[str, object]] = {
     "queries share keys": {"n_head": 6, "n_query_groups": 2},
     "one key for all, one layer": {"n_head": 6, "n_query_groups": 1, "n_layer": 1},
     "heads of another size": {"n_head": 6, "head_size": 32},

@@ -16,11 +16,13 @@ import lightning_spectral
 from lightning_spectral.analysis.load import rows
 from lightning_spectral.cli import VERBS, main
 from lightning_spectral.cli.parser import VerbParser
+from lightning_spectral.probe import settings
 from lightning_spectral.probe.scalars import detail
 from lightning_spectral.records import STATUSES, read_spectral
 from lightning_spectral.training.names import keys
 from tests.analysis.synthetic import write_one
 from tests.callbacks import tiny
+from tests.callbacks.test_measuring import oracle_ranks
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
@@ -51,6 +53,7 @@ def test_python_snippets_run(page, code, tmp_path, monkeypatch) -> None:
         "network": tiny.Module().gpt,
         "batches": list(tiny.loader()),
     }
+    monkeypatch.setattr(settings, "BUCKET_RULES", {**settings.BUCKET_RULES})  # a snippet adds a rule of its own
     exec(code, {**given, "run_folder": write_one(tmp_path, "muon", 0.9, 64), "Fabric": Fabric})
 
 
@@ -183,12 +186,18 @@ QUESTIONS = {  # what strangers asked, in their words, and a word of the code th
     "how to cite it": "@misc",
     "W&B and TensorBoard": "TensorBoardLogger",
     "widths and seeds I need": "lightning-spectral power",
+    "rule of my own": "BUCKET_RULES[",
+    "two optimizers": "several optimizers",
+    "how much disk": "1.3 KB",
+    "under bf16": "sums in fp32",
+    "single experts": "`expert`",
+    "my platform": "macOS",
 }
 
 
 def included(text: str) -> str:
-    """A page with the files that it shows."""
-    return re.sub(r'--8<-- "([^"]+)"', lambda found: (ROOT / found[1]).read_text(), text)
+    """A page with the files that it shows, wherever its lines end."""
+    return " ".join(re.sub(r'--8<-- "([^"]+)"', lambda found: (ROOT / found[1]).read_text(), text).split())
 
 
 @pytest.mark.parametrize(("words", "answer"), QUESTIONS.items(), ids=list(QUESTIONS))
@@ -328,3 +337,18 @@ def test_stacks_of_a_looped_model_are_named_as_the_table_says(tmp_path) -> None:
         assert [record.module for record in own][: len(modules)] == modules
     (tag,) = re.findall(r"`(spectral\.hard_rank[^`]+)`", section)
     assert tag in detail(records, "train")
+
+
+def test_the_input_of_any_linear_layer_can_be_named(tmp_path) -> None:
+    """As the page says of attention's output projection: hard ranks equal an oracle on what flows into it."""
+    gpt, ids = tiny.Module().gpt, next(iter(tiny.loader()))[:, :-1]
+    rows_ND: list[torch.Tensor] = []
+    gpt.transformer.h[1].attn.proj.register_forward_pre_hook(
+        lambda _, given: rows_ND.append(given[0].detach().flatten(0, -2))
+    )
+    with lightning_spectral.observe(gpt, out=tmp_path, modules=["*.attn.proj"]) as probe:
+        gpt(ids).sum().backward()
+        probe.step()
+    record = read_spectral(tmp_path).records[-1]
+    assert (record.module, record.num_tokens) == ("transformer.h.1.attn.proj", ids.numel())
+    assert record.hard_rank == pytest.approx(oracle_ranks(rows_ND[0].double())[1], rel=1e-5)  # fp32 products

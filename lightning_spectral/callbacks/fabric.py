@@ -37,8 +37,8 @@ class FabricSpectralProbe:
     Args:
         callback: A :class:`SpectralRankCallback` or :class:`TailTokenProbe`; its arguments say what, when and where.
             Its stages (``on``) are a Trainer's: here only training is measured. Without ``dirpath`` records go beside
-            the first logger's files, or to ``spectral/``. ``mask_fn`` gets the model's keyword arguments, or its
-            positional ones if there are none.
+            TensorBoard's files, else the first logger's, else to ``spectral/``. ``mask_fn`` gets the model's keyword
+            arguments, or its positional ones if there are none.
         num_steps: Optimizer steps of the run, if known: the last one is measured too.
         alarms: :class:`~lightning_spectral.SpectralAlarm` rules; one with ``stop=True`` sets :attr:`should_stop`.
 

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_spectral.callbacks.trainer_host import global_seed
+from lightning_spectral.callbacks.uploads import is_tensorboard
 from lightning_spectral.lightning_private import callbacks_of_fabric, device_mesh
 from lightning_spectral.probe.host import Host, Scalars
 from lightning_spectral.probe.run_folder import RunFolder, new_run_id
@@ -52,8 +53,9 @@ def host_of_fabric(fabric: Fabric, module: nn.Module, settings: ProbeSettings, *
 def _log_dir(fabric: Fabric) -> str | None:
     if not fabric.loggers:
         return None
-    getattr(fabric.loggers[0], "experiment", None)  # a CSVLogger wants to be the first in its folder
-    return getattr(fabric.loggers[0], "log_dir", None)
+    logger = next(filter(is_tensorboard, fabric.loggers), fabric.loggers[0])
+    getattr(logger, "experiment", None)  # a CSVLogger wants to be the first in its folder
+    return getattr(logger, "log_dir", None)
 
 
 def _log(fabric: Fabric, scalars: Scalars, step: int | None) -> None:

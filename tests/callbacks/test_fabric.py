@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers import CSVLogger
+from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_spectral import SpectralRankCallback, TailTokenProbe, WeightSpectrumCallback, read_spectral
@@ -208,6 +209,13 @@ def test_scalars_and_records_beside_the_loggers_files(tmp_path):
     folder = tmp_path / "csv" / "version_0"
     assert len(read_spectral(folder).records) == 2
     assert "spectral/hard_rank.pooled" in (folder / "metrics.csv").read_text()
+
+
+def test_of_several_loggers_records_lie_beside_tensorboards_files(tmp_path):
+    loggers = [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="tb")]
+    run(tmp_path, SpectralRankCallback(1), loggers=loggers, steps=1)
+    (file,) = tmp_path.rglob("spectral.jsonl")
+    assert file.parent == tmp_path / "tb" / "version_0"
 
 
 def test_resume_appends(tmp_path):

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from lightning_spectral.data.corpus import Block
 from lightning_spectral.text import whole_file, write_text
 from lightning_spectral.text.arguments import require_count
+from lightning_spectral.text.processes import end_with_the_parent
 
 END_OF_TEXT = "<|endoftext|>"
 UNIT_BLOCKS = 2_048  # blocks (40 MB of text) that an interrupted build need not encode again
@@ -120,14 +122,21 @@ def _workers(folder: Path, encode: Encoder, num_proc: int) -> Iterator[Callable[
         yield here
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_proc, context, initializer=_begin, initargs=(folder,)) as pool:
-        yield lambda file, *parts: pool.submit(_encode_in_worker, file, *parts)
+    try:
+        with ProcessPoolExecutor(num_proc, context, initializer=_begin, initargs=(folder,)) as pool:
+            yield lambda file, *parts: pool.submit(_encode_in_worker, file, *parts)
+    except BrokenProcessPool as error:
+        raise ValueError(
+            f"one of the {num_proc} processes that tokenise was killed, perhaps since memory ran out: start again, and "
+            "what is done is not done again; a smaller `num_proc` takes less memory."
+        ) from error
 
 
 _of_worker: dict[str, Encoder] = {}
 
 
 def _begin(folder: Path) -> None:
+    end_with_the_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism
     _of_worker["encode"] = Encoder(folder)
 

@@ -18,6 +18,7 @@ from typing import Any
 from lightning_spectral import records
 from lightning_spectral.data.corpus import Corpus
 from lightning_spectral.text import one_line
+from lightning_spectral.text.processes import end_with_the_parent
 from lightning_spectral.training.checkpoint_names import folders_of, progress_of
 from lightning_spectral.training.measure import asked, measure_checkpoint
 
@@ -132,6 +133,7 @@ def _in_processes(
 def _begin(threads: int) -> None:
     import torch
 
+    end_with_the_parent()
     torch.set_num_threads(threads)
 
 

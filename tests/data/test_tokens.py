@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -295,6 +297,24 @@ def test_any_number_of_processes_makes_the_same_cache(tmp_path: Path, monkeypatc
     ]
     for name in ("train.npy", "validation.npy", "counts.npy", "tokenizer.json"):
         assert (made[0] / name).read_bytes() == (made[1] / name).read_bytes()
+
+
+def _killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.timeout(120)
+def test_a_tokenising_process_that_is_killed_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the system does where memory runs out; the next start goes on."""
+    corpus = _corpus(tmp_path)
+    whole = prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(encode_module, "_encode_in_worker", _killed)
+        with pytest.raises(ValueError, match="one of the 2 processes that tokenise was killed, .* smaller `num_proc`"):
+            prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache", num_proc=2)
+    again = prepare_tokens(corpus, vocab_size=300, cache_dir=tmp_path / "cache")
+    for name in ("train.npy", "validation.npy", "counts.npy"):
+        assert (whole.folder / name).read_bytes() == (again.folder / name).read_bytes()
 
 
 def test_a_data_set_is_read_as_a_stream_and_by_split(tmp_path: Path) -> None:

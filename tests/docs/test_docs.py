@@ -11,6 +11,7 @@ import torch
 import yaml
 from lightning.fabric import Fabric
 from torch import nn
+from torch.utils.data import DataLoader
 
 import lightning_spectral
 from lightning_spectral.analysis.load import rows
@@ -352,3 +353,59 @@ def test_the_input_of_any_linear_layer_can_be_named(tmp_path) -> None:
     record = read_spectral(tmp_path).records[-1]
     assert (record.module, record.num_tokens) == ("transformer.h.1.attn.proj", ids.numel())
     assert record.hard_rank == pytest.approx(oracle_ranks(rows_ND[0].double())[1], rel=1e-5)  # fp32 products
+
+
+PAD = 3
+
+
+def padded() -> torch.Tensor:
+    """Sequences that end in padding, and not all at the same place."""
+    ids = next(iter(tiny.loader())).clone()
+    ids[ids == PAD] = PAD + 1
+    for row, length in zip(ids, (5, 9, 17, 17, 12, 3, 17, 8), strict=True):
+        row[length:] = PAD
+    return ids
+
+
+def test_mask_fn_is_given_what_the_page_says(tmp_path) -> None:
+    """The batch in a Trainer, and its mask may have the last column; elsewhere the arguments of the model's call."""
+
+    class Module(tiny.Module):
+        def training_step(self, batch, batch_idx):
+            return self.loss(batch["ids"])
+
+    ids = padded()
+    expected = int((ids[:, :-1] != PAD).sum())
+    often = {"every_n_steps": 1, "background": False}
+    batch = lightning_spectral.SpectralRankCallback(
+        mask_fn=lambda batch: batch["ids"] != PAD, dirpath=str(tmp_path / "trainer"), **often
+    )
+    tiny.trainer(tmp_path, [batch], max_steps=1).fit(Module(), DataLoader([{"ids": row} for row in ids], batch_size=8))
+
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gpt = tiny.Module().gpt
+
+        def forward(self, *, ids):
+            return self.gpt(ids)
+
+    gpt, keyword = tiny.Module().gpt, Keyword()
+    for name, model, call, mask_fn in (
+        ("tuple", gpt, lambda: gpt(ids[:, :-1]), lambda arguments: arguments[0] != PAD),
+        ("dict", keyword, lambda: keyword(ids=ids[:, :-1]), lambda arguments: arguments["ids"] != PAD),
+    ):
+        with lightning_spectral.observe(model, out=tmp_path / name, mask_fn=mask_fn, **often) as probe:
+            call().sum().backward()
+            probe.step()
+    fabric_probe = lightning_spectral.FabricSpectralProbe(
+        lightning_spectral.SpectralRankCallback(
+            mask_fn=lambda arguments: arguments[0] != PAD, dirpath=str(tmp_path / "fabric"), **often
+        )
+    )
+    fabric, module = Fabric(accelerator="cpu", devices=1, callbacks=[fabric_probe]), tiny.Module().gpt
+    wrapped, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    fabric.backward(wrapped(ids[:, :-1]).sum())
+    optimizer.step()
+    for name in ("trainer", "tuple", "dict", "fabric"):
+        assert {r.num_tokens for r in read_spectral(tmp_path / name).records if r.step == 0} == {expected}, name

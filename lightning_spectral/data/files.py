@@ -104,7 +104,7 @@ def find_files(path: str | Path, *, suffixes: Collection[str] = READERS) -> Foun
     _refuse_address(str(path))
     text = str(Path(path).expanduser())
     if Path(text).is_file() or _leads_nowhere(Path(text)):
-        _refuse_placeholder(Path(text))
+        refuse_placeholder(Path(text))
         if _data_suffix(Path(text)) not in suffixes:
             raise ValueError(f"`{text}` ends in `{Path(text).suffix}`; the readers know {', '.join(suffixes)}.")
         return FoundFiles((Path(text),))
@@ -123,7 +123,7 @@ def find_files(path: str | Path, *, suffixes: Collection[str] = READERS) -> Foun
         elif why is None and file.suffix.lower() in COMPRESSED and file.with_suffix("") in present:
             why = f"`{file.stem}` is beside it"
         if why is None:
-            _refuse_placeholder(file)
+            refuse_placeholder(file)
             readable.append(file)
         elif why:
             left_out.append((file, why))
@@ -170,8 +170,12 @@ def _once(names: Iterable[Path]) -> list[Path]:
     return sorted({os.path.realpath(file): file for file in reversed(ordered)}.values())
 
 
-def _refuse_placeholder(file: Path) -> None:
-    """A name whose content is elsewhere, or was not downloaded, must not count as text, nor be passed over."""
+def refuse_placeholder(file: Path) -> None:
+    """Refuse a file whose content is elsewhere: it must not count as data, nor be passed over.
+
+    Raises:
+        FileNotFoundError: If it is a link to nothing, or stands for a file that was not downloaded.
+    """
     if _leads_nowhere(file):
         raise FileNotFoundError(f"`{file}` is a link to `{os.readlink(file)}`, which does not exist.")
     if file.stat().st_size < _POINTER_BYTES and file.read_bytes().startswith(_POINTERS):

@@ -6,28 +6,41 @@ asks for shape, dtype or device is answered, and nothing is held.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_spectral.text import is_name, one_line, parse_json
+
 Read = Callable[[str], Tensor]
 
 
 class SafetensorsFiles:
-    """The tensors of a folder of safetensors files, mapped into memory and read one by one.
+    """The tensors of a Hugging Face folder, mapped into memory and read one by one.
 
     Args:
-        folder: Holds ``*.safetensors``.
+        folder: Holds ``model.safetensors``, or the files that ``model.safetensors.index.json`` names, or other
+            ``*.safetensors``; what lies beside the first two is not of the model.
+
+    Raises:
+        FileNotFoundError: If a file that the index names is not there.
+        ValueError: If the index is none, or a tensor is in two files.
     """
 
     def __init__(self, folder: Path) -> None:
         from safetensors import safe_open
 
-        files = [safe_open(file, framework="pt") for file in sorted(folder.glob("*.safetensors"))]
-        self._home: Mapping[str, Any] = {name: file for file in files for name in _names(file)}
+        self._home: dict[str, Any] = {}
+        home: dict[str, Path] = {}
+        for file in files_of(folder):
+            opened = safe_open(file, framework="pt")
+            for name in _names(opened):
+                if name in home:
+                    raise ValueError(f"`{name}` is in `{home[name].name}` and in `{file.name}`: remove one of them")
+                home[name], self._home[name] = file, opened
 
     @property
     def names(self) -> set[str]:
@@ -38,10 +51,36 @@ class SafetensorsFiles:
         """Of one tensor, without reading it."""
         return tuple(self._home[name].get_slice(name).get_shape())
 
+    def kind(self, name: str) -> str:
+        """Of one tensor's numbers, as safetensors spells it: ``BF16``, ``I8``."""
+        return str(self._home[name].get_slice(name).get_dtype())
+
     def __call__(self, name: str) -> Tensor:
         """One tensor, in its own dtype."""
         tensor: Tensor = self._home[name].get_tensor(name)
         return tensor
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Files that hold a model's weights, chosen as ``transformers`` does.
+
+    Raises:
+        FileNotFoundError: If a file that the index names is not there.
+        ValueError: If the index is none.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists() or single.is_symlink():
+        return [single]
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = set(parse_json(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"`{index.name}` is no index of weights: {one_line(error)}") from error
+    missing = sorted(name for name in names if not is_name(name) or not (folder / name).is_file())
+    if missing:
+        raise FileNotFoundError(f"`{missing[0]}` is not there, and `{index.name}` names it")
+    return sorted(folder / name for name in names)
 
 
 def _names(file: Any) -> list[str]:

@@ -11,18 +11,20 @@ import torch
 from litgpt.config import Config
 from torch import Tensor, nn
 
+from lightning_spectral.data.files import refuse_placeholder
 from lightning_spectral.gpt.architecture import Architecture, adapt_config, build_gpt
 from lightning_spectral.gpt.export import load_final
 from lightning_spectral.models.checkpoint_file import read_checkpoint
 from lightning_spectral.models.meta import without_memory
 from lightning_spectral.models.stacks import find_stacks
-from lightning_spectral.models.streamed import SafetensorsFiles, stream
+from lightning_spectral.models.streamed import SafetensorsFiles, files_of, stream
 from lightning_spectral.probe.memory_plan import available_bytes
 from lightning_spectral.text import one_line
 from lightning_spectral.training.checkpoint_names import progress_of
 from lightning_spectral.training.checkpoints import step_of
 from lightning_spectral.training.document import named_config
 
+_NUMBERS = {"F64", "F32", "F16", "BF16"}
 DEFAULT_MAX_LENGTH = 512  # of a Hugging Face model that does not say
 
 
@@ -137,14 +139,14 @@ def _load_lightning(file: Path, stream_weights: bool | None) -> LoadedModel:
 
 def _load_hugging_face(folder: Path, stream_weights: bool | None) -> LoadedModel:
     try:
-        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
     except ModuleNotFoundError as error:
         raise ValueError(f"`{folder}` is a Hugging Face folder: `pip install transformers` to read it.") from error
     if not list(folder.glob("*.safetensors")):
         raise ValueError(f"`{folder}` holds no `*.safetensors`: save it with `model.save_pretrained(folder)`.")
+    files = _files(folder)
     if stream_weights or (stream_weights is None and _is_large(folder)):
-        streamed = _streamed_hugging_face(folder)
+        streamed = _streamed_hugging_face(folder, files)
         if streamed is not None:
             return streamed
         if stream_weights:
@@ -154,16 +156,58 @@ def _load_hugging_face(folder: Path, stream_weights: bool | None) -> LoadedModel
             )
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"`{folder}` cannot be read ({one_line(error)}): is every file whole?") from error
-    if report["missing_keys"] or report.get("mismatched_keys"):
-        lost = sorted(map(str, [*report["missing_keys"], *report.get("mismatched_keys", [])]))
-        raise ValueError(f"`{folder}` lacks {len(lost)} weights of its model, the first is `{lost[0]}`: is it whole?")
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except Exception as error:  # any of transformers' and torch's: the folder may be anybody's
+        raise _unreadable(folder, error) from error
+    _refuse_misfits(folder, report)
+    _refuse_codes(folder, model, files)
     model.config.use_cache = False
     max_length = getattr(model.config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
     return LoadedModel(model.float(), "huggingface", int(max_length), tokenizer_dir=with_tokenizer(folder))
+
+
+def _files(folder: Path) -> SafetensorsFiles:
+    from safetensors import SafetensorError
+
+    try:
+        for file in files_of(folder):
+            refuse_placeholder(file)
+        return SafetensorsFiles(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> ValueError:
+    return ValueError(f"`{folder}` cannot be read ({one_line(error).rstrip('.')}): is every file whole?")
+
+
+def _refuse_misfits(folder: Path, report: dict[str, Any]) -> None:
+    """Weights that the model has and the files have not, or in another shape."""
+    other = [(str(name), tuple(there), tuple(here)) for name, there, here in report.get("mismatched_keys") or []]
+    if other:
+        name, there, here = min(other)
+        raise ValueError(
+            f"`{folder}` does not fit its `config.json`: `{name}` is {there} in its files and {here} by the config "
+            f"({len(other)} weight(s) differ)."
+        )
+    lost = sorted(map(str, report["missing_keys"]))
+    if lost:
+        raise ValueError(f"`{folder}` lacks {len(lost)} weights of its model, the first is `{lost[0]}`: is it whole?")
+
+
+def _refuse_codes(folder: Path, model: nn.Module, files: SafetensorsFiles) -> None:
+    """Weights stored as integers or in eight bits are codes, which mean numbers only together with scales."""
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        return  # transformers has made numbers of them
+    for name, _ in model.named_parameters():
+        if name in files.names and files.kind(name) not in _NUMBERS:
+            raise ValueError(
+                f"`{name}` of `{folder}` is stored as {files.kind(name)}, and `config.json` says no "
+                "`quantization_config`: such codes are no weights without their scales. Measure the model they were "
+                "made from."
+            )
 
 
 def _is_large(folder: Path) -> bool:
@@ -172,23 +216,28 @@ def _is_large(folder: Path) -> bool:
     return in_fp32 > available_bytes() / 2
 
 
-def _streamed_hugging_face(folder: Path) -> LoadedModel | None:
+def _streamed_hugging_face(folder: Path, files: SafetensorsFiles) -> LoadedModel | None:
     """A model that reads its blocks when they run; ``None`` if the files are laid out in another way."""
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        files = SafetensorsFiles(folder)
         with without_memory():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"`{folder}` cannot be read ({one_line(error)}): is every file whole?") from error
+    except Exception as error:  # any of transformers' and torch's: the folder may be anybody's
+        raise _unreadable(folder, error) from error
+    if getattr(config, "quantization_config", None) is not None:
+        return None  # its files hold codes
+    _refuse_codes(folder, model, files)
     model.tie_weights()
     model.config.use_cache = False
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     if not _blocks(model) or not all(name in files.names and files.shape(name) == shapes[name] for name in shapes):
         return None
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in files.names and name in model.state_dict():
+                buffer.copy_(files(name))
     max_length = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
     return LoadedModel(model, "huggingface", int(max_length), tokenizer_dir=with_tokenizer(folder), weights=files)
 

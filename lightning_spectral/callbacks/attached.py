@@ -37,7 +37,8 @@ class AttachedToTrainer(SavedState):
         self.measurement = Measurement(settings, buckets)
         self.observer = Observer(self.measurement, name=type(self).__name__, key=self.state_key)
         self.home: pl.Trainer | None = None
-        self.progress, self.last_step, self.pictures = Progress(), LastStep(), Pictures()
+        self.progress, self.last_step = Progress(), LastStep()
+        self.pictures = Pictures(with_layers=settings.log_layers)
 
     @property
     def run_folder(self) -> RunFolder | None:

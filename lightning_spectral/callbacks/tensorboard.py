@@ -19,6 +19,7 @@ import numpy as np
 
 from lightning_spectral.callbacks.uploads import add_figure, holds_pictures, is_tensorboard, upload_records
 from lightning_spectral.probe.results import WindowResult
+from lightning_spectral.probe.scalars import place_names
 from lightning_spectral.records import POOLED, RunInfo, SpectralRecord, layer_name
 from lightning_spectral.records.looks import bucket_colors, bucket_name, metric_name, ordered_buckets
 
@@ -28,10 +29,12 @@ MAX_COLUMNS = 256  # of a heat map: more cannot be told apart, and drawing them 
 CURVES = ("hard_rank", "soft_rank")
 
 
-def layout(records: Sequence[SpectralRecord], *, with_losses: bool) -> dict[str, dict[str, list[Any]]]:
+def layout(
+    records: Sequence[SpectralRecord], *, with_losses: bool, with_layers: bool = True
+) -> dict[str, dict[str, list[Any]]]:
     """Custom-scalars layout for the tags of ``probe.scalars``: front page, layers, health; at most 4 series a chart."""
     buckets = list(dict.fromkeys(record.bucket for record in records))
-    layers = list(dict.fromkeys(layer_name(record.layer, record.expert) for record in records))
+    layers = list(dict.fromkeys(place_names(records))) if with_layers else []
     sites = list(dict.fromkeys(record.site for record in records))
     suffixes = ["" if site == "post" else f".{site}" for site in sites]
     front: dict[str, list[Any]] = {}
@@ -48,7 +51,9 @@ def layout(records: Sequence[SpectralRecord], *, with_losses: bool) -> dict[str,
     health = _charts("rows per dimension (N/D)", [f"spectral_health/tokens_per_dim{suffixes[0]}.{b}" for b in buckets])
     health |= _charts("share of spectra with a bad status", ["spectral_health/bad_status_share"])
     health |= _charts("seconds per window", ["spectral_health/window_s"])
-    pages = {"1 Rank curves (layer median)": front, "2 Layers": detail, "4 Health": health}
+    pages = {"1 Rank curves (layer median)": front, "4 Health": health}
+    if with_layers:
+        pages["2 Layers"] = detail
     if with_losses:
         losses = _charts("loss by bucket", [f"spectral_loss/loss.{bucket}" for bucket in buckets])
         losses |= _charts("top-1 accuracy by bucket", [f"spectral_loss/accuracy.{bucket}" for bucket in buckets])
@@ -57,9 +62,14 @@ def layout(records: Sequence[SpectralRecord], *, with_losses: bool) -> dict[str,
 
 
 class Pictures:
-    """History of one run, drawn into the loggers that hold pictures."""
+    """History of one run, drawn into the loggers that hold pictures.
 
-    def __init__(self) -> None:
+    Args:
+        with_layers: Whether single layers have tags, that charts can be of.
+    """
+
+    def __init__(self, *, with_layers: bool = True) -> None:
+        self._with_layers = with_layers
         self._curves: dict[str, dict[str, dict[int, float]]] = {metric: {} for metric in CURVES}
         self._hard: dict[str, dict[int, dict[str, float]]] = {}  # bucket -> step -> layer
         self._spectra: dict[str, dict[int, np.ndarray]] = {}
@@ -74,9 +84,10 @@ class Pictures:
         self._remember_ranks(step, [record for record in records if record.site == "post"])
         self._remember_spectra(step, result)
         if self._num_windows == 0:
+            described = layout(records, with_losses=bool(result.losses), with_layers=self._with_layers)
             for logger in loggers:
                 if is_tensorboard(logger):
-                    logger.experiment.add_custom_scalars(layout(records, with_losses=bool(result.losses)))
+                    logger.experiment.add_custom_scalars(described)
         self._num_windows += 1
         if self._num_windows >= 8 and self._num_windows & (self._num_windows - 1) == 0:  # 8, 16, 32, ...
             self.draw(trainer, step)
@@ -99,9 +110,8 @@ class Pictures:
         upload_records(_loggers(trainer), folder, info)
 
     def _remember_ranks(self, step: int, records: Sequence[SpectralRecord]) -> None:
-        for record in records:
+        for record, place in zip(records, place_names(records), strict=True):
             if record.hard_rank is not None:
-                place = layer_name(record.layer, record.expert)
                 self._hard.setdefault(record.bucket, {}).setdefault(step, {})[place] = record.hard_rank
         for steps in self._hard.values():
             _thin(steps, MAX_COLUMNS)

@@ -113,7 +113,7 @@ class Measurement:
     @property
     def identity(self) -> dict[str, str]:
         """What tells two measurements of one training apart, and stays the same when it is resumed."""
-        left_out = {"background", "memory_limit_mib", "on_nonfinite", "labels", "run_id", "strict"}
+        left_out = {"background", "log_layers", "memory_limit_mib", "on_nonfinite", "labels", "run_id", "strict"}
         content = {f.name: getattr(self.settings, f.name) for f in fields(self.settings) if f.name not in left_out}
         if self.buckets is not None:
             content |= asdict(replace(self.buckets, counts=None)) | {"counts": self.buckets.counts}

@@ -167,6 +167,7 @@ class Publication:
             self.host,
             self.guard,
             with_eigenvalues=self.measurement.settings.eigenvalues,
+            with_layers=self.measurement.settings.log_layers,
         )
         self._tally.lost += bool(records) and all(record.status in LOST for record in records)
         self._react(records)

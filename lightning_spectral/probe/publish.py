@@ -20,6 +20,7 @@ def publish(
     guard: Guard,
     *,
     with_eigenvalues: bool,
+    with_layers: bool,
 ) -> tuple[list[SpectralRecord], Scalars]:
     """Write and log one window; returns its records, and the scalars worth a monitor."""
     records, losses = spectral_records(result, window, conventions), loss_records(result, window)
@@ -34,7 +35,8 @@ def publish(
     scalars = {**front_page(records, window.stage), **loss_scalars(losses, window.stage)}
     with guard("logging scalars", "not_logged"):
         if host.is_first:
-            host.log(finite({**scalars, **detail(records, window.stage)}), window.step)
+            layers = detail(records, window.stage) if with_layers else {}
+            host.log(finite({**scalars, **layers}), window.step)
     with guard("telling who listens", "not_logged"):
         host.published(records, result)
     guard.take()  # neither touches the next window

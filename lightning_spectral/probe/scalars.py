@@ -40,22 +40,24 @@ def front_page(records: Sequence[SpectralRecord], stage: str) -> dict[str, float
     return scalars
 
 
-def detail(records: Iterable[SpectralRecord], stage: str) -> dict[str, float]:
+def detail(records: Sequence[SpectralRecord], stage: str) -> dict[str, float]:
     """One scalar per metric, site, bucket and layer; a model's second and further stacks of blocks are named."""
     prefix = "spectral" if stage == "train" else f"spectral_{stage}"
     # the entropy is the logarithm of the soft rank
     metrics = [*(name for name in RANK_METRICS if name != "spectral_entropy"), "hard_rank_debiased"]
-    scalars = {}
-    first: str | None = None
-    for record in records:
-        first = record.stack if first is None else first
-        place = layer_name(record.layer, record.expert)
-        place = place if record.stack == first else f"{record.stack}/{place}"
-        for metric in metrics:
-            value = record.value(metric)
-            if value is not None:
-                scalars[f"{prefix}.{metric}.{record.site}.{record.bucket}/{place}"] = value
-    return scalars
+    return {
+        f"{prefix}.{metric}.{record.site}.{record.bucket}/{place}": value
+        for record, place in zip(records, place_names(records), strict=True)
+        for metric in metrics
+        if (value := record.value(metric)) is not None
+    }
+
+
+def place_names(records: Sequence[SpectralRecord]) -> list[str]:
+    """``layer_03`` of each record of a window, behind the name of its stack if that is not the first's."""
+    layers = [layer_name(record.layer, record.expert) for record in records]
+    pairs = zip(records, layers, strict=True)
+    return [layer if record.stack == records[0].stack else f"{record.stack}/{layer}" for record, layer in pairs]
 
 
 def loss_scalars(losses: Iterable[LossRecord], stage: str) -> dict[str, float]:

@@ -57,6 +57,7 @@ class SharedArguments(TypedDict, total=False):
     run_id: str | None
     labels: dict[str, str] | None
     mask_fn: Callable[[Any], Tensor | None] | None
+    log_layers: bool
     on_nonfinite: NonfinitePolicy
     memory_limit_mib: float | None
     convention: Convention
@@ -100,8 +101,10 @@ class ProbeSettings:
         run_id: Id of the run; default a timestamp and a random suffix.
         labels: Free labels for analysis, e.g. ``{"optimizer": "muon"}``.
         mask_fn: ``batch -> (B, T)`` mask, False at padding, instead of what the model's arguments and the batch say; of
-            a column more than the model's ids the last is cut off. All but Lightning pass what the model was called
-            with: its keyword arguments, or else the tuple of the others.
+            a column more than the model's ids the last is cut off. Where no Lightning Trainer runs, it is given the
+            keyword arguments of the model's call, or else the tuple of the others.
+        log_layers: Also send the numbers of every layer and expert to the loggers, five tags for each bucket; False for
+            the medians alone. Records always hold all.
         on_nonfinite: NaN or Inf activations are recorded with a status and ``warn`` once, only ``record``, or
             ``raise``.
         memory_limit_mib: What the state of a window may take on each rank; default a quarter of what is free when
@@ -135,6 +138,7 @@ class ProbeSettings:
     run_id: str | None = None
     labels: dict[str, str] | None = None
     mask_fn: Callable[[Any], Tensor | None] | None = None
+    log_layers: bool = True
     on_nonfinite: NonfinitePolicy = "warn"
     memory_limit_mib: float | None = None
     convention: Convention = "default"

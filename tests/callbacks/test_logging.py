@@ -10,9 +10,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_spectral import SpectralRankCallback, TailTokenProbe, read_spectral
-from lightning_spectral.callbacks.tensorboard import MAX_SERIES, layout
+from lightning_spectral.callbacks.tensorboard import MAX_SERIES, Pictures, layout
+from lightning_spectral.probe.scalars import detail
 from lightning_spectral.probe.schedule import Schedule
 from tests.callbacks import tiny
+from tests.records_factory import spectral
 
 
 @pytest.fixture
@@ -89,3 +91,36 @@ def test_schedule(every, last, steps, expected):
             schedule.previous = step
             found.append(step)
     assert found == expected
+
+
+def test_layers_can_be_left_to_the_records(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    probe = TailTokenProbe(1, counts=tiny.counts(), log_layers=False)
+    tiny.trainer(tmp_path, [probe], max_steps=2, logger=logger).fit(tiny.Module(), tiny.loader())
+    accumulator = EventAccumulator(logger.log_dir, size_guidance={"scalars": 0}).Reload()
+    tags = set(accumulator.Tags()["scalars"])
+    assert "spectral/hard_rank.tail" in tags
+    assert not [tag for tag in tags if tag.startswith("spectral.")]
+    assert "custom_scalars__config__" in accumulator.Tags()["tensors"]
+    records = read_spectral(logger.log_dir).records
+    assert {record.layer for record in records} == {0, 1}
+    pages = layout(records, with_losses=True, with_layers=False)
+    assert {tag for page in pages.values() for _, chart in page.values() for tag in chart} <= tags
+    assert probe.state_key == TailTokenProbe(1, counts=tiny.counts()).state_key  # a resumed run may change it
+
+
+def test_layers_of_several_stacks_are_told_apart_in_charts_and_pictures():
+    stacks = {"prelude": 1, "core": 3}
+    records = [
+        spectral(step=0, layer=layer, stack=stack, site="post", bucket="tail", hard_rank=10.0 * len(stack) + layer)
+        for stack, size in stacks.items()
+        for layer in range(size)
+    ]
+    names = ["layer_00", "core/layer_00", "core/layer_01", "core/layer_02"]
+    pages = layout(records, with_losses=False)
+    charted = [tag for _, chart in pages["2 Layers"].values() for tag in chart if "hard_rank" in tag]
+    assert charted == [f"spectral.hard_rank.post.tail/{name}" for name in names]
+    assert {*charted} <= {*detail(records, "train")}
+    pictures = Pictures()
+    pictures._remember_ranks(0, records)
+    assert pictures._hard["tail"][0] == dict(zip(names, [70.0, 40.0, 41.0, 42.0], strict=True))

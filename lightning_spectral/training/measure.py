@@ -68,6 +68,7 @@ def measure_checkpoint(
     memory_limit_mib: float | None = None,
     stream_weights: bool | None = None,
     resume: bool = False,
+    labels: dict[str, str] | None = None,
 ) -> Measured:
     """Run a checkpoint over text and write its records to ``folder``.
 
@@ -88,6 +89,7 @@ def measure_checkpoint(
         memory_limit_mib: As in ``SpectralRankCallback``: where all rows do not fit, an even sample of them is kept.
         stream_weights: Hold one block's weights at a time (Hugging Face folders); default: where all are too many.
         resume: Add to the records that are in ``folder``: another step of the same model on the same text.
+        labels: Of the run, for analysis; default: the checkpoint's name.
 
     Raises:
         ValueError: If checkpoint, tokenizer, counts and text do not fit together; the message says what to do.
@@ -101,9 +103,10 @@ def measure_checkpoint(
     tokens = _sequences(_tokens(corpus, encoder, max(num_tokens // length, 1) * length + 1), length)
     vocab = _vocabulary(loaded.model, modules, as_hints(hints), tokens, checkpoint)
     table, notes = _counts(counts, tokens, vocab, encoder.vocab_size)
+    labels = {"checkpoint": checkpoint.name} if labels is None else labels
     chosen: dict[str, Any] = {"sites": tuple(sites), "hints": hints, "modules": modules}
     chosen |= {"memory_limit_mib": memory_limit_mib, "num_jackknife_groups": num_jackknife_groups}
-    measurement = _measurement(table, _facts(counts, corpus, loaded), labels={"checkpoint": checkpoint.name}, **chosen)
+    measurement = _measurement(table, _facts(counts, corpus, loaded), labels=labels, **chosen)
     options = {"counts": counts, "num_tokens": num_tokens, "seq_length": seq_length, "sites": sites}
     same = asked(corpus, **options, num_jackknife_groups=num_jackknife_groups)
     hparams = {"data": corpus.names, "num_tokens": len(tokens) - 1, "seq_length": length, "asked": same}

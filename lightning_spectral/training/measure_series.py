@@ -66,7 +66,7 @@ def measure_series(
         options: Of :func:`~lightning_spectral.training.measure.measure_checkpoint`.
 
     Raises:
-        ValueError: If a run folder holds records of another text or other settings.
+        ValueError: If a run folder holds records of another model or text, or of other settings.
     """
     say = report or (lambda _: None)
     folders = folders_of(checkpoints, out)
@@ -74,7 +74,7 @@ def measure_series(
     waiting: list[tuple[Path, Path]] = []
     now = asked(corpus, **options)
     for folder, members in folders.items():
-        _refuse_other_settings(folder, now)
+        _refuse_other_records(folder, members, now)
         done = _steps_in(folder)
         for member in members:
             known = progress_of(member).step
@@ -87,7 +87,8 @@ def measure_series(
     by_folder: dict[Path, list[Path]] = {}
     for member, folder in waiting:
         by_folder.setdefault(folder, []).append(member)
-    measure = partial(_measure_members, corpus=corpus, options=options)
+    curves = frozenset(folder for folder, members in folders.items() if len(members) > 1)
+    measure = partial(_measure_members, corpus=corpus, options=options, curves=curves)
     if spread is None and workers > 1 and len(by_folder) > 1:
         spread = partial(_in_processes, workers=workers)
     for folder, outcomes in _outcomes(by_folder, measure, spread):
@@ -137,9 +138,18 @@ def _begin(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _measure_members(folder: Path, members: Sequence[Path], *, corpus: Corpus, options: dict[str, Any]) -> Outcomes:
+def _measure_members(
+    folder: Path,
+    members: Sequence[Path],
+    *,
+    corpus: Corpus,
+    options: dict[str, Any],
+    curves: frozenset[Path] = frozenset(),
+) -> Outcomes:
     """Each member and why it could not be measured; empty if it was, also by a worker that died after it."""
     outcomes, done = [], _steps_in(folder)
+    if folder in curves:  # a run at several steps; the name of one of them would tell it from its family
+        options = {**options, "labels": {}}
     for member in members:
         step = progress_of(member).step
         if step is not None and step in done:
@@ -153,17 +163,23 @@ def _measure_members(folder: Path, members: Sequence[Path], *, corpus: Corpus, o
     return outcomes
 
 
-def _refuse_other_settings(folder: Path, now: dict[str, str]) -> None:
-    """Records of one folder are of one text, measured alike."""
+def _refuse_other_records(folder: Path, members: Sequence[Path], now: dict[str, str]) -> None:
+    """Records of one folder are of one model and one text, measured alike."""
     try:
-        before = records.read_run(folder).hparams.get("asked", now)
+        hparams = records.read_run(folder).hparams
     except FileNotFoundError:
         return
     for name, value in now.items():
-        if before.get(name) != value:
+        before = hparams.get("asked", now).get(name)
+        if before != value:
             raise ValueError(
-                f"`{folder}` holds records of another `{name}` ({before.get(name)}, now {value}): give another `--out`."
+                f"`{folder}` holds records of another `{name}` ({before}, now {value}): give another `--out`."
             )
+    kept, named = Path(hparams.get("checkpoint", members[0])), members[0].absolute()
+    if len(members) > 1:
+        kept, named = kept.parent, named.parent
+    if os.path.realpath(kept) != os.path.realpath(named):
+        raise ValueError(f"`{folder}` holds records of `{kept}`, not of `{named}`: give another `--out`.")
 
 
 def _steps_in(folder: Path) -> set[int | None]:

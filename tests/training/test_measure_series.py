@@ -206,6 +206,35 @@ def test_the_laws_of_a_family_come_out_of_its_folders(family, tmp_path, capsys):
     assert {(row["site"], row["bucket"]) for row in rows} >= {("post", "pooled"), ("post", "tail")}
 
 
+def test_sizes_that_begin_at_other_steps_are_one_family(family, tmp_path, capsys):
+    """The run of each size had been told apart by the name of its first checkpoint."""
+    hub, text = family
+    some, out = tmp_path / "hub", tmp_path / "out"
+    shutil.copytree(hub, some)
+    shutil.rmtree(some / "m16" / "step0")
+    assert cli.main(words(some, text, out)) == 0
+    capsys.readouterr()
+    assert cli.main(["fit", *(str(out / f"m{size}") for size in (16, 32, 48)), "--format", "json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 8  # buckets, metrics
+    assert {(row["n"], row["status"].startswith("refused")) for row in rows} == {(3, False)}
+
+
+def test_a_folder_of_another_model_of_the_same_name_is_refused(family, tmp_path, capsys):
+    """Its steps had been taken for measured, and the table showed the numbers of the other."""
+    hub, text = family
+    for name, size in (("one", "m16"), ("two", "m32")):
+        shutil.copytree(hub / size, tmp_path / name / "ckpts")
+    words_of = [words(tmp_path / name, text, tmp_path / "out") for name in ("one", "two")]
+    assert cli.main(words_of[0]) == 0
+    assert cli.main(words_of[0]) == 0
+    capsys.readouterr()
+    assert cli.main(words_of[1]) == 2
+    said = capsys.readouterr().err
+    assert f"holds records of `{tmp_path / 'one' / 'ckpts'}`, not of `{tmp_path / 'two' / 'ckpts'}`" in said
+    assert "give another `--out`" in said
+
+
 def test_a_checkpoint_that_cannot_be_read_does_not_keep_the_others(family, tmp_path, capsys):
     hub, text = family
     some = tmp_path / "hub"

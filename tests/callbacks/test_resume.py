@@ -153,6 +153,28 @@ def numbers_at(step, records):
     return [{**dataclasses.asdict(record), **of_run} for record in records if record.step == step]
 
 
+def fit_on_some_ranks(rank, world_size, path, max_steps):
+    checkpoint = path / "last.ckpt"
+    several = {"strategy": "ddp", "devices": world_size} if world_size > 1 else {}
+    trainer = tiny.trainer(path, [SpectralRankCallback(2)], max_steps=max_steps, **several)
+    trainer.fit(tiny.Module(), tiny.loader(256), ckpt_path=checkpoint if checkpoint.exists() else None)
+    trainer.save_checkpoint(checkpoint)
+
+
+@pytest.mark.distributed
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+def test_a_run_goes_on_on_another_number_of_ranks(tmp_path):
+    run_ranks(fit_on_some_ranks, 2, tmp_path, 4, init=False)
+    fit_on_some_ranks(0, 1, tmp_path, 8)
+    records = [record for record in read_spectral(tmp_path).records if record.layer == 0]
+    rows = 8 * tiny.LENGTH
+    assert [(r.step, r.world_size, r.num_tokens) for r in records] == [
+        (0, 2, 2 * rows), (2, 2, 2 * rows), (3, 2, 2 * rows), (4, 1, rows), (6, 1, rows), (7, 1, rows),
+    ]  # fmt: skip
+    assert [r.tokens_seen for r in records] == [0, 4 * rows, 6 * rows, 8 * rows, 10 * rows, 11 * rows]
+    assert len({record.run_id for record in records}) == 1
+
+
 class InTheWay(Callback):
     """From a step on a file stands where the records' folder was."""
 

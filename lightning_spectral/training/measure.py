@@ -83,7 +83,7 @@ def measure_checkpoint(
         batch_size: Sequences per forward pass.
         sites: ``post``, ``pre`` or both.
         modules: Globs of down projections to measure instead of all.
-        hints: As in ``SpectralRankCallback``: what is measured in blocks of which the structure is not understood.
+        hints: As in ``SpectralRankCallback``.
         num_jackknife_groups: As in ``SpectralRankCallback``: at least 2 for unbiased ranks, 8 for useful intervals.
         device: ``auto``, ``cpu`` or ``cuda``.
         memory_limit_mib: As in ``SpectralRankCallback``: where all rows do not fit, an even sample of them is kept.
@@ -92,23 +92,20 @@ def measure_checkpoint(
         labels: Of the run, for analysis; default: the checkpoint's name.
 
     Raises:
-        ValueError: If checkpoint, tokenizer, counts and text do not fit together; the message says what to do.
+        ValueError: If checkpoint, tokenizer, counts and text do not fit together.
         FileNotFoundError: If one of them is not there.
     """
     _refuse_below_one(num_tokens=num_tokens, batch_size=batch_size, seq_length=seq_length)
     checkpoint = Path(checkpoint).expanduser()
     loaded = load_checkpoint(checkpoint, stream_weights=stream_weights)
-    length = _length(seq_length, loaded, checkpoint)
     encoder = _encoder(checkpoint, tokenizer_dir or loaded.tokenizer_dir)
-    tokens = _sequences(_tokens(corpus, encoder, max(num_tokens // length, 1) * length + 1), length)
+    tokens, length = _sequences(corpus, encoder, num_tokens, _length(seq_length, loaded, checkpoint))
     vocab = _vocabulary(loaded.model, modules, as_hints(hints), tokens, checkpoint)
     table, notes = _counts(counts, tokens, vocab, encoder.vocab_size)
-    labels = {"checkpoint": checkpoint.name} if labels is None else labels
-    chosen: dict[str, Any] = {"sites": tuple(sites), "hints": hints, "modules": modules}
-    chosen |= {"memory_limit_mib": memory_limit_mib, "num_jackknife_groups": num_jackknife_groups}
-    measurement = _measurement(table, _facts(counts, corpus, loaded), labels=labels, **chosen)
-    options = {"counts": counts, "num_tokens": num_tokens, "seq_length": seq_length, "sites": sites}
-    same = asked(corpus, **options, num_jackknife_groups=num_jackknife_groups)
+    chosen: dict[str, Any] = {"sites": tuple(sites), "modules": modules, "memory_limit_mib": memory_limit_mib}
+    chosen |= {"hints": hints, "num_jackknife_groups": num_jackknife_groups, "labels": _labels(labels, checkpoint)}
+    measurement = _measurement(table, _facts(counts, corpus, loaded), **chosen)
+    same = asked(corpus, counts=counts, num_tokens=num_tokens, seq_length=seq_length, **chosen)
     hparams = {"data": corpus.names, "num_tokens": len(tokens) - 1, "seq_length": length, "asked": same}
     host = _host(folder, loaded, checkpoint, hparams, resume)
     spectral = _run(loaded, measurement, host, tokens, length, batch_size, _device(device))
@@ -117,6 +114,10 @@ def measure_checkpoint(
 
 def _losses_of(folder: str | Path, step: int | None) -> list[LossRecord]:
     return [record for record in read_losses(folder).records if record.step == step]
+
+
+def _labels(given: dict[str, str] | None, checkpoint: Path) -> dict[str, str]:
+    return {"checkpoint": checkpoint.name} if given is None else given
 
 
 def _facts(counts: str | Path | None, corpus: Corpus, loaded: LoadedModel) -> dict[str, str]:
@@ -170,14 +171,15 @@ def _host(folder: str | Path, loaded: LoadedModel, checkpoint: Path, hparams: di
     )
 
 
-def _sequences(tokens: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-    """Whole sequences of the tokens, and the token after the last."""
+def _sequences(corpus: Corpus, encoder: Encoder, num_tokens: int, length: int) -> tuple[NDArray[np.int64], int]:
+    """Whole sequences of the text's first tokens, and the token after the last; and their length."""
+    tokens = _tokens(corpus, encoder, max(num_tokens // length, 1) * length + 1)
     num_sequences = (len(tokens) - 1) // length
     if num_sequences < 1:
         raise ValueError(
             f"the text has {len(tokens)} tokens, one sequence needs {length + 1}: give more, or lower `seq_length`."
         )
-    return tokens[: num_sequences * length + 1]
+    return tokens[: num_sequences * length + 1], length
 
 
 def _encoder(checkpoint: Path, tokenizer_dir: Path | None) -> Encoder:

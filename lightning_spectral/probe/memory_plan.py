@@ -53,7 +53,7 @@ class MemoryPlan:
     turns: int = 1
 
     def __str__(self) -> str:
-        takes = f"{self.needed_mib:,.0f} of {self.limit_mib:,.0f} MiB"
+        takes = f"{_mib(self.needed_mib)} of {_mib(self.limit_mib)} MiB"
         if self.on_host:
             return (
                 f"all rows, in the memory of the host ({takes} of each process; they do not fit beside the model): the "
@@ -67,10 +67,15 @@ class MemoryPlan:
         if self.num_rows is None:
             return f"all rows, {takes}"
         return (
-            f"an even sample of {self.num_rows:,} rows per window, {self.needed_mib:,.0f} of {self.limit_mib:,.0f} MiB "
+            f"an even sample of {self.num_rows:,} rows per window, {takes} "
             "on each rank (all rows do not fit): hard ranks unbiased, soft ranks estimated, the error of both in each "
             "record (`extra`); no Renyi ranks, spectra or reinjection. For exact numbers raise `memory_limit_mib`"
         )
+
+
+def _mib(value: float) -> str:
+    """Whole from ten on, else two digits that count: a small limit is not 0."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def sample_mib(widths: Sequence[int], num_rows: int, world_size: int, item_bytes: int) -> float:
@@ -184,10 +189,10 @@ def plan_of(
             plan = in_turns(layers, limit_mib)
     if plan is None:
         least = sample_mib(row_widths(probe.sites), MIN_ROWS, world_size, item_bytes)
-        sample = "`eigenvalues=True` needs them all" if needs_all else f"a sample of {MIN_ROWS} takes {least:.1f} MiB"
+        sample = "`eigenvalues=True` needs them all" if needs_all else f"a sample of {MIN_ROWS} takes {_mib(least)} MiB"
         raise ValueError(
-            f"all rows of a window need {moments_mib:.1f} MiB ({len(probe.sites)} sites x {probe.buckets.num_groups} "
-            f"groups x 9/16 D^2 x 4 bytes), {sample}, `memory_limit_mib` allows {limit_mib:.1f}: raise it, measure "
+            f"all rows of a window need {_mib(moments_mib)} MiB ({len(probe.sites)} sites x {probe.buckets.num_groups} "
+            f"groups x 9/16 D^2 x 4 bytes), {sample}, `memory_limit_mib` allows {_mib(limit_mib)}: raise it, measure "
             "fewer layers (`modules=[...]`), one site, or fewer jackknife groups."
         )
     return plan

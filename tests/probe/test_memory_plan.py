@@ -8,7 +8,7 @@ from litgpt.config import Config
 from litgpt.model import GPT
 
 from lightning_spectral.probe.grouping import by_frequency
-from lightning_spectral.probe.memory_plan import MAX_ROWS, MIN_ROWS, choose, plan_of, row_widths, sample_mib
+from lightning_spectral.probe.memory_plan import MAX_ROWS, MIN_ROWS, MemoryPlan, choose, plan_of, row_widths, sample_mib
 from lightning_spectral.probe.options import ProbeOptions
 from lightning_spectral.probe.probe import SpectralProbe
 
@@ -52,3 +52,11 @@ def test_all_rows_where_they_fit_and_a_sample_where_not() -> None:
     assert smallest is not None
     assert smallest.num_rows == MIN_ROWS
     assert choose(widths, 100.0, 0.99 * least, world_size=1, item_bytes=4) is None
+
+
+@pytest.mark.parametrize(
+    ("needed", "limit", "said"),
+    [(0.12, 0.5, "all rows, 0.12 of 0.5 MiB"), (9.96, 1234.5, "all rows, 10 of 1,234 MiB"), (0.0, 3.0, "0 of 3 MiB")],
+)
+def test_small_limits_are_not_zero(needed: float, limit: float, said: str) -> None:
+    assert said in str(MemoryPlan(limit, needed))

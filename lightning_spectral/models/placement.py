@@ -285,7 +285,12 @@ def mesh_group(mesh: Any) -> Any:
         return None
     if mesh.ndim == 1:
         return mesh.get_group()
-    return _group_of(tuple(mesh.mesh.flatten().tolist()), id(dist.group.WORLD))
+    return group_of(mesh.mesh.flatten().tolist())
+
+
+def group_of(ranks: Sequence[int]) -> Any:
+    """The process group of these ranks, made once; only they need call it."""
+    return _group_of(tuple(ranks), id(dist.group.WORLD))
 
 
 @lru_cache(maxsize=32)

@@ -21,7 +21,7 @@ from lightning_spectral.models.names import argument_names, clean_name
 from lightning_spectral.models.parameter_taps import EnterExperts, LeaveExperts
 from lightning_spectral.models.reader import Reader
 from lightning_spectral.models.runs import Piece, RawCall
-from lightning_spectral.models.shards import whole_rows
+from lightning_spectral.models.shards import tensor_mesh, whole, whole_positions, whole_rows
 from lightning_spectral.models.sites import Found, Site, Stack
 from lightning_spectral.models.walk import uncollected
 
@@ -43,6 +43,7 @@ class Recorder:
         self._keys = {site.key for site in self.sites}
         self._matcher = Matcher(has_tables=bool(found.embeddings))
         self._framed: set[str] = set()
+        self._mesh = tensor_mesh(model)
         self._handles: list[RemovableHandle] = []
         with uncollected():
             self._attach(model, found)
@@ -199,7 +200,7 @@ class Recorder:
     def _read(self) -> list[ForwardCall]:
         reader = Reader(self._found.stacks, self._framed)
         for hook, content, traced in self._switch.events:
-            reader.take(hook, content, traced)
+            reader.take(hook, self._whole_lookup(*content) if hook.kind == "ids" else content, traced)
         kept = self._kept(reader)
         found: list[tuple[RawCall, Match]] = []
         part_of: dict[int, tuple[RawCall, Match]] = {}
@@ -227,8 +228,15 @@ class Recorder:
         leads = {piece.lead for piece in pieces if not piece.site.is_routed}
         return {lead: kept_rows(lead, self._switch.share_of(lead), self._switch.jitter) for lead in leads}
 
+    def _whole_lookup(self, ids: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """All of what an embedding was given and gave."""
+        ids = whole(ids)
+        return ids, whole_positions(embedded, [tuple(ids.shape)], self._mesh)
+
     def _make_whole(self, raw: RawCall) -> None:
-        """Flatten rows; gather the features that tensor parallelism has spread over ranks."""
+        """Flatten rows; gather the features and positions that tensor parallelism has spread over ranks."""
+        leads = [piece.lead for piece in raw.runs[0].pieces if not piece.site.is_routed]
+        raw.runs[0].entered = whole_positions(raw.entered, leads, self._mesh)
         for run in raw.runs:
             whole: list[Piece] = []
             for piece in run.pieces:

@@ -6,8 +6,11 @@ import hashlib
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from lightning_spectral.models.placement import group_of
+from lightning_spectral.models.shards import tensor_mesh
 from lightning_spectral.probe.agreement import Agreement, MissingRankError
 from lightning_spectral.probe.background import has_free_core
 from lightning_spectral.probe.host import Host
@@ -53,12 +56,7 @@ def agree_to_measure(
         limit_mib = _memory_limit(measurement, probe, host)
     except ValueError as error:
         refusal = str(error) or type(error).__name__
-    said: dict[str, Any] = {"refusal": refusal, "beside": beside, "folder": str(host.folder), "run_id": host.run_id}
-    said["limit_mib"], said["sites"], said["group"] = limit_mib, _sites_of(probe), host.group_ranks
-    if host.is_stage and probe is not None:
-        said["keys"], said["elsewhere"] = [site.key for site in probe.sites], probe.found.elsewhere
-    on_accelerator = probe is not None and probe.device.type != "cpu"
-    said["host_mib"] = default_limit_mib(torch.device("cpu"), host.num_local_processes) if on_accelerator else 0.0
+    said = {"refusal": refusal, "beside": beside, "limit_mib": limit_mib, **_said_of(probe, model, host)}
     try:
         parts = agreement.exchange("attach", said)
         if probe is None or any(part["refusal"] for part in parts):
@@ -68,8 +66,10 @@ def agree_to_measure(
             for ranks in stages:
                 _require_same_sites(parts, ranks)
         beside = all(part["beside"] for part in parts)
-        own = next(ranks for ranks in stages if agreement.rank in ranks)
-        plan, beside = _agreed_plan(probe, measurement, [parts[rank] for rank in own], agreement, beside, trains)
+        _leave_out_peers(host, [part["peers"] for part in parts], agreement.rank)
+        own = next([parts[rank] for rank in ranks] for ranks in stages if agreement.rank in ranks)
+        num_owners = len(own) if host.process_group is None else dist.get_world_size(host.process_group)
+        plan, beside = _agreed_plan(probe, measurement, own, num_owners, agreement, beside, trains)
     except (ValueError, MissingRankError):
         remove(probe)
         raise
@@ -77,6 +77,18 @@ def agree_to_measure(
     if plan is not None:
         probe.hold(plan)
     return probe, beside
+
+
+def _said_of(probe: SpectralProbe | None, model: nn.Module, host: Host) -> dict[str, Any]:
+    """What the other ranks need to know of this one."""
+    said: dict[str, Any] = {"folder": str(host.folder), "run_id": host.run_id, "sites": _sites_of(probe)}
+    said["group"] = host.group_ranks
+    said["peers"] = [] if host.process_group is not None else _tensor_peers(model)
+    if host.is_stage and probe is not None:
+        said["keys"], said["elsewhere"] = [site.key for site in probe.sites], probe.found.elsewhere
+    on_accelerator = probe is not None and probe.device.type != "cpu"
+    said["host_mib"] = default_limit_mib(torch.device("cpu"), host.num_local_processes) if on_accelerator else 0.0
+    return said
 
 
 def _refusal_of(parts: list[dict[str, Any]], rank: int) -> str:
@@ -89,14 +101,16 @@ def _agreed_plan(
     probe: SpectralProbe,
     measurement: Measurement,
     parts: list[dict[str, Any]],
+    num_owners: int,
     agreement: Agreement,
     beside: bool,
     trains: bool,
 ) -> tuple[MemoryPlan | None, bool]:
     """What is held of the rows, and whether windows are solved in another thread.
 
-    Ranks that hold the same layers hold their rows alike, each has said how much room it has. Stages may differ in the
-    first, not in the second: results of all of them are shared at the same step.
+    Ranks that hold the same layers hold their rows alike, each has said how much room it has; those with other data
+    (``num_owners``) divide the layers. Stages may differ in the first, not in the second: results of all of them are
+    shared at the same step.
 
     Raises:
         ValueError: On every rank, if what one has to hold does not fit.
@@ -106,7 +120,7 @@ def _agreed_plan(
         plan = plan_of(
             probe,
             min(part["limit_mib"] for part in parts),
-            len(parts) if measurement.options.reduce else 1,
+            num_owners if measurement.options.reduce else 1,
             twice=beside,
             needs_all=measurement.settings.eigenvalues,
             host_mib=min(part["host_mib"] for part in parts),
@@ -152,6 +166,31 @@ def _stages_of(parts: list[dict[str, Any]]) -> list[list[int]]:
             "`modules=['layers.3.ffn.down']`."
         )
     return [list(group) for group in dict.fromkeys(tuple(group) for group in groups)]
+
+
+def _tensor_peers(model: nn.Module) -> list[int]:
+    """The ranks that hold the model's layers together with this one."""
+    mesh = tensor_mesh(model)
+    return [] if mesh is None else dist.get_process_group_ranks(mesh.get_group())
+
+
+def _leave_out_peers(host: Host, peers: list[list[int]], rank: int) -> None:
+    """Under tensor parallelism, add rows over the ranks with other data alone: peers hold a layer together."""
+    if any(peers):
+        ranks = _with_other_data(peers, rank)
+        host.process_group, host.num_replicas = group_of(ranks), len(ranks)
+
+
+def _with_other_data(peers: list[list[int]], rank: int) -> list[int]:
+    """The ranks at the same place among their peers.
+
+    Args:
+        peers: Of each rank, the ranks that it shares its features with, itself among them; empty for none.
+        rank: This one.
+    """
+    teams = sorted({tuple(team) for team in peers if team})
+    place = peers[rank].index(rank) if peers[rank] else None
+    return [rank] if place is None else [team[place] for team in teams if len(team) > place]
 
 
 def _sites_of(probe: SpectralProbe | None) -> dict[str, Any]:

@@ -135,6 +135,21 @@ MORE: list[tuple[Callable[[], Any], type[Exception], str]] = [
 ]
 MISTAKES += MORE
 
+MISTAKES += [
+    (lambda: Muon(None), TypeError, "`params` is None, not a model. Pass the module itself"),
+    (lambda: Muon("model"), TypeError, "`params` is 'model', not a model. Pass the module itself"),
+    (lambda: Muon(_net(), lr=float("nan")), ValueError, "`lr` must be a number, got nan, which is none"),
+    (
+        lambda: SpectralAlarm(below=float("nan")),
+        ValueError,
+        "`below` must be a number, got nan, which is none",
+    ),
+    (lambda: observe([_net(), _net()]), TypeError, r"got `\[Linear\(.*`: call it for each model, with an `out`"),
+    (lambda: load(None), TypeError, "run folders are paths or patterns, got None of type NoneType"),
+    (lambda: load(["out", 3]), TypeError, "run folders are paths or patterns, got 3 of type int"),
+    (lambda: load("/nowhere/points.csv"), FileNotFoundError, "`/nowhere/points.csv`.*read with pandas or `fit`"),
+]
+
 
 def _net() -> nn.Linear:
     return nn.Linear(2, 2)

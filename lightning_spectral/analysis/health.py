@@ -37,6 +37,15 @@ FLAG_TEXT: Final = {
 }
 
 
+REFUSAL_TEXT: Final = {
+    "refused:fewer_than_3_widths": "a slope with an interval takes three widths or more: train others, or leave out of "
+    "--by what tells them apart",
+    "refused:non_positive_values": "a value or a width is zero or negative, and a power law has none: leave such rows "
+    "out, e.g. --where 'value>0'",
+    "refused:missing_values": "a point has no number: leave it out, or finish its run",
+}
+
+
 @dataclass(frozen=True)
 class Duplicate:
     """Two ids whose values are bit-identical.

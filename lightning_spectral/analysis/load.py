@@ -72,9 +72,10 @@ def rows(paths: str | Path | Iterable[str | Path], kind: str = "spectral") -> li
     given = as_paths(paths)
     files = sorted({file for path in given for file in _files(str(path), name)})
     if not files:
-        raise FileNotFoundError(
-            f"no `{name}` at or below {', '.join(f'`{path}`' for path in given)}. Give the `out_dir` of a run or sweep."
-        )
+        is_table = any(Path(path).suffix in (".csv", ".tsv") for path in given)
+        more = "; a table is read with pandas or `fit`." if is_table else "."
+        where = ", ".join(f"`{path}`" for path in given)
+        raise FileNotFoundError(f"no `{name}` at or below {where}. Give the `out_dir` of a run or sweep{more}")
     found = [row for file in files for row in _rows_of(file, read)]
     keys = list(dict.fromkeys(key for row in found for key in row))
     return [{key: row.get(key) for key in keys} for row in found]
@@ -87,9 +88,9 @@ def as_paths(paths: str | Path | Iterable[str | Path]) -> list[str | Path]:
         TypeError: If they are something else.
     """
     given = [paths] if isinstance(paths, (str, Path)) else list(paths) if isinstance(paths, Iterable) else [paths]
-    wrong = next((path for path in given if not isinstance(path, (str, Path))), None)
-    if wrong is not None:
-        raise TypeError(f"run folders are paths or patterns, got {wrong!r:.80} of type {type(wrong).__name__}.")
+    for path in given:
+        if not isinstance(path, (str, Path)):
+            raise TypeError(f"run folders are paths or patterns, got {path!r:.80} of type {type(path).__name__}.")
     return given
 
 

@@ -126,7 +126,17 @@ def _refuse_unknown(sheet: Sheet, columns: Sequence[tuple[str, str | None]]) -> 
     for role, column in columns:
         if column is not None and column not in sheet.names:
             hint = did_you_mean(column, sheet.names, otherwise="it has")
+            if sum(_is_number(name) for name in sheet.names) > 1:
+                hint += " A table begins with the names of its columns."
             raise ValueError(f"`{sheet.path}` has no column `{column}` ({role}); {hint}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _repeated(path: Path, x: str, apart: Sequence[str]) -> list[Problem]:

@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
         "compare",
         description="Differences between series, with intervals and p values.",
         epilog=_EPILOG,
+        elsewhere=inputs.ELSEWHERE,
     )
     inputs.add_input_options(parser)
     parser.add_argument("--architecture", metavar="COLUMN", help="weigh the optimizer's effect against this column's")

@@ -37,6 +37,7 @@ def main(argv: list[str]) -> int:
         "fit",
         description="Fit value = A * width ** beta per series.",
         epilog=_EPILOG,
+        elsewhere=inputs.ELSEWHERE,
     )
     inputs.add_input_options(parser)
     parser.add_argument(

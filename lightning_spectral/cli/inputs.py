@@ -33,6 +33,26 @@ _OF_TABLES: dict[str, Any] = {
 }
 
 
+def _choose(column: str, value: str) -> str:
+    return f"rows and runs are chosen by their columns, `--where {column}={value}`."
+
+
+# what people write to fit, compare and report
+ELSEWHERE: dict[str, str] = {
+    **{f"--{name}": _choose(name, "tail") for name in ("bucket",)},
+    "--buckets": _choose("bucket", "tail"),
+    "--optimizer": _choose("optimizer", "muon"),
+    "--optimizers": _choose("optimizer", "muon"),
+    "--layer": _choose("layer", "layer_03"),
+    "--layers": _choose("layer", "layer_03"),
+    **dict.fromkeys(("--width", "--widths"), "`--where width=512`, or `--where 'width>=128'`, chooses among them."),
+    "--metric": "it is called `--metrics` here, `--metrics hard_rank`.",
+    "--steps": "`--last N` says how many windows, `--until-step STEP` up to which.",
+    "--step": "`--until-step STEP` takes the last windows up to a step.",
+    "--filter": _choose("optimizer", "muon"),
+}
+
+
 def names(text: str) -> list[str]:
     """A comma-separated list."""
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -209,6 +229,8 @@ def fit_runs(options: argparse.Namespace, by: list[str] | None) -> tuple[Fitted,
     if options.until_step is None:
         runs = finished_only(runs)
     runs = said_of_diverged(runs, options.until_step)
+    if not runs.runs and any(problem.refused for problem in runs.problems):
+        raise CommandError(f"no run could be read: {_reasons(runs.problems)}")
     columns = by or list(default_by(runs))
     what = {"by": columns, "metrics": options.metrics, "last": options.last, "ranks": options.ranks}
     table = points_where(points_of_runs(runs, **what, until_step=options.until_step), options.where)
@@ -217,6 +239,11 @@ def fit_runs(options: argparse.Namespace, by: list[str] | None) -> tuple[Fitted,
     before = points_of_runs(runs, **what, until_step=steps)
     before = points_where(before, options.where) if before.points else before
     return fit_points(table, method=options.method, problems=runs.problems, nulls=nulls, before=before), runs
+
+
+def _reasons(problems: Sequence[Problem]) -> str:
+    """The first few, as one sentence."""
+    return "; ".join(problem.message.rstrip(".") for problem in problems[:3]) + "."
 
 
 def print_problems(problems: Iterable[Problem]) -> None:
@@ -237,9 +264,11 @@ def print_problems(problems: Iterable[Problem]) -> None:
 
 def print_flags(statuses: Iterable[str]) -> None:
     """What the flags of a status column mean, once each."""
-    from lightning_spectral.analysis.health import FLAG_TEXT
+    from lightning_spectral.analysis.health import FLAG_TEXT, REFUSAL_TEXT
 
     for flag in dict.fromkeys(flag for status in statuses for flag in status.split("+")):
+        if flag in REFUSAL_TEXT:
+            print(f"REFUSED {flag.removeprefix('refused:')}: {REFUSAL_TEXT[flag]}.", file=sys.stderr)
         if flag in FLAG_TEXT:
             print(f"WARNING {flag}: {FLAG_TEXT[flag]}.", file=sys.stderr)
 
@@ -282,8 +311,8 @@ def number(value: float, digits: int = 3) -> str:
     return text if float(text) else text.removeprefix("-")
 
 
-def out_folder(text: str | None) -> Path | None:
-    """``--out`` as a folder.
+def out_folder(text: str | None, option: str = "--out") -> Path | None:
+    """``--out`` (or another option) as a folder.
 
     Raises:
         CommandError: If it names a file, or nothing can be written there.
@@ -292,8 +321,8 @@ def out_folder(text: str | None) -> Path | None:
         return None
     folder = Path(text)
     if folder.exists() and not folder.is_dir():
-        raise CommandError(f"--out `{folder}` is a file; give a folder.")
+        raise CommandError(f"{option} `{folder}` is a file; give a folder.")
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(nearest, os.W_OK):
-        raise CommandError(f"--out `{folder}` cannot be written (`{nearest}` is read-only): give another folder.")
+        raise CommandError(f"{option} `{folder}` cannot be written (`{nearest}` is read-only): give another folder.")
     return folder

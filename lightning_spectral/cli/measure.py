@@ -26,11 +26,23 @@ global_step12, iter_100, stage1-step10000-tokens42B, or 1000 in a folder `steps`
 _BUCKETS = ("pooled", "head", "mid", "tail")
 
 
+_FILE = "the text is read from a file: write it into one, `--data my.txt`."
+_ELSEWHERE = {
+    **dict.fromkeys(("--text", "--texts", "--prompt"), _FILE),
+    **dict.fromkeys(("--dtype", "--precision"), "a model is measured in fp32, whatever its weights are saved in."),
+    "--layers": "layers are chosen by the names of their modules, `--modules 'transformer.h.3.*'`.",
+    **dict.fromkeys(("--context", "--max_length", "--block_size"), "it is called `--seq_length` here."),
+    **dict.fromkeys(("--num_tokens", "--max_tokens"), "it is called `--tokens` here."),
+    "--bucket": "every bucket is measured; `fit` and `report` choose, `--where bucket=tail`.",
+}
+
+
 def main(argv: list[str]) -> int:
     """Run the verb; 0 done, 2 bad input."""
     parser = VerbParser(
         "measure",
         epilog=_STEPS,
+        elsewhere=_ELSEWHERE,
         description="Ranks of checkpoints on a text: no training loop, the records of a run. One or two are shown side "
         "by side; of more, every model (the folder around its steps) becomes a run folder, and a second call goes on.",
     )
@@ -82,7 +94,10 @@ def _of_measure(said: str) -> str:
 
 def _measured(options: argparse.Namespace) -> int:
     """Measure and print."""
+    data_files(options.data)
     checkpoints = _found(options.checkpoints)
+    for path in checkpoints:
+        _refuse_other_things(path)
     if len(checkpoints) > 2:
         return _series(checkpoints, options)
     if options.launcher != "local":
@@ -108,6 +123,18 @@ def _found(named: list[str]) -> list[Path]:
         return find_checkpoints(named)
     except FileNotFoundError as error:
         raise CommandError(str(error)) from error
+
+
+def _refuse_other_things(path: Path) -> None:
+    """What is no checkpoint by its name is said before torch is imported."""
+    marks = ("lit_model.pth", "config.json", "model_config.yaml")
+    by_name = path.suffix in (".ckpt", ".safetensors") or path.name in marks
+    if not (by_name if path.is_file() else any((path / mark).is_file() for mark in marks)):
+        raise CommandError(
+            f"`{path}` is no checkpoint that can be read: expected a litgpt folder (`lit_model.pth`, "
+            "`model_config.yaml`), a Lightning `.ckpt` file of `lightning-spectral pretrain`, or a Hugging Face folder "
+            "(`config.json`, `*.safetensors`)."
+        )
 
 
 def _holds_checkpoints(folder: Path) -> bool:

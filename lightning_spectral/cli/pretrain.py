@@ -29,7 +29,7 @@ Train a litgpt GPT with Lightning, as a recipe says: litgpt's own `pretrain` sch
   --print_config        show the recipe with overrides and defaults and stop; names are checked (no import of litgpt)
   --print_recipe        the same with every argument of every class, and every value checked (some seconds)
   --format FORMAT       of the last window's table: table, json, csv, markdown or latex
-  --help_keys           every key with its type, default and meaning (imports litgpt: some seconds)
+  --help_keys [WORD]    every key with its type, default and meaning, or those with WORD in their name
 
 examples:
   lightning-spectral pretrain --config quickstart
@@ -59,10 +59,7 @@ def main(argv: list[str]) -> int:
     accept_changes = "--accept-changes" in argv
     config, show, style, words = _split([word for word in argv if word != "--accept-changes"])
     if show == "--help_keys":
-        from lightning_spectral.training.schema import parser
-
-        parser().print_help()
-        return 0
+        return _help_keys(words)
     _refuse_unknown_options(words, keys())
     if config is None and words and not words[0].startswith("-"):
         raise CommandError(f"`{words[0]}` is not an option: a recipe is given as `--config {words[0]}`.")
@@ -80,6 +77,19 @@ def main(argv: list[str]) -> int:
         return _train(config, words, style, accept_changes)
     except RecipeError as error:
         raise CommandError(str(error)) from error
+
+
+def _help_keys(words: list[str]) -> int:
+    """Keys by a word of their name; the recipe that may stand beside it says nothing of them."""
+    from lightning_spectral.training.document import RecipeError
+    from lightning_spectral.training.help_keys import keys_with, text_of
+
+    word = next((word for word in words if not word.startswith("-")), "")
+    try:
+        print(text_of(keys_with(word)))
+    except RecipeError as error:
+        raise CommandError(str(error)) from error
+    return 0
 
 
 def _refuse_unknown_options(words: list[str], keys: list[str]) -> None:

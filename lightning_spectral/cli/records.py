@@ -16,9 +16,16 @@ from lightning_spectral.text.packages import why_missing
 FORMATS = ("json", "csv", "parquet")
 
 
+_ALL = "all records are given; choose among them with `lightning_spectral.load(RUNS)`, a data frame."
+
+
 def main(argv: list[str]) -> int:
     """Write the records; to standard output unless --out names a file."""
-    parser = VerbParser("records", description="All records of run folders as a table.")
+    parser = VerbParser(
+        "records",
+        description="All records of run folders as a table.",
+        elsewhere=dict.fromkeys(("--where", "--bucket", "--stage", "--optimizer", "--filter"), _ALL),
+    )
     parser.add_argument("inputs", nargs="+", metavar="RUNS", help="run folders at any depth, or patterns (out/**)")
     parser.add_argument("--kind", default="spectral", help="spectral, losses or weights (default: spectral)")
     parser.add_argument("--format", choices=FORMATS, help="default: by the name of --out, else csv")

@@ -9,12 +9,19 @@ from lightning_spectral.cli import inputs
 from lightning_spectral.cli.parser import VerbParser, at_least
 from lightning_spectral.text import CommandError
 
+_ELSEWHERE = {
+    **dict.fromkeys(("--html", "--output", "-o"), "the page and its files are written to a folder, `--out DIR`."),
+    "--dark": "the page follows the reader's screen.",
+    "--open": "open `report.html` in the folder `--out` with a browser.",
+}
+
 
 def main(argv: list[str]) -> int:
     """Write the report, and TensorBoard events if asked."""
     parser = VerbParser(
         "report",
         description="One offline HTML page, the same figures as SVG files, the same numbers as CSV.",
+        elsewhere={**inputs.ELSEWHERE, **_ELSEWHERE},
     )
     inputs.add_input_options(parser)
     parser.add_argument("--out", default="out/report", metavar="DIR", help="where to write (default: out/report)")
@@ -41,7 +48,10 @@ def _report(options: argparse.Namespace, argv: list[str]) -> int:
     from lightning_spectral.analysis.study import is_table
 
     folder = inputs.out_folder(options.out)
+    inputs.out_folder(options.to_tensorboard, "--to-tensorboard")
     assert folder is not None
+    if folder.suffix in (".html", ".htm", ".pdf") and not folder.exists():
+        raise CommandError(f"`--out {folder}` names a page, and a folder is written: give e.g. `--out {folder.stem}`.")
     inputs.refuse_missing(options.inputs)
     tables = [path for path in options.inputs if is_table(path)]
     inputs.refuse_unused(options, tables_given=bool(tables))

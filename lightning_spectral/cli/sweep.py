@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from pathlib import Path
 
 from lightning_spectral.cli.parser import at_least, parse_recipe_words, recipe_parser
 from lightning_spectral.text import CommandError
@@ -47,6 +48,8 @@ def _sweep(options: argparse.Namespace, words: list[str]) -> int:
     from lightning_spectral.sweep import plan as sweep
     from lightning_spectral.sweep.axes import read
 
+    if options.out and Path(options.out).is_file():
+        raise CommandError(f"`--out {options.out}` is a file: give a folder, in which each run has its own.")
     what = {"axes": options.axis, "overrides": words, "smoke": options.smoke}
     try:
         read(options.recipe, **what)  # a misspelled name is said before anything is started or imported

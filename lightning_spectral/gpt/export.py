@@ -19,6 +19,7 @@ from lightning_spectral.data.text_blocks import TextBlocks
 from lightning_spectral.data.tokens import TOKENIZER_FILES
 from lightning_spectral.gpt.architecture import Architecture, adapt_config, build_gpt
 from lightning_spectral.gpt.module import LitGPT, load_weights
+from lightning_spectral.models.checkpoint_file import read_checkpoint
 from lightning_spectral.models.names import clean_name
 from lightning_spectral.text import read_settings, whole_file, write_text
 
@@ -92,6 +93,7 @@ def load_final(folder: str | Path) -> GPT:
     folder = Path(folder)
     if not (folder / "model_config.yaml").exists():
         raise FileNotFoundError(f"`{folder}` holds no model: there is no `model_config.yaml` in it.")
+    read_checkpoint(folder / "lit_model.pth", device="meta")  # a torn file is said before a large model is built
     content = read_settings(folder / "model_config.yaml")
     architecture = Architecture(**content.pop("architecture", {}))
     model = build_gpt(adapt_config(Config(**content), architecture), architecture, seed=0)

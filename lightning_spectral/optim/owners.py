@@ -54,6 +54,8 @@ def find_owners(params: Any, shards: Shards | None = None) -> list[NamedParamete
     Raises:
         ValueError: If nothing is given, or a parameter belongs to no live module.
     """
+    if params is None or isinstance(params, (str, int, float)):
+        raise TypeError(f"`params` is {params!r}, not a model. {REMEDY}")
     if isinstance(params, type):
         raise TypeError(f"`params` is the class `{params.__name__}`, not a model: make one first. {REMEDY}")
     if callable(params) and not isinstance(params, nn.Module):

@@ -37,6 +37,7 @@ from lightning_spectral.probe.settings import (
     Unpack,
     refuse_unknown,
 )
+from lightning_spectral.text import one_line
 
 
 class Observation:
@@ -164,7 +165,10 @@ def observe(
     refuse_unknown(observe, shared)
     _refuse_other_kinds(shared, optimizer, resume, process_group)
     if not isinstance(model, nn.Module):
-        what = f"the class `{model.__name__}`: make one first" if isinstance(model, type) else f"`{model!r:.80}`"
+        seen = one_line(repr(model))[:80]
+        what = f"the class `{model.__name__}`: make one first" if isinstance(model, type) else f"`{seen}`"
+        if isinstance(model, (list, tuple)):
+            what += ": call it for each model, with an `out` of its own"
         raise TypeError(f"observe measures a model (torch.nn.Module), got {what}.")
     settings = replace(ProbeSettings(every_n_steps=every_n_steps, **shared), dirpath=str(out))
     buckets = None if counts is None else BucketSettings(counts=counts)

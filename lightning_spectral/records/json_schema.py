@@ -104,8 +104,8 @@ def of_type(annotation: Any) -> Schema:
 
 
 def descriptions(documented: Any) -> dict[str, str]:
-    """Name -> text of the ``Args:`` or ``Attributes:`` of a Google-style docstring."""
-    doc = inspect.getdoc(documented) or ""
+    """Name -> text of the ``Args:`` or ``Attributes:`` of a Google-style docstring, or of what has it."""
+    doc = documented if isinstance(documented, str) else inspect.getdoc(documented) or ""
     found = re.search(r"^(?:Args|Arguments|Attributes):\n((?:[ \t]+\S.*\n?|\n)+)", doc, re.MULTILINE)
     out: dict[str, str] = {}
     name = ""

@@ -24,6 +24,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from lightning_spectral.text import did_you_mean
 from lightning_spectral.training import document
 from lightning_spectral.training.document import RecipeError
 from lightning_spectral.training.names import refuse_unknown_names, with_class_paths
@@ -99,9 +100,13 @@ def read_grids(tree: Mapping[str, Any], file: Path) -> list[list[Axis]]:
     block = tree.get("sweep")
     if block is None:
         return []
-    if not isinstance(block, dict) or not set(block) <= {"axes", "also"}:
+    other = [str(name) for name in block if name not in ("axes", "also")] if isinstance(block, dict) else []
+    if other or not isinstance(block, dict):
+        what = f"the key `{other[0]}`" if other else repr(block)
+        near = did_you_mean(other[0], ("axes", "also"), otherwise="") if other else ""
+        near = near if near.endswith("?") else f"write `axes: {{{other[0] if other else 'seed'}: [a, b]}}`."
         raise RecipeError(
-            f"`sweep:` in `{file}` has the keys `axes` (a mapping) and `also` (a list of such), nothing else."
+            f"`sweep:` in `{file}` has {what}; it knows `axes` (a mapping) and `also` (a list of such): {near}"
         )
     grids = [block.get("axes") or {}, *(block.get("also") or [])]
     return [[_axis(str(name), values) for name, values in grid.items()] for grid in grids if grid]
@@ -142,7 +147,9 @@ def parse_axis(text: str) -> Axis:
     Raises:
         RecipeError: If it is not ``key=a,b,c``.
     """
-    name, equals, values = text.partition("=")
+    name, equals, values = (part.strip() for part in text.partition("="))
+    if values.startswith("[") and values.endswith("]"):
+        raise RecipeError(f"--axis `{text}`: write the values without brackets, `{name}={values[1:-1]}`.")
     if not equals or not name or not values:
         raise RecipeError(f"--axis `{text}`: write `key=a,b,c`, e.g. `seed=0,1,2`.")
     return _axis(name, [document.read_value(value) for value in values.split(",")])

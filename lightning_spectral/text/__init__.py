@@ -131,6 +131,25 @@ def read_yaml(text: str) -> Any:
         raise yaml.YAMLError(one_line(error)) from error
 
 
+def yaml_mistake(error: Exception) -> str:
+    """What is wrong with a text that is no YAML: the line, and what to do there."""
+    if isinstance(error, UnicodeDecodeError):
+        return (
+            f"its byte {error.start + 1} is no text in UTF-8. Save it as UTF-8, or give the text file that was meant."
+        )
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return one_line(error)
+    problem, context = str(getattr(error, "problem", "")), str(getattr(error, "context", "") or "")
+    start = getattr(error, "context_mark", None) or mark
+    if "\\t" in problem:
+        return f"line {mark.line + 1} begins with a tab. Indent with spaces."
+    if "flow mapping" in context or "flow sequence" in context:
+        opened, closed = ("{", "}") if "mapping" in context else ("[", "]")
+        return f"the `{opened}` of line {start.line + 1} has no closing `{closed}`, or a comma is missing after it."
+    return f"line {mark.line + 1}: {one_line(f'{context} {problem}')}."
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """A YAML file of names and values, which may be anybody's.
 
@@ -145,7 +164,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"`{path}` cannot be read: {one_line(error)}") from error
+        said = one_line(error) if isinstance(error, OSError) else yaml_mistake(error)
+        raise ValueError(f"`{path}` cannot be read: {said}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ValueError(f"`{path}` holds no names with values, but {one_line(content)[:80]}.")
     return content

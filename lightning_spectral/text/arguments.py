@@ -79,6 +79,8 @@ def require_kinds(owner: Callable[..., Any], values: Mapping[str, Any]) -> None:
         if lists and isinstance(value, str):
             raise ValueError(f"`{name}` must be a list, got {value!r}: write {name}=[{value!r}].")
         words = " or ".join(dict.fromkeys(_words(kind) for kind in kinds if kind is not NoneType))
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"`{name}` must be {words}, got nan, which is none: was it computed from something?")
         text = one_line(repr(value))
         seen = f"{text if len(text) <= 80 else text[:77] + '...'} of type {type(value).__name__}"
         raise ValueError(f"`{name}` must be {words}, got {seen}.{_remedy(kinds, value)}")

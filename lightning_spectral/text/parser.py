@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -20,10 +20,20 @@ class VerbParser(argparse.ArgumentParser):
         verb: ``fit``, ``report``, ...
         description: Of ``--help``.
         epilog: Of ``--help``, lines kept as they are.
+        elsewhere: Options of other verbs and programs, with what to write here.
         more: Passed on; ``prog`` is what ``argparse`` gives to the parsers of sub-commands.
     """
 
-    def __init__(self, verb: str = "", *, description: str = "", epilog: str | None = None, **more: Any) -> None:
+    def __init__(
+        self,
+        verb: str = "",
+        *,
+        description: str = "",
+        epilog: str | None = None,
+        elsewhere: Mapping[str, str] | None = None,
+        **more: Any,
+    ) -> None:
+        self._elsewhere = dict(elsewhere or {})
         more.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter if epilog else argparse.HelpFormatter)
         self._words: list[str] = []  # of the command line
         self._of_a_verb = "prog" in more  # the parser of a sub-command
@@ -64,6 +74,7 @@ class VerbParser(argparse.ArgumentParser):
         found = re.search(r"arguments are required: (.+)", message)
         if not found:
             raise CommandError(f"{message}.")
+        self._refuse_habits(self._words)
         name = found[1].split(", ")[0]
         given = [word.partition("=")[0] for word in self._words if word.startswith("--")]
         wrong = next((word for word in given if did_you_mean(word, [name]).endswith("?")), None)
@@ -78,6 +89,8 @@ class VerbParser(argparse.ArgumentParser):
             CommandError: With the nearest option that there is.
         """
         names = list(also)
+        words = list(words)
+        self._refuse_habits(words, names)
         for word in words:
             option = word.partition("=")[0]
             if not option.startswith("--"):
@@ -87,6 +100,23 @@ class VerbParser(argparse.ArgumentParser):
             if option[2:].partition(".")[0].removesuffix("+") not in names:
                 known = [*self._option_string_actions, *names]
                 raise CommandError(f"unknown option `{option}`; {nearest_option(option, known)}")
+
+    def _refuse_habits(self, words: Iterable[str], also: Iterable[str] = ()) -> None:
+        """Options that other verbs have, and ``--csv`` for ``--format csv``.
+
+        Raises:
+            CommandError: With what to write here.
+        """
+        style = self._option_string_actions.get("--format")
+        styles = [str(choice) for choice in (style.choices or ())] if style is not None else []
+        for word in words:
+            option = word.partition("=")[0]
+            if not option.startswith("--") or option in self._option_string_actions or option[2:] in also:
+                continue
+            if option in self._elsewhere:
+                raise CommandError(f"unknown option `{word}`: {self._elsewhere[option]}")
+            if option[2:] in styles:
+                raise CommandError(f"unknown option `{word}`: write `--format {option[2:]}`.")
 
     @contextmanager
     def own_words(self, *kinds: type[Exception]) -> Iterator[None]:

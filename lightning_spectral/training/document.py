@@ -18,7 +18,7 @@ import yaml
 
 from lightning_spectral.data.files import reader_of
 from lightning_spectral.data.shards import names_tokens
-from lightning_spectral.text import did_you_mean, one_line, read_yaml
+from lightning_spectral.text import did_you_mean, read_yaml, yaml_mistake
 
 OUR_DATA = (
     "StateOfTheUnion",
@@ -78,32 +78,43 @@ def parse_words(words: Sequence[str]) -> list[tuple[str, Any]]:
     while rest:
         word = rest.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
-        if pairs and not word.startswith("--") and re.match(r"[\[{]", str(pairs[-1][1])):
-            raise RecipeError(
-                f"`--{pairs[-1][0]}` has the value `{pairs[-1][1]}`, and then comes `{word}`: put the whole value in "
-                "quotes, '{key: value}'."
-            )
         if not word.startswith("--") or not key:
-            wanted = f"write `-{word}`" if re.match(r"-[a-zA-Z]\w*(\.|$)", word) else "write `--key value`"
-            raise RecipeError(f"`{word}` is not an option: {wanted}, e.g. `--train.max_steps 50`.")
+            raise RecipeError(f"`{word}` is not an option: {_as_option(word)}, e.g. `--train.max_steps 50`.")
+        if equals and not value:
+            raise RecipeError(f"`--{key}=` has no value: write `--{key}=VALUE`, or `--{key}=null` to leave it empty.")
         if not equals:
             if not rest or re.match(r"--[a-zA-Z]", rest[0]):
                 raise RecipeError(f"`--{key}` has no value: write `--{key} VALUE`.")
             value = rest.pop(0)
         if not all(key.removesuffix("+").split(".")):
             raise RecipeError(f"`--{key}` has an empty name between its dots: write e.g. `--train.max_steps 50`.")
-        pairs.append((key, _value_of(key, value)))
+        pairs.append((key, _value_of(key, value, rest)))
     _refuse_replaced(pairs)
     return pairs
 
 
-def _value_of(key: str, text: str) -> Any:
-    """A value; what begins like a mapping must be one.
+def _as_option(word: str) -> str:
+    """How a word that is no option should be written."""
+    if re.match(r"-[a-zA-Z]$", word):
+        return "options are written out, as `--config RECIPE` or `--out_dir DIR`"
+    return f"write `-{word}`" if re.match(r"-[a-zA-Z]\w*(\.|$)", word) else "write `--key value`"
+
+
+_CLOSING = {"{": "}", "[": "]"}
+
+
+def _value_of(key: str, text: str, after: Sequence[str] = ()) -> Any:
+    """A value; what begins like a mapping or a list must be one.
 
     Raises:
         RecipeError: If it is none.
     """
     value = read_value(text)
+    if isinstance(value, str) and text[:1] in _CLOSING and not text.endswith(_CLOSING[text[0]]):
+        wanted = "put the whole value in quotes, '{key: value}' or '[a, b]'"
+        if after and not after[0].startswith("--"):
+            raise RecipeError(f"`--{key}` has the value `{text}`, and then comes `{after[0]}`: {wanted}.")
+        raise RecipeError(f"`--{key}`: `{text}` has no closing `{_CLOSING[text[0]]}`: {wanted}.")
     if isinstance(value, str) and text.startswith("{") and text.endswith("}"):
         raise RecipeError(
             f"`--{key}`: `{text}` is no YAML: names with signs in them want quotes of their own, "
@@ -160,14 +171,18 @@ def read_tree(file: Path) -> dict[str, Any]:
     Raises:
         RecipeError: If it, or its base, is no YAML mapping.
     """
-    return _on_its_base(_read_mapping(file))
+    tree = _read_mapping(file)
+    base = tree.get("base")
+    if isinstance(base, str) and Path(base).is_file() and Path(base).resolve() == file.resolve():
+        raise RecipeError(f"`base: {base}` in `{file}` names that file itself: name another recipe, or leave it out.")
+    return _on_its_base(tree)
 
 
 def _read_mapping(file: Path) -> dict[str, Any]:
     try:
         tree = read_yaml(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no text, or a date that is none
-        raise RecipeError(f"`{file}` is not YAML: {one_line(error)}") from error
+        raise RecipeError(f"`{file}` is not YAML: {yaml_mistake(error)}") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"`{file}` holds {type(tree).__name__}, not keys and values like `out_dir: out/run`.")
     return tree

@@ -44,7 +44,24 @@ GROUPS = {
 }
 # what people call a key -> how it is called here
 _HABITS: Final = {
-    "learning_rate": "lr",
+    **dict.fromkeys(("learning_rate", "max_lr", "peak_lr"), "lr"),
+    **dict.fromkeys(("gradient_clip_val", "grad_clip", "clip_grad", "max_grad_norm", "clip"), "max_norm"),
+    **dict.fromkeys(("accumulate_grad_batches", "gradient_accumulation_steps", "grad_accum"), "global_batch_size"),
+    **dict.fromkeys(("per_device_train_batch_size", "micro_batch"), "micro_batch_size"),
+    **dict.fromkeys(("warmup_steps", "num_warmup_steps", "warmup"), "lr_warmup_steps"),
+    **dict.fromkeys(("seq_len", "seq_length", "sequence_length", "max_length"), "max_seq_length"),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embed", "embed_dim", "hidden_dim"), "n_embd"),
+    **dict.fromkeys(("num_layers", "num_hidden_layers", "n_layers"), "n_layer"),
+    **dict.fromkeys(("num_heads", "num_attention_heads", "n_heads"), "n_head"),
+    **dict.fromkeys(("d_ff", "ffn_dim", "ffn_hidden_size", "mlp_dim"), "intermediate_size"),
+    **dict.fromkeys(("gpus", "num_gpus", "n_gpus", "nproc_per_node"), "devices"),
+    **dict.fromkeys(("wandb", "logger", "report_to", "tensorboard"), "logger_name"),
+    **dict.fromkeys(("save_every", "save_steps", "checkpoint_every"), "save_interval"),
+    **dict.fromkeys(("log_every", "logging_steps", "log_every_n_steps"), "log_interval"),
+    **dict.fromkeys(("tokenizer", "tokenizer_path"), "tokenizer_dir"),
+    **dict.fromkeys(("amp", "dtype", "mixed_precision"), "precision"),
+    **dict.fromkeys(("nodes", "nnodes"), "num_nodes"),
+    "device": "accelerator",
     "batch_size": "global_batch_size",
     "steps": "max_steps",
     "num_epochs": "epochs",
@@ -70,6 +87,8 @@ def with_class_paths(tree: Mapping[str, Any]) -> dict[str, Any]:
         RecipeError: If there is no data, or a name is not known.
     """
     _refuse_other_kinds(tree)
+    if tree.get("data") is None:
+        _refuse_other_files(tree)
     callbacks = tree.get("callbacks") or []
     if not isinstance(callbacks, list):
         raise RecipeError(
@@ -91,6 +110,23 @@ def _refuse_other_kinds(tree: Mapping[str, Any]) -> None:
             "the recipe has `callbacks` and nothing else: `LIGHTNING_SPECTRAL=FILE python train.py` puts them into a "
             "script of your own; to train, give a recipe with a model and `data`."
         )
+
+
+def _refuse_other_files(tree: Mapping[str, Any]) -> None:
+    """Files of other programs, which have no `data` and keys that are none here."""
+    unknown = [str(key) for key in tree if key not in keys()]
+    if {"trainer", "model"} <= set(unknown):
+        raise RecipeError(
+            "the recipe has `trainer` and `model`: it is a file for LightningCLI, `python train.py fit --config FILE`; "
+            "`pretrain --print_config --config quickstart` shows a recipe."
+        )
+    if {"architectures", "model_type"} & set(unknown):
+        raise RecipeError(
+            "the recipe has `model_type` or `architectures`: it is the `config.json` of a Hugging Face model; give a "
+            "recipe, and litgpt's name of the model as `--model_name`."
+        )
+    if unknown:
+        raise RecipeError(f"unknown key `{unknown[0]}`; {did_you_mean(unknown[0], keys())}")
 
 
 def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,6 +226,8 @@ def _nearest_key(key: str, tree: Mapping[str, Any]) -> str:
     if key == "base":
         return "a recipe is laid over another in its file: write `base: NAME` there."
     word = _HABITS.get(key.replace("-", "_"), key.replace("-", "_"))
+    if word in keys():
+        return f"did you mean `{word}`?"
     deeper = next((path for path in _paths_below(tree) if path.rpartition(".")[2] == word), None)
     return f"did you mean `{deeper}`?" if deeper else did_you_mean(key, keys())
 
@@ -221,7 +259,10 @@ def class_of(key: str, spec: Any) -> tuple[str, dict[str, Any]]:
     name = spec["class_path"].rpartition(".")[2]
     for other in spec:
         if other not in _CLASS_KEYS:
-            raise RecipeError(f"`{key}.{other}`: {name} takes its arguments as `{key}.init_args.{other}`.")
+            here = f"{key}.{name}" if key == "callbacks" else key
+            if isinstance(spec[other], dict):
+                raise RecipeError(f"`{here}.{other}`: the arguments of {name} stand under `init_args`, not `{other}`.")
+            raise RecipeError(f"`{here}.{other}`: {name} takes its arguments as `{here}.init_args.{other}`.")
     init_args = spec.get("init_args") or {}
     if not isinstance(init_args, dict):
         raise RecipeError(f"`{key}.init_args` must hold keys and values, got {init_args!r}.")
@@ -307,12 +348,15 @@ def _data_class(name: str) -> str:
     litgpts = public_names("litgpt.data")
     if name in litgpts:
         return f"litgpt.data.{name}"
+    if name.startswith("$"):
+        raise RecipeError(f"`data` is `{name}`: a recipe fills in no variables; give the value with `--data {name}`.")
     known = [*OUR_DATA, *(n for n in litgpts if n[0].isupper() and n not in _NO_DATA)]
     raise RecipeError(f"`data` is `{name}`, which is neither a file nor a data module; {_nearest(name, known)}")
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    return did_you_mean(name, known, otherwise="by name there are")
+    hub = "a data set of the Hugging Face Hub is {class_path: HubText, init_args: {dataset: NAME}}; by name there are"
+    return did_you_mean(name, known, otherwise=hub)
 
 
 _CALLBACK_ROOMS: Final = ("lightning_spectral.callbacks", "lightning_spectral", "lightning.pytorch.callbacks")

@@ -7,12 +7,16 @@ A function here that cannot tell returns ``None``; the full check after the impo
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from lightning_spectral.records.json_schema import descriptions
 
 _HOPS = 6  # imports followed from a package's front page to the module that defines a class
 
@@ -192,8 +196,9 @@ def _of_subscript(module: str, node: ast.Subscript) -> Iterator[Any]:
     if kind == "Literal":
         constants = [item.value if isinstance(item, ast.Constant) else ... for item in inside]
         yield from (value if value in (None, ...) else Choice(value) for value in constants)
-    elif kind in ("list", "Sequence"):
-        yield ListOf(tuple(alternatives((module, node.slice))))
+    elif kind in ("list", "Sequence", "tuple", "Tuple"):
+        items = [item for item in inside if not (isinstance(item, ast.Constant) and item.value is ...)]
+        yield ListOf(tuple(one for item in items for one in alternatives((module, item))))
     elif kind in ("Optional", "Union"):
         yield from (one for item in inside for one in alternatives((module, item)))
         if kind == "Optional":
@@ -212,6 +217,33 @@ def _alias(module: str, name: str, hops: int = _HOPS) -> Hint | None:
             return module, node.value
     home = _imported_from(tree, module, name)
     return _alias(home.rpartition(".")[0], home.rpartition(".")[2], hops - 1) if home else None
+
+
+def docs_of(path: str) -> dict[str, str]:
+    """What a function's ``Args:`` say of each argument; of a dataclass, what stands under or behind each field."""
+    found = _definition(path)
+    if found is None:
+        return {}
+    _, node = found
+    said = descriptions(ast.get_docstring(node) or "")
+    for item, after in pairwise(node.body):
+        text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else None
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(text, str):
+            said.setdefault(item.target.id, " ".join(text.split()))
+    return said
+
+
+def type_text(hint: Hint) -> str:
+    """An annotation as people read it: `int or null`."""
+    node = hint[1]
+    if node is None:
+        return ""
+    text = ast.unparse(node)
+    found = re.fullmatch(r"Optional\[(.*)\]", text)
+    text = f"{found[1]} | None" if found else text
+    closed = re.fullmatch(r"Literal\[(.*?)\]( \| None)?", text)
+    text = " | ".join(closed[1].split(", ")) + (closed[2] or "") if closed else text
+    return text.replace("None", "null").replace(" | ", " or ").replace("'", "")
 
 
 def defaults_of(path: str) -> dict[str, Any]:

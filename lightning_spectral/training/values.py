@@ -99,7 +99,7 @@ def refuse_other_kinds(key: str, hint: Hint, value: Any) -> None:
         wrong = next(item for item in value if not _may_be_one_of(item, lists[0].items))
         raise RecipeError(_sentence(f"each item of `{key}`", lists[0].items, wrong))
     if lists:
-        raise RecipeError(f"`{key}` must be a list, got {value}: write [{value}].")
+        raise RecipeError(f"`{key}` must be a list, got {value}: write [{str(value).strip('()')}].")
     raise RecipeError(_sentence(f"`{key}`", allowed, value))
 
 
@@ -138,8 +138,9 @@ def _may_be_number(value: Any, kind: type) -> bool:
     if isinstance(value, str):
         with suppress(ValueError):
             value = float(value)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and (kind is float or not math.isfinite(value) or value == int(value))
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return not math.isnan(value) if kind is float else math.isfinite(value) and value == int(value)
 
 
 # (group, keys, whether an empty value means no limit): each must be at least 1

@@ -217,3 +217,17 @@ def test_what_is_said_of_widths_is_said_of_the_column_given(tmp_path: Path, caps
     said = capsys.readouterr().out
     assert "the intervals are over values of `params` (Student's t), not over seeds" in said
     assert "Few values of `params`: 3." in said
+
+
+def test_what_is_refused_is_said_with_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "two.csv").write_text("optimizer,width,value\na,64,1\na,128,2\n")
+    (tmp_path / "negative.csv").write_text("optimizer,width,value\na,64,-1\na,128,2\na,256,3\n")
+    said = {}
+    for name in ("two", "negative"):
+        assert main(["fit", str(tmp_path / f"{name}.csv")]) == 1
+        said[name] = capsys.readouterr().err
+    assert "REFUSED fewer_than_3_widths: a slope with an interval takes three widths or more" in said["two"]
+    assert "REFUSED non_positive_values: a value or a width is zero or negative" in said["negative"]
+    assert "--where 'value>0'" in said["negative"]
+    assert main(["fit", str(tmp_path / "negative.csv"), "--where", "value>0"]) == 1
+    assert "fewer_than_3_widths" in capsys.readouterr().err  # the remedy was taken

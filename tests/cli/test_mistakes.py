@@ -14,7 +14,7 @@ import pytest
 
 from lightning_spectral.cli import main
 from tests.analysis.synthetic import write_study
-from tests.cli import mistakes, mistakes_more
+from tests.cli import mistakes, mistakes_in_files, mistakes_more
 from tests.tiny import write_recipe
 
 
@@ -36,6 +36,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     here |= {"FILE": folder / "file.txt", "EMPTY": folder / "empty"}
     here |= {"RECORDS": folder / "lone.jsonl", "TWICE": folder / "twice.yaml"}
     here |= {"KEYED": folder / "keyed.jsonl", "BLANK": folder / "blank.txt"}
+    here |= {"HERE": folder / "here"}
+    mistakes_in_files.write(folder / "here", (folder / "runs" / "muon_64_0" / "run.json").read_text())
     return {name: str(path) for name, path in here.items()}
 
 
@@ -46,7 +48,7 @@ def spelled(command: str, places: dict[str, str]) -> list[str]:
     return [re.sub(rf"^({known})(?=[/:]|$)", lambda found: places[found[0]], word) for word in words]
 
 
-ALL = [*mistakes.ALL, *mistakes_more.ALL]
+ALL = [*mistakes.ALL, *mistakes_more.ALL, *mistakes_in_files.ALL]
 
 
 def answer(command: str, places: dict[str, str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -69,7 +71,7 @@ def test_the_answer_names_key_value_and_remedy(command, wanted, places, capsys, 
     sentences = [line for line in said.splitlines() if line.startswith("lightning-spectral")]
     assert len(sentences) == 1, said
     for word in wanted:
-        wanted_word = re.sub(r"\b(FILE|TEXT)(?=[/:])", lambda found: places[found[0]], places.get(word, word))
+        wanted_word = re.sub(r"\b(FILE|TEXT|HERE)(?=[/:`])", lambda found: places[found[0]], places.get(word, word))
         assert wanted_word in sentences[0], f"`{word}` is not in: {said}"
     if command not in dict(mistakes.VERBS):
         assert sentences[0].startswith(f"lightning-spectral {verb}"), said
@@ -79,7 +81,7 @@ def test_the_answer_names_key_value_and_remedy(command, wanted, places, capsys, 
 
 def test_there_are_more_than_120_of_them_and_none_twice() -> None:
     commands = [command for command, _ in ALL]
-    assert len(set(commands)) == len(commands) > 240
+    assert len(set(commands)) == len(commands) > 310
 
 
 EARLY = [
@@ -91,6 +93,7 @@ EARLY = [
         mistakes.ANALYSIS,
         mistakes.MODELS,
         mistakes_more.EARLY,
+        mistakes_in_files.EARLY,
     )
     for command, _ in group
 ]

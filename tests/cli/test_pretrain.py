@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 import time
@@ -10,11 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from litgpt.pretrain import setup as litgpt_setup
 
 from lightning_spectral import cli
 from lightning_spectral.cli.pretrain import summary
 from lightning_spectral.records import SpectralRecord, append_records
 from lightning_spectral.text.tables import render
+from lightning_spectral.training.help_keys import keys_with
+from lightning_spectral.training.schema import our_keys
 from tests.tiny import LIGHTNING_WARNINGS, tiny_tree, write_recipe, write_text
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in LIGHTNING_WARNINGS]
@@ -109,6 +114,24 @@ def test_every_key_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for key in ("--train.max_steps", "--architecture.activation", "--lr_schedule.kind", "--callbacks", "--strategy"):
         assert key in printed
+
+
+def test_the_help_of_keys_is_what_the_schema_has_and_can_be_asked_for_by_a_word(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    every = {key.name: key for key in keys_with()}
+    known = {name: parameter for function in (litgpt_setup, our_keys) for name, parameter in _parameters(function)}
+    assert {name for name in every if "." not in name} == set(known)
+    assert every["train.max_steps"].kind == "int or null"
+    assert every["train.global_batch_size"].default == str(known["train"].default.global_batch_size)
+    assert every["seed"].default == str(known["seed"].default)
+    assert "steps" in every["train.max_steps"].meaning
+    assert cli.main(["pretrain", "--config", "debug", "--help_keys", "max_steps"]) == 0
+    assert re.findall(r"^--(\S+)", capsys.readouterr().out, re.M) == ["train.max_steps"]
+
+
+def _parameters(function: object) -> list[tuple[str, inspect.Parameter]]:
+    return list(inspect.signature(function).parameters.items())  # type: ignore[arg-type]
 
 
 def test_the_table_takes_medians_over_layers_of_the_last_window(tmp_path: Path) -> None:

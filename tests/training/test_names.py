@@ -90,8 +90,9 @@ def _alternatives(hint):
         return [one for part in inside for one in _alternatives(part)]
     if kind is Literal:
         return [value if value is None else sources.Choice(value) for value in inside]
-    if kind in (list, Sequence):
-        return [sources.ListOf(tuple(_alternatives(inside[0])))]
+    if kind in (list, Sequence, tuple):
+        items = [item for item in inside if item is not ...]
+        return [sources.ListOf(tuple(one for item in items for one in _alternatives(item)))]
     if hint is torch.Tensor:
         return []
     return [None if hint is NoneType else hint if hint in sources.PLAIN.values() else ...]

@@ -14,6 +14,7 @@ from typing import Any
 from lightning_spectral.functional.products import is_full_precision
 from lightning_spectral.probe.agreement import Agreement, MissingRankError, wait_limit
 from lightning_spectral.probe.background import BackgroundSolver
+from lightning_spectral.probe.cost import Cost
 from lightning_spectral.probe.evaluation import WindowState
 from lightning_spectral.probe.guard import DeliberateError, Guard
 from lightning_spectral.probe.host import Host, Scalars
@@ -75,7 +76,7 @@ class Publication:
         self.run_folder: RunFolder | None = None
         self.solver: BackgroundSolver | None = None
         self.earlier: Scalars = {}
-        self._tally = tally
+        self._tally, self._cost = tally, Cost(measurement.settings.every_n_steps)
         self._stream, self._stand_down = stream, stand_down
 
     def open_folder(self) -> RunFolder:
@@ -169,6 +170,12 @@ class Publication:
             with_eigenvalues=self.measurement.settings.eigenvalues,
             with_layers=self.measurement.settings.log_layers,
         )
+        if (
+            window.stage == "train"
+            and self.solver is None
+            and (sentence := self._cost.of_window(window.step, result.window_s))
+        ):
+            self.guard.say("cost", f"step {window.step}: {sentence}")
         self._tally.lost += bool(records) and all(record.status in LOST for record in records)
         self._react(records)
         return scalars

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final, NoReturn
 
+import lightning.pytorch.callbacks
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_spectral.text import import_class, one_line
+import lightning_spectral
+from lightning_spectral.text import did_you_mean, import_class, one_line
 
 # of the alternatives that jsonargparse lists, those that the user did not mean
 _NOT_MEANT: Final = re.compile(r"Expected a <class 'NoneType'>|Not a valid subclass of|Expected a config path but")
@@ -33,7 +35,7 @@ class SentenceParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # the parser of one class, whose error is a branch of the tree
             super().error(message, ex)
-        self.exit(2, f"{self.prog}: {sentence(message)}\n")
+        self.exit(2, f"{self.prog}: {sentence(message, self._option_string_actions)}\n")
 
     @override
     def instantiate_classes(self, cfg: Namespace, instantiate_groups: bool = True) -> Namespace:
@@ -45,17 +47,21 @@ class SentenceParser(LightningArgumentParser):
             self.error(str(error), error)
 
 
-def sentence(message: str) -> str:
+def sentence(message: str, options: Iterable[str] = ()) -> str:
     """What is wrong, out of jsonargparse's tree of tried types.
 
     Args:
         message: Of its error, many lines.
+        options: Words of the command line that there are, with their dashes.
 
     Returns:
         One line; the message's first, where its leaf is not found.
     """
     key = next(iter(re.findall(r'^Parser key "([^"]+)"', message)), "")
     prefix = f"`{key}`: " if key else ""
+    told = _of_specs(key, message) or _of_choices(key, message) or _of_one_line(key, message, options)
+    if told is not None:
+        return told
     leaf = next(_leaves(message), None)
     if leaf is None:
         return prefix + one_line(message)
@@ -63,6 +69,59 @@ def sentence(message: str) -> str:
     own = _own_words(path, said, message)
     name = path.rpartition(".")[2]
     return f"{prefix}{f'{name}: ' if name and not own.startswith(name) else ''}{own}"
+
+
+def _of_specs(key: str, message: str) -> str | None:
+    """What is wrong with the form of a class in a list: its name, or where its arguments stand."""
+    given = _given(message)
+    for spec in given if isinstance(given, list) else [given]:
+        if not isinstance(spec, dict) or not isinstance(spec.get("class_path"), str):
+            continue
+        path, name = spec["class_path"], spec["class_path"].rpartition(".")[2]
+        if "." not in path:
+            known = [*lightning_spectral.__all__, *lightning.pytorch.callbacks.__all__]
+            hint = did_you_mean(path, known)
+            return f"`{key}`: there is no class `{path}`; {hint if hint.endswith('?') else 'give its class path.'}"
+        if not isinstance(spec.get("init_args") or {}, dict):
+            return f"`{key}`: `init_args` of {name} must hold names and values, got {spec['init_args']!r}."
+        other = next((word for word in spec if word not in ("class_path", "init_args", "dict_kwargs")), None)
+        if other is not None:
+            return f"`{key}`: {name} takes `{other}` below `init_args`, not beside `class_path`."
+    return None
+
+
+def _of_choices(key: str, message: str) -> str | None:
+    """Of a value outside of closed choices, which those are."""
+    subtypes = re.search(r"^ *Subtypes: (.*)$", message, re.MULTILINE)
+    lists = re.findall(r"typing\.Literal(\[[^\]]*\])", subtypes[1]) if subtypes else []
+    known = [str(choice) for text in lists for choice in ast.literal_eval(text)]
+    value = message.rpartition("Given value: ")[2].strip()
+    if not known or value in known:
+        return None
+    hint = did_you_mean(value, known, otherwise="")
+    return f"`{key}` must be one of {', '.join(dict.fromkeys(known))}, got {value}" + (
+        f"; {hint}" if hint.endswith("?") else "."
+    )
+
+
+def _of_one_line(key: str, message: str, options: Iterable[str]) -> str | None:
+    """Of a plain type that was not met, or of a word that is no option."""
+    wanted = re.search(r":\s+Expected an? <class '(\w+)'>\. Got value: (.*)$", message)
+    if key and wanted and "\n    -" not in message:
+        return f"`{key}` must be {wanted[1]}, got {one_line(wanted[2])}."
+    unknown = re.match(r"Unrecognized arguments: --([\w.]+)", message)
+    if unknown:
+        hint = did_you_mean(unknown[1], [option.removeprefix("--") for option in options], prefix="--")
+        return f"there is no option `--{unknown[1]}`; {hint if hint.endswith('?') else '`--help` lists all.'}"
+    return None
+
+
+def _given(message: str) -> Any:
+    """The value that did not fit; ``None`` where it is no literal."""
+    try:
+        return ast.literal_eval(message.rpartition("Given value: ")[2].strip())
+    except (ValueError, SyntaxError):
+        return None
 
 
 def _leaves(message: str) -> Iterator[tuple[str, str]]:
@@ -102,11 +161,7 @@ def _class_of_ours(path: str) -> type | None:
 
 def _asked(kind: type | None, path: str, message: str) -> str | None:
     """What the class itself says of the arguments that were given to it in a list of callbacks."""
-    given = message.rpartition("Given value: ")[2]
-    try:
-        specs: Any = ast.literal_eval(given)
-    except (ValueError, SyntaxError):
-        return None
+    specs = _given(message)
     for spec in specs if isinstance(specs, list) else []:
         if kind is not None and isinstance(spec, dict) and spec.get("class_path") == path:
             return _refused(kind, spec.get("init_args") or {})

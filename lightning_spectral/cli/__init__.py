@@ -67,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if verb not in VERBS:
         hint = did_you_mean(
-            verb, ["--version", "--help"] if verb.startswith("-") else VERBS, otherwise="see --help for"
+            verb,
+            ["--version", "--help"] if verb.startswith("-") or verb == "version" else VERBS,
+            otherwise="see --help for",
         )
         print(f"lightning-spectral: unknown verb `{verb}`; {hint}", file=sys.stderr)
         return 2

@@ -243,7 +243,8 @@ def fit_runs(options: argparse.Namespace, by: list[str] | None) -> tuple[Fitted,
 
 def _reasons(problems: Sequence[Problem]) -> str:
     """The first few, as one sentence."""
-    return "; ".join(problem.message.rstrip(".") for problem in problems[:3]) + "."
+    text = "; ".join(problem.message.rstrip(".") for problem in problems[:3])
+    return text if text.endswith("?") else f"{text}."
 
 
 def print_problems(problems: Iterable[Problem]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import zipfile
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -135,6 +136,16 @@ def _refuse_other_things(path: Path) -> None:
             "`model_config.yaml`), a Lightning `.ckpt` file of `lightning-spectral pretrain`, or a Hugging Face folder "
             "(`config.json`, `*.safetensors`)."
         )
+    weights = path if path.is_file() else path / "lit_model.pth"
+    if weights.suffix in (".pth", ".ckpt") and weights.is_file() and not _is_whole(weights):
+        raise CommandError(f"`{weights}` cannot be read, it is incomplete or corrupted, or no file of `torch.save`.")
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether it can be of ``torch.save``, by its first bytes; of the zip that it writes today, by its end, too."""
+    with file.open("rb") as handle:
+        start = handle.read(2)
+    return zipfile.is_zipfile(file) if start == b"PK" else start[:1] == b"\x80"
 
 
 def _holds_checkpoints(folder: Path) -> bool:

@@ -151,6 +151,11 @@ def refuse_wrong_places(tree: Mapping[str, Any]) -> None:
     resume = tree.get("resume")
     if isinstance(resume, str) and resume != "auto" and not Path(resume).exists():
         raise RecipeError(f"`resume` names `{resume}`, which does not exist: give a checkpoint, `auto` or `false`.")
+    if resume is True and isinstance(out_dir, str) and not any(Path(out_dir).glob("checkpoints/*")):
+        raise RecipeError(
+            f"`resume: true`, but `{Path(out_dir) / 'checkpoints'}` holds no checkpoint: use `resume: auto` to start "
+            "where there is none."
+        )
     logger = tree.get("logger_name")
     if logger in ("wandb", "mlflow", "tensorboard") and not is_installed(logger):
         raise RecipeError(f"`logger_name: {logger}`: {why_missing(logger)}")

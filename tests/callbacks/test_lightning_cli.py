@@ -103,7 +103,26 @@ SENTENCES: list[tuple[list[Any], list[str], str]] = [
     ([], [OURS, "--optimizer.momentumm=.9"], "Muon has no argument `momentumm`: did you mean `momentum`?"),
     ([], ["--optimizer=lightning_spectral.Moun"], "no attribute 'Moun': did you mean `Muon`?"),
     ([], ["--optimizer=Muon"], "Give the full class path to avoid ambiguity: torch.optim.Muon, lightning_spectral"),
-    ([], ["--trainer.max_stepz=3"], "trainer.max_stepz"),
+    ([], ["--trainer.max_stepz=3"], "no option `--trainer.max_stepz`; did you mean `--trainer.max_steps`?"),
+    ([], ["--modle.x=3"], "there is no option `--modle.x`;"),
+    ([], ["--trainer.max_steps=three"], "`trainer.max_steps` must be int, got three."),
+    ([], ["--trainer.precision=fp16"], "`trainer.precision` must be one of 64, 32, 16, transformer-engine"),
+    ([], ["--trainer.precision=bf16-mixd"], "got bf16-mixd; did you mean `bf16-mixed`?"),
+    (
+        [{"class_path": "SpectralRankCalback"}],
+        [],
+        "no class `SpectralRankCalback`; did you mean `SpectralRankCallback`?",
+    ),
+    (
+        [{"class_path": "lightning_spectral.SpectralRankCallback", "every_n_steps": 5}],
+        [],
+        "SpectralRankCallback takes `every_n_steps` below `init_args`, not beside `class_path`.",
+    ),
+    (
+        [{"class_path": "lightning_spectral.SpectralRankCallback", "init_args": [5]}],
+        [],
+        "`init_args` of SpectralRankCallback must hold names and values, got [5].",
+    ),
 ]
 
 

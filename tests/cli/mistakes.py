@@ -18,6 +18,7 @@ VERBS: Final = [
     ("optimizer_table", ["`optimizer_table`", "`optimizer-table`"]),
     ("--verison", ["`--verison`", "`--version`"]),
     ("help", ["`help`", "--help"]),
+    ("version", ["`version`", "`--version`"]),
     ("help pretran", ["`help`", "--help"]),
     ("fits RUNS", ["`fits`", "`fit`"]),
 ]

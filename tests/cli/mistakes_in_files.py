@@ -129,6 +129,7 @@ WORDS: Final = [
     ("measure RUNS --data TEXT", ["RUNS", "`lit_model.pth`", "`config.json`"]),
     ("measure FILE --data TEXT", ["FILE", "no checkpoint", "`.ckpt`"]),
     ("measure EMPTY --data TEXT --context 5", ["`--context`", "`--seq_length`"]),
+    ("measure HERE/torn --data TEXT", ["HERE/torn/lit_model.pth", "incomplete or corrupted"]),
     ("inspect nowhere.py", ["`nowhere.py`", "path"]),
     ("inspect FILE", ["FILE", "no model", "`train.py:Net`"]),
     ("inspect torch.nn:Linear", ["`torch.nn:Linear`", "`torch.nn.Linear`"]),
@@ -158,7 +159,6 @@ TABLES: Final = [
 
 FULL: Final = [
     ("pretrain --config RECIPE --model_config.n_embd 64.0", ["`model_config.n_embd`", "64.0", "int"]),
-    ("measure HERE/torn --data TEXT", ["HERE/torn/lit_model.pth", "incomplete or corrupted"]),
 ]
 
 EARLY: Final = [*RECIPES, *WORDS, *TABLES]

@@ -12,10 +12,12 @@ from litgpt.config import Config
 from litgpt.utils import chunked_cross_entropy
 from torch.utils.data import DataLoader
 
+from lightning_spectral.gpt import export
 from lightning_spectral.gpt.architecture import Architecture
 from lightning_spectral.gpt.export import load_final
 from lightning_spectral.gpt.learning_rate import LRPlan
 from lightning_spectral.gpt.module import LitGPT, build_optimizer, load_weights, optimizer_class
+from lightning_spectral.models.checkpoint_file import CheckpointError
 from tests.tiny import LIGHTNING_WARNINGS, tiny_tree
 
 pytestmark = [
@@ -178,4 +180,12 @@ def test_our_optimizers_get_names_and_others_litgpts_bare_list(tmp_path: Path) -
 
 def test_load_final_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"model_config.yaml"):
+        load_final(tmp_path)
+
+
+def test_a_torn_file_is_said_before_its_model_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model_config.yaml").write_text("name: x\n")  # litgpt's defaults: a model of 3 billion parameters
+    (tmp_path / "lit_model.pth").write_bytes(b"torn")
+    monkeypatch.setattr(export, "build_gpt", lambda *_, **__: pytest.fail("it was built"))
+    with pytest.raises(CheckpointError, match=r"lit_model\.pth` cannot be read"):
         load_final(tmp_path)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from litgpt.config import Config
-from litgpt.model import GPT
+from litgpt.model import GPT, GptNeoxMLP, LLaMAMLP
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
@@ -24,9 +24,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_spectral import optim
 from lightning_spectral.gpt.architecture import Architecture, adapt_config, build_gpt
+from lightning_spectral.gpt.clipping import clip_by_norm
 from lightning_spectral.gpt.learning_rate import LRPlan
 from lightning_spectral.lightning_private import accumulates
 from lightning_spectral.models.checkpoint_file import read_checkpoint
+from lightning_spectral.models.placement import is_dtensor
 from lightning_spectral.text import did_you_mean, import_class
 
 OptimizerSpec = str | Mapping[str, Any]
@@ -132,11 +134,14 @@ class LitGPT(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """As Lightning does, and under FSDP1, where only the wrapped model knows the norm, by the wrapped model."""
+        """As Lightning does; under FSDP1 by the wrapped model, which alone knows the norm; DTensors by their meshes."""
         root = self.trainer.strategy.model
         if isinstance(root, FullyShardedDataParallel) and gradient_clip_algorithm in (None, "norm"):
             if gradient_clip_val:
                 root.clip_grad_norm_(gradient_clip_val)
+            return
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and any(map(is_dtensor, self.parameters())):
+            clip_by_norm(self.parameters(), gradient_clip_val)
             return
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -235,11 +240,12 @@ def shard(model: GPT, mesh: Any, num_replicas: int = 1) -> None:
 
     if mesh["tensor_parallel"].size() > 1:
         for block in model.transformer.h:
-            names = [name for name, child in block.mlp.named_children() if isinstance(child, torch.nn.Linear)]
-            sliced: dict[str, ParallelStyle] = {
-                name: RowwiseParallel() if name == "proj" else ColwiseParallel() for name in names
-            }
-            parallelize_module(block.mlp, mesh["tensor_parallel"], sliced)
+            for network in (part for part in block.mlp.modules() if isinstance(part, (GptNeoxMLP, LLaMAMLP))):
+                names = [name for name, child in network.named_children() if isinstance(child, torch.nn.Linear)]
+                sliced: dict[str, ParallelStyle] = {
+                    name: RowwiseParallel() if name == "proj" else ColwiseParallel() for name in names
+                }
+                parallelize_module(network, mesh["tensor_parallel"], sliced)
     data_parallel = mesh["data_parallel"]
     if num_replicas > 1:
         sizes = (num_replicas, data_parallel.size() // num_replicas)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from litgpt.model import Block
 
 from lightning_spectral.text import import_class, one_line
@@ -60,6 +60,20 @@ def make_strategy(wanted: Any, world_size: int) -> str | Strategy:
             raise RecipeError(f"`strategy: {wanted}` cannot be made: {one_line(error)}") from error
         return made
     return str(wanted)
+
+
+def refuse_parts(checkpoint: Path | None, strategy: Strategy, wanted: Any) -> None:
+    """Refuse a checkpoint of shards, which is a folder, under a strategy that does not shard.
+
+    Raises:
+        RecipeError: With the remedy.
+    """
+    reads_parts = isinstance(strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy))
+    if checkpoint is not None and checkpoint.is_dir() and not reads_parts:
+        raise RecipeError(
+            f"`{checkpoint}` is a checkpoint in parts, which `strategy: {wanted}` cannot read: go on under one that "
+            "divides the weights, such as the one that wrote it; the number of devices may be another."
+        )
 
 
 def make_logger(content: dict[str, Any], out_dir: Path, *, resuming: bool) -> Logger:

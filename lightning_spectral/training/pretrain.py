@@ -36,7 +36,7 @@ from lightning_spectral.text import one_line, write_text
 from lightning_spectral.training import checkpoints, preemption
 from lightning_spectral.training.devices import refuse_absent
 from lightning_spectral.training.document import RecipeError
-from lightning_spectral.training.factories import is_absent, make_logger, make_strategy
+from lightning_spectral.training.factories import is_absent, make_logger, make_strategy, refuse_parts
 from lightning_spectral.training.names import keys
 from lightning_spectral.training.preemption import first_rank
 from lightning_spectral.training.recipe import Recipe
@@ -137,6 +137,7 @@ def _pretrain(recipe: Recipe, *, progress_bar: bool, accept_changes: bool) -> Ru
             _move_previous_run(out_dir)
         resuming = resume is not None
         trainer = _trainer(recipe, objects, lengths, edges, strategy, resuming=resuming, progress_bar=progress_bar)
+    refuse_parts(resume, trainer.strategy, content["strategy"])
     entropy = unigram_entropy(data.token_counts) if isinstance(data, TextBlocks) else None
     tokens_per_step = objects.train.global_batch_size * lengths.seq_length
     done = checkpoints.step_of(resume) if resume else None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 
 from lightning_spectral import records
 from lightning_spectral.gpt.export import load_final
@@ -68,6 +69,18 @@ def test_every_strategy_is_the_run_of_one_process(strategy: str, world_size: int
     for (name, value), other in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
         assert (value - other).abs().max() < 1e-4, name  # of six steps of 1e-2
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*.ckpt"))) == 2
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "auto"])
+def test_a_checkpoint_in_parts_needs_a_strategy_that_divides(strategy: str, tmp_path: Path) -> None:
+    """It used to be `Is a directory`."""
+    (tmp_path / "step-00000003.ckpt").mkdir()
+    with pytest.raises(RecipeError, match=f"is a checkpoint in parts, which `strategy: {strategy}` cannot read: go on"):
+        factories.refuse_parts(tmp_path / "step-00000003.ckpt", SingleDeviceStrategy(), strategy)
+    for made in (factories.make_strategy("fsdp2", 2), factories.make_strategy("hsdp:2", 4)):
+        assert isinstance(made, Strategy)
+        factories.refuse_parts(tmp_path / "step-00000003.ckpt", made, "fsdp2")
+    factories.refuse_parts(None, SingleDeviceStrategy(), strategy)
 
 
 @pytest.mark.parametrize(

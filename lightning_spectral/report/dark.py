@@ -9,7 +9,11 @@ from __future__ import annotations
 import colorsys
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final
+
+from lightning_spectral.records.looks import BUCKET_COLORS, OPTIMIZERS, SPARE_LOOKS
+from lightning_spectral.report.style import text_color
 
 BACKGROUND: Final = "#16181c"  # of the page, in the template's style sheet
 ON_CELL: Final = "on-cell-"  # begins the gid of a text on a cell, whose colour was chosen for that cell
@@ -47,13 +51,14 @@ def palette(html: Iterable[str]) -> str:
 def on_dark(color: str, role: str = "ink") -> str:
     """What a colour that was chosen on white is on :data:`BACKGROUND`.
 
-    Greys change places, white being the background; other colours are mixed with white until they can be seen.
+    Greys change places, white being the background; other colours are mixed with white until they can be seen. A name
+    that was darkened to be read on white has the colour of its line.
 
     Args:
         color: ``#rrggbb``.
         role: ``ink`` or ``text``.
     """
-    rgb = _rgb(color)
+    rgb = _rgb(_darkened().get(color.lower(), color) if role == "text" else color)
     _, lightness, saturation = colorsys.rgb_to_hls(*rgb)
     if saturation < 0.12 or lightness in (0.0, 1.0):
         share = 1 - lightness
@@ -61,6 +66,13 @@ def on_dark(color: str, role: str = "ink") -> str:
     while contrast(_hex(rgb), BACKGROUND) < (_TEXT_CONTRAST if role == "text" else _LINE_CONTRAST):
         rgb = [0.94 * channel + 0.06 for channel in rgb]
     return _hex(rgb)
+
+
+@lru_cache(maxsize=1)
+def _darkened() -> dict[str, str]:
+    """Colour of a name on white -> colour of its line."""
+    colors = [*BUCKET_COLORS.values(), *(look[0] for look in (*OPTIMIZERS.values(), *SPARE_LOOKS))]
+    return {text_color(color): color for color in colors}
 
 
 def contrast(a: str, b: str) -> float:

@@ -202,7 +202,8 @@ def matched(scene: ReportData) -> ReportFigure:
         return ReportFigure(
             None,
             "No runs of two series could be matched on loss.",
-            "It needs losses.jsonl and two series with common widths and seeds.",
+            "It needs `losses.jsonl`, two series with common widths and seeds, and windows whose losses differ by less "
+            "than `--tolerance`; `--match-on step` compares them at equal steps.",
         )
     figure = Figure(figsize=(11.5, tall(3.6, len(scene.series))))
     axes = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]

@@ -63,10 +63,7 @@ class SeriesStyle:
     @property
     def text_color(self) -> str:
         """The colour, dark enough to read on white."""
-        rgb = np.array(to_rgb(self.color))
-        while float(rgb @ (0.2126, 0.7152, 0.0722)) > 0.36:
-            rgb = rgb * 0.92
-        return "#" + "".join(f"{round(255 * channel):02x}" for channel in rgb)
+        return text_color(self.color)
 
     @property
     def line(self) -> str:
@@ -77,6 +74,14 @@ class SeriesStyle:
     def face(self) -> str:
         """Marker fill."""
         return self.color if not self.variant else "white" if self.variant == 1 else "#D0D0D0"
+
+
+def text_color(color: str) -> str:
+    """A colour, dark enough to read on white."""
+    rgb = np.array(to_rgb(color))
+    while float(rgb @ (0.2126, 0.7152, 0.0722)) > 0.36:
+        rgb = rgb * 0.92
+    return "#" + "".join(f"{round(255 * channel):02x}" for channel in rgb)
 
 
 # explicit directions of bidirectional text: embeddings, overrides, isolates and their ends
@@ -214,4 +219,6 @@ def label_right(ax: Axes, entries: Sequence[tuple[float, str, str]], size: float
     height = ax.get_window_extent().height * 72 / ax.figure.dpi
     placed = spread_labels(wanted, size * 1.25 / height, 0.0, 1.0)
     for (_, text, color), at in zip(entries, placed, strict=True):
-        ax.text(1.015, at, text, transform=ax.transAxes, color=color, fontsize=size, va="center", clip_on=False)
+        ax.text(
+            1.015, at, text, transform=ax.transAxes, color=text_color(color), fontsize=size, va="center", clip_on=False
+        )

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from lightning_spectral.records.looks import BUCKET_COLORS, OPTIMIZERS, SPARE_LOOKS
 from lightning_spectral.report.dark import BACKGROUND, ON_CELL, contrast, on_dark, palette, themed, variable
 from lightning_spectral.report.figures import inline, svg_of
+from lightning_spectral.report.style import label_right, text_color
 from lightning_spectral.report.template import TEMPLATE
 
 LOOKS = [*BUCKET_COLORS.values(), *(look[0] for look in (*OPTIMIZERS.values(), *SPARE_LOOKS))]
@@ -75,3 +76,18 @@ def test_the_page_has_the_background_that_colors_are_made_for() -> None:
     dark = TEMPLATE[TEMPLATE.index("@media screen and (prefers-color-scheme: dark)") :]
     assert f"background: {BACKGROUND}" in dark
     assert TEMPLATE.count("{{ palette }}") == dark.count("{{ palette }}") == 1  # on paper nothing changes
+
+
+@pytest.mark.parametrize("color", LOOKS)
+def test_a_name_can_be_read_on_white_and_has_the_colour_of_its_line_on_a_dark_screen(color: str) -> None:
+    assert contrast(text_color(color), "#ffffff") > 4.5
+    assert on_dark(text_color(color), "text") == on_dark(color, "text")
+    assert contrast(on_dark(text_color(color), "text"), BACKGROUND) >= 4.4  # 8 bits a channel
+
+
+def test_names_beside_lines_are_dark_enough() -> None:
+    figure = Figure()
+    label_right(figure.add_subplot(), [(0.5, bucket, color) for bucket, color in BUCKET_COLORS.items()])
+    (axes,) = figure.axes
+    assert len(axes.texts) == len(BUCKET_COLORS)
+    assert min(contrast(str(text.get_color()), "#ffffff") for text in axes.texts) > 4.5

@@ -125,6 +125,7 @@ def observe(
     every_n_steps: int = 200,
     *,
     out: str | Path = "spectral",
+    beside: Observation | None = None,
     optimizer: Optimizer | None = None,
     num_steps: int | None = None,
     resume: bool = False,
@@ -139,6 +140,8 @@ def observe(
         model: The model that the loop calls; wrapped or not.
         every_n_steps: Optimizer steps between windows.
         out: Run folder.
+        beside: With several pipeline stages on a rank, the observation of another of them, made before on every rank:
+            records go into its run folder instead of ``out``.
         optimizer: Its steps are followed, so that the loop need not call ``step()``.
         num_steps: Optimizer steps of the run, if known: the last one is measured too.
         resume: Go on with the records in ``out``; then call ``load_state_dict`` with the state that was saved.
@@ -155,14 +158,8 @@ def observe(
         ValueError: If an argument is out of range, the model has no feed-forward network that is found, stages
             cannot be told apart, or an alarm watches what is not measured.
     """
-    if process_group is not None and isinstance(model, (nn.ModuleList, nn.ModuleDict)):
-        raise ValueError(
-            f"`model` is an `nn.{type(model).__name__}`, which no schedule calls: with several stages on a rank call "
-            "`observe` for each of them, with its own `out`."
-        )
-    if process_group is not None and isinstance(counts, str) and counts == STREAM:
-        raise ValueError("`counts='stream'` with a `process_group`: later stages see no ids; give an array or a file.")
     refuse_unknown(observe, shared)
+    _refuse_stage(model, beside, process_group, counts, shared)
     _refuse_other_kinds(shared, optimizer, resume, process_group)
     if not isinstance(model, nn.Module):
         seen = one_line(repr(model))[:80]
@@ -174,11 +171,46 @@ def observe(
     buckets = None if counts is None else BucketSettings(counts=counts)
     measurement = Measurement(settings, buckets)
     loop = LoopObserver(measurement, name="observe", num_steps=num_steps, alarms=Alarms(alarms, measurement))
-    loop.attach(model, plain_host(settings, resume=resume, optimizer=optimizer, process_group=process_group))
+    host = plain_host(settings, resume=resume, optimizer=optimizer, process_group=process_group)
+    if beside is not None:
+        _share_folder(host, beside)
+    loop.attach(model, host)
     observation = Observation(loop)
     if optimizer is not None:
         observation.follow(optimizer)
     return observation
+
+
+def _refuse_stage(model: Any, beside: Any, process_group: Any, counts: Any, shared: Mapping[str, Any]) -> None:
+    """What pipeline stages cannot do, and what cannot be told apart in a folder that two of them share.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    if process_group is not None and isinstance(model, (nn.ModuleList, nn.ModuleDict)):
+        raise ValueError(
+            f"`model` is an `nn.{type(model).__name__}`, which no schedule calls: with several stages on a rank call "
+            "`observe` for each of them, the further ones with `beside=` the first."
+        )
+    if process_group is not None and isinstance(counts, str) and counts == STREAM:
+        raise ValueError("`counts='stream'` with a `process_group`: later stages see no ids; give an array or a file.")
+    if beside is None:
+        return
+    if not isinstance(beside, Observation) or beside.run_folder is None:
+        raise ValueError(f"`beside` must be what `observe` returned for another stage, got {beside!r:.80}.")
+    if process_group is None:
+        raise ValueError("`beside` is for pipeline stages: give the `process_group` of this one.")
+    if shared.get("eigenvalues"):
+        raise ValueError(
+            "`eigenvalues=True` writes one file a window: with `beside`, give this stage an `out` instead."
+        )
+
+
+def _share_folder(host: Host, beside: Observation) -> None:
+    """Make the run folder of another observation that of this host."""
+    folder = beside.run_folder
+    assert folder is not None
+    host.folder, host.run_id, host.opened = folder.wanted, folder.run_id, lambda: [folder]
 
 
 def _refuse_other_kinds(shared: Mapping[str, Any], optimizer: Any, resume: Any, process_group: Any) -> None:

@@ -21,7 +21,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 import lightning_spectral as ls
 from lightning_spectral.models.calls import ForwardCall
 from lightning_spectral.probe.given_ids import GivenIds
-from lightning_spectral.records import SpectralRecord, read_losses, read_spectral
+from lightning_spectral.records import SpectralRecord, read_losses, read_run, read_spectral
 from tests.distributed.harness import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -309,18 +309,15 @@ def attached(rank: int, world_size: int, path: Path, *widths: int | None, **more
     return f"{probe._loop.observer.state}, {'no thread' if solver is None else 'a thread'}"
 
 
-def test_several_stages_on_a_rank_are_observed_one_by_one(tmp_path: Path) -> None:
+def test_several_stages_on_a_rank_are_observed_into_one_folder(tmp_path: Path) -> None:
     in_one_process(tmp_path / "one", 1)
     run_ranks(interleaved, 2, tmp_path)
-    expected = by_place(tmp_path / "one")
-    found = by_place(tmp_path / "0") | by_place(tmp_path / "1")
-    assert {key: record.hard_rank for key, record in found.items()} == {
-        key: pytest.approx(record.hard_rank, rel=2e-5) for key, record in expected.items()
-    }
-    for name in ("0", "1"):
-        assert [row[3] for row in losses_of(tmp_path / name)] == pytest.approx(
-            [row[3] for row in losses_of(tmp_path / "one")], rel=1e-5
-        )
+    same_records(tmp_path / "one", tmp_path / "parts")
+    assert len({record.run_id for record in read_spectral(tmp_path / "parts").records}) == 1
+    about = read_run(tmp_path / "parts")
+    assert (about.finished, about.num_lost_windows, about.last_step) == (True, 0, STEPS)
+    assert not (tmp_path / "parts" / "previous").exists()
+    assert not list((tmp_path / "parts").glob("*.lock"))
 
 
 def interleaved(rank: int, world_size: int, path: Path) -> None:
@@ -332,7 +329,14 @@ def interleaved(rank: int, world_size: int, path: Path) -> None:
     with pytest.raises(ValueError, match="`model` is an `nn.ModuleList`, which no schedule calls: with several stages"):
         ls.observe(nn.ModuleList(parts), 2, out=path, process_group=alone)
     settings: Any = {"counts": COUNTS, "num_steps": STEPS, "background": False, "process_group": alone}
-    probes = [ls.observe(part, 2, out=path / str(i), **settings) for i, part in enumerate(parts)]
+    first = ls.observe(parts[0], 2, out=path / "parts", **settings)
+    with pytest.raises(ValueError, match="`eigenvalues=True` writes one file a window: with `beside`"):
+        ls.observe(parts[1], 2, beside=first, eigenvalues=True, **settings)
+    with pytest.raises(ValueError, match="`beside` is for pipeline stages: give the `process_group`"):
+        ls.observe(parts[1], 2, beside=first)
+    with pytest.raises(ValueError, match="`beside` must be what `observe` returned for another stage, got 'runs/a'"):
+        ls.observe(parts[1], 2, beside="runs/a", **settings)
+    probes = [first, ls.observe(parts[1], 2, beside=first, **settings)]
     for step in range(STEPS):
         batch = batch_of(step, BATCH)
         for probe in probes:

@@ -125,16 +125,15 @@ def _within_budget(options: argparse.Namespace, plan: Callable[..., Any], laws: 
     begun = time.perf_counter()
     from lightning_spectral.memory.fit import read_results
     from lightning_spectral.memory.output import INTERRUPTED, conclude, prepare, sayer, write_rows
-    from lightning_spectral.memory.reproduce import parse_budget, within_budget
+    from lightning_spectral.memory.reproduce import within_budget
     from lightning_spectral.theory.problem import require_integer
 
-    seconds = parse_budget(options.budget)
     machine = memory_options.machine(options)
     require_integer("first_seed", options.first_seed, 0, "seeds are non-negative integers")
     require_integer("n_items", options.n_items, 1000, "fewer items than that are all recovered at once")
     parts = plan(options.n_items, options.first_seed, machine)
     folder = prepare(options.out, style=options.format)
-    interrupted = write_rows(folder, within_budget(parts, seconds, begun, sayer(options.format)))
+    interrupted = write_rows(folder, within_budget(parts, options.budget, begun, sayer(options.format)))
     conclude(folder, read_results(folder), figures=not options.no_figures, laws=laws, style=options.format)
     return INTERRUPTED if interrupted else 0
 

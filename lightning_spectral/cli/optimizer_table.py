@@ -13,6 +13,7 @@ from lightning_spectral.cli.model_source import KINDS, model_of, settings_of
 from lightning_spectral.cli.parser import VerbParser, refuse_model
 from lightning_spectral.text import CommandError, did_you_mean, import_class, one_line
 from lightning_spectral.text.tables import add_format_option, aside, print_table
+from lightning_spectral.training.sources import public_names
 
 
 def main(argv: list[str]) -> int:
@@ -71,6 +72,9 @@ def _of_recipe(model: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _optimizer_class(name: str) -> Any:
+    known = [own for own in public_names("lightning_spectral.optim") if own != "SpectralOptimizer"]
+    if "." not in name and name not in known and (hint := did_you_mean(name, known)).endswith("?"):
+        raise CommandError(f"no optimizer `{name}` (`--optimizer`): {hint}")  # before torch is imported
     from lightning_spectral import optim
 
     try:

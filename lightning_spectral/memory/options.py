@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,17 @@ class Parser(VerbParser):
     def rare(self, group: Any, *names: str, help: str = "", **options: Any) -> None:
         """An option of a group that the short help leaves out."""
         group.add_argument(*names, help=help if self.full else argparse.SUPPRESS, **options)
+
+
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def parse_budget(text: str) -> float:
+    """Seconds of ``90s``, ``3m`` or ``2h``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if not match or float(match.group(1)) <= 0:
+        raise CommandError(f"`--budget` must be a time above 0 like 90s, 3m or 2h, got {text!r}.")
+    return float(match.group(1)) * _UNITS[match.group(2)]
 
 
 def whole_number(text: str) -> int:

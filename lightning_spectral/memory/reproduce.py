@@ -8,33 +8,22 @@ reaches larger d. No run starts after the budget; what is missing is listed.
 from __future__ import annotations
 
 import itertools
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_spectral.memory import runs as memory_runs
-from lightning_spectral.text import CommandError
 from lightning_spectral.theory.problem import MemoryProblem
 from lightning_spectral.theory.rules import RuleSettings
 
 Row = dict[str, Any]
-_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 _RULES = ("sgd", "sign", "muon", "ns5", "newton")
 _RESERVE = 0.1  # of the budget, for fits and figures
 _RESERVE_AT_LEAST_S = 10.0
 _SIZES_OF_A_SLOPE = 2
 _SEEDS = 3  # the fewest that a verdict is given on
 _MUON_ITEMS = 0.22  # count over d^(4/3) at alpha = 1.5 and d >= 512
-
-
-def parse_budget(text: str) -> float:
-    """Seconds of ``90s``, ``3m`` or ``2h``."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
-    if not match or float(match.group(1)) <= 0:
-        raise CommandError(f"`--budget` must be a time above 0 like 90s, 3m or 2h, got {text!r}.")
-    return float(match.group(1)) * _UNITS[match.group(2)]
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,10 @@ def add_newton_schulz(parser: Parser) -> None:
 def add_budget(parser: Parser, verb: str, budget: str) -> None:
     """``reproduce`` and ``claims``."""
     parser.add_argument(
-        "--budget", default=budget, help=f"wall time, e.g. 90s, 3m, 2h; more reaches larger d (default: {budget})"
+        "--budget",
+        type=memory_options.parse_budget,
+        default=budget,
+        help=f"wall time, e.g. 90s, 3m, 2h; more reaches larger d (default: {budget})",
     )
     parser.add_argument(
         "--n-items", type=memory_options.whole_number, default=30000, help="items N, at every d (default: 30000)"

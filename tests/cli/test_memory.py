@@ -7,7 +7,7 @@ from lightning_spectral.cli import main
 from lightning_spectral.memory import fit as memory_fit
 from lightning_spectral.memory import reproduce as memory_reproduce
 from lightning_spectral.memory.figures import draw_all
-from lightning_spectral.memory.reproduce import parse_budget
+from lightning_spectral.memory.options import parse_budget
 from lightning_spectral.theory.rules import steps_for_capacity
 
 SMALL = ["--n-items", "400", "--seeds", "2", "--device", "cpu"]

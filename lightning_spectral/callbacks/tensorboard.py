@@ -25,6 +25,8 @@ from lightning_spectral.records.looks import bucket_colors, bucket_name, metric_
 
 MAX_SERIES = 4  # more lines than this in one chart cannot be told apart
 MAX_SPECTRA = 24
+MAX_NAMES = 16  # of layers beside a heat map
+MAX_DOTS = 60  # windows that are dots on a line
 MAX_COLUMNS = 256  # of a heat map: more cannot be told apart, and drawing them takes seconds
 CURVES = ("hard_rank", "soft_rank")
 
@@ -161,11 +163,12 @@ def rank_curves(curves: dict[str, dict[str, dict[int, float]]]) -> Any:
         for bucket in ordered_buckets(buckets):
             points = sorted(buckets[bucket].items())
             name = bucket_name(bucket)
-            axis.plot(*zip(*points, strict=True), color=colors[bucket], marker=".", label=name)
+            marker = "." if len(points) <= MAX_DOTS else ""
+            axis.plot(*zip(*points, strict=True), color=colors[bucket], marker=marker, label=name)
             if points[0][0] == 0:
                 axis.axhline(points[0][1], color=colors[bucket], linestyle=":", linewidth=1)
         axis.set_title(f"{metric_name(metric)}, median over layers; dotted: untrained", loc="left", fontsize=10)
-        axis.set_xlabel("optimizer step")
+        _over_steps(axis)
         axis.set_ylim(bottom=0)
     axes[-1].legend(
         frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True
@@ -180,8 +183,9 @@ def heat_map(values: dict[int, dict[str, float]], bucket: str) -> Any:
     grid = np.array([[values[step].get(layer, np.nan) for step in steps] for layer in layers])
     figure, axes = _figure()
     mesh = axes.pcolormesh(_edges(steps), np.arange(len(layers) + 1), grid, cmap="viridis")
-    axes.set_yticks(np.arange(len(layers)) + 0.5, layers)
-    axes.set_xlabel("optimizer step")
+    named = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), MAX_NAMES)).astype(int))
+    axes.set_yticks(named + 0.5, [layers[place] for place in named])
+    _over_steps(axes)
     axes.set_title(f"hard rank, {bucket}: layer x step", loc="left", fontsize=10)
     figure.colorbar(mesh, ax=axes)
     return figure
@@ -212,6 +216,15 @@ def _figure(width: float = 6.4) -> tuple[Any, Any]:
     figure = Figure(figsize=(width, 3.6), layout="constrained")  # not pyplot: its global state belongs to the user
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
+
+
+def _over_steps(axes: Any) -> None:
+    """An x axis of whole steps, few enough not to meet: 150000 is 150k."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel("optimizer step")
 
 
 def _edges(steps: Sequence[int]) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lightning_spectral import TailTokenProbe
-from lightning_spectral.callbacks.tensorboard import rank_curves
+from lightning_spectral.callbacks.tensorboard import heat_map, rank_curves
 from lightning_spectral.callbacks.trainer_host import folder_of
 from lightning_spectral.callbacks.uploads import add_figure, holds_pictures, is_tensorboard, pixels, upload_records
 from lightning_spectral.records import read_run
@@ -120,3 +120,34 @@ def test_tensorboards_logger_is_known_from_whichever_distribution(tmp_path: Path
     loggers = [CSVLogger(str(tmp_path)), pytorch_lightning.loggers.TensorBoardLogger(str(tmp_path), "n", version="v")]
     assert folder_of(SimpleNamespace(loggers=loggers)) == str(tmp_path / "n" / "v")
     assert holds_pictures(loggers[1])
+
+
+@pytest.mark.parametrize("last", [0, 19, 100_000, 2_000_000])
+def test_ticks_are_whole_steps_and_few_names_that_do_not_meet(last: int) -> None:
+    steps = sorted({0, last // 2, last})
+    layers = [f"layer_{layer:02d}" for layer in range(96)]
+    figures = [
+        heat_map({step: dict.fromkeys(layers, 3.0) for step in steps}, "tail"),
+        rank_curves(
+            {"hard_rank": {"tail": dict.fromkeys(steps, 3.0)}, "soft_rank": {"tail": dict.fromkeys(steps, 4.0)}}
+        ),
+    ]
+    for figure in figures:
+        figure.draw_without_rendering()
+        for axes in figure.axes[:2]:
+            low, high = axes.get_xlim()
+            ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+            if axes.get_xlabel() == "optimizer step":
+                assert ticks
+                assert all(float(tick).is_integer() for tick in ticks)
+            for axis in (axes.xaxis, axes.yaxis):
+                boxes = [label.get_window_extent() for label in axis.get_ticklabels() if label.get_text()]
+                assert not any(one.overlaps(other) for k, one in enumerate(boxes) for other in boxes[:k])
+    shown = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    assert (shown[0], shown[-1]) == ("layer_00", "layer_95")
+
+
+def test_many_windows_are_a_line_and_few_are_dots() -> None:
+    for count, marker in ((10, "."), (100, "")):
+        (axes,) = rank_curves({"hard_rank": {"tail": dict.fromkeys(range(count), 3.0)}}).axes
+        assert axes.lines[0].get_marker() == marker

@@ -83,6 +83,11 @@ def run_cost(name: str, content: Mapping[str, Any]) -> RunCost:
     """
     size, train = model_size(content), content.get("train") or {}
     seq = train.get("max_seq_length") or size.block_size
+    if seq > size.block_size:
+        raise CommandError(
+            f"`train.max_seq_length` is {seq}, the model's `block_size` is {size.block_size}: lower the first or raise "
+            "the second."
+        )
     steps, tokens = _length(train, seq)
     windows, every_window = _windows(content, steps), _rows_per_window(content, train, seq)
     groups, sites = _groups_and_sites(content)
@@ -139,6 +144,11 @@ def _length(train: Mapping[str, Any], seq: int) -> tuple[int, int]:
         limits.append(int(train["max_tokens"]) // (batch * seq))
     if not limits:
         raise CommandError("the recipe has no `train.max_steps` and no `train.max_tokens`: its length is not known.")
+    if min(limits) < 1:
+        raise CommandError(
+            f"the run has no whole optimizer step: one takes {batch} sequences of {seq} tokens. Raise "
+            "`train.max_tokens`, or lower `train.global_batch_size`."
+        )
     return min(limits), min(limits) * batch * seq
 
 

@@ -93,7 +93,9 @@ def _config(content: Mapping[str, Any], architecture: Mapping[str, Any]) -> Any:
     given = dict(named_config(str(content.get("model_name"))) if described is None else described)
     if described is not None and not {"vocab_size", "padded_vocab_size"} & set(given):
         given["padded_vocab_size"] = _data_vocabulary(content)  # the tokenizer's, as `pretrain` does
-    if multiplier := architecture.get("ffn_multiplier"):
+    if (multiplier := architecture.get("ffn_multiplier")) is not None:
+        if multiplier <= 0:
+            raise CommandError(f"`architecture.ffn_multiplier` must be > 0, got {multiplier}.")
         given["intermediate_size"] = round(multiplier * given.get("n_embd", config_alone().Config.n_embd))
     if architecture.get("qk_norm") is not None:
         given["norm_qk"] = architecture["qk_norm"]

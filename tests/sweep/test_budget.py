@@ -96,6 +96,13 @@ def test_durations_in_the_unit_that_tells() -> None:
             "l40s, rtx4090, mi300x, got a10; did you mean `a100`?",
         ),
         (["paper/16m"], "paper/160m"),
+        (["debug", "--train.max_steps", "null", "--train.max_tokens", "100"], "no whole optimizer step: one takes 8"),
+        (
+            ["paper/160m", "--axis", "architecture.ffn_multiplier=0,1"],
+            "`architecture.ffn_multiplier` must be > 0, got 0",
+        ),
+        (["paper/160m", "--train.max_seq_length", "513"], "is 513, the model's `block_size` is 512: lower the first"),
+        (["paper/160m", "--model_config.n_head", "7"], "litgpt refuses the `model_config`: n_embd must be a multiple"),
         (["debug", "--train.max_steps", "null"], "no `train.max_steps` and no `train.max_tokens`"),
     ],
 )

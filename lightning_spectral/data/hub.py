@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from lightning_spectral.data.corpus import Corpus, texts_of
-from lightning_spectral.data.files import digest_of, files_below
+from lightning_spectral.data.files import digest_of, files_below, refuse_placeholder
 from lightning_spectral.text import one_line
+
+_SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes beside the tables
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,31 @@ class HubCorpus(Corpus):
         Raises:
             ValueError: If it cannot be read, or has no such split or column.
         """
-        import datasets
-
         split = self.held_out_split if held_out else self.split
         try:
-            rows = datasets.load_dataset(self.dataset, self.config, split=split, revision=self.revision, streaming=True)
-            yield from enumerate(texts_of(rows, self.text_column, f"{self.dataset} ({split})"))
+            yield from enumerate(texts_of(self._rows(split), self.text_column, f"{self.dataset} ({split})"))
         except Exception as error:  # of `datasets`, the hub, its HTTP client: each has its own
+            offline = " Without a network give a folder of text, or what the cache of `datasets` holds."
             raise ValueError(
-                f"cannot read split `{split}` of the data set `{self.dataset}`: {one_line(error)}. Without a network "
-                "give a folder of text, or what the cache of `datasets` holds."
+                f"cannot read split `{split}` of the data set `{self.dataset}`: {one_line(error).rstrip('.')}."
+                f"{'' if Path(self.dataset).is_dir() else offline}"
             ) from error
+
+    def _rows(self, split: str) -> Iterable[dict[str, object]]:
+        """Rows of a split, as a stream; a folder of ``save_to_disk`` is mapped into memory."""
+        import datasets
+
+        folder = Path(self.dataset)
+        if not any((folder / name).is_file() for name in _SAVED):
+            return datasets.load_dataset(  # type: ignore[no-any-return]
+                self.dataset, self.config, split=split, revision=self.revision, streaming=True
+            )
+        saved = datasets.load_from_disk(self.dataset)
+        if not isinstance(saved, datasets.DatasetDict):
+            saved = {str(saved.split or "train"): saved}
+        if split not in saved:
+            raise ValueError(f"its splits are {', '.join(saved)}")
+        return saved[split]  # type: ignore[no-any-return]
 
     def fingerprint(self) -> str:
         """SHA-256 over names and the commit, or over the files of a folder: another state of it is another corpus."""
@@ -72,7 +88,9 @@ class HubCorpus(Corpus):
     def _state(self) -> str:
         folder = Path(self.dataset)
         if folder.is_dir():
-            files = sorted(file for file in files_below(folder) if file.is_file())
+            files = files_below(folder)
+            for file in files:
+                refuse_placeholder(file)
             return ",".join(f"{file.relative_to(folder)}:{digest_of(file)}" for file in files)
         from huggingface_hub import HfApi
 

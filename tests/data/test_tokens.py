@@ -342,3 +342,33 @@ def test_a_data_set_is_read_as_a_stream_and_by_split(tmp_path: Path) -> None:
         list(HubCorpus(dataset=str(tmp_path / "set"), split="none", text_column="body").pieces())
     with pytest.raises(ValueError, match="no column `text`"):
         list(HubCorpus(dataset=str(tmp_path / "set")).pieces())
+
+
+@pytest.mark.parametrize("kind", ["one", "of a split", "several"])
+def test_what_save_to_disk_wrote_is_read(kind: str, tmp_path: Path) -> None:
+    import datasets
+
+    from lightning_spectral.data.hub import HubCorpus
+
+    datasets.disable_progress_bars()
+    rows = {"text": ["one", "two", None], "id": [1, 2, 3]}
+    train = datasets.Dataset.from_dict(rows, split=None if kind == "one" else datasets.Split("train"))
+    other = datasets.Dataset.from_dict({"text": ["three"]})
+    saved = datasets.DatasetDict({"train": train, "for_later": other}) if kind == "several" else train
+    saved.save_to_disk(str(tmp_path / "set"))
+    corpus = HubCorpus(dataset=str(tmp_path / "set"), held_out_split="for_later" if kind == "several" else "")
+    assert [text for _, text in corpus.pieces()] == ["one", "two"]
+    if kind == "several":
+        assert [text for _, text in corpus.pieces(held_out=True)] == ["three"]
+    names = "train, for_later" if kind == "several" else "train"
+    with pytest.raises(ValueError, match=rf"cannot read split `val` of .*: its splits are {names}\.$"):
+        list(HubCorpus(dataset=str(tmp_path / "set"), split="val").pieces())
+
+
+def test_a_folder_of_a_data_set_with_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    from lightning_spectral.data.hub import HubCorpus
+
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"b.jsonl` is a link to `.*gone.jsonl`, which does not exist"):
+        HubCorpus(dataset=str(tmp_path)).fingerprint()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NoReturn
 
@@ -17,7 +18,6 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch.optim import Optimizer
 from typing_extensions import override
 
-import lightning_spectral
 from lightning_spectral.text import did_you_mean, import_class, one_line
 
 # of the alternatives that jsonargparse lists, those that the user did not mean
@@ -79,7 +79,8 @@ def _of_specs(key: str, message: str) -> str | None:
             continue
         path, name = spec["class_path"], spec["class_path"].rpartition(".")[2]
         if "." not in path:
-            known = [*lightning_spectral.__all__, *lightning.pytorch.callbacks.__all__]
+            front = sys.modules[__name__.partition(".")[0]]  # it was imported to get here
+            known = [*front.__all__, *lightning.pytorch.callbacks.__all__]
             hint = did_you_mean(path, known)
             return f"`{key}`: there is no class `{path}`; {hint if hint.endswith('?') else 'give its class path.'}"
         if not isinstance(spec.get("init_args") or {}, dict):

@@ -113,6 +113,7 @@ SENTENCES: list[tuple[list[Any], list[str], str]] = [
         [],
         "no class `SpectralRankCalback`; did you mean `SpectralRankCallback`?",
     ),
+    ([{"class_path": "SpectralAlrm"}], [], "no class `SpectralAlrm`; did you mean `SpectralAlarm`?"),
     (
         [{"class_path": "lightning_spectral.SpectralRankCallback", "every_n_steps": 5}],
         [],

@@ -96,7 +96,7 @@ def test_a_cpu_multiplies_in_bf16_where_it_has_units_for_it(monkeypatch, has_uni
 
 
 def test_what_is_no_parameter_is_named():
-    for wrong in ("model", [torch.nn.Linear(2, 2)]):
+    for wrong in (["model"], [torch.nn.Linear(2, 2)], torch.nn.Linear(2, 2).state_dict()):
         with pytest.raises(TypeError, match=r"`params` holds .*, which is no parameter. Pass the module itself"):
             Muon(wrong)
 

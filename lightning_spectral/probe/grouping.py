@@ -31,6 +31,7 @@ class Grouping:
         attribute_to: Whether a row belongs to the bucket of its ``input`` token or of the ``target`` it predicts.
         vocab_size: Ids that the rule knows, or ``None`` if it does not look at them.
         by_place: Whether the rule looks at positions, so that it needs whole sequences.
+        counted: Bucket and occurrences of each id ``(V,)``, where the rule is by them.
     """
 
     names: tuple[str, ...]
@@ -38,6 +39,7 @@ class Grouping:
     attribute_to: Literal["input", "target"] = "input"
     vocab_size: int | None = None
     by_place: bool = False
+    counted: tuple[Tensor, Tensor] | None = None
 
     def codes(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Code of each row."""
@@ -62,7 +64,8 @@ def by_frequency(
 ) -> Grouping:
     """HEAD, MID and TAIL by the counts of the training corpus."""
     table_V = frequency_buckets(counts_V, head_share, mid_share)
-    return Grouping(BUCKETS, lambda ids: look_up(ids, table_V), attribute_to, vocab_size=table_V.numel())
+    counted = table_V, torch.as_tensor(counts_V)
+    return Grouping(BUCKETS, lambda ids: look_up(ids, table_V), attribute_to, table_V.numel(), counted=counted)
 
 
 def by_position(num_groups: int) -> Grouping:

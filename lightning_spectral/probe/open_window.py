@@ -24,6 +24,7 @@ class StackSeen:
         sequences_K: Sequences with rows in each bucket, and in any.
         layout: How rows were matched to tokens in the first call.
         agreement: Smallest share of rows that the match was proven for.
+        ids: Of the first call that has some.
     """
 
     num_calls: int = 0
@@ -31,6 +32,7 @@ class StackSeen:
     sequences_K: Tensor | None = None
     layout: str = ""
     agreement: float | None = None
+    ids: Tensor | None = None
 
 
 @dataclass

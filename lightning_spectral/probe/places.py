@@ -50,6 +50,7 @@ def _codes(call: ForwardCall, seen: StackSeen, grouping: Grouping, real_P: Tenso
     if call.ids is None:
         return torch.where(real_P, 0, EXCLUDED)
     seen.layout = seen.layout or call.layout
+    seen.ids = call.ids if seen.ids is None else seen.ids
     if call.agreement is not None:
         seen.agreement = call.agreement if seen.agreement is None else min(seen.agreement, call.agreement)
     ids_BT = call.ids if call.ids.ndim == 2 else call.ids.reshape(1, -1)

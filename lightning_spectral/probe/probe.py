@@ -305,6 +305,7 @@ class SpectralProbe:
             unmatched=window.unmatched,
             unseen=window.unseen,
             layouts={name: (seen.layout, seen.agreement) for name, seen in window.stacks.items()},
+            ids={name: seen.ids for name, seen in window.stacks.items()},
             waiting={site.key for site in self.sites if not self._in_turn(site, window)},
             device=self.device if self._rows.on_host else None,
         )

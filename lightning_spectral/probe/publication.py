@@ -24,6 +24,7 @@ from lightning_spectral.probe.probe import NOT_RUN, SpectralProbe
 from lightning_spectral.probe.publish import publish
 from lightning_spectral.probe.records_of import WindowId
 from lightning_spectral.probe.results import SiteResult
+from lightning_spectral.probe.row_shares import unlike_counts
 from lightning_spectral.probe.run_folder import RunFolder
 from lightning_spectral.probe.run_start import open_folder
 from lightning_spectral.probe.token_counts import StreamCounts
@@ -176,9 +177,23 @@ class Publication:
             and (sentence := self._cost.of_window(window.step, result.window_s))
         ):
             self.guard.say("cost", f"step {window.step}: {sentence}")
+        if window.stage == "train":
+            self._compare_with_counts(records, closed)
         self._tally.lost += bool(records) and all(record.status in LOST for record in records)
         self._react(records)
         return scalars
+
+    def _compare_with_counts(self, records: Sequence[SpectralRecord], closed: ClosedWindow) -> None:
+        """Say where a window's tokens are not those that the token counts are of."""
+        counted = self.probe.grouping.counted if self._stream is None else self._stream.counted
+        rows: dict[tuple[str, str], dict[str, int]] = {}
+        for record in records if counted is not None else ():
+            rows.setdefault((record.stack, record.module), {})[record.bucket] = record.num_tokens
+        if counted is None or not rows:
+            return
+        stack, module = max(rows, key=lambda place: sum(rows[place].values()))  # an expert sees some of the tokens
+        if sentence := unlike_counts(rows[stack, module], *counted, closed.ids.get(stack)):
+            self.guard.say("counts", f"step {records[0].step}: {sentence}")
 
     def _react(self, records: Sequence[SpectralRecord]) -> None:
         name, settings = self.guard.name, self.measurement.settings

@@ -229,6 +229,11 @@ class StreamCounts:
         ]
         return replace(result, sites=sites, losses=losses), {**conventions, "counts": "stream, not settled"}
 
+    @property
+    def counted(self) -> tuple[Tensor, Tensor] | None:
+        """Bucket and occurrences of each id, once settled."""
+        return None if self.table_V is None or self.counts_V is None else (self.table_V, self.counts_V)
+
     def state_dict(self) -> dict[str, Any]:
         """Counts of all ranks as of the last window; what one rank has counted since is not kept."""
         return {"counts_V": self.counts_V, "settled": self.table_V is not None}

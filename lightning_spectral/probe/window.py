@@ -83,6 +83,7 @@ class ClosedWindow:
         unmatched: Why the buckets of a site are not those of its rows' tokens, by site key.
         unseen: Why a site that ran has no row, by site key.
         layouts: How rows were matched to tokens, and the share of rows that it was proven for, by stack.
+        ids: Some of each stack's token ids.
         sample: This rank's rows where only some are kept, until :meth:`reduce`.
         waiting: Keys of sites that are measured in other windows.
         device: Where states in the memory of the host are added and solved.
@@ -103,6 +104,7 @@ class ClosedWindow:
     unmatched: Mapping[str, str] = field(default_factory=dict)
     unseen: Mapping[str, str] = field(default_factory=dict)
     layouts: Mapping[str, tuple[str, float | None]] = field(default_factory=dict)
+    ids: Mapping[str, Tensor | None] = field(default_factory=dict)
     sample: RowSample | None = None
     waiting: Collection[str] = ()
     device: torch.device | None = None

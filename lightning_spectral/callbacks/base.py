@@ -73,7 +73,9 @@ class SpectralCallback(BeginsFit, AttachedToTrainer, EvaluationHooks):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if not pl_module.automatic_optimization:
+        if pl_module.automatic_optimization:
+            self.observer.begin_update()
+        else:
             self.observer.pause()  # what the batch runs after its first step belongs to the next one
 
     @override

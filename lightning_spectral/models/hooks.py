@@ -53,6 +53,8 @@ class Switch:
         events: ``(hook, content, whether a compiled region made it)`` in order.
         notes: One sentence per cause.
         first: Called once, when the first block or row that counts is seen in eager code.
+        around: Called where eager code enters (``False``) or leaves (``True``) a module that encloses stacks.
+        was_traced: Whether a compiled region has ever made events.
         hooks: Every hook, in the order in which a forward would meet them.
         has_traced: Whether a compiled region made events that are not among them yet.
         outputs: Of modules that enclose stacks.
@@ -68,6 +70,8 @@ class Switch:
         self.events: list[tuple[Hook, Any, bool]] = []
         self.notes: dict[str, str] = {}
         self.first: Callable[[], None] | None = None
+        self.around: Callable[[bool], None] | None = None
+        self.was_traced = False
         self.hooks: list[Hook] = []
         self.has_traced = False
         self.outputs = Outputs()
@@ -99,7 +103,7 @@ class Switch:
         """Events of compiled regions, in order, behind those seen so far."""
         if not self.has_traced:
             return
-        self.has_traced = False
+        self.has_traced, self.was_traced = False, True
         compiled = [hook for hook in self.hooks if hook.traced]
         self.events += [(hook, content, True) for hook, content in in_order(compiled)]
         for hook in compiled:
@@ -219,6 +223,8 @@ class Hook:
                 first, switch.first = switch.first, None
                 first()
             switch.drain()
+            if switch.around is not None and self.kind in ("open", "close"):
+                switch.around(self.kind == "close")
             content = self.content(args, kwargs, output)
             if content is None:
                 switch.note("no_tensor", f"`{self.path}` was called without a tensor that could be recorded.")

@@ -7,6 +7,7 @@ could not make sense of is in ``notes``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -37,7 +38,7 @@ class Recorder:
 
     def __init__(self, model: nn.Module, found: Found, *, token_fraction: float = 1.0) -> None:
         self.sites: list[Site] = list(found.sites)
-        self._found = found
+        self._model, self._found = model, found
         self._switch = Switch(token_fraction)
         self._open = False
         self._keys = {site.key for site in self.sites}
@@ -68,7 +69,20 @@ class Recorder:
         """Whether a forward call that came now would be kept."""
         return self._switch.on
 
-    def start(self, *, seed: int = 0, training: bool = True, first: Callable[[], None] | None = None) -> None:
+    @property
+    def is_compiled(self) -> bool:
+        """Whether a part of the model is known to be compiled."""
+        self._switch.was_traced |= "torch._dynamo" in sys.modules and any(map(_is_compiled, self._model.modules()))
+        return self._switch.was_traced
+
+    def start(
+        self,
+        *,
+        seed: int = 0,
+        training: bool = True,
+        first: Callable[[], None] | None = None,
+        around: Callable[[bool], None] | None = None,
+    ) -> None:
         """Open for one micro-batch.
 
         Args:
@@ -76,9 +90,10 @@ class Recorder:
             training: Count only forwards with gradients enabled, of modules in training mode. ``False`` counts every
                 forward (evaluation, a pass over a checkpoint).
             first: Called when the first forward that counts reaches a block, in eager code.
+            around: Called where eager code enters (``False``) or leaves (``True``) a module that encloses stacks.
         """
         self._switch.clear()
-        self._switch.first = first
+        self._switch.first, self._switch.around = first, around
         self._switch.training = training
         self._switch.seed(seed, self._device())
         self._open = self._switch.on = True
@@ -102,7 +117,7 @@ class Recorder:
         further depth.
         """
         self._open = self._switch.on = False
-        self._switch.first = None
+        self._switch.first = self._switch.around = None
         calls: list[ForwardCall] = []
         try:
             self._switch.drain()
@@ -121,7 +136,7 @@ class Recorder:
         """Close and forget what was kept, and what was proven about layouts."""
         self._open = self._switch.on = False
         self._switch.clear()
-        self._switch.first = None
+        self._switch.first = self._switch.around = None
         self._switch.notes.clear()
         self._matcher.forget()
 
@@ -266,6 +281,10 @@ class Recorder:
             order = {stack.name: index for index, stack in enumerate(self._found.stacks)}
             self.sites.extend(new.values())
             self.sites.sort(key=lambda site: (order[site.stack], site.layer, site.run, site.key))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
 def enclosing_modules(model: nn.Module, stacks: Sequence[Stack]) -> list[tuple[str, nn.Module]]:

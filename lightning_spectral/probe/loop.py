@@ -198,7 +198,9 @@ class LoopObserver:
         self._num_forwards += 1
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self._counts(module):
+        if self._counts(module):
+            self.observer.end_forward()
+        else:
             self.observer.resume()
 
     def _counts(self, module: nn.Module) -> bool:

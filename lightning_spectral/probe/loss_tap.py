@@ -8,7 +8,9 @@ gradient reaches while others are reached is no part of the loss; in an evaluati
 logits shows targets and weights (``loss_gradient``).
 
 Active in windows only, it answers every function with that function's own result, and hooks nodes of the graph, which
-only read and go with it. Calls inside a compiled region are not seen.
+only read and go with it. Calls inside a compiled region are not seen. What is compiled while a mode is active is
+compiled once more without it, and torch ends a script whose function has too many forms: so it is not active while an
+optimizer steps, nor inside modules with compiled regions.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from lightning_spectral.models.modes import in_backward, in_function_forward
@@ -78,13 +81,18 @@ class LossTap(TorchFunctionMode):
         self._logits: list[_Logits] = []
         self._handles: list[Any] = []
         self._followed = Followed()
+        self._is_suspended = False
+        self._of_steps: list[Any] = []
 
     def start(self, *, training: bool = True) -> None:
         """See calls from now on: those with gradients, or, in an evaluation, all."""
         self.training = training
         if self.is_active:
             return
-        self.is_active = True
+        self.is_active, self._is_suspended = True, False
+        if not self._of_steps:
+            before = register_optimizer_step_pre_hook(self._before_step)
+            self._of_steps = [before, register_optimizer_step_post_hook(self._after_step)]
         above = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
         for mode in (self, *reversed(above)):  # at the bottom: a context that is left takes the top one away, its own
             _push_mode(mode)
@@ -103,11 +111,26 @@ class LossTap(TorchFunctionMode):
         for mode in reversed(above):
             _push_mode(mode)
 
+    def suspend(self) -> None:
+        """See no calls until the optimizer step that comes now is done."""
+        self._is_suspended = self._is_suspended or self.is_active
+        self.stop()
+
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if not any(map(callable, (*args, *kwargs.values()))):  # a closure computes the loss
+            self.suspend()
+
+    def _after_step(self, *_: Any) -> None:
+        if self._is_suspended:
+            self.start(training=self.training)
+
     def take(self) -> list[Scored]:
         """What the script has scored since the last call; sees no more of it."""
         self.stop()
-        for handle in self._handles:
+        self._is_suspended = False
+        for handle in (*self._handles, *self._of_steps):
             handle.remove()
+        self._of_steps = []
         self._followed.forget()
         calls, logits = self._calls, self._logits
         self._calls, self._logits, self._handles = [], [], []

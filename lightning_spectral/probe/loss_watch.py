@@ -27,7 +27,7 @@ class LossWatch:
         self._tap = LossTap(vocabulary_sizes(found, grouping)) if watches else None
         self._grouping = grouping
         self._last_shape: tuple[int, ...] | None = None
-        self._was_open = False
+        self._was_open = self._outside = False
 
     def empty(self) -> BucketLosses | None:
         """Losses of a window that begins; what was scored before is forgotten."""
@@ -36,14 +36,32 @@ class LossWatch:
 
     def start(self, *, training: bool) -> None:
         """Look for losses from now on."""
-        self._was_open = True
+        self._was_open, self._outside = True, False
         if self._tap is not None:
             self._tap.start(training=training)
 
     def starter(self, *, training: bool) -> Callable[[], None] | None:
         """What looks for losses from the moment it is called; nothing is looked for before."""
-        self._was_open = False
+        self._was_open = self._outside = False
         return None if self._tap is None else partial(self._tap.start, training=training)
+
+    def start_outside(self, *, training: bool) -> Callable[[bool], None] | None:
+        """What looks for losses while it was told so last: outside of modules with compiled regions in them."""
+        self._was_open, self._outside = False, True
+        if self._tap is None:
+            return None
+        tap, self._tap.training = self._tap, training
+        return lambda outside: tap.start(training=training) if outside else tap.stop()
+
+    def end_forward(self) -> None:
+        """After a forward pass: what was not looked for in it may come now."""
+        if self._tap is not None and self._outside:
+            self._tap.start(training=self._tap.training)
+
+    def begin_update(self) -> None:
+        """Before the optimizer moves the weights, within its step."""
+        if self._tap is not None:
+            self._tap.suspend()
 
     def pause(self) -> None:
         """Before the backward pass."""
@@ -53,7 +71,7 @@ class LossWatch:
 
     def resume(self, *, also_unopened: bool) -> None:
         """After it, if losses were looked for before, or ``also_unopened``."""
-        if self._tap is not None and (also_unopened or self._was_open):
+        if self._tap is not None and (self._was_open or (also_unopened and not self._outside)):
             self._tap.start(training=self._tap.training)
 
     def scored(self) -> list[Scored]:

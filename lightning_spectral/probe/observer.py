@@ -173,6 +173,18 @@ class Observer:
             with self.guard("resuming"):
                 self._out.probe.resume(losses=losses)
 
+    def end_forward(self) -> None:
+        """After a forward pass of the loop's module that counts: losses may come."""
+        if self._window is not None and self._out is not None:
+            with self.guard("looking for losses"):
+                self._out.probe.end_forward()
+
+    def begin_update(self) -> None:
+        """Before the optimizer moves the weights, where its step has run the micro-batch, too."""
+        if self._window is not None and self._out is not None:
+            with self.guard("pausing"):
+                self._out.probe.begin_update()
+
     def end_micro_batch(self, batch: Any, *, counts_tokens: bool = True) -> None:
         """After a micro-batch: accumulate what it left behind, count its tokens.
 

@@ -126,10 +126,14 @@ class SpectralProbe:
             waits: Look for losses only once the model runs: it may be long until then, or never.
         """
         self._seed = seed
-        later = self._losses.starter(training=training) if waits else None
-        self.recorder.start(seed=seed, training=training, first=later)
-        if not waits:
+        first = around = None
+        if self.recorder.is_compiled:
+            around = self._losses.start_outside(training=training)
+        elif waits:
+            first = self._losses.starter(training=training)
+        else:
             self._losses.start(training=training)
+        self.recorder.start(seed=seed, training=training, first=first, around=around)
 
     def pause(self) -> None:
         """Before the backward pass, whose recomputation must not be counted."""
@@ -145,6 +149,14 @@ class SpectralProbe:
         self.recorder.resume()
         if self.recorder.open:
             self._losses.resume(also_unopened=losses)
+
+    def end_forward(self) -> None:
+        """After the forward pass of the outermost module, where the loop knows which that is."""
+        self._losses.end_forward()
+
+    def begin_update(self) -> None:
+        """Before the optimizer moves the weights, within its step."""
+        self._losses.begin_update()
 
     def collect(
         self, mask_of: OfCall | None = None, targets_of: OfCall | None = None, choose: Choice | None = None

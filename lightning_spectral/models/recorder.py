@@ -257,7 +257,7 @@ class Recorder:
             for piece in run.pieces:
                 piece.rows = piece.rows.reshape(-1, piece.rows.shape[-1])
                 try:
-                    piece.rows = whole_rows(piece.rows, piece.site)
+                    piece.rows = whole_rows(piece.rows, piece.site, self._mesh)
                     whole.append(piece)
                 except ValueError as error:
                     self._switch.note("slice", str(error))

@@ -19,10 +19,15 @@ from lightning_spectral.models.sites import Site
 def tensor_mesh(model: nn.Module) -> Any:
     """The ranks that tensor parallelism spreads features over, as a 1-D ``DeviceMesh``; ``None`` without it.
 
-    They are those of a weight that is cut by columns (``RowwiseParallel``), unless FSDP2 has cut it.
+    They are those of a weight that is cut by columns (``RowwiseParallel``), unless FSDP2 has cut it; a model of
+    transformers (``tp_plan``), which keeps plain slices, has its mesh.
     """
     if "torch.distributed.tensor" not in sys.modules:
         return None
+    for module in model.modules():
+        if getattr(module, "_tp_size", None) and getattr(module, "_device_mesh", None) is not None:
+            mesh = _last_dim(module._device_mesh)
+            return mesh if mesh.size() > 1 else None
     by_fsdp = _held_by_fsdp(model)
     for param in model.parameters():
         if is_dtensor(param) and param.placements[-1].is_shard(1):  # type: ignore[attr-defined]
@@ -84,8 +89,13 @@ def _held_by_fsdp(model: nn.Module) -> set[int]:
     return {id(param) for module in wrapped for param in module.parameters()}
 
 
-def whole_rows(rows_ND: Tensor, site: Site) -> Tensor:
-    """All features of each row: shards under tensor parallelism are gathered; a plain slice is an error.
+def whole_rows(rows_ND: Tensor, site: Site, mesh: Any = None) -> Tensor:
+    """All features of each row: shards under tensor parallelism are gathered; a slice of unknown ranks is an error.
+
+    Args:
+        rows_ND: As they were seen on this rank.
+        site: Where.
+        mesh: Of the ranks that hold the rest, where the weight does not say.
 
     Raises:
         ValueError: If only some of the D features are present.
@@ -93,7 +103,7 @@ def whole_rows(rows_ND: Tensor, site: Site) -> Tensor:
     width = site.width or rows_ND.shape[-1]
     rows_ND = whole(rows_ND)
     if rows_ND.shape[-1] != width:
-        rows_ND = _gathered_features(rows_ND, site, width)
+        rows_ND = _gathered_features(rows_ND, site, width, mesh)
     if rows_ND.shape[-1] != width:
         raise ValueError(
             f"`{site.name}` shows {rows_ND.shape[-1]} of its {width} features: a slice of a tensor-parallel layer is "
@@ -102,12 +112,12 @@ def whole_rows(rows_ND: Tensor, site: Site) -> Tensor:
     return rows_ND
 
 
-def _gathered_features(rows_ND: Tensor, site: Site, width: int) -> Tensor:
-    """A local output of `ColwiseParallel`, gathered as its weight's placement says."""
+def _gathered_features(rows_ND: Tensor, site: Site, width: int, mesh: Any) -> Tensor:
+    """A slice of the features, gathered as its weight's placement says, or else over the mesh that cut the model."""
     weight = getattr(site.module, "weight", None)
-    mesh = getattr(weight, "device_mesh", None)
-    if weight is None or mesh is None:
+    placed = getattr(weight, "device_mesh", None)
+    if weight is not None and placed is not None:
+        mesh = _last_dim(placed) if weight.placements[-1].is_shard(0 if site.site == "pre" else 1) else None
+    if mesh is None or rows_ND.shape[-1] != _share(width, mesh):
         return rows_ND
-    if not weight.placements[-1].is_shard(0 if site.site == "pre" else 1):
-        return rows_ND
-    return _gathered(rows_ND, 1, torch.Size((rows_ND.shape[0], width)), _last_dim(mesh))
+    return _gathered(rows_ND, 1, torch.Size((rows_ND.shape[0], width)), mesh)

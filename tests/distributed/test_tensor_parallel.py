@@ -127,7 +127,7 @@ def in_parts(rank: int, world_size: int, path: str, length: int, kind: str, embe
 
 
 def by_key(path: Path) -> dict[Any, SpectralRecord]:
-    return {(record.step, record.layer, record.bucket): record for record in read_spectral(path).records}
+    return {(r.step, r.layer, r.site, r.bucket): r for r in read_spectral(path).records}
 
 
 @pytest.mark.parametrize("embedding_in_parts", [False, True])
@@ -149,6 +149,37 @@ def test_records_are_those_of_one_process(
     for (count, loss), (other_count, other_loss) in zip(*losses, strict=True):
         assert count == other_count
         assert loss == pytest.approx(other_loss, rel=1e-5)
+
+
+def train_transformers(rank: int, world_size: int, saved: str, path: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(saved, **({"tp_plan": "auto"} if world_size > 1 else {})).train()
+    assert model.model.layers[0].mlp.down_proj.weight.shape == (16, 48 // world_size)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with ls.observe(model, 1, out=path, optimizer=optimizer, counts=COUNTS, sites=["pre", "post"], background=False):
+        for step in range(STEPS):
+            ids = batch_of(step, 12)
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_a_model_that_transformers_has_cut_into_plain_slices(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, num_key_value_heads=2, **sizes)).save_pretrained(tmp_path / "saved")
+    train_transformers(0, 1, str(tmp_path / "saved"), str(tmp_path / "one"))
+    run_ranks(train_transformers, 2, str(tmp_path / "saved"), str(tmp_path / "parts"))
+    one, parts = by_key(tmp_path / "one"), by_key(tmp_path / "parts")
+    assert one.keys() == parts.keys()
+    for key, record in parts.items():
+        assert (record.width, record.num_tokens, record.world_size) == (one[key].width, one[key].num_tokens, 1)
+        assert record.tokens_seen == one[key].tokens_seen
+        assert record.hard_rank == pytest.approx(one[key].hard_rank, rel=1e-4)
+        assert record.soft_rank == pytest.approx(one[key].soft_rank, rel=1e-4)
 
 
 def cut_by_columns(rank: int, world_size: int, mesh_of: str) -> list[int] | None:

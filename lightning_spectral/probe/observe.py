@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -63,6 +64,7 @@ class Observation:
         """Whether an alarm with ``stop=True`` has been raised: alike on all ranks."""
         return self._loop.alarms.should_stop
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # where a loop compiles its step, or the optimizer's
     def step(self) -> Scalars:
         """After ``optimizer.step()``, unless ``observe`` was given the optimizer; the latest medians over layers."""
         self._loop.end_step()
@@ -85,9 +87,10 @@ class Observation:
 
     def follow(self, optimizer: Optimizer) -> None:
         """Take each step of an optimizer as a step of the loop."""
-        self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped()))
+        self._handles.append(optimizer.register_step_post_hook(self._stepped))
 
-    def _stepped(self) -> None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _stepped(self, *_: Any) -> None:
         self.step()
 
     def state_dict(self) -> dict[str, Any]:

@@ -164,3 +164,33 @@ def test_no_mode_is_active_in_compiled_modules_and_losses_are_seen(tmp_path: Pat
     assert modes
     assert not any(modes)
     assert all(record.loss is not None for record in read_losses(tmp_path).records if record.bucket == "pooled")
+
+
+@pytest.mark.parametrize("told", ["by the optimizer", "by the loop"])
+def test_a_compiled_step_of_an_optimizer_takes_none_of_ours_in(tmp_path: Path, told: str) -> None:
+    graphs: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    def train(measures: bool) -> list[int]:
+        torch._dynamo.reset()
+        graphs.clear()
+        model = Net()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        follows = {"optimizer": optimizer} if told == "by the optimizer" else {}
+        probe = ls.observe(model, 1, out=tmp_path, counts=COUNTS, **follows) if measures else None
+        step = torch.compile(optimizer.step, backend=backend)
+        for ids in batches():
+            F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+            step()
+            optimizer.zero_grad()
+            if probe is not None and not follows:
+                probe.step()
+        if probe is not None:
+            probe.close(finished=True)
+        return list(graphs)
+
+    assert train(measures=True) == train(measures=False)
+    assert len(graphs) == 1

@@ -166,6 +166,7 @@ def test_no_mode_is_active_in_compiled_modules_and_losses_are_seen(tmp_path: Pat
     assert all(record.loss is not None for record in read_losses(tmp_path).records if record.bucket == "pooled")
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # of what dynamo imports
 @pytest.mark.parametrize("told", ["by the optimizer", "by the loop"])
 def test_a_compiled_step_of_an_optimizer_takes_none_of_ours_in(tmp_path: Path, told: str) -> None:
     graphs: list[int] = []

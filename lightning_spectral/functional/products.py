@@ -217,7 +217,7 @@ def is_full_precision(device: torch.device) -> bool:
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """True fp32 products: outside autocast, and with TF32 or bf16 shortcuts off for their duration."""
-    with torch.autocast(device.type, enabled=False):
+    with _without_autocast(device):
         switch = _switch(device)
         if switch is not None:
             with _precision_of(switch, "ieee"):
@@ -229,6 +229,19 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
         finally:
             torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def _without_autocast(device: torch.device) -> Iterator[None]:
+    """Autocast off in this thread; leaving ``torch.autocast`` would empty the cache of weights of all threads."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    torch.set_autocast_enabled(device.type, False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device.type, True)
 
 
 def _switch(device: torch.device) -> Any:

@@ -248,7 +248,8 @@ def _misfit(rows_ND: Tensor, looked_S: Tensor, tokens_N: Tensor, ids: Ids) -> Te
 
 
 def _means_by_position(rows_ND: Tensor, position_N: Tensor, length: int) -> Tensor:
-    sums_TD = torch.zeros(length, rows_ND.shape[1], device=rows_ND.device).index_add_(0, position_N, rows_ND.float())
+    rows_ND = rows_ND.float()
+    sums_TD = rows_ND.new_zeros(length, rows_ND.shape[1]).index_add_(0, position_N, rows_ND)
     return sums_TD / occurrences(position_N, length).clamp(min=1)[:, None]
 
 
@@ -287,7 +288,7 @@ def _by_means(rows_SD: Tensor, labels_S: Tensor) -> Tensor:
     """Id whose other rows have the nearest mean."""
     values_U, inverse_S = torch.unique(labels_S, return_inverse=True)
     rows_SD = rows_SD - rows_SD.mean(0)
-    sums_UD = torch.zeros(len(values_U), rows_SD.shape[1], device=rows_SD.device).index_add_(0, inverse_S, rows_SD)
+    sums_UD = rows_SD.new_zeros(len(values_U), rows_SD.shape[1]).index_add_(0, inverse_S, rows_SD)
     counts_U = occurrences(inverse_S, len(values_U)).to(rows_SD.dtype)
     means_UD = F.normalize(sums_UD / counts_U[:, None], dim=-1)
     unit_SD = F.normalize(rows_SD, dim=-1)

@@ -129,6 +129,22 @@ def test_products_inside_autocast_are_fp32():
             assert products.relative_error(out_of_place, rows) < products.TOLERANCE
 
 
+def test_products_in_a_thread_leave_the_weights_that_autocast_has_cast():
+    def products_elsewhere():
+        with products.full_precision(torch.device("cpu")):
+            pass
+
+    weight, rows = torch.nn.Parameter(torch.randn(8, 8)), torch.randn(8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = torch.nn.functional.linear(rows, weight)
+        with torch.no_grad():
+            weight.zero_()  # not seen by what follows, as long as the cast weight is kept
+        thread = threading.Thread(target=products_elsewhere)
+        thread.start()
+        thread.join()
+        assert torch.equal(torch.nn.functional.linear(rows, weight), before)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_bf16_inputs_on_cuda():
     rows = torch.randn(512, 256, device="cuda")

@@ -12,6 +12,7 @@ from lightning_spectral.functional.covariance import Moments
 from lightning_spectral.functional.sample import Gram
 from lightning_spectral.probe.losses import BucketLosses
 from lightning_spectral.probe.row_sample import RowSample
+from lightning_spectral.probe.texts import Texts
 
 
 @dataclass
@@ -20,7 +21,7 @@ class StackSeen:
 
     Attributes:
         num_calls: Forward calls.
-        num_sequences: Sequences dealt to shards so far.
+        texts: What the window has seen of sequences, to know them again.
         sequences_K: Sequences with rows in each bucket, and in any.
         layout: How rows were matched to tokens in the first call.
         agreement: Smallest share of rows that the match was proven for.
@@ -28,7 +29,7 @@ class StackSeen:
     """
 
     num_calls: int = 0
-    num_sequences: int = 0
+    texts: Texts = field(default_factory=Texts)
     sequences_K: Tensor | None = None
     layout: str = ""
     agreement: float | None = None

@@ -22,8 +22,8 @@ def groups_of(
     buckets: Buckets,
     mask: Tensor | None,
     targets: Tensor | None,
-) -> Tensor:
-    """Group of each place ``(P,)``, negative where it is padding; sequences are dealt to the shards in turn.
+) -> tuple[Tensor, Tensor]:
+    """Group of each place ``(P,)``, negative where it is padding; texts are dealt to the shards in turn.
 
     Args:
         call: The forward call.
@@ -33,11 +33,19 @@ def groups_of(
         mask: False at padding, of the call's shape.
         targets: The token to predict at each place; ``None``: the next one of the sequence.
 
+    Returns:
+        The groups, and the number of each place's text in the window ``(P,)``.
+
     Raises:
         ValueError: If the mask has another shape.
     """
     real_P = _real_places(call, mask)
-    return _dealt(call, seen, buckets, _codes(call, seen, grouping, real_P, targets))
+    texts_B, is_first_B = seen.texts.of(call)
+    texts_P = texts_B[call.sequences_P]
+    codes_P = _codes(call, seen, grouping, real_P, targets)
+    _count(call, seen, buckets, codes_P, is_first_B)
+    shard_P = texts_P % buckets.num_jackknife_groups
+    return torch.where(codes_P >= 0, codes_P * buckets.num_jackknife_groups + shard_P, EXCLUDED), texts_P
 
 
 def of_rows(values_P: Tensor, places_N: Tensor) -> Tensor:
@@ -59,7 +67,8 @@ def _codes(call: ForwardCall, seen: StackSeen, grouping: Grouping, real_P: Tenso
     return torch.where(real_P.view_as(ids_BT), grouping.codes(ids_BT, targets), EXCLUDED).flatten()
 
 
-def _dealt(call: ForwardCall, seen: StackSeen, buckets: Buckets, codes_P: Tensor) -> Tensor:
+def _count(call: ForwardCall, seen: StackSeen, buckets: Buckets, codes_P: Tensor, is_first_B: Tensor) -> None:
+    """Add the texts with rows in each bucket, and in any; a copy is no text of its own."""
     present = _places_with_rows(call, codes_P)
     num_codes = len(buckets.names)
     sequences_K = codes_P.new_zeros(num_codes + 1)
@@ -67,11 +76,8 @@ def _dealt(call: ForwardCall, seen: StackSeen, buckets: Buckets, codes_P: Tensor
         member_P = present & (codes_P >= 0 if code is None else codes_P == code)
         of_sequence = codes_P.new_zeros(call.num_sequences)
         of_sequence.index_add_(0, call.sequences_P, member_P.to(codes_P.dtype))
-        sequences_K[num_codes if code is None else code] = (of_sequence > 0).sum()
+        sequences_K[num_codes if code is None else code] = ((of_sequence > 0) & is_first_B).sum()
     seen.sequences_K = sequences_K if seen.sequences_K is None else seen.sequences_K + sequences_K
-    shard_P = (call.sequences_P + seen.num_sequences) % buckets.num_jackknife_groups
-    seen.num_sequences += call.num_sequences
-    return torch.where(codes_P >= 0, codes_P * buckets.num_jackknife_groups + shard_P, EXCLUDED)
 
 
 def _places_with_rows(call: ForwardCall, codes_P: Tensor) -> Tensor:

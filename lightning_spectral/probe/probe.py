@@ -339,10 +339,10 @@ class SpectralProbe:
         self._losses.saw(call)
         mask = None if mask_of is None else mask_of(call)
         targets = None if targets_of is None or call.ids is None else targets_of(call)
-        num_before = seen.num_sequences
-        groups_P = groups_of(call, seen, self.grouping, self.buckets, call.mask if mask is None else mask, targets)
+        mask = call.mask if mask is None else mask
+        groups_P, texts_P = groups_of(call, seen, self.grouping, self.buckets, mask, targets)
         if self._samples:
-            self._sample(call, groups_P, num_before)
+            self._sample(call, groups_P, texts_P)
             return
         groups: dict[int, Tensor] = {}  # sites whose rows are in the same order share one tensor
         num_rows = 0
@@ -372,7 +372,7 @@ class SpectralProbe:
     def _samples(self) -> bool:
         return self.plan is not None and self.plan.num_rows is not None
 
-    def _sample(self, call: ForwardCall, groups_P: Tensor, num_before: int) -> None:
+    def _sample(self, call: ForwardCall, groups_P: Tensor, texts_P: Tensor) -> None:
         """Keep a part of the call's rows."""
         present = [site for site in self.sites if site.key in call.rows]
         for site in present:
@@ -380,7 +380,7 @@ class SpectralProbe:
             if call.ids is None and len(self.grouping.names) > 1:
                 self.window.unmatched.setdefault(site.key, call.reason)
         self.window.unmatched = {**call.unmatched, **self.window.unmatched}
-        self._open_sample().add_all(call, present, groups_P, num_before)
+        self._open_sample().add_all(call, present, groups_P, texts_P)
 
     def _open_sample(self) -> RowSample:
         """That of the open window; every rank draws its own."""

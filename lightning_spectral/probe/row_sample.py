@@ -102,30 +102,29 @@ class RowSample:
         """Memory of the rows now."""
         return self._num_bytes
 
-    def add_all(self, call: ForwardCall, sites: Sequence[Site], groups_P: Tensor, num_sequences_before: int) -> None:
+    def add_all(self, call: ForwardCall, sites: Sequence[Site], groups_P: Tensor, texts_P: Tensor) -> None:
         """:meth:`add`; rows of a site that could not be matched to places are drawn one by one, in the first group."""
-        self.add(call, [site for site in sites if site.key not in call.unmatched], groups_P, num_sequences_before)
+        self.add(call, [site for site in sites if site.key not in call.unmatched], groups_P, texts_P)
         for site in sites:
             if site.key in call.unmatched:
                 rows_ND = call.rows[site.key]
                 every_N = torch.arange(len(rows_ND), device=rows_ND.device)
-                alone = replace(call, rows={site.key: rows_ND}, places={site.key: every_N}, sequences_P=every_N * 0)
-                self.add(alone, [site], every_N * 0, num_sequences_before)
+                alone = replace(call, rows={site.key: rows_ND}, places={site.key: every_N})
+                self.add(alone, [site], every_N * 0, every_N * 0 + texts_P[:1])
 
-    def add(self, call: ForwardCall, sites: Sequence[Site], groups_P: Tensor, num_sequences_before: int) -> None:
+    def add(self, call: ForwardCall, sites: Sequence[Site], groups_P: Tensor, texts_P: Tensor) -> None:
         """Draw for the places of a call and keep the rows of those that are in.
 
         Args:
             call: The call.
             sites: All sites of the model.
             groups_P: Group of each place, ``EXCLUDED`` for none.
-            num_sequences_before: Sequences of earlier calls of this window.
+            texts_P: Which text of the window each place is of.
         """
         generator = torch.Generator(groups_P.device)
         generator.manual_seed(self._seed * 1_000_003 + self._num_calls)
         self._num_calls += 1
         drawn_P = torch.rand(len(groups_P), generator=generator, device=groups_P.device)
-        sequences_P = call.sequences_P + num_sequences_before
         present = [site for site in sites if site.key in call.rows]
         indices: dict[int, tuple[Tensor, Tensor]] = {}
         for site in present:
@@ -142,7 +141,7 @@ class RowSample:
             kept.rows.append(rows_ND.detach().index_select(0, index_M))
             kept.keys.append(keys_N[index_M])
             kept.groups.append(groups_P[places_M])
-            kept.sequences.append(sequences_P[places_M])
+            kept.sequences.append(texts_P[places_M])
             self._num_bytes += kept.rows[-1].numel() * kept.rows[-1].element_size()
 
     def _drawn(self, places_N: Tensor, drawn_P: Tensor, groups_P: Tensor, is_routed: bool) -> tuple[Tensor, Tensor]:

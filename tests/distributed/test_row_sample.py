@@ -63,7 +63,9 @@ def gathered(rank: int, world_size: int, limit: float, num_experts: int, empty_r
     layers = layers_of(3, num_experts)
     sample = RowSample(limit, 1, seed=rank)
     if rank != empty_rank:
-        sample.add(call(layers, rank), [s for _, members in layers for s in members], torch.zeros(PLACES).long(), 0)
+        one = call(layers, rank)
+        own = [site for _, members in layers for site in members]
+        sample.add(one, own, torch.zeros(PLACES).long(), one.sequences_P)
     owned = sample.gather(layers, None, world_size)
     found = {
         key: (rows.rows_ND[:, :3].tolist(), rows.sequences_N.tolist(), rows.seen_G.tolist())

@@ -67,7 +67,7 @@ def reduced(rank: int, world_size: int, num_experts: int, sampled: bool) -> list
         places = torch.arange(16)
         rows = {s.key: torch.zeros(16, WIDTH, dtype=torch.bfloat16) for s in sites(num_experts)}
         call = ForwardCall("h", (2, 8), None, places // 8, 2, rows, dict.fromkeys(rows, places))
-        sample.add(call, sites(num_experts), torch.zeros(16, dtype=torch.int64), 0)
+        sample.add(call, sites(num_experts), *torch.zeros(2, 16, dtype=torch.int64))
     closed = window(num_experts, sample)
     recorded(sent)
     collectives._finish = lambda begin, num_bytes: begin()  # work of the fake group never completes

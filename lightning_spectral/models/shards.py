@@ -25,8 +25,9 @@ def tensor_mesh(model: nn.Module) -> Any:
     if "torch.distributed.tensor" not in sys.modules:
         return None
     for module in model.modules():
-        if getattr(module, "_tp_size", None) and getattr(module, "_device_mesh", None) is not None:
-            mesh = _last_dim(module._device_mesh)
+        own = vars(module)
+        if own.get("_tp_size") and own.get("_device_mesh") is not None:  # of transformers
+            mesh = _last_dim(own["_device_mesh"])
             return mesh if mesh.size() > 1 else None
     by_fsdp = _held_by_fsdp(model)
     for param in model.parameters():

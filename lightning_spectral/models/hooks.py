@@ -36,6 +36,7 @@ KINDS = (
     "fused_in",  # fused experts are entered
     "fused_out",  # they return: rows that met their parameters
 )
+_AFTER = {"close", "ids", "output", "fused_out"}  # hooks that are called with what the module returned
 # Numbers that jitter the kept rows; more rows than this reuse them cyclically.
 _NUM_JITTERS = 1 << 16
 
@@ -187,9 +188,18 @@ class Hook:
         self.traced: list[Any] = []
         self.place: tuple[Any, int] | None = None
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
-        """Record, if the switch is on."""
+    def __call__(self, module: nn.Module, args: Any, *rest: Any) -> None:
+        """Record, if the switch is on.
+
+        Args:
+            module: Which is called.
+            args: Of the call.
+            *rest: Its keyword arguments, and what it returned after it has run. What swaps a module and carries its
+                hooks over (``torch.ao.quantization.prepare_qat``) registers them without the keyword arguments.
+        """
         if self.switch.on:
+            kwargs = rest[0] if len(rest) > (self.kind in _AFTER) else {}
+            output = rest[-1] if self.kind in _AFTER else None
             if torch.compiler.is_compiling():
                 if not _is_exporting():
                     self._trace(module, args, kwargs, output)

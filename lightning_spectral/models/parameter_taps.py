@@ -213,7 +213,7 @@ class LeaveExperts(Hook):
         super().__init__(switch, "fused_out", path, target, always=True)
         self._enter = enter
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+    def __call__(self, module: nn.Module, args: Any, *rest: Any) -> None:
         """Leave the mode and hand over what it saw, whatever the switch says by now."""
         enter = self._enter
         if torch.compiler.is_compiling():

@@ -263,6 +263,16 @@ class Recorder:
                     self._switch.note("slice", str(error))
             run.pieces = whole
 
+    def replaced(self) -> dict[str, str]:
+        """Sites whose module the model no longer holds, by key, each with the reason why they have no rows."""
+        held = {id(module) for module in self._model.modules()}
+        return {
+            site.key: f"`{site.name}` was replaced after the measurement began, and what stands there now is not "
+            "measured: begin it again after such a change"
+            for site in self.sites
+            if id(site.module) not in held
+        }
+
     def know(self, deeper: Mapping[str, tuple[str, str, int, int]]) -> None:
         """Add sites that other ranks saw: name, site, depth and run by key."""
         bases = {(site.name, site.site): site for site in self.sites if site.run == 0}

@@ -199,6 +199,7 @@ class SpectralProbe:
             alone: No other rank's rows are added.
         """
         began = time.perf_counter()
+        self.window.unseen = self.recorder.replaced() | self.window.unseen
         with torch.inference_mode(False), torch.no_grad():
             self._rows.flush(self.window, to_be_added=not alone)
         self.window.busy_s += time.perf_counter() - began

@@ -38,6 +38,7 @@ from lightning_spectral.probe.settings import (
     Unpack,
     refuse_unknown,
 )
+from lightning_spectral.probe.steppers import Follower, steppers
 from lightning_spectral.text import one_line
 
 
@@ -46,7 +47,7 @@ class Observation:
 
     def __init__(self, loop: LoopObserver) -> None:
         self._loop = loop
-        self._handles: list[Any] = []
+        self._follower = Follower(self.step)
         self.latest: Scalars = {}
 
     @property
@@ -86,12 +87,8 @@ class Observation:
         self._loop.give_ids(ids)
 
     def follow(self, optimizer: Optimizer) -> None:
-        """Take each step of an optimizer as a step of the loop."""
-        self._handles.append(optimizer.register_step_post_hook(self._stepped))
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _stepped(self, *_: Any) -> None:
-        self.step()
+        """Take each step of an optimizer, or of the one that it wraps, as a step of the loop."""
+        self._follower.follow(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """To be saved with the model."""
@@ -107,9 +104,7 @@ class Observation:
         Args:
             finished: Whether the run has reached its end.
         """
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._follower.remove()
         self._loop.detach(finished=finished)
 
     def __enter__(self) -> Self:
@@ -224,16 +219,30 @@ def _refuse_other_kinds(shared: Mapping[str, Any], optimizer: Any, resume: Any, 
     """
     if "dirpath" in shared:
         raise ValueError(f"`dirpath` is for callbacks: observe takes the run folder as `out={shared['dirpath']!r}`.")
-    if optimizer is not None and not isinstance(optimizer, Optimizer) and not hasattr(optimizer, "optimizer"):
-        seen = (
-            f"the class `{optimizer.__name__}`: make one first" if isinstance(optimizer, type) else f"{optimizer!r:.80}"
-        )
-        raise ValueError(f"`optimizer` must be an optimizer (torch.optim.Optimizer), got {seen}.")
+    _refuse_optimizer(optimizer)
     if not isinstance(resume, bool):
         raise ValueError(f"`resume` must be True or False, got {resume!r:.80}: True goes on with the records in `out`.")
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
         raise ValueError(
             f"`process_group` must be a process group, got {process_group!r:.80}: e.g. `mesh['dp'].get_group()`."
+        )
+
+
+def _refuse_optimizer(optimizer: Any) -> None:
+    """What is no optimizer, or one whose steps cannot be followed.
+
+    Raises:
+        ValueError: With the value seen and the remedy.
+    """
+    if optimizer is not None and not isinstance(optimizer, Optimizer) and not hasattr(optimizer, "optimizer"):
+        seen = (
+            f"the class `{optimizer.__name__}`: make one first" if isinstance(optimizer, type) else f"{optimizer!r:.80}"
+        )
+        raise ValueError(f"`optimizer` must be an optimizer (torch.optim.Optimizer), got {seen}.")
+    if optimizer is not None and not steppers(optimizer):
+        raise ValueError(
+            f"`optimizer` is a `{type(optimizer).__name__}`, of whose steps torch tells nothing: leave it out, and "
+            "call `probe.step()` after each of them."
         )
 
 

@@ -70,7 +70,7 @@ def approximate_entropy(
 def _largest_modes(covariance_DD: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
     """Ritz values (fp64) and vectors of the largest modes; the squared norm of what they miss, ``|C Q - Q T|^2``."""
     width = covariance_DD.shape[0]
-    modes_DK = torch.randn(width, BLOCK, generator=generator).to(covariance_DD)
+    modes_DK = torch.randn(width, BLOCK, device="cpu", generator=generator).to(covariance_DD)
     for _ in range(POWER_STEPS):
         modes_DK = torch.linalg.qr(covariance_DD @ modes_DK).Q
     image_DK = covariance_DD @ modes_DK

@@ -35,7 +35,7 @@ def frequency_buckets(
     Raises:
         ValueError: If there are fewer than three ids, a negative or fractional count, or no occurrence at all.
     """
-    counts_V = torch.as_tensor(counts_V)
+    counts_V = counts_V if isinstance(counts_V, Tensor) else torch.as_tensor(counts_V, device="cpu")
     require_counts(counts_V)
     counts_V = counts_V.to(torch.int64)
     total = int(counts_V.sum())

@@ -266,7 +266,7 @@ def _precision_of(switch: Any, value: str) -> Iterator[None]:
 
 def _trial_rows(width: int, device: torch.device) -> Tensor:
     rows_ND = row_buffer(torch.empty(0, device=device), _TRIAL_ROWS, width)
-    return rows_ND.copy_(torch.randn(rows_ND.shape, generator=torch.Generator().manual_seed(0)))
+    return rows_ND.copy_(torch.randn(rows_ND.shape, device="cpu", generator=torch.Generator().manual_seed(0)))
 
 
 def _empty_strips(rows_ND: Tensor) -> list[Tensor]:

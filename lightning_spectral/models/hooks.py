@@ -83,7 +83,7 @@ class Switch:
         if self.fraction < 1 or self.max_rows is not None:
             generator = torch.Generator()
             generator.manual_seed(seed)
-            self.jitter = torch.rand(_NUM_JITTERS, generator=generator).to(device)
+            self.jitter = torch.rand(_NUM_JITTERS, dtype=torch.float32, device="cpu", generator=generator).to(device)
 
     def share_of(self, lead: tuple[int, ...]) -> float:
         """Share of the rows of a call to keep."""

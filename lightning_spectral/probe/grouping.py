@@ -64,7 +64,7 @@ def by_frequency(
 ) -> Grouping:
     """HEAD, MID and TAIL by the counts of the training corpus."""
     table_V = frequency_buckets(counts_V, head_share, mid_share)
-    counted = table_V, torch.as_tensor(counts_V)
+    counted = table_V, counts_V if isinstance(counts_V, Tensor) else torch.as_tensor(counts_V, device="cpu")
     return Grouping(BUCKETS, lambda ids: look_up(ids, table_V), attribute_to, table_V.numel(), counted=counted)
 
 
@@ -120,7 +120,7 @@ def load_counts(source: Any) -> Tensor:
 
 def _counts_array(source: Any) -> Tensor:
     try:
-        return torch.as_tensor(source if isinstance(source, Tensor) else np.asarray(source))
+        return source if isinstance(source, Tensor) else torch.as_tensor(np.asarray(source), device="cpu")
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"`counts` must be a file, an array with one count per token id, or 'stream', got {source!r}."

@@ -81,7 +81,7 @@ def by_scipy(matrix_MM: Tensor, *, overwrite: bool = False) -> Tensor:
 def _is_faster(width: int) -> bool:
     if _function("ssytrd", _REDUCE) is None or _function("ssterf", _SOLVE) is None:
         return False
-    rows = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(2 * width, width, device="cpu", generator=torch.Generator().manual_seed(0))
     matrix_MM = rows.mT @ rows
     theirs = torch.linalg.eigvalsh(matrix_MM)
     if not bool((by_scipy(matrix_MM) - theirs).abs().max() <= _ROUNDING * theirs[-1]):

@@ -132,7 +132,8 @@ class ClosedWindow:
         began = time.perf_counter()
         owned: list[SiteResult] = []
         eigensolver = Eigensolver(exact=self.options.soft == "exact")
-        with torch.inference_mode(False), torch.no_grad():
+        # in the script's thread, small tensors would be made on what it has set as the default device
+        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
             for owner, members in self._layers():
                 if owner == self._rank:
                     for network in _by_network(members):

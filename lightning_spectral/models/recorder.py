@@ -7,7 +7,6 @@ could not make sense of is in ``notes``.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -70,10 +69,15 @@ class Recorder:
         return self._switch.on
 
     @property
-    def is_compiled(self) -> bool:
-        """Whether a part of the model is known to be compiled."""
-        self._switch.was_traced |= "torch._dynamo" in sys.modules and any(map(_is_compiled, self._model.modules()))
-        return self._switch.was_traced
+    def is_left_eagerly(self) -> bool:
+        """Whether a part of the model is known to be compiled, and eager code sees when what is around it ends."""
+        in_place = [name for name, module in self._model.named_modules() if module._compiled_call_impl is not None]
+        compiled = in_place or any(type(module).__name__ == "OptimizedModule" for module in self._model.modules())
+        if not (compiled or self._switch.was_traced):
+            return False
+        inside = [f"{clean_name(name)}." if name else "" for name in in_place]
+        around = [(path, module) for path, module in self._enclosing if not f"{path}.".startswith(tuple(inside))]
+        return any(path or not hasattr(module, "training_step") for path, module in around)  # whose steps are called
 
     def start(
         self,
@@ -151,8 +155,8 @@ class Recorder:
     # hooks
 
     def _attach(self, model: nn.Module, found: Found) -> None:
-        enclosing = enclosing_modules(model, found.stacks)
-        for path, module in enclosing:
+        self._enclosing = enclosing_modules(model, found.stacks)
+        for path, module in self._enclosing:
             self._before(module, Hook(self._switch, "open", path, argument_names(module), always=True))
         for path, table in found.embeddings.items():
             self._after(table, Hook(self._switch, "ids", path, always=True))
@@ -163,7 +167,7 @@ class Recorder:
             for layer, block in stack.blocks:
                 self._before(block, Hook(self._switch, "block", f"{stack.name}.{layer}", (stack, layer)))
                 self._attach_sites(by_layer.get(layer, []))
-        for path, module in enclosing:
+        for path, module in self._enclosing:
             self._after(module, Hook(self._switch, "close", path, always=True), always=True)
 
     def _attach_sites(self, sites: list[Site]) -> None:
@@ -291,10 +295,6 @@ class Recorder:
             order = {stack.name: index for index, stack in enumerate(self._found.stacks)}
             self.sites.extend(new.values())
             self.sites.sort(key=lambda site: (order[site.stack], site.layer, site.run, site.key))
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
 def enclosing_modules(model: nn.Module, stacks: Sequence[Stack]) -> list[tuple[str, nn.Module]]:

@@ -127,7 +127,7 @@ class SpectralProbe:
         """
         self._seed = seed
         first = around = None
-        if self.recorder.is_compiled:
+        if self.recorder.is_left_eagerly:
             around = self._losses.start_outside(training=training)
         elif waits:
             first = self._losses.starter(training=training)

@@ -88,11 +88,13 @@ def in_a_loop(path: Path, forms: list[int], *, measures: bool) -> nn.Module:
     return model
 
 
-def in_a_trainer(path: Path, forms: list[int], *, measures: bool) -> nn.Module:
+def in_a_trainer(path: Path, forms: list[int], *, measures: bool, how: str = "") -> nn.Module:
     class Lit(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.net = Net()
+            self.net = torch.compile(Net(), backend="eager") if how == "wrapped" else Net()
+            if how == "in place":
+                self.net.compile(backend="eager")
 
         def training_step(self, ids: Tensor) -> Tensor:
             return F.cross_entropy(self.net(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
@@ -164,6 +166,14 @@ def test_no_mode_is_active_in_compiled_modules_and_losses_are_seen(tmp_path: Pat
     assert modes
     assert not any(modes)
     assert all(record.loss is not None for record in read_losses(tmp_path).records if record.bucket == "pooled")
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_losses_beside_a_network_that_a_lightning_module_has_compiled(tmp_path: Path, how: str) -> None:
+    in_a_trainer(tmp_path, [], measures=True, how=how)
+    losses = [record.loss for record in read_losses(tmp_path).records if record.bucket == "pooled"]
+    assert len(losses) == 3
+    assert None not in losses
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # of what dynamo imports

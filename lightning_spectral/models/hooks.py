@@ -194,8 +194,8 @@ class Hook:
         Args:
             module: Which is called.
             args: Of the call.
-            *rest: Its keyword arguments, and what it returned after it has run. What swaps a module and carries its
-                hooks over (``torch.ao.quantization.prepare_qat``) registers them without the keyword arguments.
+            *rest: Its keyword arguments, which hooks are not given that ``torch.ao`` carries over to another module;
+                then what it returned, after it has run.
         """
         if self.switch.on:
             kwargs = rest[0] if len(rest) > (self.kind in _AFTER) else {}
@@ -243,7 +243,7 @@ class Hook:
             else:
                 switch.note(
                     "transformed",
-                    f"`{self.path}` ran inside vmap, a functional gradient or an export: such calls are not measured.",
+                    f"`{self.path or type(module).__name__}` ran inside vmap, functional gradients or an export.",
                 )
         except Exception as error:  # an observer never ends what it observes
             switch.note("hook_failed", f"`{self.path}` could not be recorded ({type(error).__name__}: {error}).")

@@ -204,7 +204,9 @@ class Publication:
         for status in dict.fromkeys(record.status for record in lost):
             first = next(record for record in lost if record.status == status)
             share = f"{len(lost)} of {len(records)} spectra"
-            self.guard.say(status, f"step {first.step}: {share} have status `{status}`: {first.reason}.")
+            self.guard.say(
+                status, f"step {first.step}: {share} have status `{status}`: {(first.reason or '').rstrip('.')}."
+            )
         if not bad:
             return
         share = f"{len(bad)} of {len(records)} spectra"

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_spectral import SpectralRankCallback, TailTokenProbe, observe, read_spectral
 from tests.callbacks import tiny
 from tests.distributed.harness import run_ranks
+from tests.scripts import toys
 
 
 class Block(nn.Module):
@@ -166,3 +167,20 @@ def test_experts_that_cannot_be_followed_are_told_a_way_that_can(tmp_path):
     measured = _records(tmp_path / "b", "bmm")
     assert {record.num_tokens for record in measured} == {8 * 8 * 3}
     assert all(record.hard_rank > 1 for record in measured)
+
+
+def test_a_loop_of_functional_gradients_hears_that_it_is_not_measured(tmp_path):
+    model = toys.LM()
+    batch, parameters = toys.ids(8), {name: tensor.detach() for name, tensor in model.named_parameters()}
+
+    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        logits = torch.func.functional_call(model, parameters, (batch[:, :-1],))
+        return toys.cross_entropy(logits, batch[:, 1:])
+
+    with warnings.catch_warnings(record=True) as caught, observe(model, 1, out=tmp_path) as probe:
+        warnings.simplefilter("always")
+        torch.func.grad(loss)(parameters)
+        probe.step()
+    told = [str(warning.message) for warning in caught]
+    assert any("spectra have status `not_matched`: `LM` ran inside" in text for text in told)
+    assert all(text.endswith(".") and not text.endswith("..") for text in told)

@@ -151,7 +151,8 @@ def test_rows_of_each_depth(tmp_path, run, depths, inputs, micro_batches):
     records = read_spectral(tmp_path).records
     for step in (0, 1):
         found = {r.layer: (r.num_tokens, r.num_sequences) for r in records if (r.step, r.bucket) == (step, "pooled")}
-        assert found == dict.fromkeys(range(depths), (micro_batches * inputs * B * T, micro_batches * inputs * B))
+        texts = 1 if run in (same_twice, segments) else inputs  # copies and parts of a text are one sequence
+        assert found == dict.fromkeys(range(depths), (micro_batches * inputs * B * T, micro_batches * texts * B))
         head = {r.layer: r.num_tokens for r in records if (r.step, r.bucket) == (step, "head")}
         assert head == dict.fromkeys(range(depths), expected[step])
 

@@ -13,8 +13,9 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from lightning_spectral.models.names import clean_names
+from lightning_spectral.models.placement import whole
 from lightning_spectral.probe import audience
-from lightning_spectral.probe.audience_passes import GroupGradients, sum_over_ranks, whole
+from lightning_spectral.probe.audience_passes import GroupGradients, sum_over_ranks
 
 _HEAD = re.compile(r"(^|\.)(lm_head|head|embed_out|unembed|output_layer)\.")
 _MOMENTUM_KEYS = ("momentum_buffer", "momentum", "exp_avg")

@@ -26,13 +26,13 @@ from lightning_spectral.callbacks.audience_matrices import (
 from lightning_spectral.callbacks.fit_start import BeginsFit
 from lightning_spectral.callbacks.trainer_host import folder_of, log_scalars
 from lightning_spectral.functional.buckets import frequency_buckets
+from lightning_spectral.models.placement import is_dtensor
 from lightning_spectral.probe import audience
 from lightning_spectral.probe.agreement import Agreement, MissingRankError, wait_limit
 from lightning_spectral.probe.audience import RULES, AudienceRecord
 from lightning_spectral.probe.audience_passes import (
     GroupGradients,
     group_gradients,
-    is_sharded,
     sharded_group_gradients,
     undisturbed,
 )
@@ -215,7 +215,7 @@ class UpdateAudience(BeginsFit):
 
         with self._alone("gradients of the groups"):
             with undisturbed(pl_module), torch.enable_grad():
-                if any(map(is_sharded, matrices)):
+                if any(map(is_dtensor, matrices)):
                     found = sharded_group_gradients(forward, len(names), matrices, self._parameters)
                 else:
                     found = group_gradients(forward, len(names), matrices)
@@ -269,7 +269,7 @@ class UpdateAudience(BeginsFit):
     def _alone(self, what: str) -> Iterator[None]:
         """An error of this rank's own computing loses the window; sharded matrices are gathered by all, or by none."""
         began = time.monotonic()
-        if any(map(is_sharded, self._matrices.values())):
+        if any(map(is_dtensor, self._matrices.values())):
             yield
             return
         with self._guard(what):

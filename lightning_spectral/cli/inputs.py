@@ -39,7 +39,7 @@ def _choose(column: str, value: str) -> str:
 
 # what people write to fit, compare and report
 ELSEWHERE: dict[str, str] = {
-    **{f"--{name}": _choose(name, "tail") for name in ("bucket",)},
+    "--bucket": _choose("bucket", "tail"),
     "--buckets": _choose("bucket", "tail"),
     "--optimizer": _choose("optimizer", "muon"),
     "--optimizers": _choose("optimizer", "muon"),

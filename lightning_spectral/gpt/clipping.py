@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_spectral.models.placement import is_dtensor, local
+from lightning_spectral.models.placement import as_cut, is_dtensor, local, whole
 
 
 def clip_by_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -27,7 +26,7 @@ def clip_by_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     by_placement: dict[object, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            grad = _as_placed(parameter)
+            grad = parameter.grad = as_cut(parameter.grad, parameter)
             key = (grad.device_mesh, grad.placements) if is_dtensor(grad) else grad.device
             by_placement.setdefault(key, []).append(grad)
     squares = [_square(grads) for grads in by_placement.values()]
@@ -41,16 +40,6 @@ def clip_by_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     return norm
 
 
-def _as_placed(parameter: Any) -> Any:
-    """The gradient, cut as its parameter is: tensor parallelism leaves partial sums."""
-    grad = parameter.grad
-    if is_dtensor(grad) and grad.placements != parameter.placements:
-        parameter.grad = grad.redistribute(parameter.device_mesh, parameter.placements)
-    return parameter.grad
-
-
 def _square(grads: list[Tensor]) -> Tensor:
     """Sum of squares of gradients of one kind, over all ranks that hold a part."""
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    whole: Tensor = norm.full_tensor() if is_dtensor(norm) else norm  # type: ignore[attr-defined]
-    return whole.square()
+    return whole(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))).square()

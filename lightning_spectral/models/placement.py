@@ -184,6 +184,18 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, or all of a DTensor: a collective over its mesh, unless every rank has it."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+
+
+def as_cut(grad: Any, param: Any) -> Any:
+    """A gradient, cut as its parameter is: tensor parallelism leaves partial sums, whose mesh adds them then."""
+    if is_dtensor(grad) and is_dtensor(param) and grad.placements != param.placements:
+        return grad.redistribute(param.device_mesh, param.placements)
+    return grad
+
+
 class Shards:
     """Looks up what ``param`` is part of; walks over the heap for FSDP1 and DDP modules, so make one per plan."""
 

@@ -19,9 +19,10 @@ from lightning_spectral.models.hooks import Hook, Switch, kept_rows
 from lightning_spectral.models.matching import Match, Matcher, is_pass
 from lightning_spectral.models.names import argument_names, clean_name
 from lightning_spectral.models.parameter_taps import EnterExperts, LeaveExperts
+from lightning_spectral.models.placement import whole
 from lightning_spectral.models.reader import Reader
 from lightning_spectral.models.runs import Piece, RawCall
-from lightning_spectral.models.shards import tensor_mesh, whole, whole_positions, whole_rows
+from lightning_spectral.models.shards import tensor_mesh, whole_positions, whole_rows
 from lightning_spectral.models.sites import Found, Site, Stack
 from lightning_spectral.models.walk import uncollected
 
@@ -33,6 +34,9 @@ class Recorder:
         model: The model.
         found: What to hook in it.
         token_fraction: Share of the rows to keep, in (0, 1]; drawn evenly along every sequence, the same for all sites.
+
+    Attributes:
+        mesh: The ranks that hold the layers together with this one, under tensor parallelism.
     """
 
     def __init__(self, model: nn.Module, found: Found, *, token_fraction: float = 1.0) -> None:
@@ -43,7 +47,7 @@ class Recorder:
         self._keys = {site.key for site in self.sites}
         self._matcher = Matcher(has_tables=bool(found.embeddings))
         self._framed: set[str] = set()
-        self._mesh = tensor_mesh(model)
+        self.mesh = tensor_mesh(model)
         self._handles: list[RemovableHandle] = []
         with uncollected():
             self._attach(model, found)
@@ -250,22 +254,22 @@ class Recorder:
     def _whole_lookup(self, ids: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
         """All of what an embedding was given and gave."""
         ids = whole(ids)
-        return ids, whole_positions(embedded, [tuple(ids.shape)], self._mesh)
+        return ids, whole_positions(embedded, [tuple(ids.shape)], self.mesh)
 
     def _make_whole(self, raw: RawCall) -> None:
         """Flatten rows; gather the features and positions that tensor parallelism has spread over ranks."""
         leads = [piece.lead for piece in raw.runs[0].pieces if not piece.site.is_routed]
-        raw.runs[0].entered = whole_positions(raw.entered, leads, self._mesh)
+        raw.runs[0].entered = whole_positions(raw.entered, leads, self.mesh)
         for run in raw.runs:
-            whole: list[Piece] = []
+            pieces: list[Piece] = []
             for piece in run.pieces:
                 piece.rows = piece.rows.reshape(-1, piece.rows.shape[-1])
                 try:
-                    piece.rows = whole_rows(piece.rows, piece.site, self._mesh)
-                    whole.append(piece)
+                    piece.rows = whole_rows(piece.rows, piece.site, self.mesh)
+                    pieces.append(piece)
                 except ValueError as error:
                     self._switch.note("slice", str(error))
-            run.pieces = whole
+            run.pieces = pieces
 
     def replaced(self) -> dict[str, str]:
         """Sites whose module the model no longer holds, by key, each with the reason why they have no rows."""

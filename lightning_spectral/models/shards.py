@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_spectral.models.placement import is_dtensor
+from lightning_spectral.models.placement import is_dtensor, whole
 from lightning_spectral.models.sites import Site
 
 
@@ -36,11 +36,6 @@ def tensor_mesh(model: nn.Module) -> Any:
             if mesh.size() > 1 and (param.device_mesh.ndim > 1 or id(param) not in by_fsdp):  # type: ignore[attr-defined]
                 return mesh
     return None
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor, or all of a DTensor: a collective over its mesh, unless every rank has it."""
-    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
 
 
 def whole_positions(local: Tensor, leads: Iterable[tuple[int, ...]], mesh: Any) -> Tensor:

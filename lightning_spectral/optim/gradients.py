@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_spectral.functional.magnitude import answers_at_once, largest_magnitudes
-from lightning_spectral.models.placement import is_dtensor, local
+from lightning_spectral.models.placement import as_cut, is_dtensor, local
 from lightning_spectral.optim.members import Member
 
 
@@ -64,11 +64,7 @@ def local_gradients(members: Sequence[Member]) -> dict[int, Tensor]:
 
 
 def _local_gradient(member: Member) -> Tensor:
-    grad: Any = member.param.grad
-    param: Any = member.param
-    if is_dtensor(grad) and is_dtensor(param) and grad.placements != param.placements:
-        grad = grad.redistribute(param.device_mesh, param.placements)  # tensor parallelism leaves partial sums
-    grad = local(grad)
+    grad = local(as_cut(member.param.grad, member.param))
     if grad.is_sparse:
         raise RuntimeError(
             f"`{member.name}` has a sparse gradient; only dense ones are supported: build nn.Embedding(sparse=False)."
@@ -77,7 +73,7 @@ def _local_gradient(member: Member) -> Tensor:
         raise RuntimeError(
             f"`{member.name}` is complex; only real parameters are supported: keep it as torch.view_as_real()."
         )
-    held = local(param)
+    held = local(member.param)
     return grad if grad.dtype == held.dtype else grad.to(held.dtype)
 
 

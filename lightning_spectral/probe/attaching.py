@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_spectral.models.placement import group_of
-from lightning_spectral.models.shards import tensor_mesh
 from lightning_spectral.probe.agreement import Agreement, MissingRankError
 from lightning_spectral.probe.background import has_free_core
 from lightning_spectral.probe.host import Host
@@ -56,7 +55,7 @@ def agree_to_measure(
         limit_mib = _memory_limit(measurement, probe, host)
     except ValueError as error:
         refusal = str(error) or type(error).__name__
-    said = {"refusal": refusal, "beside": beside, "limit_mib": limit_mib, **_said_of(probe, model, host)}
+    said = {"refusal": refusal, "beside": beside, "limit_mib": limit_mib, **_said_of(probe, host)}
     try:
         parts = agreement.exchange("attach", said)
         if probe is None or any(part["refusal"] for part in parts):
@@ -79,11 +78,11 @@ def agree_to_measure(
     return probe, beside
 
 
-def _said_of(probe: SpectralProbe | None, model: nn.Module, host: Host) -> dict[str, Any]:
+def _said_of(probe: SpectralProbe | None, host: Host) -> dict[str, Any]:
     """What the other ranks need to know of this one."""
     said: dict[str, Any] = {"folder": str(host.folder), "run_id": host.run_id, "sites": _sites_of(probe)}
     said["group"] = host.group_ranks
-    said["peers"] = [] if host.process_group is not None else _tensor_peers(model)
+    said["peers"] = _peers_of(probe) if host.process_group is None else []
     if host.is_stage and probe is not None:
         said["keys"], said["elsewhere"] = [site.key for site in probe.sites], probe.found.elsewhere
     on_accelerator = probe is not None and probe.device.type != "cpu"
@@ -168,9 +167,9 @@ def _stages_of(parts: list[dict[str, Any]]) -> list[list[int]]:
     return [list(group) for group in dict.fromkeys(tuple(group) for group in groups)]
 
 
-def _tensor_peers(model: nn.Module) -> list[int]:
-    """The ranks that hold the model's layers together with this one."""
-    mesh = tensor_mesh(model)
+def _peers_of(probe: SpectralProbe | None) -> list[int]:
+    """The ranks that hold the model's layers together with this one, itself among them; empty for none."""
+    mesh = None if probe is None else probe.recorder.mesh
     return [] if mesh is None else dist.get_process_group_ranks(mesh.get_group())
 
 

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_spectral.models.placement import is_dtensor
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -38,16 +40,6 @@ class GroupGradients:
     tokens_G: Tensor
     losses_G: Tensor
     of_all: bool = False
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this is FSDP2's kind of tensor."""
-    return hasattr(tensor, "full_tensor")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, gathered on every rank; every rank must come here."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
 
 
 def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
@@ -131,7 +123,7 @@ def sharded_group_gradients(
 def _reduced(matrix: Tensor) -> Tensor:
     if matrix.grad is None:
         return torch.zeros_like(matrix)
-    if not is_sharded(matrix):  # left out of FSDP: nobody has averaged it
+    if not is_dtensor(matrix):  # left out of FSDP: nobody has averaged it
         dist.all_reduce(matrix.grad.div_(dist.get_world_size()))
     return matrix.grad.detach()
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_spectral.models.placement import whole
+
 IGNORED = -1
 _CHUNK_ROWS = 1_024  # log-probabilities of all predictions at once would be the largest tensor around
 
@@ -166,12 +168,6 @@ def saved_log_probs(loss: Tensor) -> Tensor | None:
 def _saving_is_hooked() -> bool:
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(True) is not None
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor; of a DTensor all of it, a collective over its mesh."""
-    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return found
 
 
 def _by_rows(

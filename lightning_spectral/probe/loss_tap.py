@@ -27,7 +27,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from lightning_spectral.models.modes import in_backward, in_function_forward
-from lightning_spectral.probe.loss_calls import SCORERS, Scored, saved_log_probs, whole
+from lightning_spectral.models.placement import whole
+from lightning_spectral.probe.loss_calls import SCORERS, Scored, saved_log_probs
 from lightning_spectral.probe.loss_gradient import NOT_PROVEN, read_gradient
 from lightning_spectral.probe.loss_masks import Followed
 

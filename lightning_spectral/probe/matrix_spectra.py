@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_spectral.models.placement import Shard, blocks_of, dtensor_shard, is_dtensor, local
+from lightning_spectral.models.placement import Shard, blocks_of, dtensor_shard, is_dtensor, local, whole
 from lightning_spectral.models.views import MatrixView, Views
 
 _GAVE_UP = -1.0  # in place of singular values, where the solver found none
@@ -37,8 +37,8 @@ def spectra(tensors: Sequence[Tensor], views: Sequence[Views]) -> list[list[Tens
     turn = 0
     for tensor, of_tensor in zip(tensors, views, strict=True):
         if not is_dtensor(tensor) or tensor.device_mesh.size() == 1 or not _is_box(tensor, of_tensor):  # type: ignore[attr-defined]
-            whole = tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
-            found.append([_singular_values(view.of(whole)) for view in of_tensor])
+            matrix = whole(tensor)
+            found.append([_singular_values(view.of(matrix)) for view in of_tensor])
             continue
         shard = dtensor_shard(tensor)
         _, lines = owned.setdefault(id(shard.group), (shard.group, []))

@@ -28,6 +28,7 @@ from lightning_spectral.functional.flattening import FLAT_BAND, spectrum_flatten
 from lightning_spectral.functional.matrix_spectrum import spectrum_measures
 from lightning_spectral.models.layouts import matrices_of
 from lightning_spectral.models.names import clean_names
+from lightning_spectral.models.placement import is_dtensor
 from lightning_spectral.models.places import places_in
 from lightning_spectral.models.views import Views
 from lightning_spectral.probe.agreement import Agreement, MissingRankError
@@ -171,7 +172,7 @@ class WeightObserver:
     def _all_are_here(self, topic: str) -> bool:
         """Where weights are sharded, gathering them needs every rank."""
         assert self._agreement is not None
-        if self._agreement.world_size == 1 or not any(hasattr(matrix, "full_tensor") for _, matrix in self._matrices):
+        if self._agreement.world_size == 1 or not any(is_dtensor(matrix) for _, matrix in self._matrices):
             return True
         try:
             self._agreement.exchange(topic, {})

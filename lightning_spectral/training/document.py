@@ -306,11 +306,6 @@ def named_config(name: str) -> dict[str, Any]:
     raise RecipeError(f"litgpt knows no model `{name}`{hint} give one of its names, or describe one in `model_config`.")
 
 
-def named_models() -> list[str]:
-    """The names of litgpt's models."""
-    return list(config_alone().name_to_config)
-
-
 def config_alone() -> Any:
     """``litgpt.config`` without the rest of litgpt, whose import takes seconds: the file is made to be used alone."""
     if "litgpt.config" in sys.modules:

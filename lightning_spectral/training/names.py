@@ -18,8 +18,8 @@ from lightning_spectral.text.packages import is_installed, why_missing
 from lightning_spectral.training.document import (
     OUR_DATA,
     RecipeError,
+    litgpt_names,
     named_config,
-    named_models,
     text_data,
 )
 from lightning_spectral.training.sources import (
@@ -177,7 +177,7 @@ def refuse_unknown_model(name: str) -> None:
     kinds = assigned_strings("transformers.models.auto.configuration_auto", "CONFIG_MAPPING_NAMES")
     if not kinds or "." in name or "/" in name or Path(name).exists():
         return
-    known = [*named_models(), *(kind for kind in kinds if kind.islower())]
+    known = [*litgpt_names(), *(kind for kind in kinds if kind.islower())]
     if name not in known:
         hint = did_you_mean(name, known)
         hint = hint if hint.endswith("?") else "give one of them."
